@@ -1,0 +1,35 @@
+"""Few-step generators from diffusion models, distilled with rewards: distribution matching is one of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__version__ = "0.1.0"
+__all__ = ["distill", "load"]
+
+
+def distill(teacher: str = "world", prompts: str | None = None, *, steps: int = 4, output: str = "out", **config: Any) -> Path:
+    """Distil `teacher` into a `steps`-step student; returns its folder, which stock diffusers opens.
+
+    teacher: a diffusers pipeline folder, a hub id, or "world" (embedded); prompts: a text file, one prompt a line.
+    config: any other field of `fewstep.config.Config`; groups as dicts, `student={"lr": 1e-4}`.
+    Raises fewstep.cli.UserError for what `fewstep distill` would refuse, KeyboardInterrupt when it was stopped early.
+    """
+    from pathlib import Path
+
+    from fewstep import cli
+
+    arguments = cli.as_arguments({"teacher": teacher, "prompts": prompts, "steps": steps, "output": output, **config})
+    if cli.distill(cli.parse_config(arguments)) != 0:
+        raise KeyboardInterrupt(f"stopped early; the run in {output} can be resumed")
+    return Path(output)
+
+
+def load(path: str | Path) -> Any:
+    """The stock diffusers pipeline of a finished student."""
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained(str(path), use_safetensors=True)

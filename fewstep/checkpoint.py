@@ -1,0 +1,169 @@
+"""Everything a run needs to go on, written so that a kill at any moment loses nothing saved.
+
+A checkpoint is a folder: `state.safetensors` (every tensor), `state.json` (everything else) and `manifest.json`
+(size and SHA-256 of both). It is written beside its final name, synced, and renamed; older ones are pruned only then.
+No pickle is read or written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FILES = ("state.safetensors", "state.json")
+TENSOR = "__tensor__"
+KEYS = "__keys__"
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint folder that cannot be trusted; the message names the file and what is wrong with it."""
+
+
+def pack(tree: Any) -> tuple[dict[str, Tensor], Any]:
+    """Split nested dicts, lists and scalars into (tensors by path, JSON value with a reference in each tensor's place)."""
+    tensors: dict[str, Tensor] = {}
+
+    def walk(node: Any, path: str) -> Any:
+        if isinstance(node, Tensor):
+            tensors[path] = node.detach().cpu().contiguous().clone()
+            return {TENSOR: path}
+        if isinstance(node, dict):
+            if all(isinstance(key, str) for key in node):
+                return {key: walk(value, f"{path}/{key}") for key, value in node.items()}
+            # JSON turns integer keys (an optimizer's parameter numbers) into text: keep them as [key, value] pairs
+            return {KEYS: [[key, walk(value, f"{path}/{key}")] for key, value in node.items()]}
+        if isinstance(node, (list, tuple)):
+            return [walk(value, f"{path}/{i}") for i, value in enumerate(node)]
+        if node is None or isinstance(node, (bool, int, float, str)):
+            return node
+        raise TypeError(f"cannot save {type(node).__name__} at {path}: use tensors, numbers, text, lists and dicts")
+
+    return tensors, walk(tree, "")
+
+
+def unpack(tensors: dict[str, Tensor], value: Any) -> Any:
+    """Inverse of `pack` (tuples come back as lists)."""
+    if isinstance(value, dict):
+        if TENSOR in value:
+            return tensors[value[TENSOR]]
+        if KEYS in value:
+            return {key: unpack(tensors, item) for key, item in value[KEYS]}
+        return {key: unpack(tensors, item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [unpack(tensors, item) for item in value]
+    return value
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file or a folder's entries to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save(root: str | Path, step: int, tree: Any, *, keep: int = 2) -> Path:
+    """Write `root/step-XXXXXXXX` atomically and keep the newest `keep` checkpoints. Returns the folder."""
+    root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    final = root / f"step-{step:08d}"
+    temporary = root / f".writing-{step:08d}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    tensors, value = pack(tree)
+    try:
+        save_file(tensors, temporary / FILES[0])
+        (temporary / FILES[1]).write_text(json.dumps(value))
+        manifest = {name: {"bytes": (temporary / name).stat().st_size, "sha256": digest(temporary / name)} for name in FILES}
+        (temporary / "manifest.json").write_text(json.dumps({"step": step, "files": manifest}, indent=1))
+        for name in (*FILES, "manifest.json"):
+            sync(temporary / name)
+        sync(temporary)
+        if final.exists():  # the same step saved again: the old one stays readable until the rename
+            stale = root / f".stale-{step:08d}-{os.getpid()}"
+            final.rename(stale)
+            temporary.rename(final)
+            shutil.rmtree(stale)
+        else:
+            temporary.rename(final)
+        sync(root)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        raise OSError(error.errno, f"could not write checkpoint of {size} bytes: {error.strerror}", str(final)) from error
+    for old in checkpoints(root)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def checkpoints(root: str | Path) -> list[Path]:
+    """Finished checkpoints under `root`, oldest first."""
+    return sorted(path for path in Path(root).glob("step-*") if path.is_dir())
+
+
+def load(folder: str | Path) -> Any:
+    """Read one checkpoint. Raises DamagedCheckpoint when a file is missing, truncated or altered."""
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        files = {name: (int(manifest["files"][name]["bytes"]), str(manifest["files"][name]["sha256"])) for name in FILES}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{folder / 'manifest.json'}: unreadable manifest ({error})") from error
+    for name, (size, sha) in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise DamagedCheckpoint(f"{path}: missing")
+        if path.stat().st_size != size:
+            raise DamagedCheckpoint(f"{path}: {path.stat().st_size} bytes, the manifest says {size}")
+        if digest(path) != sha:
+            raise DamagedCheckpoint(f"{path}: contents differ from the manifest's SHA-256")
+    return unpack(load_file(folder / FILES[0]), json.loads((folder / FILES[1]).read_text()))
+
+
+def newest(root: str | Path) -> tuple[Path, Any] | None:
+    """The newest *valid* checkpoint and its contents, or None when there is none at all.
+
+    Damaged ones are skipped with a warning that names them; when every one is damaged that is an error, never a
+    silent start from step 0.
+    """
+    import warnings
+
+    found = checkpoints(root)
+    problems = []
+    for folder in reversed(found):
+        try:
+            return folder, load(folder)
+        except DamagedCheckpoint as error:
+            problems.append(str(error))
+            warnings.warn(f"skipped a damaged checkpoint: {error}", stacklevel=2)
+    if problems:
+        raise DamagedCheckpoint("no checkpoint can be read:\n  " + "\n  ".join(problems))
+    return None
+
+
+def rng_state() -> dict[str, Tensor]:
+    """State of torch's default generators (CPU and every CUDA device)."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    return state
+
+
+def set_rng_state(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    for i in range(len(state) - 1):
+        torch.cuda.set_rng_state(state[f"cuda{i}"], i)

@@ -1,0 +1,587 @@
+"""Command line, and the composition root: `build(config)` makes every object of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fewstep.config import Config
+
+HELP = """usage: fewstep COMMAND [OPTIONS]
+
+Distil a diffusion model into a few-step generator, with distribution matching as a reward.
+
+commands:
+  distill [RECIPE.yaml]   make a few-step student; with no argument: the embedded teacher, GNDM, 4 steps
+  sample FOLDER           draw pictures with a student
+  evaluate FOLDER         measure a student beside its teacher
+
+`fewstep COMMAND --help` lists a command's options; `fewstep --version` prints the version."""
+
+RUN_FILES = ("checkpoints", "samples", "tensorboard", "config.yaml", "metrics.jsonl", "samples.png", "evaluation.json", "README.md",
+             "model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "feature_extractor",
+             "pytorch_lora_weights.safetensors")  # fmt: skip
+# what may differ between a run and its continuation
+FREE_ON_RESUME = ("updates", "save_every", "sample_every", "evaluate", "resume", "overwrite", "output", "device")
+
+
+class UserError(Exception):
+    """A mistake in what the user gave; its message is all they need to see. Exit code 2."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP)
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("fewstep"))
+        return 0
+    commands = {"distill": distill_command, "sample": sample_command, "evaluate": evaluate_command}
+    if arguments[0] not in commands:
+        return complain(f"unknown command {arguments[0]!r}{nearest(arguments[0], commands)}")
+    try:
+        return commands[arguments[0]](arguments[1:])
+    except UserError as error:
+        return complain(str(error))
+
+
+def complain(message: str) -> int:
+    print(f"fewstep: error: {message}", file=sys.stderr)
+    return 2
+
+
+def nearest(word: str, known: Any) -> str:
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(known)}"
+
+
+# -- distill -----------------------------------------------------------------------------------------------------------
+
+
+def field_names(config: type, prefix: str = "") -> dict[str, type]:
+    """Dotted name -> type of every field of a config class; a group of fields comes as itself and with its members."""
+    import typing
+
+    names: dict[str, type] = {}
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        kind = hints[field.name]
+        names[prefix + field.name] = kind
+        if dataclasses.is_dataclass(kind):
+            names |= field_names(kind, f"{prefix}{field.name}.")
+    return names
+
+
+def normalise(arguments: list[str], names: dict[str, type]) -> list[str]:
+    """Flags as the parser knows them: underscores, `--config` before a recipe, a value for a bare switch; unknown ones are refused."""
+    out: list[str] = []
+    for i, argument in enumerate(arguments):
+        if not argument.startswith("--"):
+            is_value = i > 0 and arguments[i - 1].startswith("--") and "=" not in arguments[i - 1]
+            out += [argument] if is_value else ["--config", argument]
+            continue
+        flag, equals, value = argument[2:].partition("=")
+        name = flag.replace("-", "_")
+        if name not in names and name not in ("help", "config"):
+            raise UserError(f"--{flag}: unknown option{nearest(name, names)}")
+        out.append(f"--{name}{equals}{value}")
+        following = arguments[i + 1] if i + 1 < len(arguments) else "--"
+        if names.get(name) is bool and not equals and following.lower() not in ("true", "false"):
+            out.append("true")
+    return out
+
+
+def check_recipe(path: Path, names: dict[str, type]) -> None:
+    """Unknown keys of a YAML recipe, by file and key, before anything else is parsed."""
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start + 1})") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"{path}: a recipe is a list of `key: value` lines, this holds {type(recipe).__name__}")
+
+    def walk(node: dict[Any, Any], prefix: str) -> None:
+        for key, value in node.items():
+            name = f"{prefix}{key}"
+            if name not in names:
+                raise UserError(f"{path}: unknown key {name!r}{nearest(name, names)}")
+            if isinstance(value, dict):
+                walk(value, f"{name}.")
+
+    walk(recipe, "")
+
+
+def parse_config(arguments: list[str]) -> Config:
+    """The config of a run from flags and a recipe. Raises UserError naming the flag, or the file and key."""
+    import jsonargparse
+
+    from fewstep.config import Config
+
+    class Parser(jsonargparse.ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None):
+            raise UserError(" ".join(message.replace("Parser key", "key").split())) from ex
+
+    names = field_names(Config)
+    arguments = normalise(arguments, names)
+    for i, argument in enumerate(arguments):
+        if argument == "--config" and i + 1 < len(arguments):
+            check_recipe(Path(arguments[i + 1]), names)
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = Parser(prog="fewstep distill", description="Distil a teacher into a few-step student.")
+    parser.add_argument("--config", action="config", help="YAML recipe (the same keys)")
+    parser.add_class_arguments(Config)
+    parsed = parser.instantiate(parser.parse_args(arguments))
+    config = Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
+    problems = config.problems()
+    if problems:
+        raise UserError("; ".join(problems))
+    return config
+
+
+def as_arguments(values: dict[str, Any], prefix: str = "") -> list[str]:
+    """Nested keyword arguments as the flags that say the same."""
+    out: list[str] = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            out += as_arguments(value, f"{prefix}{key}.")
+        elif value is not None:
+            out.append(f"--{prefix}{key}={json.dumps(value) if isinstance(value, (bool, list, tuple)) else value}")
+    return out
+
+
+def check_output(config: Config) -> None:
+    """An output folder that may be written. Raises UserError."""
+    import shutil
+
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output: {output} is a file; name a folder")
+    held = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    is_run = "config.yaml" in held
+    if config.resume and not is_run:
+        raise UserError(f"resume: {output} holds no run to go on with")
+    if held and not is_run:
+        raise UserError(f"output: {output} is not empty and holds no run (it has {held[0]!r}); name another folder")
+    if is_run and not (config.resume or config.overwrite):
+        raise UserError(f"output: {output} already holds a run; add --resume to go on, --overwrite to start anew, or name another --output")
+    if config.resume:
+        check_same_run(config, output / "config.yaml")
+    if config.overwrite:
+        for name in RUN_FILES:  # what fewstep wrote, nothing else
+            path = output / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"output: cannot write to {output} ({error.strerror})") from error
+
+
+def check_same_run(config: Config, path: Path) -> None:
+    import yaml
+
+    before, now = yaml.safe_load(path.read_text()), as_plain(config)
+    changed = [key for key in now if key not in FREE_ON_RESUME and before.get(key) != now[key]]
+    if changed:
+        raise UserError(f"resume: {changed[0]} is {now[changed[0]]!r}, the run in {path.parent} has {before.get(changed[0])!r}; only {', '.join(FREE_ON_RESUME[:4])} may change")
+
+
+def as_plain(config: Config) -> dict[str, Any]:
+    """The config as YAML and JSON hold it."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def read_prompts(config: Config) -> list[str]:
+    from fewstep import prompts, world
+
+    if config.prompts is not None:
+        try:
+            return prompts.read(config.prompts)
+        except prompts.BadPrompts as error:
+            raise UserError(f"prompts: {error}") from error
+    if config.teacher != "world":
+        raise UserError("prompts: missing; give a text file with one prompt a line (only the embedded teacher brings its own)")
+    return world.prompts("train")
+
+
+def resolve_teacher(name: str) -> str:
+    """Folder or hub id of a teacher; `world` is the embedded one. Raises UserError, before torch is imported."""
+    from fewstep import models, world
+
+    source = str(world.TEACHER) if name == "world" else name
+    try:
+        models.pipeline_class(source)
+    except models.UnsupportedTeacher as error:
+        raise UserError(f"teacher: {error}") from error
+    return source
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything `build` made."""
+
+    config: Config
+    backbone: Any
+    roles: Any
+    trainer: Any
+
+
+def build(config: Config, prompts: list[str], source: str) -> Run:
+    """Make teacher, student, fake, reward and trainer from a config. Deterministic given `config.seed`."""
+    import torch
+
+    from fewstep import models
+    from fewstep.prompts import Batches
+    from fewstep.rewards.distribution import DistributionMatching
+    from fewstep.student import Student
+    from fewstep.trainer import Term, Trainer
+
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(config.seed)
+    try:
+        backbone = models.load(source, device=device)
+        times = backbone.times(config.steps)
+    except models.UnsupportedTeacher as error:
+        raise UserError(f"teacher: {error}") from error
+    except ValueError as error:
+        raise UserError(f"steps: {error}") from error
+    conditioned = config.fake.condition == "step" and config.steps > 1
+    roles = backbone.roles(lora_rank=config.lora_rank, fake_steps=config.steps if conditioned else 0)
+    schedule = backbone.schedule()
+    matching = DistributionMatching(roles.teacher, roles.fake, schedule, **dataclasses.asdict(config.matching), step_condition=conditioned)
+    fake = config.fake
+    term = Term(matching, roles.fake_parameters, lr=fake.lr, betas=fake.betas, updates=fake.updates, max_norm=fake.max_norm)
+    trainer = Trainer(
+        Student(roles.student, schedule, times),
+        roles.student_parameters,
+        {"dm": term},
+        Batches(prompts, config.groups, config.group_size, seed=config.seed),
+        encode=backbone.encode,
+        decode=backbone.decode,
+        latent_shape=backbone.latent_shape,
+        config=config,
+        device=device,
+    )
+    return Run(config, backbone, roles, trainer)
+
+
+def distill_command(arguments: list[str]) -> int:
+    return distill(parse_config(arguments))
+
+
+def distill(config: Config) -> int:
+    """Check, train, export, measure. Returns the exit code."""
+    prompts = read_prompts(config)
+    source = resolve_teacher(config.teacher)
+    check_output(config)
+    import yaml
+
+    output = Path(config.output)
+    quiet_libraries()
+    from fewstep import checkpoint
+
+    state = None
+    if config.resume:
+        try:
+            found = checkpoint.newest(output / "checkpoints")
+        except checkpoint.DamagedCheckpoint as error:
+            raise UserError(f"resume: {error}") from error
+        if found is None:
+            print("no checkpoint was saved yet: starting from update 0")
+        else:
+            folder, state = found
+            print(f"going on from {folder.name}")
+    run = build(config, prompts, source)
+    if state is not None:
+        try:
+            run.trainer.load_state(state)
+        except checkpoint.DamagedCheckpoint as error:
+            raise UserError(f"resume: {error}") from error
+    (output / "config.yaml").write_text(yaml.safe_dump(as_plain(config), sort_keys=False))
+    if not train(run, output, prompts):
+        return 130
+    finish(run, output, source, prompts)
+    return 0
+
+
+def grid_prompts(config: Config, prompts: list[str]) -> list[str]:
+    from fewstep import world
+
+    return world.prompts("grid") if config.teacher == "world" and config.prompts is None else prompts[:8]
+
+
+def train(run: Run, output: Path, prompts: list[str]) -> bool:
+    """Run the trainer behind a progress bar. False when it was stopped before the last update."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    stopping: list[int] = []
+
+    def ask_to_stop(number: int, frame: Any) -> None:
+        if stopping:  # a second Ctrl-C does not wait
+            raise KeyboardInterrupt
+        stopping.append(number)
+        print("\nstopping: saving at the end of this update", flush=True)
+
+    before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    trainer, config = run.trainer, run.config
+    text = TextColumn("R_dm {task.fields[score]}  lag {task.fields[lag]}  {task.fields[rate]} updates/s")
+    columns = (TextColumn("distilling"), BarColumn(bar_width=20), MofNCompleteColumn(), text, TimeElapsedColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns) as bar:
+            task = bar.add_task("", total=config.updates, completed=trainer.update, score="-", lag="-", rate="-")
+            seconds = 0.0
+            for logs in trainer.run(output, stop=lambda: bool(stopping)):
+                running = trainer.running
+                seconds = logs["seconds"] if not seconds else seconds + 0.1 * (logs["seconds"] - seconds)
+                shown = {
+                    "score": f"{running.get('dm/score', float('nan')):.3g}",
+                    "lag": f"{running.get('dm/lag', float('nan')):+.4f}",
+                    "rate": f"{1 / seconds:.2f}",
+                }
+                bar.update(task, completed=trainer.update, **shown)
+                if not bar.console.is_terminal and trainer.update % 20 == 0:
+                    print(f"update {trainer.update}/{config.updates}  R_dm {shown['score']}  lag {shown['lag']}  {shown['rate']} updates/s", flush=True)
+                if config.sample_every and trainer.update % config.sample_every == 0 and trainer.update < config.updates:
+                    draw_progress(run, output, grid_prompts(config, prompts))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stopping and trainer.update < config.updates:
+        print(f"stopped at update {trainer.update} of {config.updates}; saved. Go on with: fewstep distill --output {output} --resume (and the same options)")
+        return False
+    return True
+
+
+SAMPLES_PER_PROMPT = 3
+
+
+def sample_grid(pipe: Any, prompts: list[str], *, steps: int, guidance: float = 1.0) -> Any:
+    """(P, N, 3, H, W) in [0, 1]: the grid's samples, N for each prompt, always with the same noise."""
+    from fewstep.evaluate.protocol import generate
+
+    images, _ = generate(pipe, prompts, SAMPLES_PER_PROMPT, steps=steps, guidance=guidance, seed=0)
+    return images.view(len(prompts), SAMPLES_PER_PROMPT, *images.shape[1:])
+
+
+def draw_progress(run: Run, output: Path, prompts: list[str]) -> None:
+    """A grid of the averaged student with fixed prompts and seeds; the training's random numbers are left untouched."""
+    from fewstep.report import grid
+
+    trainer, steps = run.trainer, run.config.steps
+    pipe = run.backbone.student_pipeline(run.roles, trainer.averaged(), steps)
+    title = f"student, {steps} steps, update {trainer.update}"
+    grid.save({title: sample_grid(pipe, prompts, steps=steps)}, prompts, output / "samples" / f"update-{trainer.update:08d}.png")
+
+
+def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
+    """Export the averaged student, measure it, draw it beside its teacher, write its card."""
+    from fewstep import export, world
+    from fewstep.evaluate import protocol
+    from fewstep.report import grid
+
+    config, backbone, trainer = run.config, run.backbone, run.trainer
+    weights = trainer.averaged()
+    pipe = backbone.student_pipeline(run.roles, weights, config.steps)
+    backbone.save(pipe, output)
+    if config.lora_rank:
+        backbone.save_lora(weights, output, rank=config.lora_rank)
+    results, best = None, "DPM-Solver++"
+    if config.evaluate and config.teacher == "world":
+        report = measure_student(output, source, config)
+        results, best = results_markdown(report), next(row["solver"] for row in report["rows"] if row["name"] == report["best_solver"])
+    elif config.evaluate:
+        print("not measured: the embedded scorers know only the embedded teacher's pictures")
+    shown = grid_prompts(config, prompts)
+    teacher = protocol.open_pipeline(source, backbone.device)
+    guidance = config.matching.guidance
+    columns = {f"teacher, {world.TEACHER_STEPS} steps": sample_grid(teacher, shown, steps=world.TEACHER_STEPS, guidance=guidance)}
+    teacher.scheduler = protocol.solver(best, teacher.scheduler.config)
+    columns[f"teacher, {config.steps} steps ({best})"] = sample_grid(teacher, shown, steps=config.steps, guidance=guidance)
+    columns[f"student, {config.steps} steps"] = sample_grid(pipe, shown, steps=config.steps)
+    grid.save(columns, shown, output / "samples.png")
+    export.model_card(
+        teacher="the embedded emoji teacher of fewstep" if config.teacher == "world" else config.teacher,
+        license="apache-2.0" if config.teacher == "world" else None,
+        steps=config.steps,
+        times=[int(t) for t in pipe.scheduler.timesteps],
+        guidance=guidance,
+        updates=trainer.update,
+        normalize=config.matching.normalize,
+        folder=output.name,
+        prompt=shown[0],
+        results=results,
+    ).save(output / "README.md")
+    print(f"student in {output}; look at {output / 'samples.png'}")
+
+
+# -- evaluate ----------------------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    import os
+
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep" / "evaluate"
+
+
+def measure_student(student: Path, teacher: str, config: Config, *, images_per_prompt: int = 4, seed: int = 0, device: str | None = None) -> dict[str, Any]:
+    """Measure on the embedded world's held-out prompts with its scorers; saves evaluation.json and prints the table."""
+    import torch
+    from rich.console import Console
+    from safetensors.torch import load_file
+
+    from fewstep import world
+    from fewstep.evaluate import protocol
+    from fewstep.rewards.clip import CLIPScore, PickScore
+    from fewstep.world.utility import gold_utility
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kinds = {"clip": CLIPScore, "clip-heldout": CLIPScore, "preference": PickScore}
+    report = protocol.evaluate(
+        student,
+        teacher=teacher,
+        prompts=world.prompts("evaluate"),
+        scorers={name: kind.load(world.ASSETS / name, device=device) for name, kind in kinds.items()},
+        extractor="clip-heldout",
+        utility=gold_utility,
+        data=load_file(world.ASSETS / "features.safetensors")["heldout"].float(),
+        steps=config.steps,
+        guidance=config.matching.guidance,
+        images_per_prompt=images_per_prompt,
+        seed=seed,
+        device=device,
+        cache=cache_folder(),
+    )
+    protocol.save(report, student / "evaluation.json")
+    Console(width=None if sys.stdout.isatty() else 200).print(protocol.as_table(report))
+    return report
+
+
+def results_markdown(report: dict[str, Any]) -> str:
+    """The report as a Markdown table with what it was measured on."""
+    from fewstep import export
+    from fewstep.evaluate import protocol
+
+    stamp = report["protocol"]
+    table = export.markdown_table(["", *protocol.columns(report)], [[name, *cells] for name, cells in protocol.as_rows(report)])
+    seeds = ", ".join(f"{name} {seed}" for name, seed in stamp["seeds"].items())
+    return (
+        f"{table}\n\nMeasured on {stamp['n']} pictures a column ({stamp['images_per_prompt']} for each held-out prompt, seeds: {seeds}), "
+        f"{report['interval']['level']:.0%} bootstrap intervals over prompts, features of `{stamp['extractor']}`, on {stamp['device']}. "
+        "FD-clip is a Frechet distance of CLIP features, not an FID. Full protocol: `evaluation.json`."
+    )
+
+
+def simple_parser(name: str, description: str) -> Any:
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str):
+            raise UserError(message)
+
+    parser = Parser(prog=f"fewstep {name}", description=description, allow_abbrev=False)
+    parser.add_argument("folder", type=Path, help="a student's folder")
+    return parser
+
+
+def run_config(folder: Path) -> Config:
+    """The config a student was made with. Raises UserError when the folder holds no finished student."""
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder}: holds no finished student (no model_index.json)")
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: not made by fewstep (no config.yaml), so its teacher is unknown")
+    return parse_config([str(folder / "config.yaml")])
+
+
+def evaluate_command(arguments: list[str]) -> int:
+    parser = simple_parser("evaluate", "Measure a student beside its teacher.")
+    parser.add_argument("--images-per-prompt", type=int, default=4, help="pictures for each of the 128 held-out prompts (default 4)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the rows; the teacher's reference sample uses the next")
+    options = parser.parse_args(arguments)
+    config = run_config(options.folder)
+    if config.teacher != "world":
+        raise UserError(f"{options.folder}: its teacher is {config.teacher}; the embedded scorers know only the embedded teacher's pictures")
+    source = resolve_teacher(config.teacher)
+    quiet_libraries()
+    try:
+        measure_student(options.folder, source, config, images_per_prompt=options.images_per_prompt, seed=options.seed)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    print(f"saved {options.folder / 'evaluation.json'}")
+    return 0
+
+
+# -- sample ------------------------------------------------------------------------------------------------------------
+
+
+def sample_command(arguments: list[str]) -> int:
+    import hashlib
+
+    parser = simple_parser("sample", "Draw pictures with a student, through stock diffusers.")
+    parser.add_argument("--prompt", required=True, help="what to draw")
+    parser.add_argument("--steps", type=int, default=None, help="steps (default: those the student was made for)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture's batch")
+    parser.add_argument("-n", type=int, default=1, help="how many pictures")
+    parser.add_argument("--output", type=Path, default=None, help="folder for the PNG files (default: FOLDER/pictures)")
+    options = parser.parse_args(arguments)
+    if not options.prompt.strip():
+        raise UserError("--prompt: empty; say what to draw")
+    if options.n < 1:
+        raise UserError(f"-n: must be at least 1, got {options.n}")
+    if not (options.folder / "model_index.json").is_file():
+        raise UserError(f"{options.folder}: holds no finished student (no model_index.json)")
+    scheduler = json.loads((options.folder / "scheduler" / "scheduler_config.json").read_text())
+    made_for = scheduler.get("original_inference_steps")
+    steps = options.steps if options.steps is not None else made_for
+    if steps != made_for:
+        raise UserError(f"--steps: this student was made for {made_for} steps, not {steps}")
+    quiet_libraries()
+    from PIL import Image
+
+    from fewstep.evaluate.protocol import generate, open_pipeline
+
+    images, _ = generate(open_pipeline(options.folder, "cpu"), [options.prompt], options.n, steps=steps, guidance=1.0, seed=options.seed)
+    output = options.output or options.folder / "pictures"
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / "pictures.jsonl").open("a") as log:
+        for index, image in enumerate(images):
+            pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+            # the name holds a hash, never the prompt: any text may be a prompt, not any text a file name
+            digest = hashlib.sha256(f"{options.seed}\0{options.prompt}".encode() + pixels.tobytes()).hexdigest()[:8]
+            path = output / f"step{steps}-{index:03d}-{digest}.png"
+            Image.fromarray(pixels).save(path)
+            log.write(json.dumps({"file": path.name, "prompt": options.prompt, "seed": options.seed, "index": index, "steps": steps}) + "\n")
+            print(path)
+    return 0
+
+
+def quiet_libraries() -> None:
+    """The model libraries' start-up remarks (missing torchvision, progress bars) are no news to a user."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

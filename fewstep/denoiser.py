@@ -1,0 +1,97 @@
+"""Any network, whatever it predicts, read as a denoiser D(xt, t) = E[x0 | xt] (method, section 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.schedule import Schedule, bcast
+
+Prediction = Literal["epsilon", "v_prediction", "flow", "sample"]
+
+
+def to_x0(prediction: Tensor, xt: Tensor, alpha: Tensor, sigma: Tensor, kind: Prediction) -> Tensor:
+    """The x0 that a prediction stands for. prediction, xt (B, ...); alpha, sigma (B,).
+
+    Raises ValueError for an eps-prediction where alpha = 0: pure noise says nothing of x0.
+    """
+    a, s = bcast(alpha, xt), bcast(sigma, xt)
+    if kind == "sample":
+        return prediction
+    if kind == "v_prediction":  # v = alpha eps - sigma x0, alpha^2 + sigma^2 = 1
+        return a * xt - s * prediction
+    if kind == "flow":  # u = eps - x0, alpha + sigma = 1: xt - sigma u = x0
+        return xt - s * prediction
+    if kind == "epsilon":
+        if bool((alpha == 0).any()):
+            raise ValueError("an eps-prediction has no x0 at alpha = 0 (zero terminal SNR): use v-prediction there")
+        return (xt - s * prediction) / a
+    raise ValueError(f"unknown prediction {kind!r}: use epsilon, v_prediction, flow or sample")
+
+
+def target(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, kind: Prediction) -> Tensor:
+    """What a network of this kind is trained to say at xt = alpha x0 + sigma eps. x0, eps (B, ...); alpha, sigma (B,)."""
+    if kind == "sample":
+        return x0
+    if kind == "v_prediction":
+        return bcast(alpha, x0) * eps - bcast(sigma, x0) * x0
+    if kind == "flow":
+        return eps - x0
+    if kind == "epsilon":
+        return eps
+    raise ValueError(f"unknown prediction {kind!r}: use epsilon, v_prediction, flow or sample")
+
+
+def score(x0: Tensor, xt: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """grad log p_t(xt) = (alpha E[x0 | xt] - xt) / sigma^2 (Tweedie). Raises ValueError where sigma = 0."""
+    if bool((sigma == 0).any()):
+        raise ValueError("a score needs noise: sigma = 0 is the data itself")
+    return (bcast(alpha, xt) * x0 - xt) / bcast(sigma, xt) ** 2
+
+
+def guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance D_u + w (D_c - D_u) (Ho and Salimans, arXiv 2207.12598)."""
+    return unconditional + guidance * (conditional - unconditional)
+
+
+Cond = dict[str, Tensor]
+
+
+def repeat(cond: Cond, n: int) -> Cond:
+    """The condition of one sample, n times."""
+    return {key: value.expand(n, *value.shape[1:]) for key, value in cond.items()}
+
+
+class Denoiser(nn.Module):
+    """`network(xt, timestep, cond) -> prediction`, read as x0.
+
+    network: called with xt (B, C, H, W), its native timestep (B,) and cond, a dict of tensors with B rows.
+    uncond: the condition of the empty prompt, one row; needed for guidance other than 1.
+    """
+
+    def __init__(self, network: nn.Module | Callable[..., Tensor], schedule: Schedule, prediction: Prediction, *, uncond: Cond | None = None):
+        super().__init__()
+        self.network = network
+        self.schedule, self.prediction, self.uncond = schedule, prediction, uncond
+
+    def predict(self, xt: Tensor, t: Tensor, cond: Any) -> Tensor:
+        """The network's own prediction, in its own parametrisation. t (B,) in [0, 1]."""
+        return self.network(xt, self.schedule.timestep_of(t), cond)
+
+    def forward(self, xt: Tensor, t: Tensor, cond: Any, *, guidance: float = 1.0) -> Tensor:
+        """E[x0 | xt] under guidance. xt (B, C, H, W), t (B,) in [0, 1] -> (B, C, H, W)."""
+        if guidance == 1.0:
+            return to_x0(self.predict(xt, t, cond), xt, self.schedule.alpha(t), self.schedule.sigma(t), self.prediction)
+        return guide(*self.pair(xt, t, cond), guidance)
+
+    def pair(self, xt: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """(conditional, unconditional) x0 from one network call on the doubled batch."""
+        if self.uncond is None:
+            raise ValueError("guidance needs the unconditional prompt: give Denoiser its `uncond`")
+        empty = repeat(self.uncond, len(xt))
+        both = {key: torch.cat([value, empty[key]]) for key, value in cond.items()}
+        conditional, unconditional = self(torch.cat([xt, xt]), torch.cat([t, t]), both).chunk(2)
+        return conditional, unconditional

@@ -1,0 +1,48 @@
+"""Model families. A family is one file and one line in this table."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+# pipeline class in model_index.json -> (module, class) of its adapter
+FAMILIES = {
+    "StableDiffusionPipeline": ("fewstep.models.sd", "StableDiffusion"),
+}
+
+
+class UnsupportedTeacher(ValueError):
+    """A teacher that cannot be read, or whose family has no adapter; the message says which are known."""
+
+
+def pipeline_class(source: str) -> str:
+    """The pipeline class that a folder's or hub repository's model_index.json names."""
+    folder = Path(source)
+    if folder.is_dir():
+        index = folder / "model_index.json"
+        if not index.is_file():
+            raise UnsupportedTeacher(f"{folder}: no model_index.json there; a teacher is a diffusers pipeline folder or a hub id")
+    elif folder.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise UnsupportedTeacher(f"{source}: no such folder, and not a hub id (owner/name); a teacher is a diffusers pipeline folder or a hub id")
+    else:
+        import huggingface_hub as hub
+
+        try:
+            index = Path(hub.hf_hub_download(source, "model_index.json"))
+        except Exception as error:  # the hub's client raises many kinds; each means that this teacher cannot be read
+            raise UnsupportedTeacher(f"{source}: cannot read its model_index.json from the hub ({type(error).__name__}: {error})") from error
+    try:
+        name = json.loads(index.read_text())["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnsupportedTeacher(f"{index}: not a diffusers pipeline index ({error})") from error
+    if name not in FAMILIES:
+        raise UnsupportedTeacher(f"{source} is a {name}; supported: {', '.join(FAMILIES)}. A family is one file in fewstep/models and one line in its table")
+    return name
+
+
+def load(source: str, **options: Any):
+    """Read a teacher (folder or hub id) into its family's adapter. Raises UnsupportedTeacher."""
+    module, name = FAMILIES[pipeline_class(source)]
+    return getattr(importlib.import_module(module), name).load(source, **options)

@@ -1,0 +1,71 @@
+"""Prompt files, and the batches of groups made from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+LONGEST = 2000  # characters; text encoders read far fewer, so a longer line is a mistake
+
+
+class BadPrompts(ValueError):
+    """A prompt file that cannot be used; the message names the file and the line."""
+
+
+def read(path: str | Path) -> list[str]:
+    """Prompts of a UTF-8 text file, one a line; blank lines and repeats are dropped. Raises BadPrompts."""
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadPrompts(f"{path}: cannot be read ({error.strerror})") from error
+    prompts: dict[str, None] = {}
+    for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
+        try:
+            line = raw.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise BadPrompts(f"{path}, line {number}: not UTF-8 text (byte {error.start + 1})") from error
+        if "\0" in line:
+            raise BadPrompts(f"{path}, line {number}: holds a NUL character")
+        if len(line) > LONGEST:
+            raise BadPrompts(f"{path}, line {number}: {len(line)} characters; a prompt has {LONGEST} at most")
+        if line:
+            prompts[line] = None
+    if not prompts:
+        raise BadPrompts(f"{path}: holds no prompt; write one a line")
+    return list(prompts)
+
+
+class Batches:
+    """Endless batches of P prompts, each repeated G times as one group; a new shuffle each epoch.
+
+    The position is `state()`, two integers: the order of an epoch depends on the seed and the epoch alone.
+    """
+
+    def __init__(self, prompts: list[str], groups: int, group_size: int, *, seed: int):
+        self.prompts, self.groups, self.group_size, self.seed = prompts, groups, group_size, seed
+        self.epoch, self.position = 0, 0
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def state(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state(self, state: dict[str, int]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+
+    def _index(self) -> int:
+        if self._order[0] != self.epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            self._order = (self.epoch, torch.randperm(len(self.prompts), generator=generator).tolist())
+        index = self._order[1][self.position]
+        self.position += 1
+        if self.position == len(self.prompts):
+            self.epoch, self.position = self.epoch + 1, 0
+        return index
+
+    def next(self) -> tuple[list[str], torch.Tensor]:
+        """(P * G prompts, group ids (P * G,) int64), the members of a group side by side."""
+        chosen = [self.prompts[self._index()] for _ in range(self.groups)]
+        group = torch.arange(self.groups).repeat_interleave(self.group_size)
+        return [prompt for prompt in chosen for _ in range(self.group_size)], group

@@ -1,0 +1,1 @@
+"""What a run leaves behind for a person to look at."""

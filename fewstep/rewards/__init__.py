@@ -1,0 +1,1 @@
+"""Rewards: objects that score a sample and say which way is better."""

@@ -1,0 +1,162 @@
+"""R_dm: distribution matching as a reward (method, sections 3, 4 and 7)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import Denoiser, guide, target
+from fewstep.losses import denoising
+from fewstep.schedule import Schedule, bcast
+from fewstep.transforms import group_mean, scale_direction
+from fewstep.types import Evaluation, Sample, Signal
+
+Normalize = Literal["group", "sample", "batch", "channel", "none"]
+Levels = Literal["stratified", "uniform"]
+
+
+def rank_in_group(group: Tensor) -> tuple[Tensor, Tensor]:
+    """(position of each sample among its group's members, size of its group), each (B,) int64; any order of `group`."""
+    order = torch.argsort(group, stable=True)
+    _, index, count = torch.unique(group[order], return_inverse=True, return_counts=True)
+    start = torch.cumsum(count, 0) - count
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(group), device=group.device) - start[index]
+    size = torch.empty_like(order)
+    size[order] = count[index]
+    return rank, size
+
+
+def noise_levels(group: Tensor, t_range: tuple[float, float], levels: Levels) -> Tensor:
+    """Times (B,) float64 in t_range. Stratified: member j of G draws from the j-th of G equal strata, so a group's mean over
+    its members is a quadrature over noise levels (section 4)."""
+    low, high = t_range
+    u = torch.rand(len(group), dtype=torch.float64, device=group.device)
+    if levels == "stratified":
+        rank, size = rank_in_group(group)
+        u = (rank + u) / size
+    return low + (high - low) * u
+
+
+class DistributionMatching:
+    """An OnlineReward from a frozen teacher and a fake that learns the student's own distribution.
+
+    direction: d_i = (D_teacher - D_fake)(xt_i) / scale, eq. (5), with D_teacher guided by `guidance` and the scale
+        group    mean over the group of n_j = mean |x0_j - D_teacher(xt_j)|   (GNDM)
+        sample   the sample's own n_i                                         (DMD, arXiv 2311.18828)
+        batch    mean over the batch
+        channel  per channel, RMS over the group of x0 - D_teacher
+        none     1
+      times n(t)^-gamma, with n(t) = sigma / sqrt(alpha^2 + sigma^2) the denoising scale of unit-variance data at that level:
+      gamma = 0 keeps the raw size of the difference over noise levels, gamma = 1 evens it out.
+    score: one draw of eq. (4) with W = 1 and t uniform on t_range, from the unguided conditional teacher.
+
+    With `step_condition` the fake is told which of the student's K steps made the sample (cond["step"], section 6).
+    """
+
+    def __init__(
+        self,
+        teacher: Denoiser,
+        fake: Denoiser,
+        schedule: Schedule,
+        *,
+        guidance: float = 1.0,
+        normalize: Normalize = "group",
+        leave_one_out: bool = False,
+        gamma: float = 0.0,
+        t_range: tuple[float, float] = (0.02, 0.98),
+        levels: Levels = "stratified",
+        step_condition: bool = False,
+    ):
+        if normalize not in get_args(Normalize):
+            raise ValueError(f"normalize must be one of {', '.join(get_args(Normalize))}, got {normalize!r}")
+        if levels not in get_args(Levels):
+            raise ValueError(f"levels must be one of {', '.join(get_args(Levels))}, got {levels!r}")
+        if not 0 < t_range[0] < t_range[1] <= 1:
+            raise ValueError(f"t_range must satisfy 0 < low < high <= 1, got {t_range}")
+        if leave_one_out and normalize not in ("group", "batch"):
+            raise ValueError(f"leave_one_out needs a scale shared by several samples: normalize='group' or 'batch', not {normalize!r}")
+        self.teacher, self.fake, self.schedule = teacher, fake, schedule
+        self.guidance, self.normalize, self.leave_one_out, self.gamma = guidance, normalize, leave_one_out, gamma
+        self.t_range, self.levels, self.step_condition = (float(t_range[0]), float(t_range[1])), levels, step_condition
+        self.module = fake
+
+    def renoise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return bcast(self.schedule.alpha(t), x0) * x0 + bcast(self.schedule.sigma(t), x0) * noise
+
+    def fake_cond(self, cond: Any, k: Tensor | None) -> Any:
+        if not self.step_condition:
+            return cond
+        if k is None:
+            raise ValueError("a fake conditioned on the step needs k, the index of the step that made each sample")
+        return {**cond, "step": k}
+
+    @torch.no_grad()
+    def evaluate(
+        self, x0: Tensor, cond: Any, group: Tensor, *, k: Tensor | None = None, t: Tensor | None = None, noise: Tensor | None = None
+    ) -> Evaluation:
+        """Direction and score of R_dm at x0 (B, C, H, W) from the same network calls: one of the teacher, one of the fake.
+
+        Given t (B,) and noise (B, C, H, W) it is deterministic; otherwise both are drawn. No gradient flows: eq. (3) is
+        already the gradient in x0, and the dependence of q on the student adds nothing (E_q[grad log q] = 0).
+        """
+        t = noise_levels(group, self.t_range, self.levels) if t is None else t
+        noise = torch.randn_like(x0) if noise is None else noise
+        xt = self.renoise(x0, t, noise)
+        if self.guidance == 1.0:
+            conditional = guided = self.teacher(xt, t, cond)
+        else:
+            conditional, unconditional = self.teacher.pair(xt, t, cond)
+            guided = guide(conditional, unconditional, self.guidance)
+        fake = self.fake(xt, t, self.fake_cond(cond, k))
+        for name, value in (("teacher", guided), ("fake", fake)):
+            if not bool(torch.isfinite(value).all()):
+                raise FloatingPointError(f"the {name}'s prediction holds NaN or inf")
+
+        error = x0 - guided
+        magnitude = error.abs().flatten(1).mean(1)
+        direction = self.scale(guided - fake, error, magnitude, group)  # towards the teacher, away from the fake: eq. (3)
+        if self.gamma:
+            alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+            direction = direction * bcast((sigma / (alpha**2 + sigma**2).sqrt()) ** -self.gamma, direction)
+
+        # eq. (4): log p - log q, so the error of q's own denoiser enters with a plus
+        gap = ((x0 - fake) ** 2 - (x0 - conditional) ** 2).flatten(1).sum(1)
+        width = self.t_range[1] - self.t_range[0]  # 1 / pi(t)
+        score = width * self.schedule.snr_decay(t).to(gap) * gap
+        return Evaluation(xt, t, direction, score, magnitude)
+
+    def scale(self, difference: Tensor, error: Tensor, magnitude: Tensor, group: Tensor) -> Tensor:
+        if self.normalize == "none":
+            return difference
+        if self.normalize == "sample":
+            return scale_direction(difference, magnitude, torch.arange(len(group), device=group.device))
+        if self.normalize == "batch":
+            return scale_direction(difference, magnitude, torch.zeros_like(group), leave_one_out=self.leave_one_out)
+        if self.normalize == "channel":
+            square = group_mean(error.pow(2).flatten(2).mean(2), group)  # (B, C): averaged over the group, then rooted
+            return scale_direction(difference, square.sqrt(), torch.arange(len(group), device=group.device))
+        return scale_direction(difference, magnitude, group, leave_one_out=self.leave_one_out)
+
+    def __call__(self, sample: Sample) -> Signal:
+        result = self.evaluate(sample.x0, sample.cond, sample.group, k=sample.k)
+        return Signal(result.score, result.direction)
+
+    def loss(self, sample: Sample, *, t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+        """The fake's denoising loss on the student's outputs, in the fake's own parametrisation (section 7)."""
+        x0 = sample.x0.detach()
+        t = noise_levels(torch.zeros_like(sample.group), self.t_range, "stratified")[torch.randperm(len(x0))] if t is None else t
+        noise = torch.randn_like(x0) if noise is None else noise
+        prediction = self.fake.predict(self.renoise(x0, t, noise), t, self.fake_cond(sample.cond, sample.k))
+        wanted = target(x0, noise, self.schedule.alpha(t), self.schedule.sigma(t), self.fake.prediction)
+        return denoising(prediction, wanted)
+
+    @torch.no_grad()
+    def lag(self, new: Sample, old: Sample) -> float:
+        """Held-out loss on the newest outputs minus the loss on those the fake was trained on, at the same (t, noise)."""
+        t = noise_levels(torch.zeros_like(new.group), self.t_range, "stratified")
+        noise = torch.randn_like(new.x0)
+        return float(self.loss(new, t=t, noise=noise) - self.loss(old, t=t, noise=noise))
+

@@ -1,0 +1,68 @@
+"""The student as a policy over K steps (method, section 2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import Denoiser
+from fewstep.schedule import Schedule, bcast
+from fewstep.types import Rollout
+
+
+class Student:
+    """K steps at `times` 1 = t_0 > ... > t_{K-1} > 0: predict x0, renoise to the next time, predict again.
+
+    Each transition is Gaussian with mean alpha_{k+1} x0_k and standard deviation sigma_{k+1}; the last x0 is the sample.
+    """
+
+    def __init__(self, denoiser: Denoiser, schedule: Schedule, times: Tensor | list[float]):
+        self.denoiser, self.schedule = denoiser, schedule
+        self.times = torch.as_tensor(times, dtype=torch.float64)
+        if self.times.ndim != 1 or len(self.times) < 1 or bool((self.times.diff() >= 0).any()):
+            raise ValueError(f"times must be one decreasing list, got {self.times.tolist()}")
+        if not 0 < float(self.times[-1]) <= float(self.times[0]) <= 1:
+            raise ValueError(f"times must lie in (0, 1], got {self.times.tolist()}")
+
+    @property
+    def steps(self) -> int:
+        return len(self.times)
+
+    def t(self, k: Tensor | int, batch: int, device: torch.device | str = "cpu") -> Tensor:
+        """Time of state k for each sample, (B,) float64."""
+        index = torch.as_tensor(k).cpu().expand(batch)
+        return self.times[index].to(device)
+
+    def predict(self, xk: Tensor, k: Tensor | int, cond: Any) -> Tensor:
+        """x0_k = D_student(x_k, t_k). xk (B, C, H, W); k one index or (B,)."""
+        return self.denoiser(xk, self.t(k, len(xk), xk.device), cond)
+
+    def step(self, x0: Tensor, k: int, noise: Tensor) -> Tensor:
+        """x_{k+1} = alpha_{k+1} x0_k + sigma_{k+1} noise. Raises ValueError after the last step, which is deterministic."""
+        if not 0 <= k < self.steps - 1:
+            raise ValueError(f"step {k} of {self.steps} has no next state: the last prediction is the sample")
+        t = self.t(k + 1, len(x0), x0.device)
+        return bcast(self.schedule.alpha(t), x0) * x0 + bcast(self.schedule.sigma(t), x0) * noise
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        noise: Tensor,
+        cond: Any,
+        *,
+        group: Tensor | None = None,
+        prompts: list[str] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Rollout:
+        """All K states and predictions from `noise` (B, C, H, W), in K network calls. Noise is drawn in diffusers' order."""
+        states, predictions, xk = [], [], noise
+        for k in range(self.steps):
+            states.append(xk)
+            predictions.append(self.predict(xk, k, cond))
+            if k + 1 < self.steps:
+                fresh = torch.randn(noise.shape, generator=generator, dtype=noise.dtype, device=noise.device)
+                xk = self.step(predictions[-1], k, fresh)
+        group = torch.arange(len(noise), device=noise.device) if group is None else group
+        return Rollout(torch.stack(states), torch.stack(predictions), self.times, cond, group, prompts or [])

@@ -1,0 +1,53 @@
+"""The things that travel between the student, the rewards and the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Rollout(NamedTuple):
+    """One pass of the K-step student over a batch, without gradient. Every state is a training state."""
+
+    states: Tensor  # (K, B, C, H, W), x_0 .. x_{K-1}
+    x0: Tensor  # (K, B, C, H, W), the student's prediction at each state
+    times: Tensor  # (K,), 1 = t_0 > ... > t_{K-1} > 0
+    cond: Any
+    group: Tensor  # (B,) int64
+    prompts: list[str]
+
+
+class Sample:
+    """What a reward sees: predictions of the student at one state each.
+
+    x0 (B, C, H, W); t_k (B,) time of the state each was predicted from; k (B,) int64 its index; cond; prompts; group (B,).
+    """
+
+    def __init__(self, x0: Tensor, t_k: Tensor, k: Tensor, cond: Any, prompts: list[str], group: Tensor, decode: Callable[[Tensor], Tensor]):
+        self.x0, self.t_k, self.k, self.cond, self.prompts, self.group = x0, t_k, k, cond, prompts, group
+        self._decode = decode
+
+    @cached_property
+    def image(self) -> Tensor:
+        """(B, 3, H, W) in [0, 1], decoded once, differentiable in x0."""
+        return self._decode(self.x0)
+
+
+class Signal(NamedTuple):
+    """What a reward says of a sample."""
+
+    score: Tensor | None  # (B,), higher is better; NaN = could not be scored
+    direction: Tensor | None  # (B, C, H, W), ascent direction in latent space
+
+
+class Evaluation(NamedTuple):
+    """One evaluation of R_dm at the renoised latents xt = alpha x0 + sigma noise."""
+
+    xt: Tensor  # (B, C, H, W)
+    t: Tensor  # (B,)
+    direction: Tensor  # (B, C, H, W), scaled by eq. (5)
+    score: Tensor  # (B,), one draw of eq. (4)
+    magnitude: Tensor  # (B,), n_i = mean |x0_i - D_teacher(xt_i)|

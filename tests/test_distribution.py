@@ -1,0 +1,289 @@
+"""Truths of distribution matching as a reward, in closed form on Gaussians (method, section 8)."""
+
+import numpy as np
+import pytest
+import torch
+from gaussians import D, Affine, flat, gaussian_denoiser, joint_points, marginal, sigma_points, spd, unflat, vector
+
+from fewstep import losses
+from fewstep.denoiser import Denoiser
+from fewstep.rewards.base import OnlineReward
+from fewstep.rewards.distribution import DistributionMatching, noise_levels, rank_in_group
+from fewstep.schedule import DDPM, Flow
+from fewstep.student import Student
+from fewstep.types import Sample
+
+COSINE = DDPM(torch.cos(torch.arange(1, 1001, dtype=torch.float64) / 1000 * torch.pi / 2) ** 2)
+
+
+def parts(schedule, shift=0.0):
+    """Teacher N(mu, S_p), student m + L z, fake the student's own density with its mean moved by `shift`."""
+    mu, cov_p, m, factor = vector(0), spd(1), vector(2), torch.linalg.cholesky(spd(3))
+    student = Affine(m, factor)
+    fake = gaussian_denoiser(m + shift, factor @ factor.T, schedule)
+    teacher = gaussian_denoiser(mu, cov_p, schedule)
+    return mu, cov_p, m, factor, student, teacher, fake
+
+
+def loss_gradient(schedule, t, shift=0.0):
+    """Gradient in (m, L) of the library's own loss, with SNR in place of eq. (5)'s scale, by sigma points."""
+    *_, network, teacher, fake = parts(schedule, shift)
+    student = Student(Denoiser(network, schedule, "sample"), schedule, [1.0])
+    matching = DistributionMatching(teacher, fake, schedule, normalize="none")
+    z, eps = joint_points()
+    x0 = student.predict(z, 0, {})
+    time = torch.full((len(z),), t, dtype=torch.float64)
+    result = matching.evaluate(x0.detach(), {}, torch.arange(len(z)), t=time, noise=eps)
+    loss = losses.pathwise(x0, result.direction, weight=schedule.snr(time))
+    loss.backward()
+    # pathwise takes the mean over the D elements of a sample too; the expectation does not
+    return network.m.grad * D, network.L.grad * D
+
+
+@pytest.mark.parametrize("schedule", [Flow(), COSINE], ids=["flow", "ddpm"])
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
+def test_gradient_is_that_of_the_kl(schedule, t):
+    mu, cov_p, m, factor, *_ = parts(schedule)
+    time = torch.tensor(t, dtype=torch.float64)
+    alpha = schedule.alpha(time)
+    precision_p, precision_q = (torch.linalg.inv(marginal(c, time, schedule)) for c in (cov_p, factor @ factor.T))
+    grad_m, grad_L = loss_gradient(schedule, t)
+    torch.testing.assert_close(grad_m, alpha**2 * precision_p @ (m - mu), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(grad_L, alpha**2 * (precision_p - precision_q) @ factor, rtol=1e-10, atol=1e-10)
+
+
+def test_a_moved_fake_shifts_the_gradient_by_its_own_precision():
+    schedule, t, delta = Flow(), 0.6, vector(9)
+    _, _, _, factor, *_ = parts(schedule)
+    time = torch.tensor(t, dtype=torch.float64)
+    moved, exact = loss_gradient(schedule, t, delta)[0], loss_gradient(schedule, t)[0]
+    expected = schedule.alpha(time) ** 2 * torch.linalg.inv(marginal(factor @ factor.T, time, schedule)) @ delta
+    torch.testing.assert_close(moved - exact, expected, rtol=1e-10, atol=1e-10)
+
+
+def kl(mean_q, cov_q, mean_p, cov_p):
+    inverse = torch.linalg.inv(cov_p)
+    gap = mean_p - mean_q
+    return 0.5 * (torch.trace(inverse @ cov_q) + gap @ inverse @ gap - D + torch.logdet(cov_p) - torch.logdet(cov_q))
+
+
+def test_score_is_the_log_density_ratio_between_the_ends():
+    schedule = Flow()
+    mu, cov_p, m, factor, network, teacher, fake = parts(schedule)
+    low, high = 0.02, 0.98
+    matching = DistributionMatching(teacher, fake, schedule, t_range=(low, high))
+    z, eps = joint_points()
+    x0 = network(z, None, None).detach()
+    # Gauss-Legendre in log t: the integrand is steep near t_min
+    nodes, node_weights = np.polynomial.legendre.leggauss(60)
+    edge = np.log(low), np.log(high)
+    times = np.exp((nodes + 1) / 2 * (edge[1] - edge[0]) + edge[0])
+    total = 0.0
+    for t, weight in zip(times, node_weights, strict=True):
+        time = torch.full((len(z),), float(t), dtype=torch.float64)
+        score = matching.evaluate(x0, {}, torch.zeros(len(z), dtype=torch.long), t=time, noise=eps).score.mean()
+        total += float(score) / (high - low) * t * weight * (edge[1] - edge[0]) / 2
+    expected = []
+    for t in (low, high):
+        time = torch.tensor(t, dtype=torch.float64)
+        a = schedule.alpha(time)
+        expected.append(-kl(a * m, marginal(factor @ factor.T, time, schedule), a * mu, marginal(cov_p, time, schedule)))
+    assert total == pytest.approx(float(expected[0] - expected[1]), rel=1e-6)
+
+
+def leave_one_out_mean(normalize, leave_one_out):
+    """E over (x0_i, eps_i) of d_i with the rest of the group held fixed, by sigma points; and the others' mean scale."""
+    schedule, t, others = Flow(), 0.5, 3
+    *_, network, teacher, fake = parts(schedule)
+    z, eps = joint_points()
+    generator = torch.Generator().manual_seed(4)
+    fixed_z, fixed_eps = (torch.randn(others, *z.shape[1:], dtype=torch.float64, generator=generator) for _ in range(2))
+    x0 = network(torch.cat([z, *[fixed_z] * len(z)]), None, None).detach()
+    noise = torch.cat([eps, *[fixed_eps] * len(z)])
+    group = torch.cat([torch.arange(len(z)), torch.arange(len(z)).repeat_interleave(others)])
+    time = torch.full((len(x0),), t, dtype=torch.float64)
+    matching = DistributionMatching(teacher, fake, schedule, normalize=normalize, leave_one_out=leave_one_out)
+    result = matching.evaluate(x0, {}, group, t=time, noise=noise)
+    return flat(result.direction[: len(z)]).mean(0), result.magnitude[len(z) : len(z) + others].mean()
+
+
+def kl_gradient(t=0.5):
+    schedule = Flow()
+    mu, cov_p, m, *_ = parts(schedule)
+    time = torch.tensor(t, dtype=torch.float64)
+    return schedule.alpha(time) ** 2 * torch.linalg.inv(marginal(cov_p, time, schedule)) @ (m - mu) / schedule.snr(time)
+
+
+def test_leave_one_out_is_an_unbiased_gradient_of_a_weighted_kl():
+    mean, scale = leave_one_out_mean("group", True)
+    torch.testing.assert_close(-mean, kl_gradient() / scale, rtol=1e-10, atol=1e-10)
+
+
+def test_dmd_normaliser_is_no_multiple_of_the_kl_gradient():
+    mean, _ = leave_one_out_mean("sample", False)
+    cosine = torch.nn.functional.cosine_similarity(-mean, kl_gradient(), dim=0)
+    assert float(cosine) < 1 - 1e-4
+
+
+def random_case(normalize, group, **options):
+    *_, network, teacher, fake = parts(Flow())
+    generator = torch.Generator().manual_seed(5)
+    x0, eps = (torch.randn(len(group), D, 1, 1, dtype=torch.float64, generator=generator) for _ in range(2))
+    t = torch.linspace(0.1, 0.9, len(group), dtype=torch.float64)
+    matching = DistributionMatching(teacher, fake, Flow(), normalize=normalize, **options)
+    return matching, x0, eps, t
+
+
+def evaluate(normalize, group, order=None, **options):
+    matching, x0, eps, t = random_case(normalize, group, **options)
+    if order is None:
+        order = torch.arange(len(group))
+    return matching.evaluate(x0[order], {}, group[order], t=t[order], noise=eps[order])
+
+
+def test_group_of_one_is_dmd():
+    group = torch.arange(6)
+    torch.testing.assert_close(evaluate("group", group).direction, evaluate("sample", group).direction, rtol=0, atol=0)
+
+
+def test_one_group_is_the_batch():
+    group = torch.zeros(7, dtype=torch.long)
+    torch.testing.assert_close(evaluate("group", group).direction, evaluate("batch", group).direction, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("normalize", ["group", "sample", "batch", "channel", "none"])
+def test_order_of_the_batch_does_not_matter(normalize):
+    group = torch.tensor([3, 1, 3, 1, 1, 3, 8])
+    order = torch.tensor([6, 2, 0, 4, 1, 5, 3])
+    torch.testing.assert_close(evaluate(normalize, group).direction[order], evaluate(normalize, group, order).direction)
+
+
+def test_definition_of_the_scales():
+    group = torch.tensor([0, 0, 1, 1])
+    raw, matching, x0, eps, t = evaluate("none", group), *random_case("none", group)
+    error = x0 - matching.teacher(raw.xt, t, {})
+    n = error.abs().flatten(1).mean(1)
+    torch.testing.assert_close(raw.magnitude, n)
+    expected = raw.direction / torch.stack([n[:2].mean(), n[:2].mean(), n[2:].mean(), n[2:].mean()]).view(-1, 1, 1, 1)
+    torch.testing.assert_close(evaluate("group", group).direction, expected)
+    square = error.pow(2).flatten(2).mean(2)
+    rms = torch.stack([square[:2].mean(0), square[:2].mean(0), square[2:].mean(0), square[2:].mean(0)]).sqrt()
+    torch.testing.assert_close(evaluate("channel", group).direction, raw.direction / rms[:, :, None, None])
+    weight = (t / ((1 - t) ** 2 + t**2).sqrt()).view(-1, 1, 1, 1)
+    torch.testing.assert_close(evaluate("none", group, gamma=0.5).direction, raw.direction / weight**0.5)
+
+
+def test_a_location_scale_student_arrives_and_a_centred_one_never_leaves():
+    """Directions are scaled, never centred: centring deletes what moves the whole group."""
+
+    def distance(centred):
+        torch.manual_seed(0)
+        mu, cov_p, *_ = parts(Flow())
+        network = Affine(vector(2), torch.linalg.cholesky(spd(3)))
+        student = Student(Denoiser(network, Flow(), "sample"), Flow(), [1.0])
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
+        group = torch.arange(64) // 8
+        start = float((network.m - mu).detach().norm())
+        for _ in range(150):
+            fake = gaussian_denoiser(network.m.detach(), (network.L @ network.L.T).detach())
+            matching = DistributionMatching(gaussian_denoiser(mu, cov_p), fake, Flow())
+            x0 = student.predict(torch.randn(64, D, 1, 1, dtype=torch.float64), 0, {})
+            direction = matching.evaluate(x0.detach(), {}, group).direction
+            if centred:
+                direction = direction - direction.view(8, 8, *direction.shape[1:]).mean(1).repeat_interleave(8, 0)
+            optimizer.zero_grad()
+            losses.pathwise(x0, direction).backward()
+            optimizer.step()
+        return float((network.m - mu).detach().norm()) / start
+
+    assert distance(centred=False) < 0.1
+    assert distance(centred=True) > 0.9
+
+
+def test_guidance_pushes_along_the_condition():
+    """With guidance w the direction's teacher is D_u + w (D_c - D_u), while the score keeps the conditional one."""
+    group = torch.arange(3)
+    conditional, unconditional, fake = (gaussian_denoiser(vector(s), spd(s + 1)) for s in (0, 5, 7))
+
+    def network(xt, timestep, cond):
+        t = Flow().t_of(timestep)
+        return torch.where(cond["on"].view(-1, 1, 1, 1) > 0, conditional(xt, t, {}), unconditional(xt, t, {}))
+
+    off = {"on": torch.zeros(1)}
+    teacher = Denoiser(network, Flow(), "sample", uncond=off)
+    x0, eps = (torch.randn(3, D, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    t, cond = torch.full((3,), 0.4, dtype=torch.float64), {"on": torch.ones(3)}
+    plain, guided = (
+        DistributionMatching(teacher, fake, Flow(), guidance=w, normalize="none").evaluate(x0, cond, group, t=t, noise=eps) for w in (1.0, 3.0)
+    )
+    difference = conditional(plain.xt, t, {}) - unconditional(plain.xt, t, {})
+    torch.testing.assert_close(guided.direction - plain.direction, 2 * difference)
+    torch.testing.assert_close(guided.score, plain.score)
+    torch.testing.assert_close(plain.direction, conditional(plain.xt, t, {}) - fake(plain.xt, t, {}))
+
+
+def test_strata_cover_the_range_once_a_group():
+    group = torch.tensor([5, 2, 5, 2, 2, 5, 5, 2])
+    torch.manual_seed(0)
+    for _ in range(20):
+        t = noise_levels(group, (0.02, 0.98), "stratified")
+        for g in (2, 5):
+            strata = ((t[group == g] - 0.02) / 0.96 * 4).long()
+            assert sorted(strata.tolist()) == [0, 1, 2, 3]
+    rank, size = rank_in_group(group)
+    assert rank.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and size.tolist() == [4] * 8
+
+
+def test_fake_loss_is_smallest_at_the_students_own_density():
+    torch.manual_seed(0)
+    _, _, m, factor, network, teacher, exact = parts(Flow())
+    x0 = network(torch.randn(4000, D, 1, 1, dtype=torch.float64), None, None).detach()
+    t, noise = 0.02 + 0.96 * torch.rand(4000, dtype=torch.float64), torch.randn(4000, D, 1, 1, dtype=torch.float64)
+    sample = Sample(x0, t, torch.zeros(4000, dtype=torch.long), {}, [], torch.arange(4000), decode=None)
+
+    def loss(fake):
+        return float(DistributionMatching(teacher, fake, Flow()).loss(sample, t=t, noise=noise))
+
+    best = loss(exact)
+    for shift in (0.1, -0.1):
+        assert loss(gaussian_denoiser(m + shift, factor @ factor.T)) > best
+        assert loss(gaussian_denoiser(m, (1 + 4 * shift) * factor @ factor.T)) > best
+
+
+def test_it_is_an_online_reward_and_carries_no_gradient():
+    matching, x0, *_ = random_case("group", torch.zeros(4, dtype=torch.long))
+    assert isinstance(matching, OnlineReward)
+    x0.requires_grad_(True)
+    signal = matching(Sample(x0, torch.ones(4), torch.zeros(4, dtype=torch.long), {}, [], torch.zeros(4, dtype=torch.long), decode=None))
+    assert not signal.direction.requires_grad and not signal.score.requires_grad
+    assert signal.direction.shape == x0.shape and signal.score.shape == (4,)
+
+
+def test_nan_is_named_and_never_replaced():
+    bad = Denoiser(lambda xt, timestep, cond: xt * float("nan"), Flow(), "sample")
+    good = gaussian_denoiser(vector(0), spd(1))
+    x0 = torch.randn(2, D, 1, 1, dtype=torch.float64)
+    with pytest.raises(FloatingPointError, match="teacher"):
+        DistributionMatching(bad, good, Flow()).evaluate(x0, {}, torch.zeros(2, dtype=torch.long))
+    with pytest.raises(FloatingPointError, match="fake"):
+        DistributionMatching(good, bad, Flow()).evaluate(x0, {}, torch.zeros(2, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        ({"normalize": "grp"}, "normalize"),
+        ({"levels": "all"}, "levels"),
+        ({"t_range": (0.5, 0.5)}, "t_range"),
+        ({"normalize": "sample", "leave_one_out": True}, "leave_one_out"),
+    ],
+)
+def test_bad_options_are_refused(options, word):
+    with pytest.raises(ValueError, match=word):
+        DistributionMatching(None, None, Flow(), **options)
+
+
+def test_sigma_points_integrate_a_quadratic():
+    points = sigma_points(3)
+    torch.testing.assert_close(points.T @ points / len(points), torch.eye(3, dtype=torch.float64))
+    assert unflat(torch.zeros(2, D)).shape == (2, D, 1, 1)
