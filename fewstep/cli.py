@@ -138,20 +138,34 @@ def parse_config(arguments: list[str]) -> Config:
             raise UserError(" ".join(message.replace("Parser key", "key").split())) from ex
 
     names = field_names(Config)
-    arguments = normalise(arguments, names)
-    for i, argument in enumerate(arguments):
-        if argument == "--config" and i + 1 < len(arguments):
-            check_recipe(Path(arguments[i + 1]), names)
+    arguments = saved_recipe(normalise(arguments, names)) + normalise(arguments, names)
+    recipes = [arguments[i + 1] for i, argument in enumerate(arguments[:-1]) if argument == "--config"]
+    for recipe in recipes:
+        check_recipe(Path(recipe), names)
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(prog="fewstep distill", description="Distil a teacher into a few-step student.")
     parser.add_argument("--config", action="config", help="YAML recipe (the same keys)")
     parser.add_class_arguments(Config)
+    for recipe in recipes:  # alone first, so that a wrong type is blamed on the file that holds it
+        try:
+            parser.parse_args(["--config", recipe])
+        except UserError as error:
+            raise UserError(f"{recipe}: {error}") from error
     parsed = parser.instantiate(parser.parse_args(arguments))
     config = Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
     problems = config.problems()
     if problems:
         raise UserError("; ".join(problems))
     return config
+
+
+def saved_recipe(arguments: list[str]) -> list[str]:
+    """A run that goes on starts from its own saved config; flags given now come after it."""
+    if "--resume" not in arguments and "--resume=true" not in arguments:
+        return []
+    flags = dict(pair for pair in zip(arguments, [*arguments[1:], ""], strict=True)) | dict(a.split("=", 1) for a in arguments if "=" in a)
+    path = Path(flags.get("--output", "out")) / "config.yaml"
+    return ["--config", str(path)] if path.is_file() else []
 
 
 def as_arguments(values: dict[str, Any], prefix: str = "") -> list[str]:
@@ -201,7 +215,8 @@ def check_same_run(config: Config, path: Path) -> None:
     before, now = yaml.safe_load(path.read_text()), as_plain(config)
     changed = [key for key in now if key not in FREE_ON_RESUME and before.get(key) != now[key]]
     if changed:
-        raise UserError(f"resume: {changed[0]} is {now[changed[0]]!r}, the run in {path.parent} has {before.get(changed[0])!r}; only {', '.join(FREE_ON_RESUME[:4])} may change")
+        was, free = before.get(changed[0]), ", ".join(FREE_ON_RESUME[:4])
+        raise UserError(f"resume: {changed[0]} is {now[changed[0]]!r}, the run in {path.parent} has {was!r}; only {free} may change")
 
 
 def as_plain(config: Config) -> dict[str, Any]:
@@ -317,7 +332,8 @@ def distill(config: Config) -> int:
             run.trainer.load_state(state)
         except checkpoint.DamagedCheckpoint as error:
             raise UserError(f"resume: {error}") from error
-    (output / "config.yaml").write_text(yaml.safe_dump(as_plain(config), sort_keys=False))
+    kept = as_plain(config) | {"resume": False, "overwrite": False}  # of this call, not of the run
+    (output / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False))
     if not train(run, output, prompts):
         return 130
     finish(run, output, source, prompts)
@@ -360,14 +376,17 @@ def train(run: Run, output: Path, prompts: list[str]) -> bool:
                 }
                 bar.update(task, completed=trainer.update, **shown)
                 if not bar.console.is_terminal and trainer.update % 20 == 0:
-                    print(f"update {trainer.update}/{config.updates}  R_dm {shown['score']}  lag {shown['lag']}  {shown['rate']} updates/s", flush=True)
+                    print(
+                        f"update {trainer.update}/{config.updates}  R_dm {shown['score']}  lag {shown['lag']}  {shown['rate']} updates/s",
+                        flush=True,
+                    )
                 if config.sample_every and trainer.update % config.sample_every == 0 and trainer.update < config.updates:
                     draw_progress(run, output, grid_prompts(config, prompts))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     if stopping and trainer.update < config.updates:
-        print(f"stopped at update {trainer.update} of {config.updates}; saved. Go on with: fewstep distill --output {output} --resume (and the same options)")
+        print(f"stopped at update {trainer.update} of {config.updates}; saved. Go on with: fewstep distill --output {output} --resume")
         return False
     return True
 
@@ -443,7 +462,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep" / "evaluate"
 
 
-def measure_student(student: Path, teacher: str, config: Config, *, images_per_prompt: int = 4, seed: int = 0, device: str | None = None) -> dict[str, Any]:
+def measure_student(
+    student: Path, teacher: str, config: Config, *, images_per_prompt: int = 4, seed: int = 0, device: str | None = None
+) -> dict[str, Any]:
     """Measure on the embedded world's held-out prompts with its scorers; saves evaluation.json and prints the table."""
     import torch
     from rich.console import Console
@@ -519,7 +540,9 @@ def evaluate_command(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     config = run_config(options.folder)
     if config.teacher != "world":
-        raise UserError(f"{options.folder}: its teacher is {config.teacher}; the embedded scorers know only the embedded teacher's pictures")
+        raise UserError(
+            f"{options.folder}: its teacher is {config.teacher}; the embedded scorers know only the embedded teacher's pictures"
+        )
     source = resolve_teacher(config.teacher)
     quiet_libraries()
     try:
@@ -569,7 +592,9 @@ def sample_command(arguments: list[str]) -> int:
             digest = hashlib.sha256(f"{options.seed}\0{options.prompt}".encode() + pixels.tobytes()).hexdigest()[:8]
             path = output / f"step{steps}-{index:03d}-{digest}.png"
             Image.fromarray(pixels).save(path)
-            log.write(json.dumps({"file": path.name, "prompt": options.prompt, "seed": options.seed, "index": index, "steps": steps}) + "\n")
+            log.write(
+                json.dumps({"file": path.name, "prompt": options.prompt, "seed": options.seed, "index": index, "steps": steps}) + "\n"
+            )
             print(path)
     return 0
 
@@ -581,6 +606,13 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters on one base are meant
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
 
 
 if __name__ == "__main__":

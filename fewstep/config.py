@@ -95,6 +95,7 @@ class Config:
 
     def problems(self) -> list[str]:
         """What is wrong with the values, one line a key."""
+        low, high = self.matching.t_range
         checks = [
             (self.steps >= 1, "steps", f"must be at least 1, got {self.steps}"),
             (self.updates >= 1, "updates", f"must be at least 1, got {self.updates}"),
@@ -109,7 +110,7 @@ class Config:
             (self.fake.lr > 0, "fake.lr", f"must be positive, got {self.fake.lr}"),
             (self.fake.updates >= 0, "fake.updates", f"must be 0 or more, got {self.fake.updates}"),
             (0 <= self.matching.gamma <= 1, "matching.gamma", f"must lie in [0, 1], got {self.matching.gamma}"),
-            (0 < self.matching.t_range[0] < self.matching.t_range[1] <= 1, "matching.t_range", f"must satisfy 0 < low < high <= 1, got {self.matching.t_range}"),
+            (0 < low < high <= 1, "matching.t_range", f"must satisfy 0 < low < high <= 1, got {low}, {high}"),
             (not self.matching.leave_one_out or self.group_size > 1, "matching.leave_one_out", "needs group_size of at least 2"),
             (not (self.resume and self.overwrite), "resume", "cannot be combined with overwrite"),
         ]  # fmt: skip

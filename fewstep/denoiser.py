@@ -72,7 +72,9 @@ class Denoiser(nn.Module):
     uncond: the condition of the empty prompt, one row; needed for guidance other than 1.
     """
 
-    def __init__(self, network: nn.Module | Callable[..., Tensor], schedule: Schedule, prediction: Prediction, *, uncond: Cond | None = None):
+    def __init__(
+        self, network: nn.Module | Callable[..., Tensor], schedule: Schedule, prediction: Prediction, *, uncond: Cond | None = None
+    ):
         super().__init__()
         self.network = network
         self.schedule, self.prediction, self.uncond = schedule, prediction, uncond

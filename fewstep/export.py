@@ -7,12 +7,12 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-USAGE = '''```python
+USAGE = """```python
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{folder}")
 image = pipe("{prompt}", num_inference_steps={steps}, guidance_scale=1).images[0]
-```'''
+```"""
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -42,7 +42,9 @@ def model_card(
         base_model=teacher if on_hub else None,
         tags=["fewstep", "distillation", "few-step"],
     )
-    method = {"group": "GNDM (group-normalised distribution matching)", "sample": "DMD"}.get(normalize, f"distribution matching, scale `{normalize}`")
+    method = {"group": "GNDM (group-normalised distribution matching)", "sample": "DMD"}.get(
+        normalize, f"distribution matching, scale `{normalize}`"
+    )
     text = f"""---
 {data.to_yaml()}
 ---

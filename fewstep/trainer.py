@@ -18,7 +18,7 @@ from fewstep import checkpoint, losses
 from fewstep.config import Config
 from fewstep.denoiser import Cond
 from fewstep.prompts import Batches
-from fewstep.rewards.base import OnlineReward, Reward
+from fewstep.rewards.base import Reward
 from fewstep.student import Student
 from fewstep.types import Rollout, Sample
 
@@ -40,7 +40,9 @@ class Term:
 def finite_or_stop(value: Tensor, what: str, update: int) -> None:
     """NaN or inf stops the run before anything is updated with it."""
     if not bool(torch.isfinite(value).all()):
-        raise FloatingPointError(f"{what} is {value.item() if value.numel() == 1 else 'not finite'} at update {update}; nothing was updated with it")
+        raise FloatingPointError(
+            f"{what} is {value.item() if value.numel() == 1 else 'not finite'} at update {update}; nothing was updated with it"
+        )
 
 
 class Trainer:
@@ -106,6 +108,7 @@ class Trainer:
         with self.precision():
             x0 = self.student.predict(xk, k, rollout.cond)
             x0 = x0.float()
+            finite_or_stop(x0.detach(), "the student's prediction", self.update)
             sample = self.sample_of(rollout, k, x0.detach())
             signals = {name: term.reward(sample) for name, term in self.terms.items()}
         direction = torch.zeros_like(x0)
@@ -125,7 +128,12 @@ class Trainer:
         finite_or_stop(norm, "the student's gradient norm", self.update)
         self.optimizer.step()
         self.ema.step(list(self.parameters.values()))
-        logs |= {"loss": float(loss.detach()), "grad_norm": float(norm), "x0_mean": float(x0.detach().mean()), "x0_std": float(x0.detach().std())}
+        logs |= {
+            "loss": float(loss.detach()),
+            "grad_norm": float(norm),
+            "x0_mean": float(x0.detach().mean()),
+            "x0_std": float(x0.detach().std()),
+        }
         return logs
 
     def online_updates(self, rollout: Rollout) -> dict[str, float]:
@@ -249,7 +257,9 @@ class Trainer:
 
 def copy_parameters(own: Parameters, saved: dict[str, Tensor], who: str) -> None:
     if own.keys() != saved.keys() or any(own[name].shape != saved[name].shape for name in own):
-        raise checkpoint.DamagedCheckpoint(f"the checkpoint's {who} is another network than this run's (other teacher, steps or LoRA rank?)")
+        raise checkpoint.DamagedCheckpoint(
+            f"the checkpoint's {who} is another network than this run's (other teacher, steps or LoRA rank?)"
+        )
     for name, parameter in own.items():
         parameter.copy_(saved[name])
 

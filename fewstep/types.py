@@ -26,7 +26,9 @@ class Sample:
     x0 (B, C, H, W); t_k (B,) time of the state each was predicted from; k (B,) int64 its index; cond; prompts; group (B,).
     """
 
-    def __init__(self, x0: Tensor, t_k: Tensor, k: Tensor, cond: Any, prompts: list[str], group: Tensor, decode: Callable[[Tensor], Tensor]):
+    def __init__(
+        self, x0: Tensor, t_k: Tensor, k: Tensor, cond: Any, prompts: list[str], group: Tensor, decode: Callable[[Tensor], Tensor]
+    ):
         self.x0, self.t_k, self.k, self.cond, self.prompts, self.group = x0, t_k, k, cond, prompts, group
         self._decode = decode
 

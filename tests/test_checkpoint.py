@@ -12,7 +12,12 @@ import torch
 
 from fewstep import checkpoint
 
-TREE = {"a": torch.arange(5.0), "nested": {"list": [torch.ones(2, dtype=torch.int64), 3, None, "x"]}, "state": {0: {"step": torch.tensor(1.0)}}, "f": 0.1}
+TREE = {
+    "a": torch.arange(5.0),
+    "nested": {"list": [torch.ones(2, dtype=torch.int64), 3, None, "x"]},
+    "state": {0: {"step": torch.tensor(1.0)}},
+    "f": 0.1,
+}
 
 
 def equal(a, b):
@@ -103,7 +108,8 @@ def test_a_kill_at_any_point_of_a_save_leaves_the_old_or_the_new(tmp_path):
                 if calls == fatal: os._exit(9)
                 return function(*a, **k)
             return wrapped
-        for owner, name in ((c, "save_file"), (c, "sync"), (c, "digest"), (Path, "write_text"), (Path, "rename"), (Path, "mkdir"), (c.shutil, "rmtree")):
+        points = [(c, "save_file"), (c, "sync"), (c, "digest"), (Path, "write_text"), (Path, "rename"), (Path, "mkdir")]
+        for owner, name in [*points, (c.shutil, "rmtree")]:
             setattr(owner, name, deadly(getattr(owner, name)))
         c.save(root, 2, {"x": torch.ones(3)}, keep=1)
         print(calls)
@@ -112,7 +118,9 @@ def test_a_kill_at_any_point_of_a_save_leaves_the_old_or_the_new(tmp_path):
     def run(root, fatal):
         root.mkdir()
         environment = os.environ | {"PYTHONPATH": str(Path(checkpoint.__file__).parents[1])}
-        return subprocess.run([sys.executable, "-c", script, str(root), str(fatal)], env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            [sys.executable, "-c", script, str(root), str(fatal)], env=environment, capture_output=True, text=True, timeout=120
+        )
 
     whole = run(tmp_path / "whole", 10**6)
     points = int(whole.stdout)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from gaussians import D, Affine, flat, gaussian_denoiser, joint_points, marginal, sigma_points, spd, unflat, vector
+from gaussians import Affine, D, flat, gaussian_denoiser, joint_points, marginal, sigma_points, spd, unflat, vector
 
 from fewstep import losses
 from fewstep.denoiser import Denoiser
@@ -126,7 +126,7 @@ def test_dmd_normaliser_is_no_multiple_of_the_kl_gradient():
 
 
 def random_case(normalize, group, **options):
-    *_, network, teacher, fake = parts(Flow())
+    *_, teacher, fake = parts(Flow())
     generator = torch.Generator().manual_seed(5)
     x0, eps = (torch.randn(len(group), D, 1, 1, dtype=torch.float64, generator=generator) for _ in range(2))
     t = torch.linspace(0.1, 0.9, len(group), dtype=torch.float64)
@@ -160,7 +160,7 @@ def test_order_of_the_batch_does_not_matter(normalize):
 
 def test_definition_of_the_scales():
     group = torch.tensor([0, 0, 1, 1])
-    raw, matching, x0, eps, t = evaluate("none", group), *random_case("none", group)
+    raw, (matching, x0, _, t) = evaluate("none", group), random_case("none", group)
     error = x0 - matching.teacher(raw.xt, t, {})
     n = error.abs().flatten(1).mean(1)
     torch.testing.assert_close(raw.magnitude, n)
@@ -214,7 +214,8 @@ def test_guidance_pushes_along_the_condition():
     x0, eps = (torch.randn(3, D, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
     t, cond = torch.full((3,), 0.4, dtype=torch.float64), {"on": torch.ones(3)}
     plain, guided = (
-        DistributionMatching(teacher, fake, Flow(), guidance=w, normalize="none").evaluate(x0, cond, group, t=t, noise=eps) for w in (1.0, 3.0)
+        DistributionMatching(teacher, fake, Flow(), guidance=w, normalize="none").evaluate(x0, cond, group, t=t, noise=eps)
+        for w in (1.0, 3.0)
     )
     difference = conditional(plain.xt, t, {}) - unconditional(plain.xt, t, {})
     torch.testing.assert_close(guided.direction - plain.direction, 2 * difference)

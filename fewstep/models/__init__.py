@@ -25,20 +25,26 @@ def pipeline_class(source: str) -> str:
         if not index.is_file():
             raise UnsupportedTeacher(f"{folder}: no model_index.json there; a teacher is a diffusers pipeline folder or a hub id")
     elif folder.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise UnsupportedTeacher(f"{source}: no such folder, and not a hub id (owner/name); a teacher is a diffusers pipeline folder or a hub id")
+        raise UnsupportedTeacher(
+            f"{source}: no such folder, and not a hub id (owner/name); a teacher is a diffusers pipeline folder or a hub id"
+        )
     else:
         import huggingface_hub as hub
 
         try:
             index = Path(hub.hf_hub_download(source, "model_index.json"))
         except Exception as error:  # the hub's client raises many kinds; each means that this teacher cannot be read
-            raise UnsupportedTeacher(f"{source}: cannot read its model_index.json from the hub ({type(error).__name__}: {error})") from error
+            raise UnsupportedTeacher(
+                f"{source}: cannot read its model_index.json from the hub ({type(error).__name__}: {error})"
+            ) from error
     try:
         name = json.loads(index.read_text())["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
         raise UnsupportedTeacher(f"{index}: not a diffusers pipeline index ({error})") from error
     if name not in FAMILIES:
-        raise UnsupportedTeacher(f"{source} is a {name}; supported: {', '.join(FAMILIES)}. A family is one file in fewstep/models and one line in its table")
+        raise UnsupportedTeacher(
+            f"{source} is a {name}; supported: {', '.join(FAMILIES)}. A family is one file in fewstep/models and one line in its table"
+        )
     return name
 
 

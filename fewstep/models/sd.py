@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from fewstep.denoiser import Cond, Denoiser
@@ -42,6 +44,9 @@ class Network(nn.Module):
     def __init__(self, unet: UNet2DConditionModel, *, steps: int = 0, adapter: str | None = None):
         super().__init__()
         self.unet, self.adapter = unet, adapter
+        # found once: the walk over all modules costs more than the switch
+        self.adapted = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)] if adapter is not None else []
+        self.adapter_parameters = [p for name, p in unet.named_parameters() if ".lora_" in name]
         self.step_embedding = None
         if steps:
             width = unet.time_embedding.linear_2.out_features
@@ -49,8 +54,20 @@ class Network(nn.Module):
             nn.init.zeros_(self.step_embedding.weight)
 
     def forward(self, xt: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
-        with active(self.unet, self.adapter), self.add_step(cond):
+        if self.adapter is not None:
+            self.switch()
+        with self.add_step(cond):
             return self.unet(xt, timestep, encoder_hidden_states=cond["prompt_embeds"], return_dict=False)[0]
+
+    def switch(self) -> None:
+        """Turn this role's adapter on and the others off, or all off."""
+        for layer in self.adapted:
+            layer.enable_adapters(bool(self.adapter))
+            if self.adapter:
+                layer.set_adapter(self.adapter)
+        # switching changes requires_grad, and autograd drops the gradient of a leaf that lost it: both adapters stay trainable
+        for parameter in self.adapter_parameters:
+            parameter.requires_grad_(True)
 
     @contextmanager
     def add_step(self, cond: Cond):
@@ -63,24 +80,6 @@ class Network(nn.Module):
             yield
         finally:
             handle.remove()
-
-
-@contextmanager
-def active(unet: UNet2DConditionModel, adapter: str | None):
-    """Run with one LoRA adapter on, or with all off ("")."""
-    if adapter is None:
-        yield
-        return
-    if adapter:
-        unet.enable_adapters()
-        unet.set_adapter(adapter)
-    else:
-        unet.disable_adapters()
-    # switching changes requires_grad, and autograd drops the gradient of a leaf that lost it: both adapters stay trainable
-    for name, parameter in unet.named_parameters():
-        if ".lora_" in name:
-            parameter.requires_grad_(True)
-    yield
 
 
 class StableDiffusion:
@@ -137,7 +136,15 @@ class StableDiffusion:
         total = config["num_train_timesteps"]
         if total % steps:
             raise ValueError(f"steps must divide the schedule's {total} timesteps evenly, got {steps}")
-        keep = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "rescale_betas_zero_snr")
+        keep = (
+            "num_train_timesteps",
+            "beta_start",
+            "beta_end",
+            "beta_schedule",
+            "trained_betas",
+            "prediction_type",
+            "rescale_betas_zero_snr",
+        )
         scheduler = LCMScheduler(
             **{key: config[key] for key in keep if key in config},
             original_inference_steps=steps,
@@ -169,8 +176,6 @@ class StableDiffusion:
             student, fake = copy.deepcopy(base).requires_grad_(True), copy.deepcopy(base).requires_grad_(True)
             networks = Network(base), Network(student), Network(fake, steps=fake_steps)
         else:
-            from peft import LoraConfig
-
             for name in ("student", "fake"):
                 config = LoraConfig(r=lora_rank, lora_alpha=lora_rank, init_lora_weights=True, target_modules=LORA_TARGETS)
                 base.add_adapter(config, adapter_name=name)
@@ -180,7 +185,9 @@ class StableDiffusion:
         def owned(network: Network, role: str) -> dict[str, nn.Parameter]:
             parts = ("unet.",) if lora_rank == 0 else (f".{role}.",)
             return {
-                name: p for name, p in network.named_parameters() if name.startswith("step_embedding") or any(part in name for part in parts)
+                name: p
+                for name, p in network.named_parameters()
+                if name.startswith("step_embedding") or any(part in name for part in parts)
             }
 
         return Roles(*map(self.denoiser, networks), owned(networks[1], "student"), owned(networks[2], "fake"))
@@ -208,8 +215,6 @@ class StableDiffusion:
 
     def save_lora(self, weights: dict[str, Tensor], folder: Path, *, rank: int) -> None:
         """pytorch_lora_weights.safetensors with adapter metadata, for `load_lora_weights` on the teacher's pipeline."""
-        from peft import LoraConfig
-
         layers = {name.removeprefix("unet.").replace(".student.", "."): value for name, value in weights.items()}
         metadata = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS).to_dict()
         StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)

@@ -159,4 +159,3 @@ class DistributionMatching:
         t = noise_levels(torch.zeros_like(new.group), self.t_range, "stratified")
         noise = torch.randn_like(new.x0)
         return float(self.loss(new, t=t, noise=noise) - self.loss(old, t=t, noise=noise))
-

@@ -16,22 +16,43 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import save_file
+from torch import Tensor
+from transformers import CLIPModel, CLIPTokenizer
 
 from fewstep import world
+from fewstep.evaluate import protocol
+from fewstep.evaluate.distances import frechet, precision_recall
+from fewstep.evaluate.features import clip_features
+from fewstep.rewards.clip import CLIPScore
 from fewstep.world import pictures as data
 from fewstep.world import scorers, teacher, text, vae
 from fewstep.world.training import device
 
-# pictures seen by each stage
-SAMPLES = {"vae": 60_000, "teacher": 448_000, "decoder": 32_000, "clip": 160_000, "clip-heldout": 200_000, "preference": 30_000}
-GRID = ["cat face", "noto slice of pizza", "twemoji panda face", "red apple", "noto smiling face with sunglasses", "a bird", "strawberry", "a heart"]
+# pictures seen by each stage (pairs of them for the preference)
+SAMPLES = {"vae": 60_000, "teacher": 448_000, "decoder": 32_000, "clip": 64_000, "clip-heldout": 64_000, "preference": 9_600}
+CLIPS = {
+    "clip": {"patch": 8, "width": 128, "layers": 4, "seed": 1},
+    "clip-heldout": {"patch": 16, "width": 192, "layers": 3, "seed": 2},
+}
+SATURATIONS = [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0]
+GRID = [
+    "cat face",
+    "noto slice of pizza",
+    "twemoji panda face",
+    "red apple",
+    "noto smiling face with sunglasses",
+    "a bird",
+    "strawberry",
+    "a heart",
+]
 
 
 def prompt_sets(pictures: list[data.Picture], seed: int = 0) -> dict[str, list[str]]:
     """train: every caption of the pictures that were trained on; evaluate: 128 captions drawn from held-out pictures."""
     seen = [p for p in pictures if p.drawn and not p.heldout]
     hidden = [p for p in pictures if p.drawn and p.heldout]
-    train = sorted({caption for p in seen for caption in p.captions()})
+    tokenizer = text.make_tokenizer(pictures)
+    train = sorted({caption for p in seen for caption in p.captions() if len(tokenizer(caption).input_ids) <= text.MAX_TOKENS})
     draw, chosen = random.Random(seed), {}
     while len(chosen) < 128:
         captions = draw.choice(hidden).captions()
@@ -87,3 +108,115 @@ def save_teacher(pipe: StableDiffusionPipeline, folder: Path) -> None:
         content = json.loads(config_file.read_text())
         content.pop("_name_or_path", None)
         config_file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def build_scorers(pictures: list[data.Picture], tokenizer: CLIPTokenizer, work: Path, scale: float) -> dict[str, CLIPModel]:
+    """The two CLIPs and the preference, as they are shipped (float16 weights, read back as float32)."""
+    models = {}
+    for name in (*CLIPS, "preference"):
+        done = work / "scorers" / name
+        if not done.exists():
+            samples, folder = int(SAMPLES[name] * scale), work / f"{name}-training"
+            if name == "preference":
+                model = scorers.train_preference(models["clip"], pictures, tokenizer, folder, samples=samples, seed=3)
+            else:
+                model = scorers.train_clip(pictures, tokenizer, folder, name=name, samples=samples, **CLIPS[name])
+            done.parent.mkdir(parents=True, exist_ok=True)
+            finish(lambda path, model=model: scorers.save_scorer(model, tokenizer, path), done)
+        models[name] = CLIPModel.from_pretrained(done).eval()
+    return models
+
+
+# -- what ships, and how good it is ------------------------------------------------------------------------------------
+
+
+def nearest(images: Tensor, others: Tensor) -> float:
+    """Median over images of the root-mean-square pixel distance to the nearest of `others`, pixels in [0, 1]."""
+    return float(torch.cdist(images.flatten(1), others.flatten(1)).amin(1).median()) / images[0].numel() ** 0.5
+
+
+def measure(pictures: list[data.Picture], pipe: StableDiffusionPipeline, models: dict[str, CLIPModel], assets: Path) -> dict:
+    """The card: every part's quality, of the weights as they ship."""
+    drawn = [p for p in pictures if p.drawn]
+    seen, hidden = ([p for p in drawn if p.heldout is held] for held in (False, True))
+    tokenizer = pipe.tokenizer
+    extractor = CLIPScore.load(assets / "clip-heldout")
+    real = {name: (teacher.variants(part, seed=1).flatten(0, 1) + 1) / 2 for name, part in (("train", seen), ("heldout", hidden))}
+    features = {name: clip_features(extractor, images) for name, images in real.items()}
+    save_file({name: value.half().contiguous() for name, value in features.items()}, assets / "features.safetensors")
+    mean, _ = teacher.encode(pipe.vae, data.to_tensor(drawn))
+    save_file({"latents": mean.half().contiguous(), "heldout": torch.tensor([p.heldout for p in drawn])}, assets / "latents.safetensors")
+    rows = [{"code": p.code, "style": p.style, "name": p.name, "subcategory": p.subcategory, "heldout": p.heldout} for p in drawn]
+    (assets / "pictures.json").write_text(json.dumps(rows))
+
+    held_prompts = json.loads((assets / "prompts.json").read_text())["evaluate"]
+    sampling = {"steps": world.TEACHER_STEPS, "guidance": world.TEACHER_GUIDANCE}
+    sample = {seed: protocol.generate(pipe, held_prompts, 4, seed=seed, **sampling)[0] for seed in (0, 1)}
+    first, second = (clip_features(extractor, images) for images in sample.values())
+    precision, recall = precision_recall(features["heldout"], first)
+    return {
+        "data": {"pictures": len(drawn), "heldout": len(hidden), "styles": list(data.PACKAGES), "version": data.VERSION},
+        "vae": {
+            "parameters": count(pipe.vae),
+            "psnr_heldout_db": vae.psnr(pipe.vae, data.to_tensor(hidden)),
+            "psnr_train_db": vae.psnr(pipe.vae, data.to_tensor(seen)),
+        },
+        "teacher": {
+            "parameters": {"unet": count(pipe.unet), "text_encoder": count(pipe.text_encoder)},
+            "steps": world.TEACHER_STEPS,
+            "guidance": world.TEACHER_GUIDANCE,
+            "n": len(first),
+            "features": "FD-clip of clip-heldout",
+            "fd_to_heldout_data": frechet(features["heldout"], first),
+            "fd_to_own_second_sample": frechet(second, first),
+            "fd_of_train_to_heldout_data": frechet(features["heldout"], features["train"]),
+            "precision": precision,
+            "recall": recall,
+            "nearest_neighbour_rms": {
+                "samples_to_train": nearest(sample[0], real["train"]),
+                "samples_to_heldout": nearest(sample[0], real["heldout"]),
+                "heldout_to_train": nearest((data.to_tensor(hidden) + 1) / 2, real["train"]),
+            },
+        },
+        "scorers": {name: {"parameters": count(models[name]), **scorers.retrieval(models[name], tokenizer, pictures)} for name in CLIPS},
+        "preference": {
+            "parameters": count(models["preference"]),
+            "saturation_sweep": scorers.saturation_sweep(models["preference"], tokenizer, pictures, SATURATIONS),
+        },
+        "samples_seen": SAMPLES,
+    }
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m fewstep.world.build", description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("work"), help="folder for packages, checkpoints and finished parts")
+    parser.add_argument("--assets", type=Path, default=world.ASSETS, help="where the finished world goes")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of each stage's training, for trying the script out")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    work, assets, scale = options.work, options.assets, options.scale
+    data.fetch(work)
+    pictures = data.read(work)
+    autoencoder = build_vae(pictures, work, scale)
+    pipe = build_teacher(pictures, autoencoder, work, scale)
+    pipe.vae = build_decoder(pictures, autoencoder, work, scale)
+    models = build_scorers(pictures, pipe.tokenizer, work, scale)
+
+    assets.mkdir(parents=True, exist_ok=True)
+    for name in models:
+        shutil.copytree(work / "scorers" / name, assets / name, dirs_exist_ok=True)
+    save_teacher(pipe, assets / "teacher")
+    (assets / "prompts.json").write_text(json.dumps(prompt_sets(pictures), indent=0))
+    pipe = protocol.open_pipeline(assets / "teacher", device())
+    card = measure(pictures, pipe.to("cpu"), models, assets)
+    (assets / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    print(json.dumps(card, indent=1))
+
+
+if __name__ == "__main__":
+    main()

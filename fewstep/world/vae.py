@@ -44,7 +44,9 @@ def train(pictures: list[Picture], folder: Path, *, samples: int, batch: int = 1
     torch.manual_seed(seed)
     vae = make().to(device())
     data = to_tensor([p for p in pictures if not p.heldout]).to(device())
-    drawn = torch.tensor([1.0 + 2.0 * p.drawn for p in pictures if not p.heldout], device=device())  # see the world's own three times as often
+    drawn = torch.tensor(
+        [1.0 + 2.0 * p.drawn for p in pictures if not p.heldout], device=device()
+    )  # see the world's own three times as often
 
     def loss(generator: torch.Generator) -> Tensor:
         index = torch.multinomial(drawn, batch, replacement=True, generator=generator)

@@ -1,0 +1,268 @@
+"""The command line: what a person gets for good and for bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import fewstep
+from fewstep import cli
+
+ROOT = Path(fewstep.__file__).parents[1]
+SMALL = ["--groups", "2", "--group-size", "2", "--save-every", "2", "--sample-every", "0"]
+
+
+def refused(capsys, *arguments):
+    """Exit code 2 and one line that begins with `fewstep: error:`."""
+    assert cli.main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("fewstep: error: "), captured.err
+    return lines[0]
+
+
+def test_help_is_quick_and_imports_neither_torch_nor_diffusers():
+    script = "import sys; from fewstep.cli import main; main(['--help']); import fewstep; print([m for m in ('torch', 'diffusers') if m in sys.modules])"
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    seconds = time.perf_counter() - start
+    assert done.stdout.strip().endswith("[]") and "distill" in done.stdout
+    empty = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "pass"], check=True)
+    assert seconds - (time.perf_counter() - empty) < 0.5
+
+
+def test_every_config_field_is_documented_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["distill", "--help"])
+    text = capsys.readouterr().out
+    from fewstep.config import Config
+
+    for name in cli.field_names(Config):
+        assert f"--{name}" in text
+    assert "Samples per prompt (G)" in text
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["distil"], "did you mean 'distill'"),
+        (["distill", "--update", "3"], "did you mean 'updates'"),
+        (["distill", "--student.lrr", "3"], "did you mean 'student.lr'"),
+        (["distill", "--steps", "0"], "steps: must be at least 1"),
+        (["distill", "--steps", "x"], 'key "steps"'),
+        (["distill", "--steps", "7"], "steps"),
+        (["distill", "--matching.normalize", "grp"], "matching.normalize"),
+        (["distill", "--matching.t_range", "[0.9,0.1]"], "matching.t_range"),
+        (["distill", "--prompts", "nowhere.txt"], "nowhere.txt: cannot be read"),
+        (["distill", "--teacher", "./nowhere", "--prompts", "PROMPTS"], "./nowhere: no such folder"),
+        (["distill", "--teacher", "EMPTY", "--prompts", "PROMPTS"], "no model_index.json"),
+        (["distill", "--teacher", "EMPTY"], "prompts: missing"),
+        (["distill", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["distill", "--resume", "--output", "EMPTY"], "holds no run"),
+        (["distill", "--resume", "--overwrite"], "cannot be combined"),
+        (["sample", "EMPTY", "--prompt", "a cat"], "no finished student"),
+        (["sample", "EMPTY"], "--prompt"),
+        (["sample", "EMPTY", "--prompt", "x", "-n", "0"], "-n"),
+        (["evaluate", "EMPTY"], "no finished student"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(capsys, tmp_path, prompt_file, arguments, words):
+    named = {"EMPTY": str(tmp_path / "empty"), "PROMPTS": str(prompt_file)}
+    (tmp_path / "empty").mkdir()
+    arguments = [named.get(argument, argument) for argument in arguments]
+    if arguments[0] == "distill" and "--output" not in arguments:
+        arguments += ["--output", str(tmp_path / "out")]
+    assert words in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("student: {lrr: 3}", "unknown key 'student.lrr'; did you mean 'student.lr'"),
+        ("stepz: 3", "did you mean 'steps'"),
+        ("steps: many", 'recipe.yaml: key "steps"'),
+        ("steps: [3", "not valid YAML"),
+        ("- steps", "this holds list"),
+        ("", "this holds NoneType"),
+    ],
+)
+def test_bad_recipes_name_the_file(capsys, tmp_path, text, words):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    line = refused(capsys, "distill", str(path), "--output", str(tmp_path / "out"))
+    assert words in line and "recipe.yaml" in line
+
+
+def test_unsupported_and_damaged_teachers(capsys, tmp_path, teacher_folder, prompt_file):
+    import shutil
+
+    folder = tmp_path / "teacher"
+    shutil.copytree(teacher_folder, folder)
+    options = ["--prompts", str(prompt_file), "--output", str(tmp_path / "out")]
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    assert "FluxPipeline; supported: StableDiffusionPipeline" in refused(capsys, "distill", "--teacher", str(folder), *options)
+    (folder / "model_index.json").write_text("{")
+    assert "not a diffusers pipeline index" in refused(capsys, "distill", "--teacher", str(folder), *options)
+    shutil.copy(teacher_folder / "model_index.json", folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "cannot be read as a StableDiffusionPipeline" in refused(capsys, "distill", "--teacher", str(folder), *options)
+
+
+def test_recipe_flags_and_keyword_arguments_say_the_same(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("steps: 2\nstudent:\n  lr: 0.001\nmatching:\n  normalize: sample\n")
+    from_file = cli.parse_config([str(path), "--group-size", "4"])
+    flags = cli.parse_config(["--steps=2", "--student.lr=1e-3", "--matching.normalize", "sample", "--group_size", "4"])
+    keywords = cli.parse_config(cli.as_arguments({"steps": 2, "student": {"lr": 1e-3}, "matching": {"normalize": "sample"}, "group_size": 4}))
+    assert from_file == flags == keywords
+    assert cli.parse_config(["--overwrite", "--seed", "3"]).overwrite is True
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, teacher_folder, prompt_file):
+    """A student of the tiny teacher, made by the command itself."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    arguments = ["distill", "--teacher", str(teacher_folder), "--prompts", str(prompt_file), "--output", str(output), "--updates", "3", *SMALL]
+    assert cli.main(arguments) == 0
+    return output
+
+
+def test_what_a_run_leaves_behind(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert {"model_index.json", "unet", "vae", "scheduler", "samples.png", "metrics.jsonl", "README.md", "config.yaml", "checkpoints"} <= names
+    card = (finished / "README.md").read_text()
+    assert "library_name: diffusers" in card and "[999, 749, 499, 249]" in card
+    saved = yaml.safe_load((finished / "config.yaml").read_text())
+    assert saved["updates"] == 3 and saved["matching"]["normalize"] == "group"
+    scheduler = json.loads((finished / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["original_inference_steps"] == 4 and scheduler["rescale_betas_zero_snr"]
+
+
+STOCK = textwrap.dedent("""
+    import sys
+    sys.modules["fewstep"] = None
+    import torch
+    from diffusers import DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+    pipe.set_progress_bar_config(disable=True)
+    out = pipe(["a cat", "a dog"], num_inference_steps=4, guidance_scale=1, generator=torch.Generator().manual_seed(7), output_type="pt")
+    torch.save(out.images, sys.argv[2])
+""")
+
+
+@pytest.mark.parametrize("options", [(), ("--lora-rank", "2")], ids=["full", "lora"])
+def test_the_folder_draws_in_stock_diffusers_what_the_student_draws_in_training(teacher_folder, prompt_file, tmp_path, options):
+    """A fresh process without fewstep, and the training code's own rollout, from the same seed: equal to 1e-5."""
+    config = cli.parse_config(["--teacher", str(teacher_folder), "--student.lr", "1e-2", *SMALL, *options])
+    run = cli.build(config, ["a cat", "a dog"], str(teacher_folder))
+    for _ in range(3):
+        run.trainer.step()
+    run.trainer.ema.copy_to(list(run.roles.student_parameters.values()))
+    pipe = run.backbone.student_pipeline(run.roles, run.trainer.averaged(), 4)
+    run.backbone.save(pipe, tmp_path / "student")
+    subprocess.run([sys.executable, "-c", STOCK, str(tmp_path / "student"), str(tmp_path / "images.pt")], check=True, capture_output=True)
+    stock = torch.load(tmp_path / "images.pt", weights_only=True)
+    generator = torch.Generator().manual_seed(7)
+    noise = torch.randn(2, *run.backbone.latent_shape, generator=generator)
+    rollout = run.trainer.student.rollout(noise, run.backbone.encode(["a cat", "a dog"]), generator=generator)
+    with torch.no_grad():
+        mine = run.backbone.decode(rollout.x0[-1])
+        teacher = run.backbone.decode(run.roles.teacher(noise, torch.ones(2), run.backbone.encode(["a cat", "a dog"])))
+    assert (stock - mine).abs().max() <= 1e-5
+    assert (teacher - mine).abs().max() > 1e-3  # the student has moved, so equality says something
+
+
+def test_lora_file_gives_the_same_student_on_the_teacher(teacher_folder, prompt_file, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    config = cli.parse_config(["--teacher", str(teacher_folder), "--student.lr", "1e-2", "--lora-rank", "2", *SMALL])
+    run = cli.build(config, ["a cat"], str(teacher_folder))
+    for _ in range(3):
+        run.trainer.step()
+    weights = run.trainer.averaged()
+    merged = run.backbone.student_pipeline(run.roles, weights, 4)
+    run.backbone.save_lora(weights, tmp_path, rank=2)
+    assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
+    pipe = StableDiffusionPipeline.from_pretrained(teacher_folder)
+    pipe.scheduler = merged.scheduler
+    pipe.load_lora_weights(tmp_path)
+    images = [
+        p("a cat", num_inference_steps=4, guidance_scale=1, generator=torch.Generator().manual_seed(0), output_type="pt").images for p in (merged, pipe)
+    ]
+    torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-4)
+
+
+def test_an_existing_run_is_not_touched_unless_asked(capsys, finished, teacher_folder, prompt_file, tmp_path):
+    arguments = ["distill", "--teacher", str(teacher_folder), "--prompts", str(prompt_file), *SMALL]
+    assert "already holds a run" in refused(capsys, *arguments, "--output", str(finished))
+    assert "group_size is 3" in refused(capsys, "distill", "--output", str(finished), "--resume", "--group-size", "3")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    for option in ((), ("--overwrite",)):
+        assert "is not empty and holds no run" in refused(capsys, *arguments, "--output", str(tmp_path / "mine"), *option)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_resume_takes_the_saved_config_and_goes_further(finished, capsys):
+    assert cli.main(["distill", "--output", str(finished), "--resume", "--updates", "4"]) == 0
+    assert "going on from step-00000003" in capsys.readouterr().out
+    lines = [json.loads(line)["update"] for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [1, 2, 3, 4]
+    newest = max((finished / "checkpoints").iterdir())
+    for folder in (finished / "checkpoints").iterdir():
+        (folder / "state.safetensors").write_bytes(b"rubbish")
+    with pytest.warns(UserWarning, match="damaged"):
+        code = cli.main(["distill", "--output", str(finished), "--resume"])
+    assert code == 2 and str(newest) in capsys.readouterr().err
+
+
+def test_sample_names_never_come_from_the_prompt(finished, tmp_path, capsys):
+    prompt = "../../etc/passwd; $(rm -rf) \n"
+    assert cli.main(["sample", str(finished), "--prompt", prompt, "--steps", "4", "--seed", "5", "-n", "3", "--output", str(tmp_path)]) == 0
+    files = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert len(files) == 3 and all(name.startswith(f"step4-{i:03d}-") for i, name in enumerate(files))
+    assert json.loads((tmp_path / "pictures.jsonl").read_text().splitlines()[0])["prompt"] == prompt
+    assert "made for 4 steps" in refused(capsys, "sample", str(finished), "--prompt", "x", "--steps", "8")
+
+
+def test_ctrl_c_saves_and_resume_ends_where_an_unbroken_run_ends(teacher_folder, prompt_file, tmp_path):
+    base = ["--teacher", str(teacher_folder), "--prompts", str(prompt_file), *SMALL]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "fewstep.cli", "distill", *base, "--updates", "100000", "--output", str(tmp_path / "broken")]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = tmp_path / "broken" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 3):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "saved. Go on with" in output
+    stopped = max(int(path.name[5:]) for path in (tmp_path / "broken" / "checkpoints").iterdir())
+    total = str(stopped + 2)
+    assert cli.main(["distill", "--output", str(tmp_path / "broken"), "--resume", "--updates", total]) == 0
+    assert cli.main(["distill", *base, "--updates", total, "--output", str(tmp_path / "whole")]) == 0
+    from safetensors.torch import load_file
+
+    name = f"checkpoints/step-{stopped + 2:08d}/state.safetensors"
+    a, b = load_file(tmp_path / "broken" / name), load_file(tmp_path / "whole" / name)
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_python_interface(teacher_folder, prompt_file, tmp_path):
+    path = fewstep.distill(
+        str(teacher_folder), str(prompt_file), steps=2, output=str(tmp_path / "out"), updates=1, groups=2, group_size=2,
+        student={"lr": 1e-3}, evaluate=False,
+    )  # fmt: skip
+    pipe = fewstep.load(path)
+    assert pipe.scheduler.config.original_inference_steps == 2

@@ -1,0 +1,428 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
+
+from fewstep.evaluate import protocol
+from fewstep.evaluate.distances import diversity, frechet, precision_recall
+from fewstep.evaluate.features import clip_features, in_batches, scaled
+from fewstep.rewards.base import Reward
+from fewstep.rewards.clip import CLIPScore, PickScore
+from fewstep.types import Sample
+
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+PROMPTS = ["cat", "dog", "a cat", "a dog", "pie", "a pie"]
+WORDS = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "cat</w>": 3, "dog</w>": 4, "pie</w>": 5}
+
+
+def tiny_tokenizer():
+    letters = {piece: 6 + i for i, piece in enumerate("acdegiopt")}
+    merges = [("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>"), ("p", "i"), ("pi", "e</w>")]
+    pieces = {piece: 15 + i for i, piece in enumerate(["ca", "do", "pi", "t</w>", "g</w>", "e</w>"])}
+    return CLIPTokenizer(vocab=WORDS | letters | pieces, merges=merges, model_max_length=8)
+
+
+def text_config():
+    return CLIPTextConfig(
+        vocab_size=21, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=8,
+        projection_dim=8, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+
+
+def tiny_clip(seed=0, size=16):
+    torch.manual_seed(seed)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=size, patch_size=size // 2,
+        projection_dim=8,
+    )  # fmt: skip
+    model = CLIPModel(CLIPConfig(text_config=text_config().to_dict(), vision_config=vision.to_dict(), projection_dim=8))
+    with torch.no_grad():  # random weights as they come give every picture nearly the same features
+        for p in model.parameters():
+            p += 0.3 * torch.randn(p.shape)
+    return model
+
+
+def tiny_pipeline(seed=0):
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=4, in_channels=4, out_channels=4, block_out_channels=(8, 8), layers_per_block=1, cross_attention_dim=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4, norm_num_groups=4,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4, norm_num_groups=4, sample_size=16, scaling_factor=1.0,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
+        clip_sample=False,
+    )  # fmt: skip
+    return StableDiffusionPipeline(
+        vae=vae, unet=unet, text_encoder=CLIPTextModel(text_config()), tokenizer=tiny_tokenizer(), scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    return CLIPScore(tiny_clip(), tiny_tokenizer(), MEAN, STD)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline()
+
+
+def pictures(n, height=16, width=16, seed=0):
+    """Whole 8-bit values in [0, 1], smooth enough that resizing is well behaved."""
+    coarse = torch.rand(n, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
+    return (torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1) * 255).round() / 255
+
+
+def to_pil(images):
+    return [Image.fromarray((image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()) for image in images]
+
+
+# CLIPScore and PickScore
+
+
+def reference_processor(size, resample):
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}, image_mean=MEAN, image_std=STD, resample=resample
+    )
+
+
+def test_preprocess_equals_the_reference(scorer):
+    images = pictures(4)
+    expected = reference_processor(16, 3)(to_pil(images), return_tensors="pt").pixel_values
+    assert torch.allclose(scorer.preprocess(images), torch.as_tensor(expected), atol=1e-3)
+
+
+@pytest.mark.parametrize(("resample", "mode"), [(2, "bilinear"), (3, "bicubic")])
+@pytest.mark.parametrize("shape", [(40, 40), (40, 53), (53, 40), (10, 13)])
+def test_resized_preprocess_is_close_to_the_reference(resample, mode, shape):
+    scorer = CLIPScore(tiny_clip(), tiny_tokenizer(), MEAN, STD, resample=mode)
+    images = pictures(2, *shape)
+    expected = torch.as_tensor(reference_processor(16, resample)(to_pil(images), return_tensors="pt").pixel_values)
+    assert expected.shape == (2, 3, 16, 16)
+    # PIL rounds to 8 bits and clips after each of its two passes
+    assert (scorer.preprocess(images) - expected).abs().max() < 4 / 255 / min(STD)
+
+
+def test_score_equals_the_model(scorer):
+    images = pictures(6)
+    tokens = scorer.tokenizer(PROMPTS, padding="max_length", return_tensors="pt")
+    pixels = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    with torch.no_grad():
+        output = scorer.model(pixel_values=pixels, **tokens)
+    cosine = (output.image_embeds * output.text_embeds).sum(1)
+    assert torch.allclose(scorer.score(images, PROMPTS), 100 * cosine, atol=1e-4)
+    pick = PickScore(scorer.model, scorer.tokenizer, MEAN, STD)
+    assert torch.allclose(pick.score(images, PROMPTS), output.logits_per_image.diagonal(), atol=1e-4)
+
+
+def test_features_are_unit_and_batches_do_not_matter(scorer):
+    images = pictures(7)
+    features = scorer.image_features(images)
+    assert torch.allclose(features.norm(dim=1), torch.ones(7))
+    assert torch.allclose(in_batches(scorer.image_features, images, batch=3), features, atol=1e-6)
+    fd = clip_features(scorer, images, batch=2)
+    assert torch.allclose(fd, features * 8**0.5, atol=1e-6)
+    assert fd.square().mean() == pytest.approx(1, abs=1e-5)
+    again = scorer.text_features(["cat", "a dog", "cat"])
+    assert torch.equal(again[0], again[2])
+    assert torch.allclose(again[1:2], scorer.text_features(["a dog"]), atol=1e-6)
+    long = scorer.text_features(["cat dog pie " * 9])  # truncated to what the model can read
+    assert long.shape == (1, 8)
+
+
+def test_the_gradient_reaches_the_pixels_and_no_weight(scorer):
+    images = pictures(3).double().requires_grad_()
+    (gradient,) = torch.autograd.grad(scorer.score(images, PROMPTS[:3]).sum(), images)
+    assert gradient.shape == images.shape
+    assert bool((gradient.flatten(1).norm(dim=1) > 0).all())
+    assert not any(p.requires_grad for p in scorer.model.parameters())
+    assert not scorer.model.training
+    step = 1e-3 * gradient / gradient.norm()
+    with torch.no_grad():
+        assert scorer.score(images + step, PROMPTS[:3]).sum() > scorer.score(images, PROMPTS[:3]).sum()
+
+
+def test_a_scorer_is_a_reward(scorer):
+    latents = pictures(2).requires_grad_()
+    decoded = []
+
+    def decode(x0):
+        decoded.append(1)
+        return x0 * 1
+
+    sample = Sample(latents, torch.ones(2), torch.zeros(2, dtype=torch.long), None, ["cat", "dog"], torch.tensor([0, 1]), decode)
+    assert isinstance(scorer, Reward)
+    with torch.enable_grad():
+        signal = scorer(sample)
+    assert signal.direction is None
+    assert not signal.score.requires_grad
+    assert torch.allclose(signal.score, scorer.score(latents, ["cat", "dog"]))
+    assert sample.image.requires_grad  # other rewards can still differentiate the picture decoded here
+    assert len(decoded) == 1
+    with pytest.raises(ValueError, match="2 pictures but 1"):
+        scorer.score(latents, ["cat"])
+
+
+def test_a_scorer_is_read_from_its_folder(scorer, tmp_path):
+    scorer.model.save_pretrained(tmp_path)
+    scorer.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"preprocessor_config.json: cannot be read"):
+        CLIPScore.load(tmp_path)
+    config = {"image_mean": MEAN, "image_std": STD, "resample": 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    again = PickScore.load(tmp_path)
+    images = pictures(2)
+    assert torch.allclose(again.image_features(images), scorer.image_features(images), atol=1e-6)
+    assert torch.allclose(again.text_features(PROMPTS), scorer.text_features(PROMPTS), atol=1e-6)
+    assert again.resample == "bicubic"
+    assert protocol.fingerprint(again.model) == protocol.fingerprint(scorer.model)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | {"resample": 0}))
+    with pytest.raises(ValueError, match="resample"):
+        CLIPScore.load(tmp_path)
+
+
+# Sampling
+
+
+def test_generate_is_reproducible_and_laid_out_by_prompt(pipe):
+    options = {"steps": 2, "guidance": 3.0, "batch": 4}
+    states = [protocol.noise_generator(seed, index).initial_seed() for seed in (1, 2) for index in (0, 1)]
+    assert len(set(states)) == 4
+    images, seconds = protocol.generate(pipe, PROMPTS[:3], 3, seed=1, **options)
+    assert images.shape == (9, 3, 16, 16)
+    assert 0 <= images.min() < images.max() <= 1
+    assert seconds > 0
+    again, _ = protocol.generate(pipe, PROMPTS[:3], 3, seed=1, **options)
+    assert torch.equal(images, again)
+    assert not torch.equal(images, protocol.generate(pipe, PROMPTS[:3], 3, seed=2, **options)[0])
+    assert len({image.numpy().tobytes() for image in images}) == 9  # no noise is used twice
+    chunks = [["cat"] * 3 + ["dog"], ["dog"] * 2 + ["a cat"] * 2, ["a cat"]]
+    by_hand = [
+        pipe(
+            chunk, num_inference_steps=2, guidance_scale=3.0, generator=protocol.noise_generator(1, i), output_type="pt"
+        ).images for i, chunk in enumerate(chunks)
+    ]  # fmt: skip
+    assert torch.equal(images, torch.cat(by_hand))
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("name", ["its own", *protocol.SOLVERS])
+def test_network_evaluations_are_those_made(pipe, guidance, name):
+    own, rows = pipe.scheduler, []
+    handle = pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    try:
+        pipe.scheduler = own if name == "its own" else protocol.solver(name, own.config)
+        images, _ = protocol.generate(pipe, PROMPTS[:2], 2, steps=4, guidance=guidance, seed=0)
+        assert pipe.scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    finally:
+        handle.remove()
+        pipe.scheduler = own
+    assert torch.isfinite(images).all()
+    assert sum(rows) / len(images) == protocol.network_evaluations(4, guidance)
+
+
+def test_a_flow_schedule_is_refused():
+    with pytest.raises(ValueError, match="beta"):
+        protocol.solver("DDIM", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+
+
+# Measuring
+
+
+def test_caption_scores_by_hand(scorer):
+    features, group = scorer.image_features(pictures(6)), torch.tensor([0, 0, 1, 1, 2, 2])
+    own, above = protocol.caption_scores(features, scorer, PROMPTS[:3], group)
+    assert torch.allclose(own.float(), scorer.score(pictures(6), [PROMPTS[i] for i in group]), atol=1e-4)
+    # every shuffle that maps no picture to its own prompt, averaged
+    others = [scorer.score(pictures(6), [PROMPTS[(i + k) % 3] for i in group.tolist()]) for k in (1, 2)]
+    assert torch.allclose(above.float(), own.float() - sum(others) / 2, atol=1e-4)
+
+
+def observed_of(scorer, images):
+    return protocol.observe(images, {"clip": scorer}, lambda x: x.mean((1, 2, 3)))
+
+
+def test_measure_equals_the_metrics_by_hand(scorer):
+    images, group = pictures(18), torch.arange(6).repeat_interleave(3)
+    data, teacher = clip_features(scorer, pictures(30, seed=1)), clip_features(scorer, pictures(18, seed=2))
+    metrics = protocol.measure(
+        observed_of(scorer, images), PROMPTS, group, {"clip": scorer}, extractor="clip", data=data, teacher=teacher, draws=20
+    )
+    features = clip_features(scorer, images)
+    assert metrics["fd_clip_data"]["value"] == pytest.approx(frechet(features, data), abs=1e-8)
+    assert metrics["fd_clip_teacher"]["value"] == pytest.approx(frechet(features, teacher), abs=1e-8)
+    assert metrics["utility"]["value"] == pytest.approx(float(images.mean()), abs=1e-6)
+    assert metrics["clip"]["value"] == pytest.approx(float(scorer.score(images, [PROMPTS[i] for i in group]).mean()), abs=1e-3)
+    assert (metrics["precision"]["value"], metrics["recall"]["value"]) == pytest.approx(precision_recall(data, features))
+    assert metrics["diversity"]["value"] == pytest.approx(diversity(features, group))
+    assert set(metrics) == {"fd_clip_data", "fd_clip_teacher", "clip", "clip_over_shuffled", "utility", "precision", "recall", "diversity"}
+    for name, m in metrics.items():
+        assert m["low"] <= m["value"] <= m["high"], name
+    # the order of the pictures does not matter
+    order = torch.randperm(18, generator=torch.Generator().manual_seed(3))
+    shuffled = {key: value[order] for key, value in observed_of(scorer, images).items()}
+    compared = {"extractor": "clip", "data": data, "teacher": teacher[order]}
+    again = protocol.measure(shuffled, PROMPTS, group[order], {"clip": scorer}, **compared, draws=20)
+    for name, m in metrics.items():
+        assert again[name] == pytest.approx(m, abs=1e-6), name
+
+
+def test_the_interval_to_the_teacher_is_paired_by_prompt():
+    """Prompts far apart, student and teacher near each other: which prompts were drawn is no part of the difference."""
+    draw = torch.Generator().manual_seed(0)
+    group = torch.arange(40).repeat_interleave(2)
+    subject = 3 * torch.randn(40, 8, generator=draw)[group]
+    unit = [torch.nn.functional.normalize(subject + 0.3 * torch.randn(80, 8, generator=draw), dim=1) for _ in range(2)]
+    options = {"extractor": "clip", "draws": 50}
+    prompts = [str(i) for i in range(40)]
+    features = {"features/clip": unit[0]}
+    teacher = protocol.measure(features, prompts, group, {}, teacher=scaled(unit[1]), **options)["fd_clip_teacher"]
+    data = protocol.measure(features, prompts, group, {}, data=scaled(unit[1]), **options)["fd_clip_data"]
+    assert teacher["value"] == pytest.approx(data["value"])
+    assert teacher["high"] - teacher["low"] < 0.5 * (data["high"] - data["low"])
+
+
+def test_measure_refuses_what_it_cannot_measure(scorer):
+    images, group = pictures(18), torch.arange(6).repeat_interleave(3)
+    observed, options = observed_of(scorer, images), {"extractor": "clip", "draws": 5}
+    with pytest.raises(ValueError, match="all different"):
+        protocol.measure(observed, ["cat"] * 6, group, {"clip": scorer}, **options)
+    with pytest.raises(ValueError, match="number the prompts"):
+        protocol.measure(observed, PROMPTS, group + 1, {"clip": scorer}, **options)
+    with pytest.raises(ValueError, match="same number of pictures"):
+        protocol.measure(observed, PROMPTS, (group - 1).clamp(min=0).scatter(0, torch.tensor([17]), 5), {"clip": scorer}, **options)
+    with pytest.raises(ValueError, match="singular"):
+        protocol.measure(observed, PROMPTS, group, {"clip": scorer}, data=torch.randn(8, 8), **options)
+    with pytest.raises(ValueError, match="it has 17 pictures, not 18"):
+        protocol.measure(observed, PROMPTS, group, {"clip": scorer}, teacher=torch.randn(17, 8), **options)
+    observed["features/clip"][2] = torch.nan
+    with pytest.raises(ValueError, match="1 of 18 generated"):
+        protocol.measure(observed, PROMPTS, group, {"clip": scorer}, **options)
+
+
+def test_fingerprints_see_weights_and_schedules(pipe):
+    before = protocol.pipeline_fingerprint(pipe)
+    assert before == protocol.pipeline_fingerprint(tiny_pipeline())
+    assert before != protocol.pipeline_fingerprint(tiny_pipeline(seed=1))
+    other = tiny_pipeline()
+    other.scheduler = protocol.solver("DDIM", dict(pipe.scheduler.config) | {"prediction_type": "epsilon"})
+    assert before != protocol.pipeline_fingerprint(other)
+
+
+# The whole evaluation
+
+
+def brightness(images):
+    return images.mean((1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pipelines")
+    tiny_pipeline(0).save_pretrained(root / "teacher")
+    tiny_pipeline(1).save_pretrained(root / "student")
+    return root
+
+
+def run(folders, scorer, monkeypatch, **changes):
+    monkeypatch.setattr(protocol, "TEACHER_STEPS", 5)
+    options = {
+        "teacher": folders / "teacher", "prompts": PROMPTS, "scorers": {"clip": scorer, "clip-heldout": scorer},
+        "extractor": "clip-heldout", "utility": brightness, "data": clip_features(scorer, pictures(20)),
+        "steps": 2, "images_per_prompt": 3, "draws": 10, "progress": False,
+    }  # fmt: skip
+    return protocol.evaluate(folders / "student", **options | changes)
+
+
+def test_evaluate_measures_the_student_beside_its_teacher(folders, scorer, tmp_path, monkeypatch):
+    said = []
+    report = run(folders, scorer, monkeypatch, cache=tmp_path / "cache", say=said.append)
+    assert [row["name"] for row in report["rows"]] == [
+        "student, 2 steps", "teacher, 5 steps", "teacher, 2 steps, DDIM", "teacher, 2 steps, DPM-Solver++", "teacher, 2 steps, UniPC",
+    ]  # fmt: skip
+    assert [row["metrics"]["network_evaluations"]["value"] for row in report["rows"]] == [2, 10, 4, 4, 4]
+    assert all(row["n"] == 18 and not row["cached"] for row in report["rows"])
+    assert not said
+    few = {row["name"]: row["metrics"]["fd_clip_teacher"]["value"] for row in report["rows"][2:]}
+    assert report["best_solver"] == min(few, key=few.get)
+    stamp = report["protocol"]
+    assert stamp["n"] == 18
+    assert stamp["resolution"] == 16
+    assert stamp["seeds"] == {"rows": 0, "reference": 1}
+    assert stamp["scorers"]["clip"] == protocol.fingerprint(scorer.model)
+    assert set(stamp["versions"]) == {"torch", "diffusers", "transformers", "fewstep"}
+
+    again = run(folders, scorer, monkeypatch, cache=tmp_path / "cache", say=said.append)
+    assert [row["cached"] for row in again["rows"]] == [False, True, True, True, True]
+    assert len(said) == 5
+    for old, new in zip(report["rows"][1:], again["rows"][1:], strict=True):
+        assert old["metrics"] == new["metrics"]
+
+    # another teacher, seed or scorer is another sample; another set of real pictures is not
+    said.clear()
+    run(folders, scorer, monkeypatch, cache=tmp_path / "cache", say=said.append, data=None)
+    assert len(said) == 5
+    run(folders, scorer, monkeypatch, cache=tmp_path / "cache", say=said.append, teacher=folders / "student")
+    run(folders, scorer, monkeypatch, cache=tmp_path / "cache", say=said.append, seed=7)
+    assert len(said) == 5
+
+    # a damaged file is drawn again, with a warning
+    for path in (tmp_path / "cache").glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="damaged"):
+        mended = run(folders, scorer, monkeypatch, cache=tmp_path / "cache", say=said.append)
+    assert not any(row["cached"] for row in mended["rows"])
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")]
+
+    check_showing(report, tmp_path)
+
+
+def check_showing(report, folder):
+    rows = dict(protocol.as_rows(report))
+    names = protocol.columns(report)
+    assert sum(name.endswith("(best)") for name in names) == 1
+    assert all(len(cells) == len(names) == 5 for cells in rows.values())
+    metric = report["rows"][0]["metrics"]["fd_clip_teacher"]
+    assert rows["FD-clip to teacher ↓"][0] == f"{metric['value']:.4g} [{metric['low']:.4g}, {metric['high']:.4g}]"
+    assert rows["network evaluations per image"] == ["2", "10", "4", "4", "4"]
+    assert protocol.as_table(report).row_count == len(protocol.as_rows(report)) == len(report["rows"][0]["metrics"])
+    protocol.save(report, folder / "evaluation.json")
+    assert json.loads((folder / "evaluation.json").read_text()) == report
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": ["cat", "dog", "cat"]}, "'cat' is repeated"),
+        ({"prompts": ["cat"]}, "at least two"),
+        ({"images_per_prompt": 1}, "at least 2"),
+        ({"prompts": PROMPTS[:2], "images_per_prompt": 4}, "more than 8"),
+        ({"extractor": "inception"}, "'inception' is not among the scorers: clip"),
+        ({"data": torch.zeros(8, 8)}, "more than 8"),
+        ({"data": torch.zeros(20, 7)}, r"got \(20, 7\)"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_read(scorer, tmp_path, monkeypatch, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "nothing here", scorer, monkeypatch, **changes)
+
+
+def test_the_teachers_second_sample_is_near_and_another_model_is_far(folders, scorer, monkeypatch):
+    """The floor: the teacher against its own second sample is nearer than a student of other weights."""
+    report = run(folders, scorer, monkeypatch, images_per_prompt=16)
+    student, teacher = (row["metrics"]["fd_clip_teacher"]["value"] for row in report["rows"][:2])
+    assert 1e-7 < teacher < student  # 0 if both samples had one seed
+    assert np.isfinite(student)
+    assert scaled(torch.eye(4)).square().mean() == 1

@@ -1,0 +1,188 @@
+"""The loop on a tiny random teacher: bit-exact resume, stops on NaN, what is trained and what is not."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep import checkpoint, cli
+from fewstep.prompts import read
+
+OPTIONS = ["--groups", "2", "--group-size", "2", "--rollout-updates", "3", "--save-every", "100", "--student.lr", "1e-3"]
+
+
+def run_of(teacher_folder, prompt_file, *options):
+    config = cli.parse_config([*OPTIONS, "--teacher", str(teacher_folder), "--updates", "8", *options])
+    return cli.build(config, read(prompt_file), str(teacher_folder))
+
+
+def tensors(state):
+    return checkpoint.pack(state)[0], checkpoint.pack(state)[1]
+
+
+def assert_same(a, b):
+    (first, rest_a), (second, rest_b) = tensors(a), tensors(b)
+    assert first.keys() == second.keys() and rest_a == rest_b
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+
+
+@pytest.mark.parametrize(
+    "stop_at, options",
+    [(1, ()), (3, ()), (5, ()), (4, ("--lora-rank", "2")), (2, ("--fake.condition", "none"))],
+    ids=["mid-rollout", "end-of-rollout", "second-rollout", "lora", "unconditioned"],
+)
+def test_resume_is_bit_exact(teacher_folder, prompt_file, tmp_path, stop_at, options):
+    straight = run_of(teacher_folder, prompt_file, *options).trainer
+    for _ in range(7):
+        straight.step()
+    first = run_of(teacher_folder, prompt_file, *options).trainer
+    for _ in range(stop_at):
+        first.step()
+    first.save(tmp_path)
+    torch.manual_seed(12345)  # whatever happened to the generator in between must not matter
+    second = run_of(teacher_folder, prompt_file, *options, "--seed", "0").trainer
+    second.load_state(checkpoint.newest(tmp_path / "checkpoints")[1])
+    for _ in range(7 - stop_at):
+        second.step()
+    assert_same(straight.state(), second.state())
+
+
+@pytest.mark.parametrize(
+    "key", ["student", "optimizer", "ema", "online", "online_optimizer", "rng", "batches", "rollout", "used", "rollouts"]
+)
+def test_every_part_of_the_state_matters(teacher_folder, prompt_file, key):
+    """Resume with one part left as a fresh run has it: the continuation must differ."""
+    first = run_of(teacher_folder, prompt_file).trainer
+    fresh = first.state()
+    fresh = checkpoint.unpack(*checkpoint.pack(fresh))
+    for _ in range(4):
+        first.step()
+    saved = checkpoint.unpack(*checkpoint.pack(first.state()))
+    for _ in range(3):
+        first.step()
+    broken = run_of(teacher_folder, prompt_file).trainer
+    broken.load_state(saved | {key: fresh[key]})
+    for _ in range(3):
+        broken.step()
+    with pytest.raises(AssertionError):
+        assert_same(first.state(), broken.state())
+
+
+def test_only_student_and_fake_move(teacher_folder, prompt_file):
+    run = run_of(teacher_folder, prompt_file)
+    before = {name: p.detach().clone() for name, p in run.roles.teacher.named_parameters()}
+    student = {name: p.detach().clone() for name, p in run.roles.student_parameters.items()}
+    fake = {name: p.detach().clone() for name, p in run.roles.fake_parameters.items()}
+    run.trainer.step()
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in run.roles.teacher.named_parameters())
+    assert any(not torch.equal(p, student[name]) for name, p in run.roles.student_parameters.items())
+    assert any(not torch.equal(p, fake[name]) for name, p in run.roles.fake_parameters.items())
+    assert not set(map(id, run.roles.student_parameters.values())) & set(map(id, run.roles.fake_parameters.values()))
+
+
+def test_roles_start_as_the_teacher_and_lora_roles_differ_after_training(teacher_folder, prompt_file):
+    for options in ((), ("--lora-rank", "2")):
+        run = run_of(teacher_folder, prompt_file, *options)
+        teacher, student, fake = run.roles[:3]
+        x, t = torch.randn(2, *run.backbone.latent_shape), torch.full((2,), 0.5)
+        cond = run.backbone.encode(["a cat", "a dog"])
+        with_step = {**cond, "step": torch.tensor([0, 2])}
+        with torch.no_grad():
+            torch.testing.assert_close(student(x, t, cond), teacher(x, t, cond), rtol=0, atol=0)
+            torch.testing.assert_close(fake(x, t, with_step), teacher(x, t, cond), rtol=0, atol=0)
+            before = teacher(x, t, cond)
+        for _ in range(2):
+            run.trainer.step()
+        with torch.no_grad():
+            outputs = [teacher(x, t, cond), student(x, t, cond), fake(x, t, with_step)]
+        assert torch.equal(outputs[0], before)
+        assert not torch.equal(outputs[1], before) and not torch.equal(outputs[2], before) and not torch.equal(outputs[1], outputs[2])
+
+
+def test_lora_shares_one_base_and_trains_adapters_only(teacher_folder, prompt_file):
+    roles = run_of(teacher_folder, prompt_file, "--lora-rank", "2").roles
+    assert roles.teacher.network.unet is roles.student.network.unet is roles.fake.network.unet
+    assert all(".lora_" in name for name in roles.student_parameters)
+    assert all(".lora_" in name or name.startswith("step_embedding") for name in roles.fake_parameters)
+
+
+def test_the_fake_hears_the_step(teacher_folder, prompt_file):
+    run = run_of(teacher_folder, prompt_file)
+    torch.nn.init.normal_(run.roles.fake.network.step_embedding.weight)
+    x, t, cond = torch.randn(2, *run.backbone.latent_shape), torch.full((2,), 0.5), run.backbone.encode(["a cat"] * 2)
+    x = x[:1].repeat(2, 1, 1, 1)
+    with torch.no_grad():
+        a, b = run.roles.fake(x, t, {**cond, "step": torch.tensor([0, 3])})
+    assert not torch.equal(a, b)
+    with pytest.raises(ValueError, match="needs k"):
+        run.trainer.terms["dm"].reward.evaluate(x, cond, torch.zeros(2, dtype=torch.long))
+
+
+def test_a_prompt_group_sits_at_one_step_and_a_rollout_visits_every_state(teacher_folder, prompt_file):
+    run = run_of(teacher_folder, prompt_file, "--rollout-updates", "4")
+    trainer, seen = run.trainer, []
+    matching = trainer.terms["dm"].reward
+    original = matching.evaluate
+
+    def spy(x0, cond, group, *, k=None, **rest):
+        seen.append((group.clone(), k.clone()))
+        return original(x0, cond, group, k=k, **rest)
+
+    matching.evaluate = spy
+    for _ in range(4):
+        trainer.step()
+    for group, k in seen:
+        assert group.unique(return_counts=True)[1].tolist() == [2, 2]
+        assert k[0] == k[1] and k[2] == k[3] and k[0] != k[2]
+    assert sorted(int(k[0]) for _, k in seen) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("what", ["student", "fake", "teacher"])
+def test_nan_stops_before_the_update(teacher_folder, prompt_file, what):
+    run = run_of(teacher_folder, prompt_file)
+    run.trainer.step()
+    network = getattr(run.roles, what).network
+    with torch.no_grad():
+        network.unet.conv_out.bias.fill_(float("nan"))
+    before = {name: p.detach().clone() for name, p in run.roles.student_parameters.items()}
+    with pytest.raises(FloatingPointError, match=what):
+        run.trainer.step()
+    assert all(torch.equal(p.nan_to_num(), before[name].nan_to_num()) for name, p in run.roles.student_parameters.items())
+
+
+def test_metrics_lines_of_a_lost_run_are_dropped(teacher_folder, prompt_file, tmp_path):
+    trainer = run_of(teacher_folder, prompt_file).trainer
+    stops = iter([False, True])
+    assert len(list(trainer.run(tmp_path, stop=lambda: next(stops)))) == 2
+    log = tmp_path / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"update": 3, "loss": 1}\n{"upda')
+    assert len(list(trainer.run(tmp_path, stop=lambda: True))) == 1
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["update"] for line in lines] == [1, 2, 3]
+    assert {"loss", "grad_norm", "dm/score", "dm/own_loss", "seconds"} <= lines[2].keys()
+
+
+def test_a_checkpoint_of_another_network_is_refused(teacher_folder, prompt_file):
+    state = run_of(teacher_folder, prompt_file).trainer.state()
+    other = run_of(teacher_folder, prompt_file, "--lora-rank", "2").trainer
+    with pytest.raises(checkpoint.DamagedCheckpoint, match="another network"):
+        other.load_state(state)
+
+
+def test_scorer_packages_and_diffusers_stay_where_they_belong():
+    """The import table of the house: only models, world, evaluate, export and the trainer's EMA touch diffusers."""
+    root = Path(cli.__file__).parent
+    allowed = {"models", "world", "evaluate"}
+    for path in root.rglob("*.py"):
+        relative = path.relative_to(root)
+        if relative.parts[0] in allowed or relative.name in ("__init__.py", "export.py"):
+            continue
+        imports = [line.strip() for line in path.read_text().splitlines() if line.strip().startswith(("import ", "from "))]
+        about = [line for line in imports if "diffusers" in line]
+        assert about in ([], ["from diffusers.training_utils import EMAModel"]), relative
+    pure = ("types", "schedule", "transforms", "losses")
+    for name in pure:
+        text = (root / f"{name}.py").read_text()
+        assert "from fewstep" not in text.replace("from fewstep.schedule import bcast", ""), name
