@@ -30,7 +30,8 @@ def refused(capsys, *arguments):
 
 
 def test_help_is_quick_and_imports_neither_torch_nor_diffusers():
-    script = "import sys; from fewstep.cli import main; main(['--help']); import fewstep; print([m for m in ('torch', 'diffusers') if m in sys.modules])"
+    look = "print([m for m in ('torch', 'diffusers') if m in sys.modules])"
+    script = f"import sys; from fewstep.cli import main; main(['--help']); import fewstep; {look}"
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     seconds = time.perf_counter() - start
@@ -123,7 +124,9 @@ def test_recipe_flags_and_keyword_arguments_say_the_same(tmp_path):
     path.write_text("steps: 2\nstudent:\n  lr: 0.001\nmatching:\n  normalize: sample\n")
     from_file = cli.parse_config([str(path), "--group-size", "4"])
     flags = cli.parse_config(["--steps=2", "--student.lr=1e-3", "--matching.normalize", "sample", "--group_size", "4"])
-    keywords = cli.parse_config(cli.as_arguments({"steps": 2, "student": {"lr": 1e-3}, "matching": {"normalize": "sample"}, "group_size": 4}))
+    keywords = cli.parse_config(
+        cli.as_arguments({"steps": 2, "student": {"lr": 1e-3}, "matching": {"normalize": "sample"}, "group_size": 4})
+    )
     assert from_file == flags == keywords
     assert cli.parse_config(["--overwrite", "--seed", "3"]).overwrite is True
 
@@ -132,14 +135,35 @@ def test_recipe_flags_and_keyword_arguments_say_the_same(tmp_path):
 def finished(tmp_path_factory, teacher_folder, prompt_file):
     """A student of the tiny teacher, made by the command itself."""
     output = tmp_path_factory.mktemp("run") / "out"
-    arguments = ["distill", "--teacher", str(teacher_folder), "--prompts", str(prompt_file), "--output", str(output), "--updates", "3", *SMALL]
+    arguments = [
+        "distill",
+        "--teacher",
+        str(teacher_folder),
+        "--prompts",
+        str(prompt_file),
+        "--output",
+        str(output),
+        "--updates",
+        "3",
+        *SMALL,
+    ]
     assert cli.main(arguments) == 0
     return output
 
 
 def test_what_a_run_leaves_behind(finished):
     names = {path.name for path in finished.iterdir()}
-    assert {"model_index.json", "unet", "vae", "scheduler", "samples.png", "metrics.jsonl", "README.md", "config.yaml", "checkpoints"} <= names
+    assert {
+        "model_index.json",
+        "unet",
+        "vae",
+        "scheduler",
+        "samples.png",
+        "metrics.jsonl",
+        "README.md",
+        "config.yaml",
+        "checkpoints",
+    } <= names
     card = (finished / "README.md").read_text()
     assert "library_name: diffusers" in card and "[999, 749, 499, 249]" in card
     saved = yaml.safe_load((finished / "config.yaml").read_text())
@@ -197,7 +221,8 @@ def test_lora_file_gives_the_same_student_on_the_teacher(teacher_folder, prompt_
     pipe.scheduler = merged.scheduler
     pipe.load_lora_weights(tmp_path)
     images = [
-        p("a cat", num_inference_steps=4, guidance_scale=1, generator=torch.Generator().manual_seed(0), output_type="pt").images for p in (merged, pipe)
+        p("a cat", num_inference_steps=4, guidance_scale=1, generator=torch.Generator().manual_seed(0), output_type="pt").images
+        for p in (merged, pipe)
     ]
     torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-4)
 

@@ -176,7 +176,7 @@ def train_preference(clip: CLIPModel, pictures: list[Picture], tokenizer: CLIPTo
                      batch: int = 32, seed: int = 0) -> CLIPModel:  # fmt: skip
     """Fine-tune a copy of `clip` on `samples` noisy choices between two distorted pictures under one caption.
 
-    In one pair of five the second picture is of something else.
+    In two pairs of five the second picture is of something else.
     """
     torch.manual_seed(seed)
     model = copy.deepcopy(clip).to(device()).train()
@@ -187,7 +187,7 @@ def train_preference(clip: CLIPModel, pictures: list[Picture], tokenizer: CLIPTo
     def loss(generator: torch.Generator) -> Tensor:
         first = torch.randint(len(seen), (batch,), generator=generator, device=data.device)
         other = torch.randint(len(seen), (batch,), generator=generator, device=data.device)
-        second = torch.where(uniform(batch, 0, 1, generator) < 0.2, other, first)
+        second = torch.where(uniform(batch, 0, 1, generator) < 0.4, other, first)
         caption = torch.multinomial(chances[first], 1, generator=generator)[:, 0]
         picture = torch.stack([first, second], 1)  # (B, 2)
         place = augment(data[picture.flatten()] * 2 - 1, generator, rotate=0.15, zoom=0.1, shift=0.05)
@@ -200,7 +200,7 @@ def train_preference(clip: CLIPModel, pictures: list[Picture], tokenizer: CLIPTo
             scores = preference_scores(model, images, words.repeat_interleave(2, 0))
         return F.cross_entropy(scores.view(batch, 2), chosen)
 
-    fit(model, loss, steps=samples // batch, lr=3e-4, folder=folder, name="preference", warmup=50, ema=0.99, seed=seed, save_every=200)
+    fit(model, loss, steps=samples // batch, lr=1e-4, folder=folder, name="preference", warmup=50, ema=0.99, seed=seed, save_every=200)
     return model.cpu().eval()
 
 
