@@ -53,11 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
         return commands[arguments[0]](arguments[1:])
     except UserError as error:
         return complain(str(error))
+    except FloatingPointError as error:  # nothing was updated or saved after it: the last checkpoint is the state to go on from
+        return complain(f"{error}. Lower student.lr or fake.lr, or go on from the last checkpoint with --resume", code=1)
 
 
-def complain(message: str) -> int:
+def complain(message: str, *, code: int = 2) -> int:
     print(f"fewstep: error: {message}", file=sys.stderr)
-    return 2
+    return code
 
 
 def nearest(word: str, known: Any) -> str:
@@ -249,6 +251,23 @@ def resolve_teacher(name: str) -> str:
     return source
 
 
+def resolve_hardware(config: Config) -> Config:
+    """The config with `auto` replaced by what this machine has."""
+    import torch
+
+    device, precision = config.device, config.precision
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision == "auto":
+        if torch.device(device).type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:  # older torch cannot say
+            abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+            native = bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
+        precision = "bf16" if native else "fp32"
+    return dataclasses.replace(config, device=device, precision=precision)
+
+
 @dataclasses.dataclass
 class Run:
     """Everything `build` made."""
@@ -269,9 +288,8 @@ def build(config: Config, prompts: list[str], source: str) -> Run:
     from fewstep.student import Student
     from fewstep.trainer import Term, Trainer
 
+    config = resolve_hardware(config)
     device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.seed)
     try:
         backbone = models.load(source, device=device)
@@ -327,6 +345,8 @@ def distill(config: Config) -> int:
             folder, state = found
             print(f"going on from {folder.name}")
     run = build(config, prompts, source)
+    config = run.config
+    print(f"training on {config.device} in {config.precision}")
     if state is not None:
         try:
             run.trainer.load_state(state)

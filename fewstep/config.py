@@ -74,8 +74,8 @@ class Config:
     """Seed of everything random."""
     device: str = "auto"
     """cpu, cuda, or auto."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the networks (bf16: autocast; weights stay fp32)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the networks in training (bf16: autocast, weights stay fp32); auto is bf16 where the hardware computes it."""
     save_every: int = 50
     """Updates between checkpoints."""
     sample_every: int = 100

@@ -284,6 +284,19 @@ def test_ctrl_c_saves_and_resume_ends_where_an_unbroken_run_ends(teacher_folder,
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_nan_ends_the_run_with_one_line_and_saves_nothing_of_it(teacher_folder, prompt_file, tmp_path, capsys):
+    options = ["--teacher", str(teacher_folder), "--prompts", str(prompt_file), "--output", str(tmp_path / "out"), *SMALL]
+    # a learning rate of 1e30 overflows within a few updates
+    assert cli.main(["distill", *options, "--updates", "50", "--student.lr", "1e30", "--save-every", "1"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("fewstep: error: ") and "last checkpoint" in error
+    from safetensors.torch import load_file
+
+    newest = max((tmp_path / "out" / "checkpoints").iterdir())
+    fake = {name: value for name, value in load_file(newest / "state.safetensors").items() if name.startswith("/online/")}
+    assert fake and all(bool(torch.isfinite(value).all()) for value in fake.values())
+
+
 def test_python_interface(teacher_folder, prompt_file, tmp_path):
     path = fewstep.distill(
         str(teacher_folder), str(prompt_file), steps=2, output=str(tmp_path / "out"), updates=1, groups=2, group_size=2,
