@@ -7,7 +7,6 @@ import difflib
 import json
 import signal
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -330,8 +329,9 @@ def distill(config: Config) -> int:
     import yaml
 
     output = Path(config.output)
-    quiet_libraries()
-    from fewstep import checkpoint
+    from fewstep import checkpoint, models
+
+    models.quiet_libraries()
 
     state = None
     if config.resume:
@@ -505,6 +505,7 @@ def measure_student(
         extractor="clip-heldout",
         utility=gold_utility,
         data=load_file(world.ASSETS / "features.safetensors")["heldout"].float(),
+        neighbours=world.NEIGHBOURS,
         steps=config.steps,
         guidance=config.matching.guidance,
         images_per_prompt=images_per_prompt,
@@ -564,7 +565,9 @@ def evaluate_command(arguments: list[str]) -> int:
             f"{options.folder}: its teacher is {config.teacher}; the embedded scorers know only the embedded teacher's pictures"
         )
     source = resolve_teacher(config.teacher)
-    quiet_libraries()
+    from fewstep import models
+
+    models.quiet_libraries()
     try:
         measure_student(options.folder, source, config, images_per_prompt=options.images_per_prompt, seed=options.seed)
     except ValueError as error:
@@ -597,9 +600,11 @@ def sample_command(arguments: list[str]) -> int:
     steps = options.steps if options.steps is not None else made_for
     if steps != made_for:
         raise UserError(f"--steps: this student was made for {made_for} steps, not {steps}")
-    quiet_libraries()
     from PIL import Image
 
+    from fewstep import models
+
+    models.quiet_libraries()
     from fewstep.evaluate.protocol import generate, open_pipeline
 
     images, _ = generate(open_pipeline(options.folder, "cpu"), [options.prompt], options.n, steps=steps, guidance=1.0, seed=options.seed)
@@ -617,22 +622,6 @@ def sample_command(arguments: list[str]) -> int:
             )
             print(path)
     return 0
-
-
-def quiet_libraries() -> None:
-    """The model libraries' start-up remarks (missing torchvision, progress bars) are no news to a user."""
-    import os
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters on one base are meant
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()
 
 
 if __name__ == "__main__":

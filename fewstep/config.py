@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass
 class StudentConfig:
-    lr: float = 2e-4
+    lr: float = 1e-4
     """Learning rate of the student (AdamW)."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Adam betas of the student."""
@@ -28,7 +28,7 @@ class FakeConfig:
     """Adam betas of the fake."""
     updates: int = 2
     """Fake updates per student update (two time-scale rule)."""
-    condition: Literal["step", "none"] = "step"
+    condition: Literal["step", "none"] = "none"
     """Whether the fake is told which of the student's steps made a sample (method, section 6)."""
     max_norm: float = 1.0
     """Gradient norm above which the fake's gradient is scaled down."""
@@ -62,12 +62,12 @@ class Config:
     """Steps of the student."""
     updates: int = 300
     """Student updates in all."""
-    group_size: int = 8
+    group_size: int = 4
     """Samples per prompt (G); eq. (5) takes its scale over them."""
-    groups: int = 8
+    groups: int = 16
     """Prompts per update (P); an update sees P x G samples."""
-    rollout_updates: int = 4
-    """Student updates that one rollout feeds (U); 1 is a fresh rollout for each."""
+    rollout_updates: int = 1
+    """Student updates that one rollout feeds (U), each from other states; 1 is a fresh rollout for each."""
     lora_rank: int = 0
     """Rank of the LoRA adapters of student and fake; 0 trains full copies."""
     seed: int = 0

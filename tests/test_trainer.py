@@ -9,7 +9,10 @@ import torch
 from fewstep import checkpoint, cli
 from fewstep.prompts import read
 
-OPTIONS = ["--groups", "2", "--group-size", "2", "--rollout-updates", "3", "--save-every", "100", "--student.lr", "1e-3"]
+OPTIONS = [
+    *("--groups", "2", "--group-size", "2", "--rollout-updates", "3", "--save-every", "100"),
+    *("--student.lr", "1e-3", "--fake.condition", "step"),
+]
 
 
 def run_of(teacher_folder, prompt_file, *options):

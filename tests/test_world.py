@@ -56,7 +56,7 @@ def test_reference_data_and_card_agree():
     assert int(latents["heldout"].sum()) == card["data"]["heldout"] == sum(row["heldout"] for row in rows)
     assert latents["latents"].float().std().item() == pytest.approx(1, abs=0.05)
     heldout, train = features["heldout"].float(), features["train"].float()
-    assert len(heldout) == teacher.VARIANTS * card["data"]["heldout"]
+    assert len(heldout) == world.VARIANTS * card["data"]["heldout"]
     torch.testing.assert_close(heldout.pow(2).mean(1), torch.ones(len(heldout)), atol=0.01, rtol=0)
     assert frechet(heldout, train) == pytest.approx(card["teacher"]["fd_of_train_to_heldout_data"], rel=0.02)
 

@@ -38,7 +38,7 @@ Measured = dict[str, dict[str, float]]  # metric -> value, low, high
 SOLVERS = {"DDIM": "DDIMScheduler", "DPM-Solver++": "DPMSolverMultistepScheduler", "UniPC": "UniPCMultistepScheduler"}
 TEACHER_STEPS = 28
 DRAWS, LEVEL = 200, 0.95  # of every bootstrap interval
-NEIGHBOURS = 3  # k of precision and recall
+NEIGHBOURS = 3  # k of precision and recall, unless the data hold several copies of each picture
 
 LABELS = {
     "fd_clip_data": "FD-clip to data ↓",
@@ -71,6 +71,7 @@ class Protocol:
     scorers: dict[str, str]  # name -> SHA-256 of its weights
     utility: str | None  # SHA-256 of the source file that defines it
     data: dict[str, Any] | None  # n and SHA-256 of the features of real pictures
+    neighbours: int  # k of precision and recall
     resolution: int
     device: str  # with the number of threads: seconds per image belong to it
     versions: dict[str, str]
@@ -164,7 +165,7 @@ def batches(
 
 
 def generate(
-    pipe: Any, prompts: list[str], images_per_prompt: int, *, steps: int, guidance: float, seed: int, batch: int = 64
+    pipe: Any, prompts: list[str], images_per_prompt: int, *, steps: int, guidance: float, seed: int, batch: int = 16
 ) -> tuple[Tensor, float]:
     """All pictures (P * images_per_prompt, 3, H, W) in [0, 1], and the median over batches of the seconds per image."""
     drawn = list(batches(pipe, prompts, images_per_prompt, steps=steps, guidance=guidance, seed=seed, batch=batch))
@@ -214,6 +215,7 @@ def measure(
     extractor: str,
     data: Tensor | None = None,
     teacher: Tensor | None = None,
+    neighbours: int = NEIGHBOURS,
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Measured:
@@ -273,8 +275,8 @@ def measure(
         add_mean("utility", observed["utility"])
     if data is not None:
         reference = checked(data, "reference")
-        add_mean("precision", covered(features, reference, NEIGHBOURS).any(1))
-        held = covered(reference, features, NEIGHBOURS)  # (M, N); the balls keep their radii when prompts are resampled
+        add_mean("precision", covered(features, reference, neighbours).any(1))
+        held = covered(reference, features, neighbours)  # (M, N); the balls keep their radii when prompts are resampled
         add("recall", lambda index: float(held[:, rows[index].flatten()].any(1).double().mean()), centre=True, bounds=(0, 1))
     within = spread(features, group)
     add("diversity", lambda index: float(within[index].mean()))
@@ -375,11 +377,12 @@ def evaluate(
     extractor: str,
     utility: Utility | None = None,
     data: Tensor | None = None,
+    neighbours: int = NEIGHBOURS,
     steps: int = 4,
     guidance: float = 3.0,
     images_per_prompt: int = 4,
     seed: int = 0,
-    batch: int = 64,
+    batch: int = 16,
     device: str = "cpu",
     draws: int = DRAWS,
     cache: str | Path | None = None,
@@ -390,7 +393,8 @@ def evaluate(
 
     student, teacher: diffusers folders or hub ids. guidance: the teacher's, in all its rows; the student has none (1).
     scorers: name -> scorer; extractor: the one whose features FD-clip uses; utility: pictures -> (B,); data: FD-clip features
-    (M, d) of real pictures, without which the metrics that need them are left out. cache: a folder that keeps the teacher's
+    (M, d) of real pictures, without which the metrics that need them are left out;
+    neighbours: k of precision and recall. cache: a folder that keeps the teacher's
     features, scores and times by the content of teacher, scorers and protocol; its use is said.
 
     Returns {"protocol", "interval", "student", "teacher", "rows", "best_solver"}: each row has name, solver, steps, guidance,
@@ -410,6 +414,7 @@ def evaluate(
         scorers={name: fingerprint(scorer.model) for name, scorer in scorers.items()},
         utility=None if utility is None else hashlib.sha256(Path(inspect.getfile(utility)).read_bytes()).hexdigest(),
         data=None if data is None else {"n": len(data), "sha256": sha256(data.tolist())},
+        neighbours=neighbours,
         resolution=resolution(original),
         device=device_name(device),
         versions={package: version(package) for package in ("torch", "diffusers", "transformers", "fewstep")},
@@ -433,7 +438,7 @@ def evaluate(
     def draw_teacher(name: str, using: str, **sampling: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         row = {"name": name, "solver": using, **sampling}
         # the features of real pictures play no part in a sample
-        note = {"teacher": identity["teacher"], "protocol": protocol.stamp() | {"data": None}, "row": row}
+        note = {"teacher": identity["teacher"], "protocol": protocol.stamp() | {"data": None, "neighbours": None}, "row": row}
         path = Path(cache) / f"{sha256(note)}.safetensors" if cache else None
         original.scheduler = schedulers[using]
         observed, cached = draw(original, name, row, path)
@@ -451,7 +456,7 @@ def evaluate(
     _, reference = draw_teacher(f"teacher, {TEACHER_STEPS} steps, second sample", "its own", **many | {"seed": seed + 1})
 
     group = torch.arange(len(prompts)).repeat_interleave(images_per_prompt)
-    compared = {"extractor": extractor, "data": data, "teacher": scaled(reference[f"features/{extractor}"])}
+    compared = {"extractor": extractor, "data": data, "neighbours": neighbours, "teacher": scaled(reference[f"features/{extractor}"])}
     rows = []
     for row, observed in samples:
         metrics = measure(observed, prompts, group, scorers, **compared, draws=draws) | measure_cost(

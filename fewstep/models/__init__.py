@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +54,14 @@ def load(source: str, **options: Any):
     """Read a teacher (folder or hub id) into its family's adapter. Raises UnsupportedTeacher."""
     module, name = FAMILIES[pipeline_class(source)]
     return getattr(importlib.import_module(module), name).load(source, **options)
+
+
+def quiet_libraries() -> None:
+    """Silence the model libraries' start-up remarks (missing torchvision, progress bars): they are no news to a user."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters on one base are meant
+    for name in ("diffusers", "transformers"):
+        library = importlib.import_module(f"{name}.utils.logging")
+        library.disable_progress_bar()
+        library.set_verbosity_error()

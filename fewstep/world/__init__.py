@@ -9,6 +9,8 @@ ASSETS = Path(__file__).parent / "assets"
 TEACHER = ASSETS / "teacher"
 TEACHER_STEPS = 28
 TEACHER_GUIDANCE = 3.0
+VARIANTS = 8  # jittered copies of each picture in the reference features; the first is the picture itself
+NEIGHBOURS = 3 * VARIANTS  # k of precision and recall: a copy's nearest neighbours are the other copies of its picture
 
 
 def prompts(split: str) -> list[str]:

@@ -29,7 +29,7 @@ from fewstep.world import scorers, teacher, text, vae
 from fewstep.world.training import device
 
 # pictures seen by each stage (pairs of them for the preference)
-SAMPLES = {"vae": 60_000, "teacher": 448_000, "decoder": 32_000, "clip": 64_000, "clip-heldout": 64_000, "preference": 9_600}
+SAMPLES = {"vae": 60_000, "teacher": 448_000, "decoder": 32_000, "clip": 64_000, "clip-heldout": 64_000, "preference": 64_000}
 CLIPS = {
     "clip": {"patch": 8, "width": 128, "layers": 4, "seed": 1},
     "clip-heldout": {"patch": 16, "width": 192, "layers": 3, "seed": 2},
@@ -47,11 +47,18 @@ GRID = [
 ]
 
 
-def prompt_sets(pictures: list[data.Picture], seed: int = 0) -> dict[str, list[str]]:
+def build_tokenizer(pictures: list[data.Picture], work: Path) -> CLIPTokenizer:
+    """Trained once and kept: equally frequent pairs are numbered anew in each process, and every text encoder must agree."""
+    done = work / "tokenizer"
+    if not done.exists():
+        finish(text.make_tokenizer(pictures).save_pretrained, done)
+    return CLIPTokenizer.from_pretrained(done)
+
+
+def prompt_sets(pictures: list[data.Picture], tokenizer: CLIPTokenizer, seed: int = 0) -> dict[str, list[str]]:
     """train: every caption of the pictures that were trained on; evaluate: 128 captions drawn from held-out pictures."""
     seen = [p for p in pictures if p.drawn and not p.heldout]
     hidden = [p for p in pictures if p.drawn and p.heldout]
-    tokenizer = text.make_tokenizer(pictures)
     train = sorted({caption for p in seen for caption in p.captions() if len(tokenizer(caption).input_ids) <= text.MAX_TOKENS})
     draw, chosen = random.Random(seed), {}
     while len(chosen) < 128:
@@ -70,10 +77,11 @@ def build_vae(pictures: list[data.Picture], work: Path, scale: float) -> Autoenc
     return AutoencoderKL.from_pretrained(done).eval()
 
 
-def build_teacher(pictures: list[data.Picture], autoencoder: AutoencoderKL, work: Path, scale: float) -> StableDiffusionPipeline:
+def build_teacher(
+    pictures: list[data.Picture], autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, scale: float
+) -> StableDiffusionPipeline:
     done = work / "teacher-pipeline"
     if not done.exists():
-        tokenizer = text.make_tokenizer(pictures)
         unet, encoder = teacher.train(pictures, autoencoder, tokenizer, work / "teacher", samples=int(SAMPLES["teacher"] * scale))
         finish(teacher.pipeline(autoencoder, unet.cpu(), encoder.cpu(), tokenizer).save_pretrained, done)
     return StableDiffusionPipeline.from_pretrained(done)
@@ -153,7 +161,7 @@ def measure(pictures: list[data.Picture], pipe: StableDiffusionPipeline, models:
     sampling = {"steps": world.TEACHER_STEPS, "guidance": world.TEACHER_GUIDANCE}
     sample = {seed: protocol.generate(pipe, held_prompts, 4, seed=seed, **sampling)[0] for seed in (0, 1)}
     first, second = (clip_features(extractor, images) for images in sample.values())
-    precision, recall = precision_recall(features["heldout"], first)
+    precision, recall = precision_recall(features["heldout"], first, k=world.NEIGHBOURS)
     return {
         "data": {"pictures": len(drawn), "heldout": len(hidden), "styles": list(data.PACKAGES), "version": data.VERSION},
         "vae": {
@@ -203,15 +211,16 @@ def main() -> None:
     data.fetch(work)
     pictures = data.read(work)
     autoencoder = build_vae(pictures, work, scale)
-    pipe = build_teacher(pictures, autoencoder, work, scale)
+    tokenizer = build_tokenizer(pictures, work)
+    pipe = build_teacher(pictures, autoencoder, tokenizer, work, scale)
     pipe.vae = build_decoder(pictures, autoencoder, work, scale)
-    models = build_scorers(pictures, pipe.tokenizer, work, scale)
+    models = build_scorers(pictures, tokenizer, work, scale)
 
     assets.mkdir(parents=True, exist_ok=True)
     for name in models:
         shutil.copytree(work / "scorers" / name, assets / name, dirs_exist_ok=True)
     save_teacher(pipe, assets / "teacher")
-    (assets / "prompts.json").write_text(json.dumps(prompt_sets(pictures), indent=0))
+    (assets / "prompts.json").write_text(json.dumps(prompt_sets(pictures, tokenizer), indent=0))
     pipe = protocol.open_pipeline(assets / "teacher", device())
     card = measure(pictures, pipe.to("cpu"), models, assets)
     (assets / "card.json").write_text(json.dumps(card, indent=1) + "\n")

@@ -200,7 +200,7 @@ def train_preference(clip: CLIPModel, pictures: list[Picture], tokenizer: CLIPTo
             scores = preference_scores(model, images, words.repeat_interleave(2, 0))
         return F.cross_entropy(scores.view(batch, 2), chosen)
 
-    fit(model, loss, steps=samples // batch, lr=1e-4, folder=folder, name="preference", warmup=50, ema=0.99, seed=seed, save_every=200)
+    fit(model, loss, steps=samples // batch, lr=3e-4, folder=folder, name="preference", warmup=50, ema=0.99, seed=seed, save_every=200)
     return model.cpu().eval()
 
 

@@ -9,13 +9,12 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from fewstep.world import VARIANTS
 from fewstep.world.pictures import Picture, augment, to_tensor
 from fewstep.world.text import make_text_encoder
 from fewstep.world.training import device, fit
 
-VARIANTS = 8  # jittered copies of each picture; the first is the picture itself
 JITTER = {"rotate": 0.1, "zoom": 0.06, "shift": 0.04}
-GUIDANCE, STEPS = 3.0, 28
 
 
 def make_unet() -> UNet2DConditionModel:
