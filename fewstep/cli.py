@@ -347,6 +347,9 @@ def distill(config: Config) -> int:
     run = build(config, prompts, source)
     config = run.config
     print(f"training on {config.device} in {config.precision}")
+    cut = run.backbone.cut(prompts)
+    if cut:
+        print(f"{len(cut)} of {len(prompts)} prompts are longer than the text encoder reads and are cut, the first: {cut[0]!r}")
     if state is not None:
         try:
             run.trainer.load_state(state)

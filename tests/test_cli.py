@@ -297,6 +297,13 @@ def test_nan_ends_the_run_with_one_line_and_saves_nothing_of_it(teacher_folder, 
     assert fake and all(bool(torch.isfinite(value).all()) for value in fake.values())
 
 
+def test_prompts_that_are_too_long_are_counted(teacher_folder):
+    from fewstep import models
+
+    backbone = models.load(str(teacher_folder))
+    assert backbone.cut(["a cat", "a very long prompt"]) == ["a very long prompt"]  # eight tokens, one for each letter
+
+
 def test_python_interface(teacher_folder, prompt_file, tmp_path):
     path = fewstep.distill(
         str(teacher_folder), str(prompt_file), steps=2, output=str(tmp_path / "out"), updates=1, groups=2, group_size=2,

@@ -117,6 +117,11 @@ class StableDiffusion:
         height, width = (size, size) if isinstance(size, int) else size
         return self.pipe.unet.config.in_channels, height, width
 
+    def cut(self, prompts: list[str]) -> list[str]:
+        """Those of the prompts that are longer than the text encoder reads."""
+        tokenizer = self.pipe.tokenizer
+        return [p for p in prompts if len(tokenizer(p).input_ids) > tokenizer.model_max_length]
+
     @torch.no_grad()
     def _encode_one(self, prompt: str) -> Tensor:
         return self.pipe.encode_prompt(prompt, self.device, 1, False)[0][0]

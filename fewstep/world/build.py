@@ -29,7 +29,7 @@ from fewstep.world import scorers, teacher, text, vae
 from fewstep.world.training import device
 
 # pictures seen by each stage (pairs of them for the preference)
-SAMPLES = {"vae": 60_000, "teacher": 448_000, "decoder": 32_000, "clip": 64_000, "clip-heldout": 64_000, "preference": 64_000}
+SAMPLES = {"vae": 60_000, "teacher": 448_000, "decoder": 32_000, "clip": 64_000, "clip-heldout": 64_000, "preference": 19_200}
 CLIPS = {
     "clip": {"patch": 8, "width": 128, "layers": 4, "seed": 1},
     "clip-heldout": {"patch": 16, "width": 192, "layers": 3, "seed": 2},
@@ -107,6 +107,7 @@ def finish(save, folder: Path) -> None:
 
 def save_teacher(pipe: StableDiffusionPipeline, folder: Path) -> None:
     """fp16 weights that load as float32: the text encoder's config says so, since transformers follows the file otherwise."""
+    pipe.scheduler = teacher.make_scheduler()
     pipe.to(torch.float16).save_pretrained(folder, safe_serialization=True)
     path = folder / "text_encoder" / "config.json"
     config = json.loads(path.read_text())
