@@ -60,7 +60,7 @@ class Config:
     """Folder for the student and everything the run leaves behind."""
     steps: int = 4
     """Steps of the student."""
-    updates: int = 300
+    updates: int = 220
     """Student updates in all."""
     group_size: int = 4
     """Samples per prompt (G); eq. (5) takes its scale over them."""
@@ -78,7 +78,7 @@ class Config:
     """Arithmetic of the networks in training (bf16: autocast, weights stay fp32); auto is bf16 where the hardware computes it."""
     save_every: int = 50
     """Updates between checkpoints."""
-    sample_every: int = 100
+    sample_every: int = 50
     """Updates between sample grids (0: only the last)."""
     evaluate: bool = True
     """Measure the finished student beside its teacher."""
