@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass
 class StudentConfig:
-    lr: float = 1e-4
+    lr: float = 5e-5
     """Learning rate of the student (AdamW)."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Adam betas of the student."""
@@ -22,13 +22,13 @@ class StudentConfig:
 
 @dataclass
 class FakeConfig:
-    lr: float = 4e-4
+    lr: float = 3e-4
     """Learning rate of the fake (AdamW)."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Adam betas of the fake."""
     updates: int = 2
     """Fake updates per student update (two time-scale rule)."""
-    condition: Literal["step", "none"] = "none"
+    condition: Literal["step", "none"] = "step"
     """Whether the fake is told which of the student's steps made a sample (method, section 6)."""
     max_norm: float = 1.0
     """Gradient norm above which the fake's gradient is scaled down."""
@@ -60,7 +60,7 @@ class Config:
     """Folder for the student and everything the run leaves behind."""
     steps: int = 4
     """Steps of the student."""
-    updates: int = 220
+    updates: int = 190
     """Student updates in all."""
     group_size: int = 4
     """Samples per prompt (G); eq. (5) takes its scale over them."""
