@@ -44,7 +44,8 @@ def test_prompts_are_different_and_fit_the_tokenizer():
     assert len(set(train)) == len(train) > 1000 and len(set(evaluate)) == len(evaluate) == 128
     for prompt in (*train, *grid):
         assert len(pipe_tokenizer(prompt).input_ids) <= text.MAX_TOKENS
-    assert set(grid) <= set(train)
+    # a style may be new to an emoji (held out), the emoji itself never
+    assert {prompt.removeprefix("noto ").removeprefix("twemoji ") for prompt in grid} <= set(train)
 
 
 def test_reference_data_and_card_agree():
