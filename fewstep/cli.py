@@ -139,7 +139,8 @@ def parse_config(arguments: list[str]) -> Config:
             raise UserError(" ".join(message.replace("Parser key", "key").split())) from ex
 
     names = field_names(Config)
-    arguments = saved_recipe(normalise(arguments, names)) + normalise(arguments, names)
+    arguments = normalise(arguments, names)
+    arguments = saved_recipe(arguments) + arguments
     recipes = [arguments[i + 1] for i, argument in enumerate(arguments[:-1]) if argument == "--config"]
     for recipe in recipes:
         check_recipe(Path(recipe), names)
@@ -485,9 +486,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep" / "evaluate"
 
 
-def measure_student(
-    student: Path, teacher: str, config: Config, *, images_per_prompt: int = 4, seed: int = 0, device: str | None = None
-) -> dict[str, Any]:
+def measure_student(student: Path, teacher: str, config: Config, *, images_per_prompt: int = 4, seed: int = 0) -> dict[str, Any]:
     """Measure on the embedded world's held-out prompts with its scorers; saves evaluation.json and prints the table."""
     import torch
     from rich.console import Console
@@ -498,7 +497,7 @@ def measure_student(
     from fewstep.rewards.clip import CLIPScore, PickScore
     from fewstep.world.utility import gold_utility
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     kinds = {"clip": CLIPScore, "clip-heldout": CLIPScore, "preference": PickScore}
     report = protocol.evaluate(
         student,
@@ -548,10 +547,15 @@ def simple_parser(name: str, description: str) -> Any:
     return parser
 
 
-def run_config(folder: Path) -> Config:
-    """The config a student was made with. Raises UserError when the folder holds no finished student."""
+def check_student(folder: Path) -> None:
+    """Raises UserError when the folder holds no finished student."""
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder}: holds no finished student (no model_index.json)")
+
+
+def run_config(folder: Path) -> Config:
+    """The config a student was made with. Raises UserError when the folder holds no finished student."""
+    check_student(folder)
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: not made by fewstep (no config.yaml), so its teacher is unknown")
     return parse_config([str(folder / "config.yaml")])
@@ -596,8 +600,7 @@ def sample_command(arguments: list[str]) -> int:
         raise UserError("--prompt: empty; say what to draw")
     if options.n < 1:
         raise UserError(f"-n: must be at least 1, got {options.n}")
-    if not (options.folder / "model_index.json").is_file():
-        raise UserError(f"{options.folder}: holds no finished student (no model_index.json)")
+    check_student(options.folder)
     scheduler = json.loads((options.folder / "scheduler" / "scheduler_config.json").read_text())
     made_for = scheduler.get("original_inference_steps")
     steps = options.steps if options.steps is not None else made_for

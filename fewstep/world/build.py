@@ -222,8 +222,7 @@ def main() -> None:
         shutil.copytree(work / "scorers" / name, assets / name, dirs_exist_ok=True)
     save_teacher(pipe, assets / "teacher")
     (assets / "prompts.json").write_text(json.dumps(prompt_sets(pictures, tokenizer), indent=0))
-    pipe = protocol.open_pipeline(assets / "teacher", device())
-    card = measure(pictures, pipe.to("cpu"), models, assets)
+    card = measure(pictures, protocol.open_pipeline(assets / "teacher", "cpu"), models, assets)
     (assets / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     print(json.dumps(card, indent=1))
 
