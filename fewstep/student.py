@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -55,14 +56,50 @@ class Student:
         group: Tensor | None = None,
         prompts: list[str] | None = None,
         generator: torch.Generator | None = None,
+        until: int | None = None,
     ) -> Rollout:
-        """All K states and predictions from `noise` (B, C, H, W), in K network calls. Noise is drawn in diffusers' order."""
+        """All K states and predictions from `noise` (B, C, H, W), in K network calls. Noise is drawn in diffusers' order.
+
+        until: stop after the prediction at this state (a shorter rollout of until + 1 states).
+        """
         states, predictions, xk = [], [], noise
-        for k in range(self.steps):
+        last = self.steps - 1 if until is None else until
+        for k in range(last + 1):
             states.append(xk)
             predictions.append(self.predict(xk, k, cond))
-            if k + 1 < self.steps:
+            if k < last:
                 fresh = torch.randn(noise.shape, generator=generator, dtype=noise.dtype, device=noise.device)
                 xk = self.step(predictions[-1], k, fresh)
         group = torch.arange(len(noise), device=noise.device) if group is None else group
-        return Rollout(torch.stack(states), torch.stack(predictions), self.times, cond, group, prompts or [])
+        return Rollout(torch.stack(states), torch.stack(predictions), self.times[: last + 1], cond, group, prompts or [])
+
+    def transition_log_prob(self, x0: Tensor, following: Tensor, k: int) -> Tensor:
+        """log N(x_{k+1}; alpha_{k+1} x0_k, sigma_{k+1}^2 I) of the transition from state k, summed over dimensions, (B,).
+
+        x0, following (B, C, H, W). Raises ValueError for the last step: it is deterministic and has no density.
+        """
+        if not 0 <= k < self.steps - 1:
+            raise ValueError(f"step {k} of {self.steps} is deterministic: it has no log-probability")
+        t = self.t(k + 1, len(x0), x0.device)
+        alpha, sigma = bcast(self.schedule.alpha(t), x0), bcast(self.schedule.sigma(t), x0)
+        dimensions = x0[0].numel()
+        square = ((following - alpha * x0) / sigma).pow(2).flatten(1).sum(1)
+        return -0.5 * square - dimensions * (sigma.flatten().log() + 0.5 * math.log(2 * math.pi))
+
+    def log_prob(self, rollout: Rollout) -> Tensor:
+        """Log-probability of each stochastic transition of a rollout under today's weights, (B, K-1), differentiable.
+
+        Raises ValueError for a one-step student, which has none.
+        """
+        if self.steps == 1:
+            raise ValueError("a one-step student is deterministic: it has no transition, hence no log-probability")
+        columns = [
+            self.transition_log_prob(self.predict(rollout.states[k], k, rollout.cond), rollout.states[k + 1], k)
+            for k in range(self.steps - 1)
+        ]
+        return torch.stack(columns, 1)
+
+    def old_log_prob(self, rollout: Rollout) -> Tensor:
+        """The same under the weights that made the rollout, from the predictions it kept: no network call, (B, K-1)."""
+        columns = [self.transition_log_prob(rollout.x0[k], rollout.states[k + 1], k) for k in range(self.steps - 1)]
+        return torch.stack(columns, 1)

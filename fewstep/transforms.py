@@ -34,3 +34,102 @@ def scale_direction(direction: Tensor, magnitude: Tensor, group: Tensor, *, leav
     if bool((zero & (direction != 0)).any()):
         raise ValueError("a group's denoising scale is zero: its noise levels are zero or its latents are degenerate")
     return direction / torch.where(zero, torch.ones_like(scale), scale)
+
+
+def group_rms(direction: Tensor, group: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Root mean square of `direction` (B, ...) over each sample's group and all elements, (B,), over `valid` (B,) rows alone.
+
+    Squares are taken relative to the group's largest element, so that no size of direction under- or overflows. A group
+    without a valid row gives 0.
+    """
+    flat = direction.flatten(1)
+    if valid is not None:
+        flat = torch.where(valid[:, None], flat, torch.zeros_like(flat))
+    _, index = torch.unique(group, return_inverse=True)
+    groups = int(index.max()) + 1
+    largest = torch.zeros(groups, dtype=flat.dtype, device=flat.device).scatter_reduce_(0, index, flat.abs().amax(1), "amax")
+    relative = flat / torch.where(largest == 0, torch.ones_like(largest), largest)[index, None]
+    square = torch.zeros_like(largest).index_add_(0, index, relative.pow(2).mean(1))
+    rows = torch.ones_like(flat[:, 0]) if valid is None else valid.to(flat)
+    count = torch.zeros_like(largest).index_add_(0, index, rows).clamp(min=1)
+    return (largest * (square / count).sqrt())[index]
+
+
+def advantages(score: Tensor, group: Tensor, *, eps: float = 1e-4) -> Tensor:
+    """(r - mean_g) / (std_g + eps), score (B,) -> (B,); std over the group's members, not the sample estimate (section 5.1).
+
+    A group with one member, or whose scores are all the same, gives exactly 0. A sample whose score is not finite has no
+    advantage: it gets NaN, to be masked and counted, and mean and std are those of the others.
+    """
+    valid = torch.isfinite(score)
+    _, index = torch.unique(group, return_inverse=True)
+    groups = int(index.max()) + 1
+    known = torch.where(valid, score, torch.zeros_like(score))
+    low = torch.full((groups,), float("inf"), dtype=score.dtype, device=score.device)
+    high = -low
+    low = low.scatter_reduce(0, index[valid], score[valid], "amin")
+    high = high.scatter_reduce(0, index[valid], score[valid], "amax")
+    known = torch.where(valid, known - torch.where(low <= high, low, torch.zeros_like(low))[index], known)  # large scores keep their digits
+    total, count, square = (torch.zeros(groups, dtype=score.dtype, device=score.device) for _ in range(3))
+    count.index_add_(0, index, valid.to(score))
+    count.clamp_(min=1)
+    mean = total.index_add_(0, index, known) / count
+    centred = torch.where(valid, known - mean[index], torch.zeros_like(known))
+    std = (square.index_add_(0, index, centred**2) / count).sqrt()
+    # the mean of equal numbers may round away from them: what is constant is so by comparison, not by a small std
+    constant = (high <= low)[index]
+    value = torch.where(constant, torch.zeros_like(centred), centred / (std + eps)[index])
+    return torch.where(valid, value, torch.full_like(value, float("nan")))
+
+
+def weigh(
+    anchor: Tensor,
+    directions: dict[str, Tensor],
+    weights: dict[str, float],
+    group: Tensor,
+    *,
+    valid: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """Eq. (6): anchor + sum_k lambda_k d_k / rms_g(d_k). anchor and each direction (B, C, H, W); group (B,).
+
+    The anchor is dimensionless by (5) and is left as it is; every other direction is divided by its group's RMS, so its force
+    neither depends on the reward's units nor fades as the anchor does. A direction that is zero over a group stays exactly zero.
+    valid: rows (B,) of a reward that could be scored; the others take no part in the RMS and are moved by the anchor alone.
+    Raises KeyError naming a direction that has no weight.
+    """
+    missing = sorted(set(directions) - set(weights))
+    if missing:
+        raise KeyError(f"no weight for {', '.join(missing)}; weights are given for {', '.join(weights) or 'none'}")
+    total = anchor
+    for name, direction in directions.items():
+        rows = (valid or {}).get(name)
+        scale = group_rms(direction, group, rows)
+        scale = scale.view(-1, *[1] * (direction.ndim - 1))
+        unit = direction / torch.where(scale == 0, torch.ones_like(scale), scale)
+        if rows is not None:
+            unit = torch.where(rows.view(-1, *[1] * (unit.ndim - 1)), unit, torch.zeros_like(unit))
+        total = total + weights[name] * unit
+    return total
+
+
+def project(anchor: Tensor, direction: Tensor) -> Tensor:
+    """`direction` without the part that opposes `anchor`, sample by sample; unchanged where they agree or the anchor is zero.
+
+    anchor, direction (B, C, H, W). After it no sample's inner product with the anchor is negative (up to rounding).
+    """
+    a = anchor.flatten(1)
+    largest = a.abs().amax(1, keepdim=True)
+    a = a / torch.where(largest == 0, torch.ones_like(largest), largest)  # only its direction counts
+    square = (a**2).sum(1, keepdim=True)
+    along = (a * direction.flatten(1)).sum(1, keepdim=True) / torch.where(square == 0, torch.ones_like(square), square)
+    return direction - (along.clamp(max=0) * a).view_as(direction)
+
+
+def modulate(anchor: Tensor, advantage: Tensor, weight: float, *, clip: float = 5.0) -> Tensor:
+    """The `advantage` baseline: anchor * max(0, 1 + weight clip(A)), (B, C, H, W); a sample without an advantage (NaN) keeps its anchor.
+
+    The factor is never negative: a bad score may silence a sample, not drive it away from the teacher.
+    """
+    factor = (1 + weight * advantage.clamp(-clip, clip)).clamp(min=0)
+    factor = torch.where(torch.isnan(advantage), torch.ones_like(factor), factor)
+    return factor.to(anchor).view(-1, *[1] * (anchor.ndim - 1)) * anchor
