@@ -11,10 +11,19 @@ __version__ = "0.1.0"
 __all__ = ["distill", "load"]
 
 
-def distill(teacher: str = "world", prompts: str | None = None, *, steps: int = 4, output: str = "out", **config: Any) -> Path:
+def distill(
+    teacher: str = "world",
+    prompts: str | None = None,
+    *,
+    rewards: dict[str, Any] | None = None,
+    steps: int = 4,
+    output: str = "out",
+    **config: Any,
+) -> Path:
     """Distil `teacher` into a `steps`-step student; returns its folder, which stock diffusers opens.
 
     teacher: a diffusers pipeline folder, a hub id, or "world" (embedded); prompts: a text file, one prompt a line.
+    rewards: name -> weight of a named reward, a function of (images, prompts) or a Reward (weight 1), or (function, weight).
     config: any other field of `fewstep.config.Config`; groups as dicts, `student={"lr": 1e-4}`.
     Raises fewstep.cli.UserError for what `fewstep distill` would refuse, KeyboardInterrupt when it was stopped early.
     """
@@ -22,8 +31,14 @@ def distill(teacher: str = "world", prompts: str | None = None, *, steps: int = 
 
     from fewstep import cli
 
-    arguments = cli.as_arguments({"teacher": teacher, "prompts": prompts, "steps": steps, "output": output, **config})
-    if cli.distill(cli.parse_config(arguments)) != 0:
+    weights: dict[str, float] = {}
+    functions: dict[str, Any] = {}
+    for name, value in (rewards or {}).items():
+        given, weights[name] = value if isinstance(value, tuple) else (None, value) if isinstance(value, (int, float)) else (value, 1.0)
+        if given is not None:
+            functions[name] = given
+    own = {"teacher": teacher, "prompts": prompts, "steps": steps, "output": output, "reward": weights, **config}
+    if cli.distill(cli.parse_config(cli.as_arguments(own)), functions) != 0:
         raise KeyboardInterrupt(f"stopped early; the run in {output} can be resumed")
     return Path(output)
 

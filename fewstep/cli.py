@@ -21,6 +21,7 @@ commands:
   distill [RECIPE.yaml]   make a few-step student; with no argument: the embedded teacher, GNDM, 4 steps
   sample FOLDER           draw pictures with a student
   evaluate FOLDER         measure a student beside its teacher
+  compare                 recipes x seeds on the embedded world at equal network evaluations, as one table
 
 `fewstep COMMAND --help` lists a command's options; `fewstep --version` prints the version."""
 
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(version("fewstep"))
         return 0
-    commands = {"distill": distill_command, "sample": sample_command, "evaluate": evaluate_command}
+    commands = {"distill": distill_command, "sample": sample_command, "evaluate": evaluate_command, "compare": compare_command}
     if arguments[0] not in commands:
         return complain(f"unknown command {arguments[0]!r}{nearest(arguments[0], commands)}")
     try:
@@ -83,23 +84,45 @@ def field_names(config: type, prefix: str = "") -> dict[str, type]:
     return names
 
 
+# fields that are tables: the user names their keys
+TABLES = ("reward", "via", "scorer")
+
+
+def in_table(name: str) -> bool:
+    table, _, key = name.partition(".")
+    return table in TABLES and bool(key) and "." not in key
+
+
 def normalise(arguments: list[str], names: dict[str, type]) -> list[str]:
     """Flags as the parser knows them: underscores, `--config` before a recipe, a value for a bare switch; unknown ones are refused."""
     out: list[str] = []
     for i, argument in enumerate(arguments):
         if not argument.startswith("--"):
             is_value = i > 0 and arguments[i - 1].startswith("--") and "=" not in arguments[i - 1]
-            out += [argument] if is_value else ["--config", argument]
+            out += [argument] if is_value else ["--config", recipe_path(argument)]
             continue
         flag, equals, value = argument[2:].partition("=")
         name = flag.replace("-", "_")
-        if name not in names and name not in ("help", "config"):
+        if in_table(name):
+            name = f"{name.partition('.')[0]}.{flag.partition('.')[2]}"  # a key is the user's own word
+        elif name not in names and name not in ("help", "config"):
             raise UserError(f"--{flag}: unknown option{nearest(name, names)}")
         out.append(f"--{name}{equals}{value}")
         following = arguments[i + 1] if i + 1 < len(arguments) else "--"
         if names.get(name) is bool and not equals and following.lower() not in ("true", "false"):
             out.append("true")
     return out
+
+
+def recipe_path(argument: str) -> str:
+    """A recipe's file: the one given, or the named one that ships with fewstep."""
+    known = Path(__file__).parent / "recipes"
+    named = known / f"{argument}.yaml"
+    if Path(argument).exists() or not argument.replace("-", "_").isidentifier():
+        return argument
+    if not named.is_file():
+        raise UserError(f"{argument}: no such file or recipe{nearest(argument, sorted(path.stem for path in known.glob('*.yaml')))}")
+    return str(named)
 
 
 def check_recipe(path: Path, names: dict[str, type]) -> None:
@@ -120,7 +143,7 @@ def check_recipe(path: Path, names: dict[str, type]) -> None:
     def walk(node: dict[Any, Any], prefix: str) -> None:
         for key, value in node.items():
             name = f"{prefix}{key}"
-            if name not in names:
+            if name not in names and not in_table(name):
                 raise UserError(f"{path}: unknown key {name!r}{nearest(name, names)}")
             if isinstance(value, dict):
                 walk(value, f"{name}.")
@@ -278,8 +301,81 @@ class Run:
     trainer: Any
 
 
-def build(config: Config, prompts: list[str], source: str) -> Run:
-    """Make teacher, student, fake, reward and trainer from a config. Deterministic given `config.seed`."""
+def check_rewards(config: Config, functions: dict[str, Any]) -> None:
+    """Raises UserError, before anything slow, for a reward that nobody can make."""
+    from fewstep.rewards import REWARDS
+
+    for name in config.reward:
+        if name in functions or name == "discriminator":
+            continue
+        if name not in REWARDS:
+            known = [*REWARDS, "discriminator"]
+            raise UserError(
+                f"reward.{name}: unknown reward{nearest(name, known)}. "
+                f"A function of your own comes by fewstep.distill(rewards={{{name!r}: f}})"
+            )
+        if config.teacher != "world" and name not in config.scorer:
+            raise UserError(f"reward.{name}: give the folder of its model, --scorer.{name} FOLDER (only the embedded world brings its own)")
+    latents = config.discriminator.latents
+    if "discriminator" in config.reward and (latents is None and config.teacher != "world"):
+        raise UserError(
+            "discriminator.latents: give a safetensors file with latents of real pictures (only the embedded world brings its own)"
+        )
+    if latents is not None and not Path(latents).is_file():
+        raise UserError(f"discriminator.latents: {latents}: no such file")
+
+
+def make_terms(config: Config, roles: Any, functions: dict[str, Any]) -> dict[str, Any]:
+    """The reward terms beside R_dm, by name."""
+    import importlib
+
+    import torch
+
+    from fewstep import world
+    from fewstep.rewards import REWARDS
+    from fewstep.rewards.base import as_reward
+    from fewstep.trainer import Term
+
+    terms = {}
+    for name in config.reward:
+        via = config.via.get(name, "pathwise")
+        if name in functions:
+            terms[name] = Term(as_reward(functions[name], name), via=via)
+        elif name == "discriminator":
+            from safetensors.torch import load_file
+
+            from fewstep.rewards.discriminator import Discriminator, Head
+
+            if config.discriminator.latents is None:
+                held = load_file(world.ASSETS / "latents.safetensors")
+                real = held["latents"][~held["heldout"]]
+            else:
+                real = load_file(config.discriminator.latents)["latents"]
+            with torch.no_grad():
+                zero = torch.zeros(1, *real.shape[1:], device=config.device)
+                width = roles.teacher.features(zero, torch.ones(1, device=config.device), roles.teacher.uncond).shape[1]
+            head = Head(width).to(config.device)
+            own = config.fake
+            terms[name] = Term(
+                Discriminator(roles.teacher, head, real.float().to(config.device), t_range=config.matching.t_range),
+                dict(head.named_parameters()), lr=config.discriminator.lr, betas=own.betas, updates=own.updates, max_norm=own.max_norm,
+            )  # fmt: skip
+        else:
+            module, kind, asset = REWARDS[name]
+            folder = config.scorer.get(name) or world.ASSETS / asset
+            try:
+                scorer = getattr(importlib.import_module(module), kind).load(folder, device=config.device)
+            except (OSError, ValueError) as error:
+                raise UserError(f"scorer.{name}: {error}") from error
+            terms[name] = Term(scorer, via=via)
+    return terms
+
+
+def build(config: Config, prompts: list[str], source: str, functions: dict[str, Any] | None = None) -> Run:
+    """Make teacher, student, fake, rewards and trainer from a config. Deterministic given `config.seed`.
+
+    functions: rewards of the caller's own, by the name that `config.reward` weighs them under.
+    """
     import torch
 
     from fewstep import models
@@ -287,6 +383,7 @@ def build(config: Config, prompts: list[str], source: str) -> Run:
     from fewstep.rewards.distribution import DistributionMatching
     from fewstep.student import Student
     from fewstep.trainer import Term, Trainer
+    from fewstep.weights import Adaptive, Fixed
 
     config = resolve_hardware(config)
     device = config.device
@@ -303,17 +400,23 @@ def build(config: Config, prompts: list[str], source: str) -> Run:
     schedule = backbone.schedule()
     matching = DistributionMatching(roles.teacher, roles.fake, schedule, **dataclasses.asdict(config.matching), step_condition=conditioned)
     fake = config.fake
-    term = Term(matching, roles.fake_parameters, lr=fake.lr, betas=fake.betas, updates=fake.updates, max_norm=fake.max_norm)
+    term = Term(matching, roles.fake_parameters, lr=fake.lr, betas=fake.betas, updates=fake.updates, max_norm=fake.max_norm, anchor=True)
+    own = config.weights
+    weights = Fixed(config.reward)
+    if own.mode == "adaptive":
+        weights = Adaptive(config.reward, own.budget, own.warmup, eta=own.eta, cap=own.cap, lag_limit=own.lag_limit)
     trainer = Trainer(
         Student(roles.student, schedule, times),
         roles.student_parameters,
-        {"dm": term},
+        {"dm": term, **make_terms(config, roles, functions or {})},
         Batches(prompts, config.groups, config.group_size, seed=config.seed),
         encode=backbone.encode,
         decode=backbone.decode,
         latent_shape=backbone.latent_shape,
         config=config,
         device=device,
+        weights=weights,
+        counted={"student": roles.student, "teacher": roles.teacher, "fake": roles.fake},
     )
     return Run(config, backbone, roles, trainer)
 
@@ -322,9 +425,10 @@ def distill_command(arguments: list[str]) -> int:
     return distill(parse_config(arguments))
 
 
-def distill(config: Config) -> int:
-    """Check, train, export, measure. Returns the exit code."""
+def distill(config: Config, functions: dict[str, Any] | None = None) -> int:
+    """Check, train, export, measure. functions: rewards of the caller's own. Returns the exit code."""
     prompts = read_prompts(config)
+    check_rewards(config, functions or {})
     source = resolve_teacher(config.teacher)
     check_output(config)
     import yaml
@@ -345,7 +449,7 @@ def distill(config: Config) -> int:
         else:
             folder, state = found
             print(f"going on from {folder.name}")
-    run = build(config, prompts, source)
+    run = build(config, prompts, source, functions)
     config = run.config
     print(f"training on {config.device} in {config.precision}")
     cut = run.backbone.cut(prompts)
@@ -580,6 +684,65 @@ def evaluate_command(arguments: list[str]) -> int:
     except ValueError as error:
         raise UserError(str(error)) from error
     print(f"saved {options.folder / 'evaluation.json'}")
+    return 0
+
+
+# -- compare -----------------------------------------------------------------------------------------------------------
+
+
+def compare_command(arguments: list[str]) -> int:
+    import argparse
+
+    from fewstep import compare as table
+    from fewstep import models, world
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str):
+            raise UserError(message)
+
+    parser = Parser(prog="fewstep compare", description="Recipes x seeds on the embedded world, as one table.", allow_abbrev=False)
+    parser.add_argument(
+        "--output", type=Path, default=Path("compare"), help="folder for the cells, the table and the plots; a second call goes on"
+    )
+    parser.add_argument("--rows", nargs="*", default=None, metavar="NAME", help="rows to make (default: all; `--rows list` names them)")
+    parser.add_argument("--pareto", action="store_true", help="also the weights of GNDMR and DMDR that the Pareto plot needs")
+    parser.add_argument("--seeds", type=int, default=None, help="seeds of every row (default: 5 for the main rows, 3 for the rest)")
+    parser.add_argument(
+        "--first-seed", type=int, default=100, help="settings were chosen on seeds below 100, so that none of those is reported"
+    )
+    parser.add_argument("--evaluations", type=int, default=128_000, help="network evaluations of each student's training")
+    parser.add_argument("--jobs", type=int, default=2, help="cells side by side, one thread each")
+    parser.add_argument("--quick", action="store_true", help="a smoke version: two rows, one seed, a few updates")
+    options = parser.parse_args(arguments)
+    known = {row.name: row for row in table.ROWS}
+    if options.rows == ["list"]:
+        print("\n".join(known))
+        return 0
+    rows = tuple(known.values()) + (table.PARETO if options.pareto else ())
+    if options.rows is not None:
+        for name in options.rows:
+            if name not in known:
+                raise UserError(f"--rows: unknown row {name!r}{nearest(name, known)}")
+        rows = tuple(known[name] for name in options.rows) + (table.PARETO if options.pareto else ())
+    for name, value in (("seeds", options.seeds), ("evaluations", options.evaluations), ("jobs", options.jobs)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name}: must be at least 1, got {value}")
+    plan = table.Plan(options.output, options.evaluations, images_per_prompt=4, prompts=128, threads=1)
+    if options.quick:
+        small = ("--groups", "2", "--group-size", "2")
+        plan = dataclasses.replace(plan, evaluations=200, images_per_prompt=3, prompts=24, options=small)
+        rows, options.seeds, options.jobs = (known["DMD"], known["GNDM"]), options.seeds or 1, 1
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError("the plots need matplotlib: pip install 'fewstep[plot]'") from error
+    models.quiet_libraries()
+    world.prompts("evaluate")
+    summary = table.compare(plan, rows, seeds=options.seeds, first_seed=options.first_seed, jobs=options.jobs)
+    table.plot([entry for entry in summary if not any(entry["row"] == row.name for row in table.PARETO)], options.output / "compare.png")
+    if any(row in rows for row in table.PARETO):
+        table.plot_pareto(summary, options.output / "pareto.png")
+    print((options.output / "compare.md").read_text())
     return 0
 
 

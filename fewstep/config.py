@@ -28,6 +28,8 @@ class FakeConfig:
     """Adam betas of the fake."""
     updates: int = 2
     """Fake updates per student update (two time-scale rule)."""
+    on: Literal["all", "last"] = "all"
+    """Whether the fake learns the student's predictions at all K steps or only the finished samples."""
     condition: Literal["step", "none"] = "step"
     """Whether the fake is told which of the student's steps made a sample (method, section 6)."""
     max_norm: float = 1.0
@@ -48,6 +50,55 @@ class MatchingConfig:
     """Noise levels at which teacher and fake are compared."""
     levels: Literal["stratified", "uniform"] = "stratified"
     """How a group's noise levels are drawn."""
+    score_weight: Literal["likelihood", "matching"] = "matching"
+    """W of the score (4): matching is the value of R_dm that the direction ascends, likelihood is log p/q (very noisy)."""
+
+
+@dataclass
+class WeightsConfig:
+    mode: Literal["fixed", "adaptive", "sum", "advantage"] = "fixed"
+    """fixed: eq. (6) with the given weights; adaptive: eq. (7), the weights are shares; sum: raw gradients added (DMDR);
+    advantage: rewards only scale R_dm's direction."""
+    project: bool = False
+    """Drop the part of each reward's direction that opposes R_dm's (fixed only)."""
+    budget: float = 1.5
+    """Adaptive: the KL allowed, as a multiple of the KL that distribution matching alone reaches."""
+    warmup: int = 50
+    """Adaptive: updates with weight 0 in which that KL is measured."""
+    eta: float = 0.1
+    """Adaptive: step of the log weight."""
+    cap: float = 10.0
+    """Adaptive: largest total weight."""
+    lag_limit: float = 0.5
+    """Adaptive: the weight does not grow while the fake's lag is above this share of the budget."""
+    clip: float = 0.2
+    """Clip range of the ratio of the policy gradient."""
+    max_masked: float = 0.5
+    """Largest share of a batch that a reward may fail to score before the run stops."""
+
+
+@dataclass
+class ReuseConfig:
+    rollout: int = 1
+    """Evaluations of R_dm that one rollout feeds (U), each from other states; 1 is a fresh rollout for each."""
+    evaluation: int = 1
+    """Student updates that one evaluation of R_dm serves (M), with importance weights, eq. (8)."""
+    weighted: bool = True
+    """Weigh a reused evaluation by its importance ratio; false reuses it as it is (the rival to beat)."""
+    rho_max: float = 2.0
+    """Truncation of the importance weights."""
+    min_ess: float = 0.5
+    """Effective sample size of the weights under which an evaluation is not reused any more."""
+    backward_simulation: bool = False
+    """Fresh prompts simulated for every student and every fake update, keeping one state, as DMD2 does (a baseline)."""
+
+
+@dataclass
+class DiscriminatorConfig:
+    lr: float = 1e-4
+    """Learning rate of the discriminator's head (AdamW)."""
+    latents: str | None = None
+    """safetensors file with `latents` (N, C, H, W) of real pictures; the world brings its own."""
 
 
 @dataclass
@@ -66,8 +117,6 @@ class Config:
     """Samples per prompt (G); eq. (5) takes its scale over them."""
     groups: int = 16
     """Prompts per update (P); an update sees P x G samples."""
-    rollout_updates: int = 1
-    """Student updates that one rollout feeds (U), each from other states; 1 is a fresh rollout for each."""
     lora_rank: int = 0
     """Rank of the LoRA adapters of student and fake; 0 trains full copies."""
     seed: int = 0
@@ -92,16 +141,29 @@ class Config:
     """The fake and its optimizer."""
     matching: MatchingConfig = field(default_factory=MatchingConfig)
     """R_dm, distribution matching as a reward."""
+    reward: dict[str, float] = field(default_factory=dict)
+    """Other rewards: name -> weight (or share, when adaptive), as `--reward.clip 0.3`."""
+    via: dict[str, Literal["pathwise", "policy"]] = field(default_factory=dict)
+    """How a reward reaches the student: its gradient through the decoder, or its score by clipped policy gradient."""
+    scorer: dict[str, str] = field(default_factory=dict)
+    """Folder with the weights of a named reward; the world brings its own."""
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    """How the other rewards join R_dm."""
+    reuse: ReuseConfig = field(default_factory=ReuseConfig)
+    """What is used more than once."""
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    """The discriminator, when `--reward.discriminator` is given (DMD2)."""
 
     def problems(self) -> list[str]:
         """What is wrong with the values, one line a key."""
         low, high = self.matching.t_range
+        weights, mode, backward = self.weights, self.weights.mode, self.reuse.backward_simulation
+        policies = ", ".join(name for name, via in self.via.items() if via == "policy")
         checks = [
             (self.steps >= 1, "steps", f"must be at least 1, got {self.steps}"),
             (self.updates >= 1, "updates", f"must be at least 1, got {self.updates}"),
             (self.group_size >= 1, "group_size", f"must be at least 1, got {self.group_size}"),
             (self.groups >= 1, "groups", f"must be at least 1, got {self.groups}"),
-            (self.rollout_updates >= 1, "rollout_updates", f"must be at least 1, got {self.rollout_updates}"),
             (self.lora_rank >= 0, "lora_rank", f"must be 0 (full weights) or more, got {self.lora_rank}"),
             (self.save_every >= 1, "save_every", f"must be at least 1, got {self.save_every}"),
             (self.sample_every >= 0, "sample_every", f"must be 0 or more, got {self.sample_every}"),
@@ -113,5 +175,26 @@ class Config:
             (0 < low < high <= 1, "matching.t_range", f"must satisfy 0 < low < high <= 1, got {low}, {high}"),
             (not self.matching.leave_one_out or self.group_size > 1, "matching.leave_one_out", "needs group_size of at least 2"),
             (not (self.resume and self.overwrite), "resume", "cannot be combined with overwrite"),
+            (self.reuse.rollout >= 1, "reuse.rollout", f"must be at least 1, got {self.reuse.rollout}"),
+            (self.reuse.evaluation >= 1, "reuse.evaluation", f"must be at least 1, got {self.reuse.evaluation}"),
+            (self.reuse.rho_max >= 1, "reuse.rho_max", f"must be at least 1, got {self.reuse.rho_max}"),
+            (0 <= self.reuse.min_ess <= 1, "reuse.min_ess", f"must lie in [0, 1], got {self.reuse.min_ess}"),
+            (not backward or self.reuse.rollout == 1, "reuse.rollout", "backward simulation makes fresh rollouts: it cannot reuse one"),
+            (not (backward and policies), "via", "a policy gradient needs whole rollouts: not with reuse.backward_simulation"),
+            (not backward or mode != "adaptive", "weights.mode", "adaptive needs the lag between rollouts: no backward simulation"),
+            (not (policies and self.steps == 1), "via", f"policy ({policies}): a one-step student has no stochastic step; use pathwise"),
+            (mode not in ("sum", "advantage") or not policies, "via", f"policy is for fixed and adaptive weights, not {mode}"),
+            (mode != "adaptive" or any(self.reward.values()), "reward", "adaptive shares out its weight: add --reward.NAME SHARE"),
+            (all(weight >= 0 for weight in self.reward.values()), "reward", "weights must not be negative"),
+            (self.via.keys() <= self.reward.keys(), "via", f"names {sorted(self.via.keys() - self.reward.keys())}, not in reward"),
+            (self.scorer.keys() <= self.reward.keys(), "scorer", f"names {sorted(self.scorer.keys() - self.reward.keys())}, not in reward"),
+            (weights.budget >= 1, "weights.budget", f"below 1 it lies under the KL that R_dm alone reaches, got {weights.budget}"),
+            (mode != "adaptive" or 1 <= weights.warmup < self.updates, "weights.warmup", f"must be 1 .. updates - 1, got {weights.warmup}"),
+            (not weights.project or mode == "fixed", "weights.project", f"is for fixed weights, not {mode}"),
+            (weights.eta > 0, "weights.eta", f"must be positive, got {weights.eta}"),
+            (weights.cap > 0.05, "weights.cap", f"must be above 0.05, where the weight starts, got {weights.cap}"),
+            (weights.clip > 0, "weights.clip", f"must be positive, got {weights.clip}"),
+            (0 <= weights.max_masked <= 1, "weights.max_masked", f"must lie in [0, 1], got {weights.max_masked}"),
+            (self.discriminator.lr > 0, "discriminator.lr", f"must be positive, got {self.discriminator.lr}"),
         ]  # fmt: skip
         return [f"{key}: {message}" for fine, key, message in checks if not fine]

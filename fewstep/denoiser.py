@@ -78,10 +78,26 @@ class Denoiser(nn.Module):
         super().__init__()
         self.network = network
         self.schedule, self.prediction, self.uncond = schedule, prediction, uncond
+        self.forwards, self.backwards = 0, 0  # network evaluations so far, in samples
+
+    @property
+    def cost(self) -> int:
+        """Network evaluations in forward passes of one sample; a backward costs two."""
+        return self.forwards + 2 * self.backwards
+
+    def count(self, samples: int) -> None:
+        self.forwards += samples
+        self.backwards += samples * torch.is_grad_enabled()
 
     def predict(self, xt: Tensor, t: Tensor, cond: Any) -> Tensor:
         """The network's own prediction, in its own parametrisation. t (B,) in [0, 1]."""
+        self.count(len(xt))
         return self.network(xt, self.schedule.timestep_of(t), cond)
+
+    def features(self, xt: Tensor, t: Tensor, cond: Any) -> Tensor:
+        """What the network's middle makes of xt, (B, F, h, w); its family's network says where the middle is."""
+        self.count(len(xt))
+        return self.network.features(xt, self.schedule.timestep_of(t), cond)
 
     def forward(self, xt: Tensor, t: Tensor, cond: Any, *, guidance: float = 1.0) -> Tensor:
         """E[x0 | xt] under guidance. xt (B, C, H, W), t (B,) in [0, 1] -> (B, C, H, W)."""

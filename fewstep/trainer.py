@@ -8,26 +8,31 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from fewstep import checkpoint, losses
+from fewstep import checkpoint, importance, losses
 from fewstep.config import Config
-from fewstep.denoiser import Cond
+from fewstep.denoiser import Cond, Denoiser
 from fewstep.prompts import Batches
-from fewstep.rewards.base import Reward
+from fewstep.rewards.base import Reward, RewardError
 from fewstep.student import Student
-from fewstep.types import Rollout, Sample
+from fewstep.transforms import advantages, modulate, project, weigh
+from fewstep.types import Rollout, Sample, Signal
+from fewstep.weights import Adaptive, Fixed
 
 Parameters = dict[str, nn.Parameter]
 
 
 @dataclass
 class Term:
-    """A reward as the trainer holds it; an online one brings the parameters it trains and their optimizer's settings."""
+    """A reward as the trainer holds it; an online one brings the parameters it trains and their optimizer's settings.
+
+    The anchor's direction is followed as it is (R_dm, dimensionless by eq. (5)); every other term joins it by its weight.
+    """
 
     reward: Reward
     parameters: Parameters | None = None
@@ -35,6 +40,22 @@ class Term:
     betas: tuple[float, float] = (0.9, 0.99)
     updates: int = 1  # per student update
     max_norm: float = 1.0
+    anchor: bool = False
+    via: Literal["pathwise", "policy"] = "pathwise"
+
+
+@dataclass
+class Block:
+    """One evaluation of the rewards, kept for the student updates that it serves."""
+
+    k: Tensor  # (B,) state of each sample
+    xk: Tensor  # (B, C, H, W)
+    x0: Tensor  # (B, C, H, W), the student's prediction when the rewards were evaluated
+    anchor: Tensor  # (B, C, H, W), R_dm's direction: what an importance weight multiplies
+    extra: Tensor | None  # (B, C, H, W), the other rewards' part: it belongs to x0, not to xt, and is reused unweighted
+    xt: Tensor | None  # (B, C, H, W), where R_dm was evaluated; without it there is nothing to weigh
+    t: Tensor | None  # (B,)
+    used: int = 0
 
 
 def finite_or_stop(value: Tensor, what: str, update: int) -> None:
@@ -45,12 +66,28 @@ def finite_or_stop(value: Tensor, what: str, update: int) -> None:
         )
 
 
+def rms(value: Tensor) -> float:
+    return float(value.detach().double().pow(2).mean().sqrt())
+
+
+def constant_groups(score: Tensor, group: Tensor) -> float:
+    """Share of the groups of two or more whose scores are all the same: they have no advantage to offer. NaN without such a group."""
+    _, index, count = torch.unique(group, return_inverse=True, return_counts=True)
+    value = advantages(score, group)
+    offered = (torch.isfinite(value) & (value != 0)).float()
+    moving = torch.zeros(len(count), device=score.device).index_add_(0, index, offered)
+    several = count > 1
+    return float((moving[several] == 0).double().mean())
+
+
 class Trainer:
     """Distils `student` along the directions of `terms`.
 
-    encode: prompts -> conditions, one row each; decode: latents -> images; latent_shape: (C, H, W).
-    One cycle: a rollout without gradient, then `rollout_updates` student updates from its states (each state once, at a
-    fresh noise level), each followed by every online reward's own updates on all of the rollout's predictions.
+    encode: prompts -> conditions, one row each; decode: latents -> images; latent_shape: (C, H, W); weights: how the terms other
+    than the anchor join it; counted: denoisers by role, whose network evaluations are logged.
+    One cycle: a rollout without gradient, then `reuse.rollout` evaluations of the rewards at its states (each state once, at a
+    fresh noise level), each serving up to `reuse.evaluation` student updates; after each evaluation's updates the online
+    rewards learn the rollout's predictions, `updates` times for every student update.
     """
 
     def __init__(
@@ -65,6 +102,8 @@ class Trainer:
         latent_shape: tuple[int, int, int],
         config: Config,
         device: torch.device | str = "cpu",
+        weights: Fixed | Adaptive | None = None,
+        counted: dict[str, Denoiser] | None = None,
     ):
         self.student, self.parameters, self.terms, self.batches = student, parameters, terms, batches
         self.encode, self.decode, self.latent_shape = encode, decode, latent_shape
@@ -78,8 +117,15 @@ class Trainer:
             if term.parameters is not None
         }
         self.update, self.rollouts = 0, 0
+        self.anchors = [name for name, term in terms.items() if term.anchor]
+        if len(self.anchors) > 1:
+            raise ValueError(f"one anchor at most, got {', '.join(self.anchors)}")
+        self.weights = weights or Fixed({})
+        self.counted = counted or {"student": student.denoiser}
         self.rollout: Rollout | None = None
-        self.used = 0  # student updates the current rollout has fed
+        self.used = 0  # evaluations the current rollout has fed
+        self.block: Block | None = None
+        self.advantages: dict[str, Tensor] = {}  # (B,) of the current rollout, by reward, for policy gradients
         self.running: dict[str, float] = {}
 
     # -- one update ------------------------------------------------------------------------------------------------
@@ -87,12 +133,12 @@ class Trainer:
     def precision(self):
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.config.precision == "bf16" else nullcontext()
 
-    def new_rollout(self) -> Rollout:
+    def new_rollout(self, until: int | None = None) -> Rollout:
         prompts, group = self.batches.next()
         cond = {key: value.to(self.device) for key, value in self.encode(prompts).items()}
         noise = torch.randn(len(prompts), *self.latent_shape, device=self.device)
         with self.precision():
-            return self.student.rollout(noise, cond, group=group.to(self.device), prompts=prompts)
+            return self.student.rollout(noise, cond, group=group.to(self.device), prompts=prompts, until=until)
 
     def sample_of(self, rollout: Rollout, k: Tensor, x0: Tensor | None = None) -> Sample:
         """The batch with sample i taken at state k_i; where steps are mixed, a group is (prompt, k)."""
@@ -101,48 +147,162 @@ class Trainer:
         group = rollout.group * self.student.steps + k
         return Sample(x0, self.student.t(k, len(k), self.device), k, rollout.cond, rollout.prompts, group, self.decode)
 
-    def student_update(self, rollout: Rollout) -> dict[str, float]:
-        # every prompt's group sits at one step; the steps rotate over the updates of a rollout, so each state serves once
-        k = (rollout.group + self.used + self.rollouts) % self.student.steps
-        xk = rollout.states[k, torch.arange(len(k), device=k.device)]
+    def predict(self, rollout: Rollout, xk: Tensor, k: Tensor) -> Tensor:
         with self.precision():
             x0 = self.student.predict(xk, k, rollout.cond)
-            x0 = x0.float()
-            finite_or_stop(x0.detach(), "the student's prediction", self.update)
-            sample = self.sample_of(rollout, k, x0.detach())
-            signals = {name: term.reward(sample) for name, term in self.terms.items()}
-        direction = torch.zeros_like(x0)
-        logs = {}
+        x0 = x0.float()
+        finite_or_stop(x0.detach(), "the student's prediction", self.update)
+        return x0
+
+    def evaluate(self, rollout: Rollout, lag: float | None) -> tuple[Block, Tensor, dict[str, float]]:
+        """Ask every reward about the student's predictions; returns what its updates need, x0 with its graph, and the logs."""
+        if self.config.reuse.backward_simulation:
+            k = torch.full_like(rollout.group, len(rollout.states) - 1)
+        else:
+            # every prompt's group sits at one step; the steps rotate over the evaluations of a rollout, so each state serves once
+            k = (rollout.group + self.used + self.rollouts) % self.student.steps
+        xk = rollout.states[k, torch.arange(len(k), device=k.device)]
+        x0 = self.predict(rollout, xk, k)
+        pathwise = {name: term for name, term in self.terms.items() if term.via == "pathwise"}
+        # R_dm brings its own gradient; the rewards beside it may need one in x0
+        sample = self.sample_of(rollout, k, x0.detach().requires_grad_(len(pathwise) > len(self.anchors)))
+        signals: dict[str, Signal] = {}
+        for name, term in pathwise.items():
+            with self.precision():
+                signals[name] = term.reward(sample)
+        logs: dict[str, float] = {}
+        anchor, at = torch.zeros_like(sample.x0), Signal(None, None)
+        for name in self.anchors:
+            at = signals.pop(name)
+            if at.direction is None:
+                raise RewardError(f"{name} is the anchor and gave no direction")
+            anchor = at.direction
+            finite_or_stop(anchor, f"the direction of {name}", self.update)
+            logs[f"{name}/direction_rms"] = rms(anchor)
+            if at.score is not None:
+                logs[f"{name}/score"] = float(at.score.mean())
+                logs |= {f"weights/{key}": value for key, value in self.weights.observe(logs[f"{name}/score"], lag).items()}
+        anchor, extra, more = self.combine(anchor, signals, sample.group)
+        return Block(k, xk, x0.detach(), anchor, extra, at.xt, at.t), x0, logs | more
+
+    def combine(self, anchor: Tensor, signals: dict[str, Signal], group: Tensor) -> tuple[Tensor, Tensor | None, dict[str, float]]:
+        """(the anchor's part, the other rewards' part or None, logs) of the direction, by `weights.mode` (section 5.2)."""
+        own = self.config.weights
+        directions, valid, scores, logs = {}, {}, {}, {}
         for name, signal in signals.items():
-            if signal.direction is not None:
-                finite_or_stop(signal.direction.abs().sum(), f"the direction of {name}", self.update)
-                direction = direction + signal.direction
-                logs[f"{name}/direction_rms"] = float(signal.direction.pow(2).mean().sqrt())
+            valid[name], logs[f"{name}/masked"] = self.scored(name, signal, len(group))
             if signal.score is not None:
-                logs[f"{name}/score"] = float(signal.score.nanmean())
-        loss = losses.pathwise(x0, direction)
-        finite_or_stop(loss.detach(), "the student's loss", self.update)
+                scores[name] = signal.score.detach()
+                logs[f"{name}/score"] = float(scores[name][valid[name]].mean())
+                logs[f"{name}/constant_groups"] = constant_groups(scores[name], group)
+            if own.mode == "advantage":
+                if signal.score is None:
+                    raise RewardError(f"reward {name!r} gave no score, which weights.mode advantage needs")
+                continue
+            if signal.direction is None:
+                raise RewardError(f"reward {name!r} is not differentiable (it gave no direction): use --via.{name} policy")
+            finite_or_stop(signal.direction[valid[name]], f"the direction of {name}", self.update)
+            directions[name] = signal.direction
+            cosine = torch.nn.functional.cosine_similarity(signal.direction.flatten(1), anchor.flatten(1))[valid[name]]
+            logs |= {f"{name}/direction_rms": rms(signal.direction[valid[name]]), f"{name}/cosine": float(cosine.mean())}
+        values = self.weights.now()
+        logs |= {f"{name}/weight": values[name] for name in signals}
+        if not signals:
+            return anchor, None, logs
+        if own.mode == "advantage":
+            total = sum(values[name] * advantages(score, group).clamp(-5, 5) for name, score in scores.items())
+            return modulate(anchor, total, 1.0), None, logs
+        if own.mode == "sum":
+            extra = torch.zeros_like(anchor)
+            for name, direction in directions.items():
+                extra = extra + values[name] * torch.where(
+                    valid[name].view(-1, *[1] * (anchor.ndim - 1)), direction, torch.zeros_like(direction)
+                )
+        else:
+            if own.project:
+                directions = {name: project(anchor, direction) for name, direction in directions.items()}
+            extra = weigh(torch.zeros_like(anchor), directions, values, group, valid=valid)
+        logs["rewards/share"] = rms(extra) / max(rms(extra) + rms(anchor), 1e-30)
+        return anchor, extra, logs
+
+    def scored(self, name: str, signal: Signal, size: int) -> tuple[Tensor, float]:
+        """(which samples the reward could score (B,), how many it could not). Raises RewardError when too many failed."""
+        valid = torch.ones(size, dtype=torch.bool, device=self.device) if signal.score is None else torch.isfinite(signal.score.detach())
+        masked = size - int(valid.sum())
+        if masked > self.config.weights.max_masked * size:
+            raise RewardError(f"reward {name!r} could not score {masked} of {size} samples at update {self.update} (weights.max_masked)")
+        return valid, float(masked)
+
+    def student_update(self, rollout: Rollout, block: Block, x0: Tensor, weight: Tensor | None) -> dict[str, float]:
+        """One step of the student along a block's direction. x0 (B, C, H, W) with its graph; weight (B,) of R_dm's part or None."""
+        loss = losses.pathwise(x0, block.anchor, weight)
+        if block.extra is not None:
+            loss = loss + losses.pathwise(x0, block.extra)
+        logs: dict[str, float] = {}
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        loss = loss.detach()
+        if self.advantages:
+            policy_loss, logs = self.policy_loss(rollout)
+            policy_loss.backward()
+            loss = loss + policy_loss.detach()
+        finite_or_stop(loss, "the student's loss", self.update)
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.student.max_norm)
         finite_or_stop(norm, "the student's gradient norm", self.update)
         self.optimizer.step()
         self.ema.step(list(self.parameters.values()))
-        logs |= {
-            "loss": float(loss.detach()),
+        block.used += 1
+        return logs | {
+            "loss": float(loss),
             "grad_norm": float(norm),
             "x0_mean": float(x0.detach().mean()),
             "x0_std": float(x0.detach().std()),
         }
+
+    def policy_loss(self, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
+        """The clipped policy gradient of every reward that goes by its score, over the K-1 stochastic transitions.
+
+        Times 1 / sqrt(dimensions): an advantage of size 1 pushes the mean along a unit vector, a pathwise direction of RMS 1 has
+        length sqrt(dimensions) and is averaged over them, so with this factor a weight means the same force by either way.
+        """
+        with self.precision():
+            log_prob = self.student.log_prob(rollout)
+        old = self.student.old_log_prob(rollout)
+        values, clip = self.weights.now(), self.config.weights.clip
+        total, logs = log_prob.new_zeros(()), {}
+        for name, advantage in self.advantages.items():
+            total = total + values[name] * losses.policy(log_prob, old, advantage, clip=clip) / rollout.x0[0, 0].numel() ** 0.5
+            logs[f"{name}/clip_fraction"] = losses.clip_fraction(log_prob, old, advantage, clip=clip)
+            logs[f"{name}/weight"] = values[name]
+        return total, logs
+
+    def score_finished(self, rollout: Rollout) -> dict[str, float]:
+        """Advantages of a rollout's finished samples, for the rewards that go by policy gradient."""
+        logs = {}
+        for name, term in self.terms.items():
+            if term.via != "policy":
+                continue
+            k = torch.full_like(rollout.group, self.student.steps - 1)
+            with self.precision(), torch.no_grad():
+                signal = term.reward(self.sample_of(rollout, k))
+            if signal.score is None:
+                raise RewardError(f"reward {name!r} gave no score, which a policy gradient needs")
+            valid, logs[f"{name}/masked"] = self.scored(name, signal, len(k))
+            logs[f"{name}/score"] = float(signal.score[valid].mean())
+            self.advantages[name] = advantages(signal.score.float(), rollout.group)
         return logs
 
-    def online_updates(self, rollout: Rollout) -> dict[str, float]:
-        """Each online reward learns the student's predictions at all K steps, with fresh noise each time."""
+    def online_updates(self, rollout: Rollout, times: int) -> dict[str, float]:
+        """Each online reward learns the student's predictions, `updates` times for each of `times`, with fresh noise every time."""
         logs = {}
         for name, optimizer in self.online.items():
             term = self.terms[name]
-            for _ in range(term.updates):
-                sample = self.sample_of(rollout, self.any_step(rollout))
+            for _ in range(term.updates * times):
+                if self.config.reuse.backward_simulation:
+                    rollout = self.simulate()
+                    sample = self.sample_of(rollout, torch.full_like(rollout.group, len(rollout.states) - 1))
+                else:
+                    sample = self.sample_of(rollout, self.online_step(rollout))
                 with self.precision():
                     loss = term.reward.loss(sample)
                 finite_or_stop(loss.detach(), f"the loss of {name}'s own network", self.update)
@@ -154,37 +314,82 @@ class Trainer:
                 logs[f"{name}/own_loss"] = float(loss.detach())
         return logs
 
-    def any_step(self, rollout: Rollout) -> Tensor:
+    def simulate(self) -> Rollout:
+        """Fresh prompts simulated up to one state, drawn anew (DMD2's backward simulation); with fake.on last, the last one."""
+        return self.new_rollout(until=int(torch.randint(self.student.steps, (1,))))
+
+    def online_step(self, rollout: Rollout) -> Tensor:
         """A step for each sample, (B,): every step equally often up to rounding, which sample gets which drawn anew."""
         size = len(rollout.group)
+        if self.config.fake.on == "last":
+            return torch.full_like(rollout.group, self.student.steps - 1)
         return (torch.randperm(size) % self.student.steps).to(self.device)
 
-    def lags(self, new: Rollout, old: Rollout) -> dict[str, float]:
-        """How much worse each online reward knows the newest outputs than those it was trained on."""
-        logs = {}
+    def lags(self, new: Rollout, old: Rollout) -> tuple[dict[str, float], float | None]:
+        """(how much worse each online reward knows the newest outputs than those it was trained on; the anchor's in its score's unit)."""
+        logs, kl = {}, None
         for name in self.online:
             lag = getattr(self.terms[name].reward, "lag", None)
             if lag is not None:
-                k = self.any_step(new)
+                k = self.online_step(new)
                 with self.precision():
-                    logs[f"{name}/lag"] = lag(self.sample_of(new, k), self.sample_of(old, k))
-        return logs
+                    found = lag(self.sample_of(new, k), self.sample_of(old, k))
+                logs |= {f"{name}/lag": found.loss, f"{name}/lag_kl": found.kl}
+                kl = found.kl if name in self.anchors else kl
+        return logs, kl
 
     def step(self) -> dict[str, float]:
         """One student update and what goes with it; returns what is logged."""
         logs: dict[str, float] = {}
-        if self.rollout is None or self.used == self.config.rollout_updates:
-            old, self.rollout, self.used = self.rollout, self.new_rollout(), 0
-            self.rollouts += 1
-            if old is not None:
-                logs |= self.lags(self.rollout, old)
-        logs |= self.student_update(self.rollout)
-        logs |= self.online_updates(self.rollout)
-        self.used += 1
+        x0 = weight = None
+        if self.block is not None:  # serve once more, if the student is still where the evaluation was made
+            x0, weight, logs = self.reweigh(self.rollout, self.block)
+            if x0 is None:
+                logs |= self.finish_block()
+        if self.block is None:
+            lag = None
+            if self.config.reuse.backward_simulation:
+                self.rollout = self.simulate()
+                self.rollouts += 1
+            elif self.rollout is None or self.used == self.config.reuse.rollout:
+                old, self.rollout, self.used, self.advantages = self.rollout, self.new_rollout(), 0, {}
+                self.rollouts += 1
+                if old is not None:
+                    more, lag = self.lags(self.rollout, old)
+                    logs |= more
+                logs |= self.score_finished(self.rollout)
+            self.block, x0, more = self.evaluate(self.rollout, lag)
+            logs |= more
+        logs |= self.student_update(self.rollout, self.block, x0, weight)
+        if self.block.used == self.config.reuse.evaluation:
+            logs |= self.finish_block()
         self.update += 1
+        logs |= {f"evaluations/{name}": float(denoiser.cost) for name, denoiser in self.counted.items()}
         for key, value in logs.items():
             self.running[key] = value if key not in self.running else self.running[key] + 0.1 * (value - self.running[key])
         return logs
+
+    def finish_block(self) -> dict[str, float]:
+        """The evaluation has served: now the online rewards may change, as often as the student did."""
+        logs = self.online_updates(self.rollout, self.block.used)
+        self.used, self.block = self.used + 1, None
+        return logs
+
+    def reweigh(self, rollout: Rollout, block: Block) -> tuple[Tensor | None, Tensor | None, dict[str, float]]:
+        """(x0 today, importance weights of the block's evaluation or None, logs); x0 is None when the weights have degenerated."""
+        reuse = self.config.reuse
+        x0 = self.predict(rollout, block.xk, block.k)
+        if block.xt is None or not reuse.weighted:
+            return x0, None, {}
+        alpha, sigma = self.student.schedule.alpha(block.t), self.student.schedule.sigma(block.t)
+        log_ratio = importance.log_ratio(block.xt, block.x0, x0.detach(), alpha, sigma)
+        ess = float(importance.effective_sample_size((log_ratio - log_ratio.max()).exp()))
+        logs = {"reuse/ess": ess, "reuse/rho_max": float(log_ratio.exp().max())}
+        if block.used == 1:
+            logs["reuse/permitted"] = importance.permitted_updates(log_ratio, min_ess=max(reuse.min_ess, 1e-3))
+        if not ess >= reuse.min_ess:
+            return None, None, logs
+        return x0, importance.weights(log_ratio, rho_max=reuse.rho_max), logs
 
     def run(self, output: Path, *, stop: Callable[[], bool]) -> Iterator[dict[str, float]]:
         """Update until `config.updates`, logging to metrics.jsonl and saving as the config says; yields after each update.
@@ -229,6 +434,10 @@ class Trainer:
             "rng": checkpoint.rng_state(),
             "batches": self.batches.state(),
             "rollout": rollout,
+            "block": None if self.block is None else vars(self.block),
+            "advantages": self.advantages,
+            "weights": self.weights.state(),
+            "counted": {name: [denoiser.forwards, denoiser.backwards] for name, denoiser in self.counted.items()},
         }
 
     @torch.no_grad()
@@ -248,8 +457,16 @@ class Trainer:
             saved = state["rollout"]
             cond = {key: value.to(self.device) for key, value in self.encode(saved["prompts"]).items()}
             states, x0, group = (saved[key].to(self.device) for key in ("states", "x0", "group"))
-            self.rollout = Rollout(states, x0, self.student.times, cond, group, saved["prompts"])
+            self.rollout = Rollout(states, x0, self.student.times[: len(states)], cond, group, saved["prompts"])
+        self.block = None if state["block"] is None else Block(**{key: self.here(value) for key, value in state["block"].items()})
+        self.advantages = {name: self.here(value) for name, value in state["advantages"].items()}
+        self.weights.load_state(state["weights"])
+        for name, (forwards, backwards) in state["counted"].items():
+            self.counted[name].forwards, self.counted[name].backwards = forwards, backwards
         checkpoint.set_rng_state(state["rng"])  # last: nothing above may draw from it
+
+    def here(self, value: Any) -> Any:
+        return value.to(self.device) if isinstance(value, Tensor) else value
 
     def save(self, output: Path) -> Path:
         return checkpoint.save(output / "checkpoints", self.update, self.state())

@@ -23,7 +23,8 @@ class Rollout(NamedTuple):
 class Sample:
     """What a reward sees: predictions of the student at one state each.
 
-    x0 (B, C, H, W); t_k (B,) time of the state each was predicted from; k (B,) int64 its index; cond; prompts; group (B,).
+    x0 (B, C, H, W), requiring grad when pathwise directions are wanted; t_k (B,) time of the state each was predicted from;
+    k (B,) int64 its index; cond; prompts; group (B,).
     """
 
     def __init__(
@@ -39,10 +40,12 @@ class Sample:
 
 
 class Signal(NamedTuple):
-    """What a reward says of a sample."""
+    """What a reward says of a sample. xt and t: where the direction was evaluated, when eq. (8) can carry it to a moved student."""
 
     score: Tensor | None  # (B,), higher is better; NaN = could not be scored
     direction: Tensor | None  # (B, C, H, W), ascent direction in latent space
+    xt: Tensor | None = None  # (B, C, H, W)
+    t: Tensor | None = None  # (B,)
 
 
 class Evaluation(NamedTuple):

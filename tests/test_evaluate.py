@@ -166,7 +166,8 @@ def test_a_scorer_is_a_reward(scorer):
     assert isinstance(scorer, Reward)
     with torch.enable_grad():
         signal = scorer(sample)
-    assert signal.direction is None
+    (expected,) = torch.autograd.grad(scorer.score(latents, ["cat", "dog"]).sum(), latents)
+    torch.testing.assert_close(signal.direction, expected)
     assert not signal.score.requires_grad
     assert torch.allclose(signal.score, scorer.score(latents, ["cat", "dog"]))
     assert sample.image.requires_grad  # other rewards can still differentiate the picture decoded here

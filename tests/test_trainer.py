@@ -10,14 +10,29 @@ from fewstep import checkpoint, cli
 from fewstep.prompts import read
 
 OPTIONS = [
-    *("--groups", "2", "--group-size", "2", "--rollout-updates", "3", "--save-every", "100"),
+    *("--groups", "2", "--group-size", "2", "--reuse.rollout", "3", "--save-every", "100"),
     *("--student.lr", "1e-3", "--fake.condition", "step"),
 ]
 
 
+EVERYTHING = [
+    *("--reuse.rollout", "2", "--reuse.evaluation", "2", "--reuse.min-ess", "0"),
+    *("--reward.redness", "0.3", "--reward.contrast", "0.2", "--via.contrast", "policy"),
+    *("--weights.mode", "adaptive", "--weights.warmup", "2"),
+]
+
+
+def redness(images, prompts):
+    return images[:, 0].mean((1, 2)) - images[:, 1].mean((1, 2))
+
+
+def contrast(images, prompts):
+    return images.std((1, 2, 3)).tolist()  # a black box: no gradient comes out of it
+
+
 def run_of(teacher_folder, prompt_file, *options):
     config = cli.parse_config([*OPTIONS, "--teacher", str(teacher_folder), "--updates", "8", *options])
-    return cli.build(config, read(prompt_file), str(teacher_folder))
+    return cli.build(config, read(prompt_file), str(teacher_folder), {"redness": redness, "contrast": contrast})
 
 
 def tensors(state):
@@ -33,8 +48,17 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize(
     "stop_at, options",
-    [(1, ()), (3, ()), (5, ()), (4, ("--lora-rank", "2")), (2, ("--fake.condition", "none"))],
-    ids=["mid-rollout", "end-of-rollout", "second-rollout", "lora", "unconditioned"],
+    [
+        (1, ()),
+        (3, ()),
+        (5, ()),
+        (4, ("--lora-rank", "2")),
+        (2, ("--fake.condition", "none")),
+        (3, EVERYTHING),
+        (4, EVERYTHING),
+        (3, ("--reuse.backward-simulation", "true", "--reuse.rollout", "1")),
+    ],
+    ids=["mid-rollout", "end-of-rollout", "second-rollout", "lora", "unconditioned", "mid-evaluation", "rewards", "backward-simulation"],
 )
 def test_resume_is_bit_exact(teacher_folder, prompt_file, tmp_path, stop_at, options):
     straight = run_of(teacher_folder, prompt_file, *options).trainer
@@ -50,6 +74,24 @@ def test_resume_is_bit_exact(teacher_folder, prompt_file, tmp_path, stop_at, opt
     for _ in range(7 - stop_at):
         second.step()
     assert_same(straight.state(), second.state())
+
+
+@pytest.mark.parametrize("key", ["block", "advantages", "weights", "counted"])
+def test_every_part_of_the_state_matters_with_rewards_and_reuse(teacher_folder, prompt_file, key):
+    first = run_of(teacher_folder, prompt_file, *EVERYTHING).trainer
+    fresh = checkpoint.unpack(*checkpoint.pack(first.state()))
+    for _ in range(3):
+        first.step()
+    saved = checkpoint.unpack(*checkpoint.pack(first.state()))
+    assert saved["block"] is not None and saved["advantages"] and saved["weights"]["b"] is not None
+    for _ in range(2):
+        first.step()
+    broken = run_of(teacher_folder, prompt_file, *EVERYTHING).trainer
+    broken.load_state(saved | {key: fresh[key]})
+    for _ in range(2):
+        broken.step()
+    with pytest.raises(AssertionError):
+        assert_same(first.state(), broken.state())
 
 
 @pytest.mark.parametrize(
@@ -124,7 +166,7 @@ def test_the_fake_hears_the_step(teacher_folder, prompt_file):
 
 
 def test_a_prompt_group_sits_at_one_step_and_a_rollout_visits_every_state(teacher_folder, prompt_file):
-    run = run_of(teacher_folder, prompt_file, "--rollout-updates", "4")
+    run = run_of(teacher_folder, prompt_file, "--reuse.rollout", "4")
     trainer, seen = run.trainer, []
     matching = trainer.terms["dm"].reward
     original = matching.evaluate
@@ -189,3 +231,97 @@ def test_scorer_packages_and_diffusers_stay_where_they_belong():
     for name in pure:
         text = (root / f"{name}.py").read_text()
         assert "from fewstep" not in text.replace("from fewstep.schedule import bcast", ""), name
+
+
+def test_costs_are_counted_by_role(teacher_folder, prompt_file):
+    run = run_of(teacher_folder, prompt_file, "--fake.updates", "2", "--reuse.rollout", "2")
+    batch, steps = 4, 4
+    logs = run.trainer.step()
+    # a rollout of K forwards, one forward and backward; the guided teacher looks twice; R_dm's look and two updates of the fake
+    assert logs["evaluations/student"] == batch * steps + 3 * batch
+    assert logs["evaluations/teacher"] == 2 * batch
+    assert logs["evaluations/fake"] == batch + 2 * 3 * batch
+    assert run.trainer.step()["evaluations/student"] == batch * steps + 2 * 3 * batch  # the rollout serves twice
+
+
+def test_an_evaluation_serves_m_updates_and_the_first_is_unweighted(teacher_folder, prompt_file):
+    options = ("--reuse.evaluation", "3", "--reuse.min-ess", "0", "--student.lr", "1e-6")
+    run = run_of(teacher_folder, prompt_file, *options)
+    calls = []
+    matching = run.trainer.terms["dm"].reward
+    original = matching.evaluate
+    matching.evaluate = lambda *args, **rest: calls.append(run.trainer.update) or original(*args, **rest)
+    logs = [run.trainer.step() for _ in range(6)]
+    assert calls == [0, 3]
+    assert ["reuse/ess" in log for log in logs] == [False, True, True] * 2
+    assert all(0.5 < log["reuse/ess"] <= 1 for log in logs if "reuse/ess" in log)
+    assert ["dm/own_loss" in log for log in logs] == [False, False, True] * 2  # the fake holds still while its verdict is reused
+
+
+def test_an_evaluation_is_dropped_when_its_weights_degenerate(teacher_folder, prompt_file):
+    options = ("--reuse.evaluation", "4", "--reuse.min-ess", "0.9999", "--student.lr", "1e-2")
+    run = run_of(teacher_folder, prompt_file, *options)
+    run.trainer.step()
+    logs = run.trainer.step()
+    assert logs["reuse/ess"] < 0.9999 and "dm/score" in logs  # evaluated anew
+
+
+def test_policy_ratio_is_one_on_policy_and_moves_afterwards(teacher_folder, prompt_file):
+    run = run_of(teacher_folder, prompt_file, "--reward.contrast", "1", "--via.contrast", "policy")
+    trainer = run.trainer
+    trainer.rollout = rollout = trainer.new_rollout()
+    with trainer.precision():
+        now = trainer.student.log_prob(rollout)
+    assert torch.equal(now, trainer.student.old_log_prob(rollout))
+    trainer.rollout = None
+    trainer.step()
+    with trainer.precision():
+        assert not torch.equal(trainer.student.log_prob(trainer.rollout), trainer.student.old_log_prob(trainer.rollout))
+
+
+@pytest.mark.parametrize("mode", ["fixed", "sum", "advantage"])
+def test_weight_zero_leaves_distribution_matching_alone(teacher_folder, prompt_file, mode):
+    alone = run_of(teacher_folder, prompt_file).trainer
+    for _ in range(3):
+        alone.step()
+    beside = run_of(teacher_folder, prompt_file, "--reward.redness", "0", "--weights.mode", mode).trainer
+    for _ in range(3):
+        beside.step()
+    assert all(torch.equal(p, beside.parameters[name]) for name, p in alone.parameters.items())
+
+
+def test_rewards_raise_their_own_score(teacher_folder, prompt_file):
+    for options in (("--reward.redness", "30"), ("--reward.redness", "3000", "--weights.mode", "sum")):
+        run = run_of(teacher_folder, prompt_file, *options, "--student.lr", "3e-3", "--fake.updates", "0")
+        scores = [run.trainer.step()["redness/score"] for _ in range(12)]
+        assert sum(scores[-3:]) > sum(scores[:3])
+
+
+def test_a_nan_score_masks_its_sample_and_too_many_stop_the_run(teacher_folder, prompt_file):
+    from fewstep.rewards.base import PixelReward, RewardError
+
+    def broken(share):
+        def f(images, prompts):
+            lost = torch.arange(len(images)) < share * len(images)
+            return redness(images, prompts) * torch.ones(len(images)).masked_fill(lost, float("nan"))
+
+        return PixelReward(f, "redness")
+
+    run = run_of(teacher_folder, prompt_file, "--reward.redness", "0.3")
+    run.trainer.terms["redness"].reward = broken(0.25)
+    logs = run.trainer.step()
+    assert logs["redness/masked"] == 1 and torch.isfinite(torch.tensor(logs["redness/score"]))
+    assert all(torch.isfinite(p).all() for p in run.trainer.parameters.values())
+    run.trainer.terms["redness"].reward = broken(0.75)
+    before = {name: p.detach().clone() for name, p in run.trainer.parameters.items()}
+    with pytest.raises(RewardError, match=r"redness.*3 of 4"):
+        run.trainer.step()
+    assert all(torch.equal(p, before[name]) for name, p in run.trainer.parameters.items())
+
+
+def test_a_black_box_reward_needs_the_policy(teacher_folder, prompt_file):
+    from fewstep.rewards.base import RewardError
+
+    run = run_of(teacher_folder, prompt_file, "--reward.contrast", "0.3")
+    with pytest.raises(RewardError, match=r"contrast.*--via\.contrast policy"):
+        run.trainer.step()

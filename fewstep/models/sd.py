@@ -59,6 +59,16 @@ class Network(nn.Module):
         with self.add_step(cond):
             return self.unet(xt, timestep, encoder_hidden_states=cond["prompt_embeds"], return_dict=False)[0]
 
+    def features(self, xt: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
+        """Output of the UNet's middle block, (B, F, h, w)."""
+        taken: list[Tensor] = []
+        handle = self.unet.mid_block.register_forward_hook(lambda module, args, output: taken.append(output))
+        try:
+            self(xt, timestep, cond)
+        finally:
+            handle.remove()
+        return taken[0]
+
     def switch(self) -> None:
         """Turn this role's adapter on and the others off, or all off."""
         for layer in self.adapted:

@@ -1,1 +1,9 @@
-"""Rewards: objects that score a sample and say which way is better."""
+"""Rewards. A named reward is one line in this table."""
+
+from __future__ import annotations
+
+# name -> (module, class with `load(folder)`, folder among the world's assets)
+REWARDS = {
+    "clip": ("fewstep.rewards.clip", "CLIPScore", "clip"),
+    "preference": ("fewstep.rewards.clip", "PickScore", "preference"),
+}

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from fewstep.types import Sample, Signal
+
+
+class RewardError(ValueError):
+    """A reward that does not keep its contract; the message names it and says what it must return."""
 
 
 @runtime_checkable
@@ -25,3 +32,59 @@ class OnlineReward(Reward, Protocol):
     def loss(self, sample: Sample) -> Tensor:
         """Loss of `module` on a sample of the student's outputs (scalar)."""
         ...
+
+
+class PixelReward:
+    """A Reward from `function(images, prompts) -> (B,)`: images (B, 3, H, W) in [0, 1], B prompts, higher is better.
+
+    When the sample asks for gradients and the function is differentiable, the direction is the gradient of the score in x0,
+    through the decoder. A score that is NaN or inf masks its own sample: no gradient is taken of it.
+    Raises RewardError when the function returns anything but one number a sample on the sample's device.
+    """
+
+    def __init__(self, function: Callable[[Tensor, list[str]], Any], name: str):
+        self.function, self.name = function, name
+
+    def __call__(self, sample: Sample) -> Signal:
+        wanted = sample.x0.requires_grad
+        # scorers keep float32: a cosine in bf16 has three digits, fewer than the differences inside a group
+        with torch.set_grad_enabled(wanted), torch.autocast(sample.x0.device.type, enabled=False):
+            score = self.score(sample)
+            valid = torch.isfinite(score.detach())
+            if not (wanted and score.requires_grad):
+                return Signal(score.detach(), None)
+            direction = torch.zeros_like(sample.x0)
+            if bool(valid.any()):
+                # samples do not see each other, so the sum's gradient is each one's own; other rewards share the picture's graph
+                (direction,) = torch.autograd.grad(score[valid].sum(), sample.x0, retain_graph=True)
+        return Signal(score.detach(), direction)
+
+    def score(self, sample: Sample) -> Tensor:
+        try:
+            score = self.function(sample.image, sample.prompts)
+        except Exception as error:
+            error.add_note(f"raised by the reward {self.name!r} on {len(sample.prompts)} pictures")
+            raise
+        if not isinstance(score, Tensor):
+            try:
+                score = torch.as_tensor(score, dtype=torch.float32, device=sample.x0.device)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise RewardError(f"reward {self.name!r} returned {type(score).__name__}; it must return one number a picture") from error
+        if score.shape != (len(sample.x0),):
+            wanted = (len(sample.x0),)
+            raise RewardError(f"reward {self.name!r} returned shape {tuple(score.shape)} for {wanted[0]} pictures; it must return {wanted}")
+        if score.device != sample.x0.device:
+            raise RewardError(f"reward {self.name!r} returned a score on {score.device}; the pictures are on {sample.x0.device}")
+        return score if score.is_floating_point() else score.float()
+
+
+def as_reward(value: Any, name: str) -> Reward:
+    """A Reward as it is; a function of (images, prompts) as a PixelReward. Raises RewardError for anything else."""
+    if not callable(value):
+        raise RewardError(f"reward {name!r} is {type(value).__name__}; give a function of (images, prompts) or a Reward")
+    try:
+        parameters = inspect.signature(value).parameters.values()
+    except (TypeError, ValueError):  # builtins without a signature can only be functions of pictures
+        return PixelReward(value, name)
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return value if len(needed) == 1 else PixelReward(value, name)

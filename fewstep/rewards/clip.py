@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewstep.rewards.base import PixelReward
 from fewstep.types import Sample, Signal
 
 if TYPE_CHECKING:
@@ -91,9 +92,7 @@ class CLIPScore:
         return self.scale * (self.image_features(images) * self.text_features(prompts)).sum(1)
 
     def __call__(self, sample: Sample) -> Signal:
-        image = sample.image.detach()  # decoded outside no_grad: the sample keeps the graph of its picture for other rewards
-        with torch.no_grad():
-            return Signal(self.score(image, sample.prompts), None)
+        return PixelReward(self.score, type(self).__name__)(sample)
 
 
 class PickScore(CLIPScore):

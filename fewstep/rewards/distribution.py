@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser, guide, target
+from fewstep.denoiser import Denoiser, guide, target, to_x0
 from fewstep.losses import denoising
 from fewstep.schedule import Schedule, bcast
 from fewstep.transforms import group_mean, scale_direction
@@ -15,6 +15,14 @@ from fewstep.types import Evaluation, Sample, Signal
 
 Normalize = Literal["group", "sample", "batch", "channel", "none"]
 Levels = Literal["stratified", "uniform"]
+ScoreWeight = Literal["likelihood", "matching"]
+
+
+class Lag(NamedTuple):
+    """How much worse the fake knows the newest outputs than those it was trained on."""
+
+    loss: float  # in its denoising loss
+    kl: float  # in the unit of R_dm's score
 
 
 def rank_in_group(group: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,7 +59,11 @@ class DistributionMatching:
         none     1
       times n(t)^-gamma, with n(t) = sigma / sqrt(alpha^2 + sigma^2) the denoising scale of unit-variance data at that level:
       gamma = 0 keeps the raw size of the difference over noise levels, gamma = 1 evens it out.
-    score: one draw of eq. (4) with W = 1 and t uniform on t_range, from the unguided conditional teacher.
+    score: one draw of eq. (4) with t uniform on t_range, from the unguided conditional teacher, and
+        score_weight "likelihood"  W = 1: log p/q of x0, whose draws at low noise are huge
+                     "matching"    W_t = integral of w from t_min to t, for the w = 1 / SNR of a direction that keeps its raw size
+                                   over noise levels: the value of (2) that the direction ascends (up to the group's scale), and
+                                   steady, since -1/2 dSNR/dt W_t stays bounded where W = 1 explodes
 
     With `step_condition` the fake is told which of the student's K steps made the sample (cond["step"], section 6).
     """
@@ -69,6 +81,7 @@ class DistributionMatching:
         t_range: tuple[float, float] = (0.02, 0.98),
         levels: Levels = "stratified",
         step_condition: bool = False,
+        score_weight: ScoreWeight = "likelihood",
     ):
         if normalize not in get_args(Normalize):
             raise ValueError(f"normalize must be one of {', '.join(get_args(Normalize))}, got {normalize!r}")
@@ -81,7 +94,30 @@ class DistributionMatching:
         self.teacher, self.fake, self.schedule = teacher, fake, schedule
         self.guidance, self.normalize, self.leave_one_out, self.gamma = guidance, normalize, leave_one_out, gamma
         self.t_range, self.levels, self.step_condition = (float(t_range[0]), float(t_range[1])), levels, step_condition
+        if score_weight not in get_args(ScoreWeight):
+            raise ValueError(f"score_weight must be one of {', '.join(get_args(ScoreWeight))}, got {score_weight!r}")
+        self.score_weight = score_weight
+        if score_weight == "matching":
+            # trapezoids of w = 1 / SNR on a grid finer than any native timestep
+            grid = torch.linspace(*self.t_range, 4097, dtype=torch.float64)
+            w = 1 / schedule.snr(grid)
+            if not bool(torch.isfinite(w).all()):
+                raise ValueError(
+                    f"score_weight='matching' needs some signal at every noise level, and t = {t_range[1]} has none: end t_range below it"
+                )
+            self._integral = torch.cat([torch.zeros(1, dtype=torch.float64), torch.cumulative_trapezoid(w, grid)])
         self.module = fake
+
+    def score_coefficient(self, t: Tensor) -> Tensor:
+        """(1 / pi(t)) (-1/2 dSNR/dt) W_t of eq. (4), pi uniform on t_range. t (B,) float64 -> (B,)."""
+        low, high = self.t_range
+        coefficient = (high - low) * self.schedule.snr_decay(t)
+        if self.score_weight == "likelihood":
+            return coefficient
+        place = ((t.double() - low) / (high - low)).clamp(0, 1) * (len(self._integral) - 1)
+        index = place.floor().long().clamp(max=len(self._integral) - 2)
+        integral = self._integral.to(t.device)
+        return coefficient * (integral[index] + (place - index) * (integral[index + 1] - integral[index])).to(coefficient)
 
     def renoise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         return bcast(self.schedule.alpha(t), x0) * x0 + bcast(self.schedule.sigma(t), x0) * noise
@@ -124,8 +160,7 @@ class DistributionMatching:
 
         # eq. (4): log p - log q, so the error of q's own denoiser enters with a plus
         gap = ((x0 - fake) ** 2 - (x0 - conditional) ** 2).flatten(1).sum(1)
-        width = self.t_range[1] - self.t_range[0]  # 1 / pi(t)
-        score = width * self.schedule.snr_decay(t).to(gap) * gap
+        score = self.score_coefficient(t).to(gap) * gap
         return Evaluation(xt, t, direction, score, magnitude)
 
     def scale(self, difference: Tensor, error: Tensor, magnitude: Tensor, group: Tensor) -> Tensor:
@@ -142,7 +177,7 @@ class DistributionMatching:
 
     def __call__(self, sample: Sample) -> Signal:
         result = self.evaluate(sample.x0, sample.cond, sample.group, k=sample.k)
-        return Signal(result.score, result.direction)
+        return Signal(result.score, result.direction, result.xt, result.t)
 
     def loss(self, sample: Sample, *, t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         """The fake's denoising loss on the student's outputs, in the fake's own parametrisation (section 7)."""
@@ -154,8 +189,16 @@ class DistributionMatching:
         return denoising(prediction, wanted)
 
     @torch.no_grad()
-    def lag(self, new: Sample, old: Sample) -> float:
-        """Held-out loss on the newest outputs minus the loss on those the fake was trained on, at the same (t, noise)."""
+    def lag(self, new: Sample, old: Sample) -> Lag:
+        """The fake's held-out error on the newest outputs minus its error on those it was trained on, at the same (t, noise)."""
         t = noise_levels(torch.zeros_like(new.group), self.t_range, "stratified")
         noise = torch.randn_like(new.x0)
-        return float(self.loss(new, t=t, noise=noise) - self.loss(old, t=t, noise=noise))
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        losses, errors = [], []
+        for sample in (new, old):
+            xt = self.renoise(sample.x0, t, noise)
+            prediction = self.fake.predict(xt, t, self.fake_cond(sample.cond, sample.k))
+            losses.append(float(denoising(prediction, target(sample.x0, noise, alpha, sigma, self.fake.prediction))))
+            error = (sample.x0 - to_x0(prediction, xt, alpha, sigma, self.fake.prediction)).pow(2).flatten(1).sum(1)
+            errors.append(float((self.score_coefficient(t).to(error) * error).mean()))
+        return Lag(losses[0] - losses[1], errors[0] - errors[1])

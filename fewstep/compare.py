@@ -1,0 +1,435 @@
+"""`fewstep compare`: recipes x seeds on the embedded world at equal network evaluations, as one table.
+
+A cell is one recipe with one seed: trained until its networks have been evaluated `evaluations` times (a backward counts as two
+forwards), then measured. Every finished cell is a file; a run that goes on makes only those that are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fewstep.evaluate import protocol
+
+REFERENCE_SEED = 10_000  # of the teacher's sample that distances are taken to; cells draw with their own seeds
+METRICS = ("fd_clip_data", "fd_clip_teacher", "clip", "clip-heldout", "preference", "utility", "precision", "recall", "diversity")
+LOWER_IS_BETTER = ("fd_clip_data", "fd_clip_teacher")
+MAIN_SEEDS, OTHER_SEEDS = 5, 3
+
+
+class Row(NamedTuple):
+    """One line of the table. flags: as `fewstep distill` takes them; baseline: the row it is paired with over seeds."""
+
+    name: str
+    flags: tuple[str, ...]
+    baseline: str | None = None
+    seeds: int = OTHER_SEEDS
+
+
+ROWS = (
+    Row("DMD", ("dmd",), None, MAIN_SEEDS),
+    Row("GNDM", ("gndm",), "DMD", MAIN_SEEDS),
+    Row("DMDR (sum)", ("dmdr",), "DMD", MAIN_SEEDS),
+    Row("GNDMR adaptive", ("gndmr",), "DMDR (sum)", MAIN_SEEDS),
+    Row("GNDMR fixed", ("gndm", "--reward.clip", "0.1", "--reward.preference", "0.1"), "DMDR (sum)"),
+    Row("DMD2", ("dmd2",), "DMD"),
+    Row("GNDM, batch scale", ("gndm", "--matching.normalize", "batch"), "GNDM"),
+    Row("GNDM, channel scale", ("gndm", "--matching.normalize", "channel"), "GNDM"),
+    Row("GNDM, no scale", ("gndm", "--matching.normalize", "none"), "GNDM"),
+    Row("GNDM, leave one out", ("gndm", "--matching.leave-one-out"), "GNDM"),
+    Row("GNDM, gamma 0.5", ("gndm", "--matching.gamma", "0.5"), "GNDM"),
+    Row("GNDM, unconditioned fake", ("gndm", "--fake.condition", "none"), "GNDM"),
+    Row("GNDM, backward simulation", ("gndm", "--reuse.backward-simulation"), "GNDM"),
+    Row("GNDM, rollout reuse 4", ("gndm", "--reuse.rollout", "4"), "GNDM"),
+    Row("GNDM, rollout reuse 8", ("gndm", "--reuse.rollout", "8"), "GNDM"),
+    Row("GNDM, evaluation reuse 2", ("gndm", "--reuse.evaluation", "2"), "GNDM"),
+    Row("GNDM, evaluation reuse 4", ("gndm", "--reuse.evaluation", "4"), "GNDM"),
+    Row("GNDM, evaluation reuse 4, unweighted", ("gndm", "--reuse.evaluation", "4", "--reuse.weighted", "false"), "GNDM"),
+    Row("DMD, guidance 1", ("dmd", "--matching.guidance", "1"), None),
+    Row("GNDM, guidance 1", ("gndm", "--matching.guidance", "1"), "DMD, guidance 1"),
+)
+PARETO = tuple(
+    Row(f"{method} {weight:g}", (*flags, f"--reward.preference={weight:g}"), None, 2)
+    for method, flags, weights in (
+        ("GNDMR, preference", ("gndm",), (0.03, 0.1, 0.2, 0.4, 0.8)),
+        ("DMDR, preference", ("dmd", "--weights.mode", "sum"), (3, 10, 30, 60, 120)),
+    )
+    for weight in weights
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How every cell is made and measured."""
+
+    output: Path
+    evaluations: int
+    images_per_prompt: int
+    prompts: int  # of the held-out prompts, how many are drawn
+    threads: int
+    options: tuple[str, ...] = ()  # flags that every cell gets, after its row's own
+
+
+def cell_path(plan: Plan, row: str, seed: int) -> Path:
+    name = "".join(c if c.isalnum() else "-" for c in row.lower())
+    return plan.output / "cells" / f"{name}-seed{seed}.json"
+
+
+def commit() -> str:
+    """The commit this code is at, with + when the working tree differs; the version where there is no repository."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", str(folder)) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return f"version {protocol.version('fewstep')}"
+
+
+def instruments(plan: Plan) -> tuple[list[str], dict[str, Any], Any]:
+    """(held-out prompts, scorers by name, features of real pictures)."""
+    from safetensors.torch import load_file
+
+    from fewstep import world
+    from fewstep.rewards.clip import CLIPScore, PickScore
+
+    kinds = {"clip": CLIPScore, "clip-heldout": CLIPScore, "preference": PickScore}
+    scorers = {name: kind.load(world.ASSETS / name) for name, kind in kinds.items()}
+    data = load_file(world.ASSETS / "features.safetensors")["heldout"].float()
+    return world.prompts("evaluate")[: plan.prompts], scorers, data
+
+
+def observe_pipeline(plan: Plan, pipe: Any, *, steps: int, guidance: float, seed: int) -> dict[str, Any]:
+    """Features and utility of a pipeline's pictures of every held-out prompt, and its seconds per image."""
+    import torch
+
+    from fewstep.world.utility import gold_utility
+
+    prompts, scorers, _ = instruments(plan)
+    drawn = list(protocol.batches(pipe, prompts, plan.images_per_prompt, steps=steps, guidance=guidance, seed=seed, batch=16))
+    seen = [protocol.observe(images, scorers, gold_utility) for images, _ in drawn]
+    observed = {name: torch.cat([part[name] for part in seen]) for name in seen[0]}
+    return observed | {"seconds": torch.tensor([seconds for _, seconds in drawn])}
+
+
+def reference(plan: Plan) -> Any:
+    """FD-clip features of the teacher's 28-step sample that every cell is compared to; drawn once and kept."""
+    from safetensors.torch import load_file, save_file
+
+    from fewstep import world
+    from fewstep.evaluate.features import scaled
+
+    path = plan.output / "reference.safetensors"
+    if not path.is_file():
+        pipe = protocol.open_pipeline(world.TEACHER, "cpu")
+        observed = observe_pipeline(plan, pipe, steps=world.TEACHER_STEPS, guidance=world.TEACHER_GUIDANCE, seed=REFERENCE_SEED)
+        features = scaled(observed["features/clip-heldout"]).contiguous()
+        protocol.replace(path, lambda temporary: save_file({"features": features}, temporary))
+    return load_file(path)["features"]
+
+
+def measure(plan: Plan, observed: dict[str, Any]) -> dict[str, float]:
+    """Every metric of the table as one number; the interval comes from the seeds."""
+    import torch
+
+    prompts, scorers, data = instruments(plan)
+    group = torch.arange(len(prompts)).repeat_interleave(plan.images_per_prompt)
+    from fewstep import world
+
+    found = protocol.measure(
+        observed,
+        prompts,
+        group,
+        scorers,
+        extractor="clip-heldout",
+        data=data,
+        teacher=reference(plan),
+        neighbours=world.NEIGHBOURS,
+        draws=2,
+    )
+    values = {name: entry["value"] for name, entry in found.items()}
+    return values | {"seconds_per_image": float(observed["seconds"].median())}
+
+
+def run_teacher_cell(plan: Plan, seed: int, *, steps: int, solver: str | None) -> dict[str, Any]:
+    from fewstep import world
+
+    pipe = protocol.open_pipeline(world.TEACHER, "cpu")
+    if solver:
+        pipe.scheduler = protocol.solver(solver, pipe.scheduler.config)
+    observed = observe_pipeline(plan, pipe, steps=steps, guidance=world.TEACHER_GUIDANCE, seed=seed)
+    return {"metrics": measure(plan, observed) | {"network_evaluations": protocol.network_evaluations(steps, world.TEACHER_GUIDANCE)}}
+
+
+def run_cell(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
+    """Train one recipe with one seed up to the budget and measure its averaged student."""
+    import torch
+
+    from fewstep import cli, world
+
+    config = cell_config(plan, row, seed)
+    run = cli.build(config, world.prompts("train"), str(world.TEACHER))
+    trainer, began, logs = run.trainer, time.perf_counter(), {}
+    trace = []
+    spent: Callable[[], int] = lambda: sum(denoiser.cost for denoiser in trainer.counted.values())  # noqa: E731
+    while spent() < plan.evaluations:
+        logs = trainer.step()
+        trace.append({key: value for key, value in logs.items() if key.startswith("weights/") or key.endswith(("/score", "/lag", "/ess"))})
+    training_seconds = time.perf_counter() - began
+    costs = {name: denoiser.cost for name, denoiser in trainer.counted.items()}
+    pipe = run.backbone.student_pipeline(run.roles, trainer.averaged(), config.steps)
+    with torch.no_grad():
+        observed = observe_pipeline(plan, pipe, steps=config.steps, guidance=1.0, seed=seed)
+    return {
+        "metrics": measure(plan, observed) | {"network_evaluations": float(config.steps)},
+        "updates": trainer.update,
+        "costs": costs,
+        "training_seconds": training_seconds,
+        "trace": trace,
+    }
+
+
+def cell_config(plan: Plan, row: Row, seed: int) -> Any:
+    from fewstep import cli
+
+    # the number of updates bounds nothing here: a cell ends by its network evaluations
+    config = cli.parse_config(
+        [*row.flags, *plan.options, "--seed", str(seed), "--updates", "1000000", "--output", str(plan.output / "none")]
+    )
+    return cli.resolve_hardware(replace(config, device="cpu"))
+
+
+TEACHER_ROWS = {"teacher, 28 steps": None, **{f"teacher, 4 steps, {name}": name for name in protocol.SOLVERS}}
+
+
+def stamp_of(plan: Plan, row: str, seed: int) -> dict[str, Any]:
+    """What a cell's numbers were made with; a kept cell with another stamp is not used."""
+    from fewstep import cli, world
+
+    rows = {r.name: r for r in (*ROWS, *PARETO)}
+    recipe = "teacher" if row in TEACHER_ROWS else protocol.sha256(cli.as_plain(cell_config(plan, rows[row], seed)) | {"output": ""})
+    return {
+        "config": recipe,
+        "prompts": protocol.sha256(world.prompts("evaluate")[: plan.prompts]),
+        "n": plan.prompts * plan.images_per_prompt,
+        "seed": seed,
+        "reference_seed": REFERENCE_SEED,
+        "evaluations": None if row in TEACHER_ROWS else plan.evaluations,
+    }
+
+
+def finished(plan: Plan, row: str, seed: int) -> dict[str, Any] | None:
+    """A kept cell, or None when there is none made in this way."""
+    path = cell_path(plan, row, seed)
+    if not path.is_file():
+        return None
+    cell = json.loads(path.read_text())
+    if cell["stamp"] != stamp_of(plan, row, seed):
+        print(f"{path.name}: made with other settings, made anew")
+        return None
+    return cell
+
+
+def make_cell(plan: Plan, row: str, seed: int) -> dict[str, Any]:
+    """Make and keep one cell; runs in a process of its own."""
+    import torch
+
+    from fewstep import models, world
+
+    torch.set_num_threads(plan.threads)
+    models.quiet_libraries()
+    if row in TEACHER_ROWS:
+        solver = TEACHER_ROWS[row]
+        cell = run_teacher_cell(plan, seed, steps=4 if solver else world.TEACHER_STEPS, solver=solver)
+    else:
+        cell = run_cell(plan, next(r for r in (*ROWS, *PARETO) if r.name == row), seed)
+    machine = f"{platform.machine()}, {plan.threads} threads, torch {protocol.version('torch')}, diffusers {protocol.version('diffusers')}"
+    cell |= {"row": row, "seed": seed, "stamp": stamp_of(plan, row, seed), "commit": commit(), "machine": machine}
+    protocol.replace(cell_path(plan, row, seed), lambda temporary: temporary.write_text(json.dumps(cell, indent=1)))
+    return cell
+
+
+def interval(values: list[float], level: float = 0.95) -> tuple[float, float]:
+    """(mean, half width of its t-interval); NaN half width for a single value."""
+    import numpy as np
+    from scipy.stats import t
+
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, float("nan")
+    return mean, float(t.ppf((1 + level) / 2, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
+
+
+def summarise(cells: list[dict[str, Any]], rows: tuple[Row, ...]) -> list[dict[str, Any]]:
+    """Rows of the table: mean and half width of each metric over seeds, and paired differences to the row's baseline."""
+    by_row: dict[str, dict[int, dict[str, Any]]] = {}
+    for cell in cells:
+        by_row.setdefault(cell["row"], {})[cell["seed"]] = cell
+    out = []
+    baselines = {row.name: row.baseline for row in rows}
+    for name in [*TEACHER_ROWS, *(row.name for row in rows)]:
+        if name not in by_row:
+            continue
+        own = by_row[name]
+        metrics = {key: interval([cell["metrics"][key] for cell in own.values()]) for key in next(iter(own.values()))["metrics"]}
+        entry: dict[str, Any] = {"row": name, "seeds": sorted(own), "metrics": metrics, "baseline": baselines.get(name), "paired": {}}
+        if "updates" in next(iter(own.values())):
+            entry["updates"] = interval([cell["updates"] for cell in own.values()])[0]
+            entry["training_seconds"] = interval([cell["training_seconds"] for cell in own.values()])[0]
+        other = by_row.get(baselines.get(name) or "", {})
+        shared = sorted(set(own) & set(other))
+        if shared:
+            entry["paired"] = {
+                key: interval([own[seed]["metrics"][key] - other[seed]["metrics"][key] for seed in shared]) for key in METRICS
+            }
+        out.append(entry)
+    return out
+
+
+def number(mean: float, half: float) -> str:
+    digits = 3 if abs(mean) < 10 else 1
+    return f"{mean:.{digits}f}" + ("" if half != half else f" ± {half:.{digits}f}")
+
+
+def markdown(summary: list[dict[str, Any]], plan: Plan) -> str:
+    """The table as Markdown, with what it was made with."""
+    from fewstep.export import markdown_table
+
+    heads = ["", "seeds", "updates", *[protocol.LABELS[key].strip() for key in METRICS], "difference to", "FD to data", "FD to teacher"]
+    body = []
+    for entry in summary:
+        paired = [number(*entry["paired"][key]) if entry["paired"] else "" for key in ("fd_clip_data", "fd_clip_teacher")]
+        cells = [number(*entry["metrics"][key]) for key in METRICS]
+        updates = f"{entry['updates']:.0f}" if "updates" in entry else ""
+        body.append([entry["row"], str(len(entry["seeds"])), updates, *cells, entry["baseline"] or "", *paired])
+    n = plan.prompts * plan.images_per_prompt
+    note = (
+        f"Every student: {plan.evaluations} network evaluations of training (a backward counts two), measured on {n} pictures of held-out "
+        "prompts. ± is half a 95% t-interval over seeds; differences are paired by seed. FD-clip is not an FID."
+    )
+    return f"{markdown_table(heads, body)}\n\n{note}\n"
+
+
+def hypervolume(points: list[tuple[float, float]], reference: tuple[float, float]) -> float:
+    """Area dominated by points (lower, higher) is better, inside the reference (FD, preference)."""
+    inside = sorted((x, y) for x, y in points if x < reference[0] and y > reference[1])
+    area, height = 0.0, reference[1]
+    for i, (x, y) in enumerate(inside):
+        height = max(height, y)
+        end = inside[i + 1][0] if i + 1 < len(inside) else reference[0]
+        area += (end - x) * (height - reference[1])
+    return area
+
+
+def plot(summary: list[dict[str, Any]], path: Path) -> None:
+    """Distance to the teacher and to data, a row each, with intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.34 * len(summary) + 1.4), sharey=True, layout="constrained")
+    for axis, key in zip(axes, ("fd_clip_teacher", "fd_clip_data"), strict=True):
+        for i, entry in enumerate(summary):
+            mean, half = entry["metrics"][key]
+            teacher = entry["row"] in TEACHER_ROWS
+            axis.errorbar(
+                mean,
+                i,
+                xerr=None if half != half else half,
+                fmt="s" if teacher else "o",
+                color="#777777" if teacher else "#0072b2",
+                capsize=3,
+            )
+        axis.set_yticks(range(len(summary)), [entry["row"] for entry in summary])
+        axis.set_xlabel(protocol.LABELS[key].replace("↓", "(lower is better)"))
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].invert_yaxis()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_pareto(summary: list[dict[str, Any]], path: Path) -> None:
+    """Preference against FD to teacher, one curve a method over its weight, the teacher beside them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
+    styles = {"GNDMR, preference": ("#0072b2", "o"), "DMDR, preference": ("#d55e00", "s")}
+    for method, (color, marker) in styles.items():
+        points = [entry for entry in summary if entry["row"].startswith(method + " ")]
+        points.sort(key=lambda entry: float(entry["row"].rpartition(" ")[2]))
+        if points:
+            x, y = ([entry["metrics"][key][0] for entry in points] for key in ("fd_clip_teacher", "preference"))
+            axis.plot(x, y, marker=marker, color=color, label=f"{method.partition(',')[0]}, over its weight")
+            for entry, a, b in zip(points, x, y, strict=True):
+                axis.annotate(entry["row"].rpartition(" ")[2], (a, b), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    for entry in summary:
+        if entry["row"] in ("teacher, 28 steps", "GNDM", "DMD", "GNDMR adaptive"):
+            a, b = entry["metrics"]["fd_clip_teacher"][0], entry["metrics"]["preference"][0]
+            axis.plot(a, b, marker="*", markersize=11, color="#333333", linestyle="none")
+            axis.annotate(entry["row"], (a, b), textcoords="offset points", xytext=(6, -10), fontsize=8)
+    axis.set_xlabel("FD-clip to teacher (lower is better)")
+    axis.set_ylabel("preference, trained on (higher is better)")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def compare(plan: Plan, rows: tuple[Row, ...], *, seeds: int | None, first_seed: int, jobs: int) -> list[dict[str, Any]]:
+    """Make every missing cell, write compare.json, compare.md and the plots; returns the summary.
+
+    seeds: of every row, instead of its own number. Rows come in the table's order, a row's seeds one after the other.
+    """
+    import multiprocessing
+
+    plan.output.mkdir(parents=True, exist_ok=True)
+    teacher_seeds = range(first_seed, first_seed + (seeds or OTHER_SEEDS))
+    wanted = [(name, seed) for name in TEACHER_ROWS for seed in teacher_seeds]
+    wanted += [(row.name, seed) for row in rows for seed in range(first_seed, first_seed + (seeds or row.seeds))]
+    cells = {key: cell for key in wanted if (cell := finished(plan, *key))}
+    missing = [key for key in wanted if key not in cells]
+    print(f"{len(cells)} of {len(wanted)} cells are there; making {len(missing)}", flush=True)
+    os.environ["OMP_NUM_THREADS"] = str(plan.threads)  # of the processes started from here
+    if missing:
+        reference(plan)
+        began = time.perf_counter()
+        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            pending = {pool.submit(make_cell, plan, *key): key for key in missing}
+            for count, future in enumerate(as_completed(pending), 1):
+                key = pending[future]
+                cells[key] = future.result()
+                left = (time.perf_counter() - began) / count * (len(missing) - count)
+                value = cells[key]["metrics"]["fd_clip_teacher"]
+                print(
+                    f"{count}/{len(missing)}  {key[0]}, seed {key[1]}: FD to teacher {value:.3f}; about {left / 60:.0f} min left",
+                    flush=True,
+                )
+                write(plan, rows, [cells[k] for k in wanted if k in cells])
+    return write(plan, rows, [cells[key] for key in wanted])
+
+
+def write(plan: Plan, rows: tuple[Row, ...], cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    summary = summarise(cells, rows)
+    report = {
+        "evaluations": plan.evaluations,
+        "n": plan.prompts * plan.images_per_prompt,
+        "rows": summary,
+        "cells": [{key: value for key, value in cell.items() if key != "trace"} for cell in cells],
+    }
+    protocol.replace(plan.output / "compare.json", lambda temporary: temporary.write_text(json.dumps(report, indent=1)))
+    protocol.replace(plan.output / "compare.md", lambda temporary: temporary.write_text(markdown(summary, plan)))
+    return summary

@@ -1,0 +1,67 @@
+"""DMD2's adversarial loss as a reward: a discriminator of renoised latents that learns while the student does (arXiv 2405.14867)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewstep.denoiser import Denoiser, repeat
+from fewstep.rewards.distribution import noise_levels
+from fewstep.schedule import bcast
+from fewstep.types import Sample, Signal
+
+
+class Head(nn.Module):
+    """Features (B, F, h, w) of a denoiser's middle -> one logit each, (B,)."""
+
+    def __init__(self, features: int, *, width: int = 128):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(features, width, 3, padding=1), nn.GroupNorm(8, width), nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.SiLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 1),
+        )  # fmt: skip
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features)[:, 0]
+
+
+class Discriminator:
+    """An OnlineReward: log sigmoid of the logit that a renoised sample is real, and its gradient in x0.
+
+    backbone: a frozen denoiser whose middle sees xt under the empty prompt (its `uncond`), so that real latents need no
+    captions; the head alone is trained. real (N, C, H, W): latents of real pictures, as the student's own are scaled.
+    """
+
+    def __init__(self, backbone: Denoiser, head: nn.Module, real: Tensor, *, t_range: tuple[float, float] = (0.02, 0.98)):
+        if backbone.uncond is None:
+            raise ValueError("the discriminator looks at latents under the empty prompt: give its Denoiser `uncond`")
+        self.backbone, self.module, self.real, self.t_range = backbone, head, real, t_range
+
+    def features(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """What the frozen backbone's middle makes of x0 (B, C, H, W) renoised to t (B,), without a prompt; (B, F, h, w)."""
+        schedule = self.backbone.schedule
+        xt = bcast(schedule.alpha(t), x0) * x0 + bcast(schedule.sigma(t), x0) * noise
+        return self.backbone.features(xt, t, repeat(self.backbone.uncond, len(x0))).float()
+
+    def __call__(self, sample: Sample) -> Signal:
+        t = noise_levels(sample.group, self.t_range, "stratified")
+        with torch.enable_grad():
+            x0 = sample.x0.detach().requires_grad_()
+            score = F.logsigmoid(
+                self.module(self.features(x0, t, torch.randn_like(x0)))
+            )  # the generator's non-saturating loss, with its sign turned
+            (direction,) = torch.autograd.grad(score.sum(), x0)
+        return Signal(score.detach(), direction)
+
+    def loss(self, sample: Sample) -> Tensor:
+        """Binary cross-entropy of real latents against the student's, at the same noise levels."""
+        fake = sample.x0.detach()
+        real = self.real[torch.randint(len(self.real), (len(fake),))].to(fake)
+        t = noise_levels(torch.zeros_like(sample.group), self.t_range, "stratified")
+        x0 = torch.cat([real, fake])
+        with torch.no_grad():  # the backbone is not trained
+            features = self.features(x0, torch.cat([t, t]), torch.randn_like(x0))
+        logits = self.module(features)
+        return F.softplus(-logits[: len(real)]).mean() + F.softplus(logits[len(real) :]).mean()

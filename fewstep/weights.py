@@ -1,0 +1,104 @@
+"""How much each reward may pull the student away from its teacher (method, section 5.2)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def dual_step(log_weight: float, kl: float, budget: float, *, eta: float, cap: float) -> float:
+    """Eq. (7): log lambda + eta clip(1 - KL / b, -1, 1), at most log cap. Below its budget the weight grows, above it shrinks."""
+    return min(log_weight + eta * min(max(1 - kl / budget, -1.0), 1.0), math.log(cap))
+
+
+@dataclass
+class Fixed:
+    """lambda_k as given."""
+
+    values: dict[str, float]
+
+    def observe(self, score: float, lag: float | None) -> dict[str, float]:
+        return {}
+
+    def now(self) -> dict[str, float]:
+        return self.values
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        pass
+
+
+@dataclass
+class Adaptive:
+    """lambda_k = lambda pi_k, with one dual variable lambda for one fidelity budget, eq. (7).
+
+    For `warmup` updates lambda is 0 and the KL that distribution matching alone reaches is measured; the budget b is
+    `budget` times it. KL is the running mean of -score of R_dm plus the fake's held-out lag in the same unit: a fake that
+    lags makes the KL look small. lambda never grows while the lag is above `lag_limit` times b.
+    """
+
+    shares: dict[str, float]  # pi_k, made to sum to 1
+    budget: float  # multiple of the KL that the warm-up reaches
+    warmup: int
+    eta: float = 0.1
+    cap: float = 10.0
+    start: float = 0.05  # lambda after the warm-up
+    lag_limit: float = 0.5
+    decay: float = 0.95  # of the running means
+    updates: int = 0
+    log_weight: float = field(default=0.0, init=False)
+    kl: float | None = field(default=None, init=False)
+    lag: float = field(default=0.0, init=False)
+    b: float | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.budget < 1:
+            raise ValueError(f"budget is a multiple of the KL that distribution matching alone reaches: at least 1, got {self.budget}")
+        total = sum(self.shares.values())
+        if not self.shares or min(self.shares.values()) < 0 or total <= 0:
+            raise ValueError(f"shares must be non-negative and not all zero, got {self.shares}")
+        self.shares = {name: share / total for name, share in self.shares.items()}
+        self.log_weight = math.log(self.start)
+
+    def observe(self, score: float, lag: float | None) -> dict[str, float]:
+        """Take in one update's mean score of R_dm and, when there is a new one, the lag; returns what is logged.
+
+        Raises FloatingPointError when the warm-up ends at a KL that is not positive: no multiple of it is a budget.
+        """
+        if lag is not None:
+            self.lag = self.lag + 0.2 * (lag - self.lag) if self.updates else lag
+        self.kl = -score if self.kl is None else self.kl + self.rate() * (-score - self.kl)
+        kl = self.kl + self.lag
+        self.updates += 1
+        if self.updates >= self.warmup:
+            if self.b is None:
+                if not kl > 0:
+                    raise FloatingPointError(
+                        f"the KL measured in the {self.warmup} updates of weights.warmup is {kl:.3g}: no budget can be a multiple of it; "
+                        "raise weights.warmup or the batch"
+                    )
+                self.b = self.budget * kl
+            following = dual_step(self.log_weight, kl, self.b, eta=self.eta, cap=self.cap)
+            if following < self.log_weight or self.lag <= self.lag_limit * self.b:
+                self.log_weight = following
+        logs = {"kl": kl, "weight": self.now_total()}
+        return logs if self.b is None else logs | {"budget": self.b, "weight_at_cap": float(self.log_weight >= math.log(self.cap))}
+
+    def rate(self) -> float:
+        """Step of the running mean: a plain mean at first, exponential once enough has been seen."""
+        return max(1 - self.decay, 1 / (self.updates + 1))
+
+    def now_total(self) -> float:
+        return 0.0 if self.b is None else math.exp(self.log_weight)
+
+    def now(self) -> dict[str, float]:
+        return {name: self.now_total() * share for name, share in self.shares.items()}
+
+    def state(self) -> dict[str, Any]:
+        return {"updates": self.updates, "log_weight": self.log_weight, "kl": self.kl, "lag": self.lag, "b": self.b}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.updates, self.log_weight, self.kl, self.lag, self.b = (state[k] for k in ("updates", "log_weight", "kl", "lag", "b"))

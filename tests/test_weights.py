@@ -1,0 +1,85 @@
+"""The adaptive weight, eq. (7): one dual variable for one fidelity budget."""
+
+import math
+
+import pytest
+
+from fewstep.weights import Adaptive, dual_step
+
+
+def test_the_weight_grows_below_the_budget_and_shrinks_above():
+    assert dual_step(0.0, 0.5, 1.0, eta=0.2, cap=10) == pytest.approx(0.1)
+    assert dual_step(0.0, 1.0, 1.0, eta=0.2, cap=10) == 0
+    assert dual_step(0.0, 1.5, 1.0, eta=0.2, cap=10) == pytest.approx(-0.1)
+    assert dual_step(0.0, 99.0, 1.0, eta=0.2, cap=10) == pytest.approx(-0.2)  # clipped
+    assert dual_step(0.0, -99.0, 1.0, eta=0.2, cap=10) == pytest.approx(0.2)
+    assert dual_step(math.log(10), 0.0, 1.0, eta=0.2, cap=10) == math.log(10)
+
+
+def test_shares_are_of_one_weight():
+    weights = Adaptive({"a": 3.0, "b": 1.0}, budget=1.5, warmup=1)
+    assert weights.now() == {"a": 0.0, "b": 0.0}
+    weights.observe(-2.0, None)
+    now = weights.now()
+    assert now["a"] == pytest.approx(3 * now["b"]) and sum(now.values()) == pytest.approx(weights.now_total()) and now["a"] > 0
+    assert weights.b == pytest.approx(3.0)
+
+
+def test_the_warm_up_measures_the_mean_kl_and_the_lag_corrects_it():
+    weights = Adaptive({"a": 1.0}, budget=2.0, warmup=4)
+    for score in (-1.0, -2.0, -3.0):
+        weights.observe(score, None)
+        assert weights.now_total() == 0 and weights.b is None
+    weights.observe(-4.0, None)
+    assert weights.b == pytest.approx(2 * 2.5)  # the plain mean of the warm-up
+    lagging = Adaptive({"a": 1.0}, budget=2.0, warmup=1)
+    assert lagging.observe(-1.0, 0.5)["kl"] == pytest.approx(1.5)
+
+
+def test_the_weight_never_grows_while_the_fake_lags():
+    weights = Adaptive({"a": 1.0}, budget=1.0, warmup=1, lag_limit=0.5)
+    weights.observe(-1.0, 0.0)
+    weights.lag, weights.kl = 0.6, 0.0
+    before = weights.log_weight
+    weights.observe(-0.0, None)
+    assert weights.log_weight == before
+    weights.kl = 5.0  # but it may shrink
+    weights.observe(-5.0, None)
+    assert weights.log_weight < before
+
+
+def test_a_budget_below_what_can_be_reached_and_a_kl_without_a_sign_are_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        Adaptive({"a": 1.0}, budget=0.9, warmup=1)
+    with pytest.raises(ValueError, match="shares"):
+        Adaptive({"a": 0.0}, budget=1.5, warmup=1)
+    with pytest.raises(FloatingPointError, match="warmup"):
+        Adaptive({"a": 1.0}, budget=1.5, warmup=1).observe(0.3, None)
+
+
+def test_state_round_trip_goes_on_alike():
+    one = Adaptive({"a": 1.0}, budget=1.2, warmup=3)
+    for i in range(5):
+        one.observe(-1.0 - 0.1 * i, 0.05)
+    two = Adaptive({"a": 1.0}, budget=1.2, warmup=3)
+    two.load_state(one.state())
+    assert one.observe(-1.3, 0.01) == two.observe(-1.3, 0.01) and one.now() == two.now()
+
+
+def test_on_a_gaussian_the_weight_settles_at_its_budget():
+    """Truth 5: under the tilt lambda a, the optimum lies at m(lambda) = c lambda a, where KL = kl_0 + |m|^2 / 2.
+
+    The student follows the gradient of beta KL - lambda a.m, one small step an update; the dual variable must bring KL to b.
+    """
+    for pull in (0.3, 1.0, 4.0):  # rewards of different strength
+        weights = Adaptive({"a": 1.0}, budget=1.5, warmup=50, eta=0.05)
+        m, kl_0, tail = 0.0, 0.8, []
+        for update in range(4000):
+            kl = kl_0 + 0.5 * m * m
+            weights.observe(-kl, None)
+            m += 0.05 * (-m + weights.now_total() * pull)
+            if update >= 3000:
+                tail.append(kl)
+        assert abs(sum(tail) / len(tail) / weights.b - 1) < 0.1 and max(tail) / weights.b < 1.1
+        assert weights.log_weight < math.log(weights.cap)
+        assert weights.now_total() * pull == pytest.approx(math.sqrt(2 * (weights.b - kl_0)), rel=0.1)
