@@ -18,7 +18,8 @@ HELP = """usage: fewstep COMMAND [OPTIONS]
 Distil a diffusion model into a few-step generator, with distribution matching as a reward.
 
 commands:
-  distill [RECIPE.yaml]   make a few-step student; with no argument: the embedded teacher, GNDM, 4 steps
+  distill [RECIPE]        make a few-step student; with no argument: the embedded teacher, GNDM, 4 steps;
+                          RECIPE is a YAML file, or dmd, dmd2, gndm, dmdr, gndmr, gndm-is, gndmr-is
   sample FOLDER           draw pictures with a student
   evaluate FOLDER         measure a student beside its teacher
   compare                 recipes x seeds on the embedded world at equal network evaluations, as one table
@@ -53,6 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
         return commands[arguments[0]](arguments[1:])
     except UserError as error:
         return complain(str(error))
+    except ValueError as error:
+        if type(error).__name__ != "RewardError":  # its module imports torch, which --help must not
+            raise
+        return complain(f"{error}. Nothing was updated with it; go on from the last checkpoint with --resume", code=1)
     except FloatingPointError as error:  # nothing was updated or saved after it: the last checkpoint is the state to go on from
         return complain(f"{error}. Lower student.lr or fake.lr, or go on from the last checkpoint with --resume", code=1)
 
@@ -114,14 +119,17 @@ def normalise(arguments: list[str], names: dict[str, type]) -> list[str]:
     return out
 
 
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in (Path(__file__).parent / "recipes").glob("*.yaml"))
+
+
 def recipe_path(argument: str) -> str:
     """A recipe's file: the one given, or the named one that ships with fewstep."""
-    known = Path(__file__).parent / "recipes"
-    named = known / f"{argument}.yaml"
+    named = Path(__file__).parent / "recipes" / f"{argument}.yaml"
     if Path(argument).exists() or not argument.replace("-", "_").isidentifier():
         return argument
     if not named.is_file():
-        raise UserError(f"{argument}: no such file or recipe{nearest(argument, sorted(path.stem for path in known.glob('*.yaml')))}")
+        raise UserError(f"{argument}: no such file or recipe{nearest(argument, recipe_names())}")
     return str(named)
 
 

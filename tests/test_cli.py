@@ -68,6 +68,20 @@ def test_every_config_field_is_documented_in_the_help(capsys):
         (["distill", "--teacher", "EMPTY", "--prompts", "PROMPTS"], "no model_index.json"),
         (["distill", "--teacher", "EMPTY"], "prompts: missing"),
         (["distill", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["distill", "gndn"], "gndn: no such file or recipe; did you mean 'gndm'"),
+        (["distill", "--reward.clpi", "1"], "unknown reward; did you mean 'clip'"),
+        (["distill", "--reward.clip", "much"], "reward"),
+        (["distill", "--reward.clip", "-1"], "must not be negative"),
+        (["distill", "--reward.clip", "1", "--via.clip", "magic"], "via"),
+        (["distill", "--reward.clip", "1", "--via.preference", "policy"], "names ['preference'], not in reward"),
+        (["distill", "--reward.clip", "1", "--via.clip", "policy", "--steps", "1"], "one-step student"),
+        (["distill", "--weights.mode", "adaptive"], "add --reward.NAME SHARE"),
+        (["distill", "--weights.budget", "0.5"], "weights.budget: below 1"),
+        (["distill", "--reuse.rollout", "2", "--reuse.backward-simulation"], "cannot reuse one"),
+        (["distill", "--teacher", "EMPTY", "--prompts", "PROMPTS", "--reward.clip", "1"], "--scorer.clip FOLDER"),
+        (["distill", "--teacher", "EMPTY", "--prompts", "PROMPTS", "--reward.discriminator", "1"], "discriminator.latents"),
+        (["compare", "--rows", "GNDN"], "unknown row 'GNDN'; did you mean 'GNDM'"),
+        (["compare", "--jobs", "0"], "--jobs"),
         (["distill", "--resume", "--output", "EMPTY"], "holds no run"),
         (["distill", "--resume", "--overwrite"], "cannot be combined"),
         (["sample", "EMPTY", "--prompt", "a cat"], "no finished student"),
@@ -101,6 +115,40 @@ def test_bad_recipes_name_the_file(capsys, tmp_path, text, words):
     path.write_text(text)
     line = refused(capsys, "distill", str(path), "--output", str(tmp_path / "out"))
     assert words in line and "recipe.yaml" in line
+
+
+def test_every_recipe_is_read_and_is_what_its_name_says(tmp_path):
+    configs = {name: cli.parse_config([name, "--output", str(tmp_path)]) for name in cli.recipe_names()}
+    assert set(configs) == {"dmd", "dmd2", "gndm", "dmdr", "gndmr", "gndm-is", "gndmr-is"}
+    assert all(name in cli.HELP for name in configs)
+    for config in configs.values():
+        cli.check_rewards(config, {})
+    assert configs["gndm"] == cli.parse_config(["--output", str(tmp_path)])  # the defaults
+    assert configs["dmd"].matching.normalize == configs["dmdr"].matching.normalize == "sample"
+    assert configs["dmd2"].reuse.backward_simulation and "discriminator" in configs["dmd2"].reward
+    assert configs["dmdr"].weights.mode == "sum" and configs["gndmr"].weights.mode == "adaptive"
+    assert configs["gndmr-is"].reuse.evaluation == configs["gndm-is"].reuse.evaluation == 2
+
+
+def test_a_function_becomes_a_reward_and_survives_the_whole_run(teacher_folder, prompt_file, tmp_path):
+    seen = []
+
+    def mine(images, prompts):
+        seen.append(len(prompts))
+        return images.mean((1, 2, 3))
+
+    small = {"groups": 2, "group_size": 2, "updates": 2, "save_every": 1, "sample_every": 0}
+    out = fewstep.distill(str(teacher_folder), str(prompt_file), rewards={"mine": (mine, 0.5)}, output=str(tmp_path / "out"), **small)
+    assert seen == [4, 4] and yaml.safe_load((out / "config.yaml").read_text())["reward"] == {"mine": 0.5}
+    logs = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(log["mine/weight"] == 0.5 and "mine/cosine" in log for log in logs)
+
+
+def test_a_reward_that_breaks_its_contract_ends_the_run_with_one_line(teacher_folder, prompt_file, tmp_path, capsys):
+    config = cli.parse_config(["--teacher", str(teacher_folder), "--prompts", str(prompt_file), "--output", str(tmp_path / "out"), *SMALL,
+                               "--updates", "2", "--reward.mine", "1"])  # fmt: skip
+    with pytest.raises(ValueError, match="'mine' returned shape"):
+        cli.distill(config, {"mine": lambda images, prompts: images})
 
 
 def test_unsupported_and_damaged_teachers(capsys, tmp_path, teacher_folder, prompt_file):

@@ -1,0 +1,73 @@
+"""The comparison: its statistics, what it keeps, and that a second call makes only what is missing."""
+
+import json
+import math
+
+import pytest
+
+from fewstep import cli, compare
+
+
+def cell(row, seed, fd):
+    metrics = dict.fromkeys((*compare.METRICS, "network_evaluations", "seconds_per_image"), 1.0) | {"fd_clip_teacher": fd}
+    return {"row": row, "seed": seed, "metrics": metrics, "updates": 10, "training_seconds": 1.0}
+
+
+def test_the_interval_is_students():
+    mean, half = compare.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.302652729 / math.sqrt(3), rel=1e-8)  # t(0.975, 2) = 4.3027
+    assert math.isnan(compare.interval([1.0])[1])
+
+
+def test_differences_are_paired_by_seed():
+    rows = (compare.Row("a", ()), compare.Row("b", (), "a"))
+    cells = [cell("a", 1, 1.0), cell("a", 2, 5.0), cell("b", 1, 0.5), cell("b", 2, 4.5), cell("b", 3, 99.0)]
+    b = compare.summarise(cells, rows)[1]
+    mean, half = b["paired"]["fd_clip_teacher"]
+    assert mean == -0.5 and half == 0  # the seed without a partner takes no part
+    assert b["metrics"]["fd_clip_teacher"][0] == pytest.approx((0.5 + 4.5 + 99) / 3)
+
+
+def test_hypervolume_of_known_fronts():
+    assert compare.hypervolume([(1.0, 2.0)], (3.0, 1.0)) == 2.0
+    assert compare.hypervolume([(1.0, 2.0), (2.0, 3.0)], (3.0, 1.0)) == 1.0 + 2.0
+    assert compare.hypervolume([(1.0, 2.0), (2.0, 1.5)], (3.0, 1.0)) == 2.0  # dominated
+    assert compare.hypervolume([(4.0, 2.0), (1.0, 0.5)], (3.0, 1.0)) == 0.0
+
+
+def test_every_row_can_be_built_and_names_a_baseline_before_it(tmp_path):
+    names = []
+    plan = compare.Plan(tmp_path, 1, 1, 2, 1)
+    for row in (*compare.ROWS, *compare.PARETO):
+        config = compare.cell_config(plan, row, 3)
+        assert config.seed == 3
+        cli.check_rewards(config, {})
+        assert row.baseline is None or row.baseline in names
+        names.append(row.name)
+    paths = [compare.cell_path(plan, name, 0) for name in names]
+    assert len(set(paths)) == len(names) and len(set(names)) == len(names)
+
+
+def test_a_kept_cell_is_used_only_if_made_in_the_same_way(tmp_path, capsys):
+    plan = compare.Plan(tmp_path, 100, 2, 4, 1)
+    path = compare.cell_path(plan, "GNDM", 0)
+    path.parent.mkdir()
+    assert compare.finished(plan, "GNDM", 0) is None
+    path.write_text(json.dumps({"stamp": compare.stamp_of(plan, "GNDM", 0), "row": "GNDM"}))
+    assert compare.finished(plan, "GNDM", 0)["row"] == "GNDM"
+    other = compare.Plan(tmp_path, 200, 2, 4, 1)
+    assert compare.finished(other, "GNDM", 0) is None and "made anew" in capsys.readouterr().out
+
+
+def test_a_quick_comparison_from_end_to_end_and_again(tmp_path, capsys):
+    folder = tmp_path / "compare"
+    assert cli.main(["compare", "--quick", "--output", str(folder)]) == 0
+    assert "making 6" in capsys.readouterr().out
+    report = json.loads((folder / "compare.json").read_text())
+    assert [row["row"] for row in report["rows"]][-2:] == ["DMD", "GNDM"] and report["rows"][-1]["paired"]
+    students = [c for c in report["cells"] if "costs" in c]
+    assert all(sum(c["costs"].values()) >= 200 for c in students) and all("commit" in c and "machine" in c for c in report["cells"])
+    assert (folder / "compare.png").stat().st_size > 1000 and "| GNDM | 1 |" in (folder / "compare.md").read_text()
+    next((folder / "cells").glob("gndm-*")).unlink()
+    assert cli.main(["compare", "--quick", "--output", str(folder)]) == 0
+    assert "5 of 6 cells are there; making 1" in capsys.readouterr().out
