@@ -30,7 +30,7 @@ RUN_FILES = ("checkpoints", "samples", "tensorboard", "config.yaml", "metrics.js
              "model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "feature_extractor",
              "pytorch_lora_weights.safetensors")  # fmt: skip
 # what may differ between a run and its continuation
-FREE_ON_RESUME = ("updates", "save_every", "sample_every", "evaluate", "resume", "overwrite", "output", "device")
+FREE_ON_RESUME = ("updates", "teacher_guidance", "save_every", "sample_every", "evaluate", "resume", "overwrite", "output", "device")
 
 
 class UserError(Exception):
@@ -568,7 +568,7 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
         print("not measured: the embedded scorers know only the embedded teacher's pictures")
     shown = grid_prompts(config, prompts)
     teacher = protocol.open_pipeline(source, backbone.device)
-    guidance = config.matching.guidance
+    guidance = config.teacher_guidance
     columns = {f"teacher, {world.TEACHER_STEPS} steps": sample_grid(teacher, shown, steps=world.TEACHER_STEPS, guidance=guidance)}
     teacher.scheduler = protocol.solver(best, teacher.scheduler.config)
     columns[f"teacher, {config.steps} steps ({best})"] = sample_grid(teacher, shown, steps=config.steps, guidance=guidance)
@@ -579,7 +579,7 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
         license="apache-2.0" if config.teacher == "world" else None,
         steps=config.steps,
         times=[int(t) for t in pipe.scheduler.timesteps],
-        guidance=guidance,
+        guidance=config.matching.guidance,
         updates=trainer.update,
         normalize=config.matching.normalize,
         folder=output.name,
@@ -621,7 +621,7 @@ def measure_student(student: Path, teacher: str, config: Config, *, images_per_p
         data=load_file(world.ASSETS / "features.safetensors")["heldout"].float(),
         neighbours=world.NEIGHBOURS,
         steps=config.steps,
-        guidance=config.matching.guidance,
+        guidance=config.teacher_guidance,
         images_per_prompt=images_per_prompt,
         seed=seed,
         device=device,

@@ -39,7 +39,8 @@ class FakeConfig:
 @dataclass
 class MatchingConfig:
     guidance: float = 3.0
-    """Guidance scale of the teacher that the student learns from."""
+    """Guidance scale of the teacher inside R_dm. It acts on densities at every noise level, which pulls harder than the same scale
+    does in a sampler."""
     normalize: Literal["group", "sample", "batch", "channel", "none"] = "group"
     """What eq. (5) divides by: group is GNDM, sample is DMD."""
     leave_one_out: bool = False
@@ -109,6 +110,8 @@ class Config:
     """Text file with one prompt a line; only the world brings its own."""
     output: str = "out"
     """Folder for the student and everything the run leaves behind."""
+    teacher_guidance: float = 3.0
+    """Guidance scale of the teacher's own pictures, which the student is compared with."""
     steps: int = 4
     """Steps of the student."""
     updates: int = 190
