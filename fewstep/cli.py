@@ -548,6 +548,16 @@ def draw_progress(run: Run, output: Path, prompts: list[str]) -> None:
     grid.save({title: sample_grid(pipe, prompts, steps=steps)}, prompts, output / "samples" / f"update-{trainer.update:08d}.png")
 
 
+def rewards_in_words(config: Config, weights: dict[str, float]) -> str:
+    """What else pushed the student, for its card."""
+    if not config.reward:
+        return "no other reward"
+    parts = [
+        f"`{name}` ({weights[name]:.3g}{', by policy gradient' if config.via.get(name) == 'policy' else ''})" for name in config.reward
+    ]
+    return f"other rewards with {config.weights.mode} weights (at the end): {', '.join(parts)}"
+
+
 def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
     """Export the averaged student, measure it, draw it beside its teacher, write its card."""
     from fewstep import export, world
@@ -580,6 +590,7 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
         steps=config.steps,
         times=[int(t) for t in pipe.scheduler.timesteps],
         guidance=config.matching.guidance,
+        rewards=rewards_in_words(config, trainer.weights.now()),
         updates=trainer.update,
         normalize=config.matching.normalize,
         folder=output.name,

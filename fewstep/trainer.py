@@ -333,9 +333,12 @@ class Trainer:
             if lag is not None:
                 k = self.online_step(new)
                 with self.precision():
-                    found = lag(self.sample_of(new, k), self.sample_of(old, k))
-                logs |= {f"{name}/lag": found.loss, f"{name}/lag_kl": found.kl}
-                kl = found.kl if name in self.anchors else kl
+                    found = lag(
+                        self.sample_of(new, k), self.sample_of(old, k), kl=isinstance(self.weights, Adaptive) and name in self.anchors
+                    )
+                logs[f"{name}/lag"] = found.loss
+                if found.kl is not None:
+                    kl = logs[f"{name}/lag_kl"] = found.kl
         return logs, kl
 
     def step(self) -> dict[str, float]:

@@ -288,3 +288,62 @@ def test_sigma_points_integrate_a_quadratic():
     points = sigma_points(3)
     torch.testing.assert_close(points.T @ points / len(points), torch.eye(3, dtype=torch.float64))
     assert unflat(torch.zeros(2, D)).shape == (2, D, 1, 1)
+
+
+def test_the_matching_score_is_the_value_of_the_reward_it_ascends():
+    """Eq. (2) with w = 1 / SNR, up to the KL left at t_max: E[score] = -integral of w (KL_t - KL_tmax) over t_range."""
+    schedule, (low, high) = Flow(), (0.02, 0.98)
+    mu, cov_p, m, factor, network, teacher, fake = parts(schedule)
+    matching = DistributionMatching(teacher, fake, schedule, t_range=(low, high), score_weight="matching")
+    z, eps = joint_points()
+    x0, group = network(z, None, None).detach(), torch.zeros(4 * 4, dtype=torch.long)
+    nodes, node_weights = np.polynomial.legendre.leggauss(80)
+    times = (nodes + 1) / 2 * (high - low) + low
+
+    def divergence(t):
+        time = torch.tensor(t, dtype=torch.float64)
+        a = schedule.alpha(time)
+        return float(kl(a * m, marginal(factor @ factor.T, time, schedule), a * mu, marginal(cov_p, time, schedule)))
+
+    total = expected = 0.0
+    for t, weight in zip(times, node_weights, strict=True):
+        time = torch.full((len(z),), float(t), dtype=torch.float64)
+        score = float(matching.evaluate(x0, {}, group, t=time, noise=eps).score.mean())
+        total += score * weight / 2  # times the density of t: the score already holds 1 / pi
+        expected -= (t / (1 - t)) ** 2 * (divergence(t) - divergence(high)) * weight * (high - low) / 2
+    assert total == pytest.approx(expected, rel=1e-4) and total < 0
+
+
+def test_matching_scores_are_refused_where_a_level_has_no_signal():
+    schedule = Flow()
+    *_, teacher, fake = parts(schedule)
+    with pytest.raises(ValueError, match="signal"):
+        DistributionMatching(teacher, fake, schedule, t_range=(0.1, 1.0), score_weight="matching")
+    with pytest.raises(ValueError, match="score_weight must be"):
+        DistributionMatching(teacher, fake, schedule, score_weight="both")
+
+
+def test_lag_is_zero_on_equal_outputs_and_positive_where_the_fake_is_wrong():
+    schedule = Flow()
+    *_, network, teacher, fake = parts(schedule)
+    matching = DistributionMatching(teacher, fake, schedule, score_weight="matching")
+    torch.manual_seed(0)
+    z = torch.randn(256, D, 1, 1, dtype=torch.float64)
+    known = network(z, None, None).detach()
+    k = torch.zeros(len(z), dtype=torch.long)
+
+    def sample(x0):
+        return Sample(x0, torch.ones(len(z)), k, {}, [""] * len(z), k, lambda x: x)
+
+    same = matching.lag(sample(known), sample(known), kl=True)
+    assert same.loss == 0 and same.kl == 0
+    assert matching.lag(sample(known), sample(known)).kl is None
+    torch.manual_seed(5)
+    moved = matching.lag(sample(known + 2.0), sample(known), kl=True)
+    assert moved.loss > 0
+    torch.manual_seed(5)  # in the score's own unit: the same (t, noise) for both
+    t, noise = noise_levels(k, matching.t_range, "stratified"), torch.randn_like(known)
+    new, old = (matching.evaluate(x0, {}, k, t=t, noise=noise).score.mean() for x0 in (known + 2.0, known))
+    assert moved.kl == pytest.approx(float(new - old), rel=1e-12)
+    # where the teacher is the fake, no lag of the one can be told from the other: the control variate takes it away
+    assert DistributionMatching(fake, fake, schedule).lag(sample(known + 2.0), sample(known), kl=True).kl == 0

@@ -22,7 +22,7 @@ class Lag(NamedTuple):
     """How much worse the fake knows the newest outputs than those it was trained on."""
 
     loss: float  # in its denoising loss
-    kl: float  # in the unit of R_dm's score
+    kl: float | None  # in the unit of R_dm's score, when asked for
 
 
 def rank_in_group(group: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,10 +158,13 @@ class DistributionMatching:
             alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
             direction = direction * bcast((sigma / (alpha**2 + sigma**2).sqrt()) ** -self.gamma, direction)
 
-        # eq. (4): log p - log q, so the error of q's own denoiser enters with a plus
-        gap = ((x0 - fake) ** 2 - (x0 - conditional) ** 2).flatten(1).sum(1)
-        score = self.score_coefficient(t).to(gap) * gap
-        return Evaluation(xt, t, direction, score, magnitude)
+        return Evaluation(xt, t, direction, self.score(x0, fake, conditional, t), magnitude)
+
+    def score(self, x0: Tensor, fake: Tensor, teacher: Tensor, t: Tensor) -> Tensor:
+        """One draw of eq. (4), (B,), from both denoisers' x0 (B, C, H, W) at times t (B,)."""
+        # log p - log q, so the error of q's own denoiser enters with a plus
+        gap = ((x0 - fake) ** 2 - (x0 - teacher) ** 2).flatten(1).sum(1)
+        return self.score_coefficient(t).to(gap) * gap
 
     def scale(self, difference: Tensor, error: Tensor, magnitude: Tensor, group: Tensor) -> Tensor:
         if self.normalize == "none":
@@ -189,16 +192,21 @@ class DistributionMatching:
         return denoising(prediction, wanted)
 
     @torch.no_grad()
-    def lag(self, new: Sample, old: Sample) -> Lag:
-        """The fake's held-out error on the newest outputs minus its error on those it was trained on, at the same (t, noise)."""
+    def lag(self, new: Sample, old: Sample, *, kl: bool = False) -> Lag:
+        """The fake's held-out error on the newest outputs minus its error on those it was trained on, at the same (t, noise).
+
+        kl: also in the unit of the score, two more calls of the teacher: its own error on each output is subtracted, since how hard
+        an output is to denoise varies far more between batches than how well the fake knows it.
+        """
         t = noise_levels(torch.zeros_like(new.group), self.t_range, "stratified")
         noise = torch.randn_like(new.x0)
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        losses, errors = [], []
+        losses, gaps = [], []
         for sample in (new, old):
             xt = self.renoise(sample.x0, t, noise)
             prediction = self.fake.predict(xt, t, self.fake_cond(sample.cond, sample.k))
             losses.append(float(denoising(prediction, target(sample.x0, noise, alpha, sigma, self.fake.prediction))))
-            error = (sample.x0 - to_x0(prediction, xt, alpha, sigma, self.fake.prediction)).pow(2).flatten(1).sum(1)
-            errors.append(float((self.score_coefficient(t).to(error) * error).mean()))
-        return Lag(losses[0] - losses[1], errors[0] - errors[1])
+            if kl:
+                fake = to_x0(prediction, xt, alpha, sigma, self.fake.prediction)
+                gaps.append(float(self.score(sample.x0, fake, self.teacher(xt, t, sample.cond), t).mean()))
+        return Lag(losses[0] - losses[1], gaps[0] - gaps[1] if kl else None)
