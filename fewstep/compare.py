@@ -45,7 +45,9 @@ ROWS = (
     Row("GNDM, channel scale", ("gndm", "--matching.normalize", "channel"), "GNDM"),
     Row("GNDM, no scale", ("gndm", "--matching.normalize", "none"), "GNDM"),
     Row("GNDM, leave one out", ("gndm", "--matching.leave-one-out"), "GNDM"),
+    Row("GNDM, gamma 0", ("gndm", "--matching.gamma", "0"), "GNDM"),
     Row("GNDM, gamma 0.5", ("gndm", "--matching.gamma", "0.5"), "GNDM"),
+    Row("DMD, gamma 0", ("dmd", "--matching.gamma", "0"), "DMD"),
     Row("GNDM, unconditioned fake", ("gndm", "--fake.condition", "none"), "GNDM"),
     Row("GNDM, backward simulation", ("gndm", "--reuse.backward-simulation"), "GNDM"),
     Row("GNDM, rollout reuse 4", ("gndm", "--reuse.rollout", "4"), "GNDM"),
@@ -182,6 +184,7 @@ def run_cell(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
     trainer, began, logs = run.trainer, time.perf_counter(), {}
     trace = []
     spent: Callable[[], int] = lambda: sum(denoiser.cost for denoiser in trainer.counted.values())  # noqa: E731
+    trainer.progress = lambda: min(spent() / plan.evaluations, 1.0)  # a cell ends by its network evaluations, and so does its decay
     while spent() < plan.evaluations:
         logs = trainer.step()
         trace.append({key: value for key, value in logs.items() if key.startswith("weights/") or key.endswith(("/score", "/lag", "/ess"))})

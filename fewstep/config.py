@@ -8,8 +8,10 @@ from typing import Literal
 
 @dataclass
 class StudentConfig:
-    lr: float = 5e-5
+    lr: float = 1e-4
     """Learning rate of the student (AdamW)."""
+    decay: float = 1.0
+    """Share of the run, at its end, over which the student's learning rate falls linearly to zero (0: constant)."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Adam betas of the student."""
     weight_decay: float = 0.0
@@ -26,7 +28,7 @@ class FakeConfig:
     """Learning rate of the fake (AdamW)."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Adam betas of the fake."""
-    updates: int = 2
+    updates: int = 4
     """Fake updates per student update (two time-scale rule)."""
     on: Literal["all", "last"] = "all"
     """Whether the fake learns the student's predictions at all K steps or only the finished samples."""
@@ -38,14 +40,14 @@ class FakeConfig:
 
 @dataclass
 class MatchingConfig:
-    guidance: float = 3.0
+    guidance: float = 2.5
     """Guidance scale of the teacher inside R_dm. It acts on densities at every noise level, which pulls harder than the same scale
     does in a sampler."""
     normalize: Literal["group", "sample", "batch", "channel", "none"] = "group"
     """What eq. (5) divides by: group is GNDM, sample is DMD."""
     leave_one_out: bool = False
     """Take the group's scale over the other members only."""
-    gamma: float = 0.0
+    gamma: float = 1.0
     """Exponent of the explicit noise-level weight n(t)^-gamma."""
     t_range: tuple[float, float] = (0.02, 0.98)
     """Noise levels at which teacher and fake are compared."""
@@ -114,7 +116,7 @@ class Config:
     """Guidance scale of the teacher's own pictures, which the student is compared with."""
     steps: int = 4
     """Steps of the student."""
-    updates: int = 190
+    updates: int = 150
     """Student updates in all."""
     group_size: int = 4
     """Samples per prompt (G); eq. (5) takes its scale over them."""
@@ -171,6 +173,7 @@ class Config:
             (self.save_every >= 1, "save_every", f"must be at least 1, got {self.save_every}"),
             (self.sample_every >= 0, "sample_every", f"must be 0 or more, got {self.sample_every}"),
             (self.student.lr > 0, "student.lr", f"must be positive, got {self.student.lr}"),
+            (0 <= self.student.decay <= 1, "student.decay", f"must lie in [0, 1], got {self.student.decay}"),
             (0 <= self.student.ema < 1, "student.ema", f"must lie in [0, 1), got {self.student.ema}"),
             (self.fake.lr > 0, "fake.lr", f"must be positive, got {self.fake.lr}"),
             (self.fake.updates >= 0, "fake.updates", f"must be 0 or more, got {self.fake.updates}"),

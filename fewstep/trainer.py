@@ -66,6 +66,11 @@ def finite_or_stop(value: Tensor, what: str, update: int) -> None:
         )
 
 
+def learning_rate(lr: float, progress: float, decay: float) -> float:
+    """lr, falling linearly to zero over the last `decay` share of the run; progress in [0, 1)."""
+    return lr if decay == 0 else lr * min(1.0, max(0.0, 1 - progress) / decay)
+
+
 def rms(value: Tensor) -> float:
     return float(value.detach().double().pow(2).mean().sqrt())
 
@@ -129,6 +134,10 @@ class Trainer:
         self.running: dict[str, float] = {}
 
     # -- one update ------------------------------------------------------------------------------------------------
+
+    def progress(self) -> float:
+        """Share of the run that is over, in [0, 1)."""
+        return self.update / self.config.updates
 
     def precision(self):
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.config.precision == "bf16" else nullcontext()
@@ -249,6 +258,8 @@ class Trainer:
         finite_or_stop(loss, "the student's loss", self.update)
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.student.max_norm)
         finite_or_stop(norm, "the student's gradient norm", self.update)
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = learning_rate(self.config.student.lr, self.progress(), self.config.student.decay)
         self.optimizer.step()
         self.ema.step(list(self.parameters.values()))
         block.used += 1

@@ -233,6 +233,13 @@ def test_scorer_packages_and_diffusers_stay_where_they_belong():
         assert "from fewstep" not in text.replace("from fewstep.schedule import bcast", ""), name
 
 
+def test_the_learning_rate_falls_to_zero_over_the_last_share():
+    from fewstep.trainer import learning_rate
+
+    assert [learning_rate(2.0, p / 4, 0.5) for p in range(5)] == [2.0, 2.0, 2.0, 1.0, 0.0]
+    assert learning_rate(2.0, 0.75, 0.0) == 2.0 and learning_rate(2.0, 0.75, 1.0) == 0.5
+
+
 def test_costs_are_counted_by_role(teacher_folder, prompt_file):
     run = run_of(teacher_folder, prompt_file, "--fake.updates", "2", "--reuse.rollout", "2")
     batch, steps = 4, 4
