@@ -128,7 +128,7 @@ def build(teacher: Mixture, rule: str, seed: int) -> Trainer:
     reward = Centred(matching) if rule.startswith("centred") else matching
     trained = None if simple else dict(fake.named_parameters())
     term = Term(reward, trained, lr=2e-3, updates=4, anchor=True)
-    own = StudentConfig(lr=2e-2 if simple else 2e-3, ema=0.98)
+    own = StudentConfig(lr=2e-2 if simple else 2e-3, decay=0.0, ema=0.98)
     config = Config(steps=len(times), student=own, reuse=ReuseConfig(rollout=len(times)))  # each state of a rollout serves once
     return Trainer(
         student, dict(student.denoiser.named_parameters()), {"dm": term}, Batches(["dummy"], groups=32, group_size=8, seed=seed),
