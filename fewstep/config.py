@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass
 class StudentConfig:
-    lr: float = 1e-4
+    lr: float = 2e-4
     """Learning rate of the student (AdamW)."""
     decay: float = 1.0
     """Share of the run, at its end, over which the student's learning rate falls linearly to zero (0: constant)."""
@@ -47,7 +47,7 @@ class MatchingConfig:
     """What eq. (5) divides by: group is GNDM, sample is DMD."""
     leave_one_out: bool = False
     """Take the group's scale over the other members only."""
-    gamma: float = 1.0
+    gamma: float = 0.0
     """Exponent of the explicit noise-level weight n(t)^-gamma."""
     t_range: tuple[float, float] = (0.02, 0.98)
     """Noise levels at which teacher and fake are compared."""

@@ -67,6 +67,9 @@ def test_a_quick_comparison_from_end_to_end_and_again(tmp_path, capsys):
     assert [row["row"] for row in report["rows"]][-2:] == ["DMD", "GNDM"] and report["rows"][-1]["paired"]
     students = [c for c in report["cells"] if "costs" in c]
     assert all(sum(c["costs"].values()) >= 200 for c in students) and all("commit" in c and "machine" in c for c in report["cells"])
+    assert all(len(c["fd_clip_teacher_per_step"]) == 4 and min(c["fd_clip_teacher_per_step"]) > 0 for c in students)
+    # the last step's prediction is the sample: drawn with other noise than the pipeline's, its distance is of the same size
+    assert all(0.3 < c["fd_clip_teacher_per_step"][-1] / c["metrics"]["fd_clip_teacher"] < 3 for c in students)
     assert (folder / "compare.png").stat().st_size > 1000 and "| GNDM | 1 |" in (folder / "compare.md").read_text()
     next((folder / "cells").glob("gndm-*")).unlink()
     assert cli.main(["compare", "--quick", "--output", str(folder)]) == 0
