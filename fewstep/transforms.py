@@ -64,21 +64,17 @@ def advantages(score: Tensor, group: Tensor, *, eps: float = 1e-4) -> Tensor:
     valid = torch.isfinite(score)
     _, index = torch.unique(group, return_inverse=True)
     groups = int(index.max()) + 1
-    known = torch.where(valid, score, torch.zeros_like(score))
     low = torch.full((groups,), float("inf"), dtype=score.dtype, device=score.device)
-    high = -low
     low = low.scatter_reduce(0, index[valid], score[valid], "amin")
-    high = high.scatter_reduce(0, index[valid], score[valid], "amax")
-    known = torch.where(valid, known - torch.where(low <= high, low, torch.zeros_like(low))[index], known)  # large scores keep their digits
+    # relative to the group's smallest: large scores keep their digits, and equal ones are exactly zero
+    above = torch.where(valid, score - low[index], torch.zeros_like(score))
     total, count, square = (torch.zeros(groups, dtype=score.dtype, device=score.device) for _ in range(3))
     count.index_add_(0, index, valid.to(score))
     count.clamp_(min=1)
-    mean = total.index_add_(0, index, known) / count
-    centred = torch.where(valid, known - mean[index], torch.zeros_like(known))
+    mean = total.index_add_(0, index, above) / count
+    centred = torch.where(valid, above - mean[index], torch.zeros_like(above))
     std = (square.index_add_(0, index, centred**2) / count).sqrt()
-    # the mean of equal numbers may round away from them: what is constant is so by comparison, not by a small std
-    constant = (high <= low)[index]
-    value = torch.where(constant, torch.zeros_like(centred), centred / (std + eps)[index])
+    value = centred / (std + eps)[index]
     return torch.where(valid, value, torch.full_like(value, float("nan")))
 
 

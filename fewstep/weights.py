@@ -51,7 +51,7 @@ class Adaptive:
     updates: int = 0
     log_weight: float = field(default=0.0, init=False)
     kl: float | None = field(default=None, init=False)
-    lag: float = field(default=0.0, init=False)
+    lag: float | None = field(default=None, init=False)
     b: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -69,9 +69,10 @@ class Adaptive:
         Raises FloatingPointError when the warm-up ends at a KL that is not positive: no multiple of it is a budget.
         """
         if lag is not None:
-            self.lag = self.lag + 0.2 * (lag - self.lag) if self.updates else lag
+            self.lag = lag if self.lag is None else self.lag + 0.2 * (lag - self.lag)
         self.kl = -score if self.kl is None else self.kl + self.rate() * (-score - self.kl)
-        kl = self.kl + self.lag
+        known_lag = self.lag or 0.0  # none has been measured before the second rollout
+        kl = self.kl + known_lag
         self.updates += 1
         if self.updates >= self.warmup:
             if self.b is None:
@@ -82,7 +83,7 @@ class Adaptive:
                     )
                 self.b = self.budget * kl
             following = dual_step(self.log_weight, kl, self.b, eta=self.eta, cap=self.cap)
-            if following < self.log_weight or self.lag <= self.lag_limit * self.b:
+            if following < self.log_weight or known_lag <= self.lag_limit * self.b:
                 self.log_weight = following
         logs = {"kl": kl, "weight": self.now_total()}
         return logs if self.b is None else logs | {"budget": self.b, "weight_at_cap": float(self.log_weight >= math.log(self.cap))}

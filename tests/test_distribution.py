@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from gaussians import Affine, D, flat, gaussian_denoiser, joint_points, marginal, sigma_points, spd, unflat, vector
+from gaussians import Affine, D, flat, gaussian_denoiser, joint_points, marginal, scaled, sigma_points, spd, unflat, vector
 
 from fewstep import losses
 from fewstep.denoiser import Denoiser
@@ -276,12 +276,158 @@ def test_nan_is_named_and_never_replaced():
         ({"normalize": "grp"}, "normalize"),
         ({"levels": "all"}, "levels"),
         ({"t_range": (0.5, 0.5)}, "t_range"),
+        ({"t_range": (0.0, 0.5)}, "t_range"),
+        ({"t_range": (-0.5, 0.5)}, "t_range"),
+        ({"t_range": (0.5, 1.5)}, "t_range"),
         ({"normalize": "sample", "leave_one_out": True}, "leave_one_out"),
     ],
 )
 def test_bad_options_are_refused(options, word):
     with pytest.raises(ValueError, match=word):
         DistributionMatching(None, None, Flow(), **options)
+
+
+class Told(torch.nn.Module):
+    """A network whose answer depends on all that it is told: the state, the time, the step."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def forward(self, xt, timestep, cond):
+        return self.bias * xt + scaled(torch.ones_like(xt), timestep) / 1000 + scaled(torch.ones_like(xt), cond["step"].double())
+
+
+V_TARGETS = {
+    "v_prediction": lambda x0, eps, a, s: a * eps - s * x0,
+    "epsilon": lambda x0, eps, a, s: eps,
+    "sample": lambda x0, eps, a, s: x0,
+}
+
+
+def told_case(kind):
+    """(matching whose fake predicts `kind` and is told the step, fake's network, sample, t, noise); the teacher predicts something else."""
+    network, generator = Told(), torch.Generator().manual_seed(3)
+    x0, noise = (torch.randn(4, 2, 3, 3, dtype=torch.float64, generator=generator) for _ in range(2))
+    t, k = torch.tensor([0.2, 0.4, 0.6, 0.8], dtype=torch.float64), torch.tensor([0, 1, 2, 1])
+    teacher = Denoiser(lambda xt, timestep, cond: 0.5 * xt, COSINE, "epsilon" if kind == "sample" else "sample")
+    fake = Denoiser(network, COSINE, kind)
+    matching = DistributionMatching(teacher, fake, COSINE, step_condition=True, score_weight="matching")
+    return matching, network, Sample(x0, t, k, {}, [""] * 4, torch.zeros(4, dtype=torch.long), decode=None), t, noise
+
+
+def error_by_hand(network, sample, t, noise, kind):
+    """(squared error in the network's own parametrisation, elementwise; the prediction; xt)."""
+    a, s = (value(t).view(-1, 1, 1, 1) for value in (COSINE.alpha, COSINE.sigma))
+    xt = a * sample.x0 + s * noise
+    prediction = network(xt, COSINE.timestep_of(t), {"step": sample.k})
+    return (prediction - V_TARGETS[kind](sample.x0, noise, a, s)) ** 2, prediction, xt
+
+
+@pytest.mark.parametrize("kind", V_TARGETS)
+def test_the_fake_learns_in_its_own_parametrisation_and_nothing_else_learns(kind):
+    matching, network, sample, t, noise = told_case(kind)
+    sample.x0.requires_grad_(True)
+    loss = matching.loss(sample, t=t, noise=noise)
+    square, *_ = error_by_hand(network, sample, t, noise, kind)
+    assert loss.item() == pytest.approx(square.mean().item(), rel=1e-12)
+    loss.backward()
+    assert network.bias.grad.abs() > 0 and sample.x0.grad is None  # the fake's loss must not move the student
+    assert matching.module is matching.fake
+    torch.manual_seed(0)
+    drawn = torch.stack([matching.loss(sample).detach() for _ in range(20)])
+    assert bool(torch.isfinite(drawn).all()) and len(drawn.unique()) == 20  # fresh noise every time
+
+
+@pytest.mark.parametrize("kind", V_TARGETS)
+def test_the_lag_by_hand(kind):
+    matching, network, old, *_ = told_case(kind)
+    new = Sample(old.x0 + 0.5, old.t_k, old.k.flip(0), {}, old.prompts, old.group, None)
+    torch.manual_seed(7)
+    lag = matching.lag(new, old, kl=True)
+    torch.manual_seed(7)
+    t = noise_levels(new.group, matching.t_range, "stratified")
+    noise, losses_, gaps = torch.randn_like(new.x0), [], []
+    a, s = (value(t).view(-1, 1, 1, 1) for value in (COSINE.alpha, COSINE.sigma))
+    for sample in (new, old):
+        square, prediction, xt = error_by_hand(network, sample, t, noise, kind)
+        losses_.append(float(square.mean()))
+        clean = {"v_prediction": a * xt - s * prediction, "epsilon": (xt - s * prediction) / a, "sample": prediction}[kind]
+        teacher = (xt - s * 0.5 * xt) / a if kind == "sample" else 0.5 * xt
+        gap = ((sample.x0 - clean) ** 2 - (sample.x0 - teacher) ** 2).flatten(1).sum(1)
+        gaps.append(float((matching.score_coefficient(t) * gap).mean()))
+    assert lag.loss == pytest.approx(losses_[0] - losses_[1], rel=1e-10)
+    assert lag.kl == pytest.approx(gaps[0] - gaps[1], rel=1e-10)
+
+
+def test_a_fake_that_is_told_the_step_needs_it():
+    matching, _, sample, t, noise = told_case("sample")
+    assert matching.evaluate(sample.x0, {}, sample.group, k=sample.k, t=t, noise=noise).direction.shape == sample.x0.shape
+    with pytest.raises(ValueError, match="needs k"):
+        matching.evaluate(sample.x0, {}, sample.group, t=t, noise=noise)
+
+
+def test_a_signal_says_where_it_was_taken():
+    matching, _, sample, *_ = told_case("sample")
+    torch.manual_seed(4)
+    signal = matching(sample)
+    torch.manual_seed(4)
+    found = matching.evaluate(sample.x0, sample.cond, sample.group, k=sample.k)
+    for ours, theirs in zip(signal, (found.score, found.direction, found.xt, found.t), strict=True):
+        assert torch.equal(ours, theirs)
+    assert signal.xt.shape == sample.x0.shape and signal.t.shape == (4,)
+
+
+def test_renoising_adds_its_noise_and_draws_it_when_none_is_given():
+    matching, _, sample, t, noise = told_case("sample")
+    found = matching.evaluate(sample.x0, {}, sample.group, k=sample.k, t=t, noise=noise)
+    a, s = (value(t).view(-1, 1, 1, 1) for value in (COSINE.alpha, COSINE.sigma))
+    torch.testing.assert_close(found.xt, a * sample.x0 + s * noise, rtol=1e-12, atol=0)
+    drawn = [matching.evaluate(sample.x0, {}, sample.group, k=sample.k, t=t).xt for _ in range(2)]
+    assert not torch.equal(*drawn)
+
+
+def test_the_channel_scale_averages_over_the_picture():
+    matching, _, sample, t, noise = told_case("sample")
+    matching.normalize = "none"
+    raw = matching.evaluate(sample.x0, {}, sample.group, k=sample.k, t=t, noise=noise)
+    matching.normalize = "channel"
+    scaled_ = matching.evaluate(sample.x0, {}, sample.group, k=sample.k, t=t, noise=noise)
+    error = sample.x0 - matching.teacher(raw.xt, t, {})
+    rms = error.pow(2).mean((0, 2, 3)).sqrt().view(1, 2, 1, 1)  # one group
+    torch.testing.assert_close(scaled_.direction, raw.direction / rms)
+
+
+class Paired:
+    """A teacher whose conditional and unconditional answers are given."""
+
+    def __init__(self, conditional, unconditional):
+        self.answers = conditional, unconditional
+
+    def pair(self, xt, t, cond):
+        return self.answers
+
+
+def test_the_scale_and_the_check_are_of_the_guided_teacher():
+    x0 = torch.randn(2, D, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    conditional, unconditional, zero = torch.full_like(x0, 2.0), torch.full_like(x0, 1.0), torch.zeros_like(x0)
+    fake, group = Denoiser(lambda xt, timestep, cond: zero, Flow(), "sample"), torch.zeros(2, dtype=torch.long)
+    found = DistributionMatching(Paired(conditional, unconditional), fake, Flow(), guidance=3.0).evaluate(x0, {}, group)
+    torch.testing.assert_close(found.magnitude, (x0 - 4.0).abs().flatten(1).mean(1))  # 1 + 3 (2 - 1)
+    with pytest.raises(FloatingPointError, match="teacher"):
+        DistributionMatching(Paired(conditional, unconditional * float("nan")), fake, Flow(), guidance=3.0).evaluate(x0, {}, group)
+
+
+def test_the_weight_of_a_score_at_and_beyond_the_ends_of_its_range():
+    low, high = 0.1, 0.9
+    matching = DistributionMatching(None, None, Flow(), t_range=(low, high), score_weight="matching")
+    t = torch.tensor([0.05, low, 0.37, high, 0.95], dtype=torch.float64)
+    # integral of w = (t / (1 - t))^2 from low: t - 1 + 2 log(1 - t) + 1 / (1 - t) up to a constant
+    primitive = lambda t: t + 2 * (1 - t).log() + 1 / (1 - t)  # noqa: E731
+    inside = t.clamp(low, high)
+    expected = (high - low) * Flow().snr_decay(t) * (primitive(inside) - primitive(torch.tensor(low, dtype=torch.float64)))
+    torch.testing.assert_close(matching.score_coefficient(t), expected, rtol=1e-5, atol=1e-9)
+    assert float(matching.score_coefficient(t[3:4])) == float((high - low) * Flow().snr_decay(t[3:4]) * matching._integral[-1])
 
 
 def test_sigma_points_integrate_a_quadratic():

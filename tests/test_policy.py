@@ -119,6 +119,13 @@ def test_samples_without_an_advantage_are_left_out():
     assert losses.clip_fraction(log_prob, old, torch.full((40,), float("nan")), clip=0.2) == 0
 
 
+def test_only_todays_log_probability_is_trained():
+    """The old policy made the samples and the advantage is a score of them: neither is a way to lower the loss."""
+    log_prob, old, advantage = (value.detach().requires_grad_(True) for value in case())
+    losses.policy(log_prob, old, advantage, clip=0.2).backward()
+    assert log_prob.grad.abs().sum() > 0 and old.grad is None and advantage.grad is None
+
+
 def test_shapes_that_do_not_belong_together_are_refused():
     a = torch.zeros(4, 3)
     for arguments in ((a, a[:, :2], torch.zeros(4)), (a, a, torch.zeros(3)), (a[:, 0], a[:, 0], torch.zeros(4))):

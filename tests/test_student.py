@@ -89,3 +89,21 @@ def test_rollout_has_no_gradient_and_keeps_every_state():
     assert rollout.states.shape == rollout.x0.shape == (3, 2, 2, 2, 2)
     assert not rollout.x0.requires_grad
     assert rollout.group.tolist() == [0, 1]
+
+
+def test_a_rollout_knows_its_times_its_condition_and_its_prompts():
+    cond, prompts = {"embedding": torch.zeros(2, 3)}, ["a", "b"]
+    denoiser = Denoiser(lambda xt, timestep, cond: xt, Flow(), "flow")
+    one = Student(denoiser, Flow(), [1.0, 0.5, 0.25])
+    whole = one.rollout(torch.randn(2, 2, 2, 2), cond, group=torch.tensor([4, 4]), prompts=prompts)
+    assert torch.equal(whole.times, one.times) and whole.cond is cond and whole.prompts == prompts and whole.group.tolist() == [4, 4]
+    part = one.rollout(torch.randn(2, 2, 2, 2), cond, until=1)
+    assert part.times.tolist() == [1.0, 0.5] and len(part.states) == len(part.x0) == 2 and part.prompts == []
+
+
+def test_a_batch_of_one_has_a_log_probability():
+    one = student()
+    x0, following = torch.randn(2, 1, 2, 2, 2)
+    t = one.times[1]
+    expected = torch.distributions.Normal(Flow().alpha(t) * x0, Flow().sigma(t)).log_prob(following).flatten(1).sum(1)
+    torch.testing.assert_close(one.transition_log_prob(x0, following, 0), expected, check_dtype=False)

@@ -23,6 +23,7 @@ def test_advantages_by_hand():
     wide = 1 / (std + 0.1)
     expected = torch.tensor([-1 / 1.1, -3 * wide, 1 / 1.1, -1 * wide, 4 * wide, 0.0], dtype=torch.float64)
     torch.testing.assert_close(advantages(score, GROUP, eps=0.1), expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(advantages(score, GROUP), advantages(score, GROUP, eps=1e-4))
 
 
 @pytest.mark.parametrize("size", [1, 6, 7])
@@ -59,6 +60,16 @@ def test_group_rms_is_over_the_group_and_all_elements():
     poisoned = torch.where(valid.view(-1, 1, 1, 1), direction, torch.full_like(direction, float("nan")))
     expected = direction[(GROUP == 7) & valid].pow(2).mean().sqrt()
     torch.testing.assert_close(group_rms(poisoned, GROUP, valid)[3], expected, rtol=1e-12, atol=0)
+    assert group_rms(poisoned, GROUP, GROUP != 0)[5] == 0  # a group with no valid row
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_no_size_of_direction_over_or_underflows(size):
+    """In fp32 the squares of these are inf and 0; and the smallest element, here zero, says nothing of the largest."""
+    direction = torch.tensor([0.0, 1.0, -2.0, 2.0]).view(2, 2, 1, 1) * size
+    torch.testing.assert_close(group_rms(direction, torch.zeros(2, dtype=torch.long)), torch.full((2,), 1.5 * size), rtol=1e-6, atol=0)
+    anchor, against = torch.tensor([[0.0, 1.0]]) * size, torch.tensor([[3.0, -4.0]])
+    torch.testing.assert_close(project(anchor, against), torch.tensor([[3.0, 0.0]]), rtol=1e-6, atol=0)
 
 
 def test_equation_6():

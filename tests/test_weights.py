@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from fewstep.config import WeightsConfig
 from fewstep.weights import Adaptive, dual_step
 
 
@@ -48,13 +49,47 @@ def test_the_weight_never_grows_while_the_fake_lags():
     assert weights.log_weight < before
 
 
+def test_the_lag_is_a_running_mean_that_starts_at_its_first_value():
+    weights = Adaptive({"a": 1.0}, budget=2.0, warmup=50)
+    weights.observe(-1.0, None)  # no lag before the second rollout
+    for lag, mean in ((4.0, 4.0), (9.0, 5.0), (None, 5.0), (0.0, 4.0)):
+        assert weights.observe(-1.0, lag)["kl"] == pytest.approx(1.0 + mean)
+
+
+@pytest.mark.parametrize("lag, grows", [(1.9, True), (2.1, False)])
+def test_the_limit_of_the_lag_is_a_share_of_the_budget(lag, grows):
+    weights = Adaptive({"a": 1.0}, budget=1.0, warmup=1, lag_limit=0.5)
+    weights.observe(-4.0, None)  # b = 4
+    weights.lag, weights.kl, before = lag, 0.0, weights.log_weight
+    weights.observe(-0.0, None)
+    assert (weights.log_weight > before) == grows
+
+
+def test_the_cap_is_logged():
+    weights = Adaptive({"a": 1.0}, budget=1.0, warmup=1, cap=0.1)
+    assert weights.observe(-1.0, None)["weight_at_cap"] == 0
+    for _ in range(100):
+        logs = weights.observe(-0.0, None)
+    assert logs["weight_at_cap"] == 1 and logs["weight"] == pytest.approx(0.1)
+
+
+def test_its_defaults_are_those_a_run_is_told():
+    config, weights = WeightsConfig(), Adaptive({"a": 1.0}, budget=1.5, warmup=1)
+    assert (weights.eta, weights.cap, weights.lag_limit) == (config.eta, config.cap, config.lag_limit)
+
+
 def test_a_budget_below_what_can_be_reached_and_a_kl_without_a_sign_are_refused():
     with pytest.raises(ValueError, match="at least 1"):
         Adaptive({"a": 1.0}, budget=0.9, warmup=1)
     with pytest.raises(ValueError, match="shares"):
         Adaptive({"a": 0.0}, budget=1.5, warmup=1)
-    with pytest.raises(FloatingPointError, match="warmup"):
-        Adaptive({"a": 1.0}, budget=1.5, warmup=1).observe(0.3, None)
+    for nothing in ({}, {"a": -1.0, "b": 2.0}):
+        with pytest.raises(ValueError, match="shares"):
+            Adaptive(nothing, budget=1.5, warmup=1)
+    assert Adaptive({"a": 0.5, "b": 0.0}, budget=1.5, warmup=1).shares == {"a": 1.0, "b": 0.0}
+    for score in (0.3, 0.0):
+        with pytest.raises(FloatingPointError, match="warmup"):
+            Adaptive({"a": 1.0}, budget=1.5, warmup=1).observe(score, None)
 
 
 def test_state_round_trip_goes_on_alike():
