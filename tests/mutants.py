@@ -12,7 +12,6 @@ HARMLESS with the reason why no test could tell it from the original; one that i
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -172,6 +171,16 @@ class Occurrences(Visitor):
         return node
 
 
+def changed(source: str, mutated: str) -> tuple[str, str]:
+    """The lines as they were and as they are; for lines that are gone, what they stood before."""
+    before, after = source.splitlines(), mutated.splitlines()
+    start = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after)))
+    end = next((i for i, (a, b) in enumerate(zip(before[::-1], after[::-1], strict=False)) if a != b), 0)
+    end = min(end, len(before) - start, len(after) - start)
+    old, new = (" ".join(line.strip() for line in lines[start : len(lines) - end]) for lines in (before, after))
+    return old, new or f"(nothing) {after[start].strip()}"
+
+
 def mutants_of(module: str) -> Iterator[Mutant]:
     """Every mutant of a module whose source differs from it and from the mutants before."""
     source = (PACKAGE / (module.replace(".", "/") + ".py")).read_text()
@@ -185,8 +194,7 @@ def mutants_of(module: str) -> Iterator[Mutant]:
             if mutated in seen:
                 continue
             seen.add(mutated)
-            lines = [line for line in difflib.ndiff(source.splitlines(), mutated.splitlines()) if line[:2] in ("- ", "+ ")]
-            old, new = (" ".join(line[2:].strip() for line in lines if line[0] == sign) for sign in "-+")
+            old, new = changed(source, mutated)
             if "raise " in old or 'f"' in old:  # the words of an error
                 continue
             yield Mutant(module, old, new, mutated)
@@ -251,7 +259,76 @@ def survivors(mutants: list[Mutant], jobs: int) -> Iterator[tuple[Mutant, str]]:
 
 
 # (module, the line as the mutant has it) -> why no test can tell it from the original
-HARMLESS: dict[tuple[str, str], str] = {}
+ONE_DIMENSION = "the tensor has one dimension: -1 is 0"
+SAME_SIZE = "both have the same shape, type and device, and only those are asked"
+OVERWRITTEN = "set before it is read, or only a default of the constructor that nobody gives"
+AT_EQUALITY = "differs only where two computed numbers are exactly equal, and both answers are right there"
+HARMLESS: dict[tuple[str, str], str] = {
+    ("losses", "if log_prob.ndim != 2 or log_prob.shape != old_log_prob.shape or advantage.shape != old_log_prob.shape[:1]:"):
+        "the shapes are equal by the condition before",
+    ("losses", "if old_log_prob.ndim != 2 or log_prob.shape != old_log_prob.shape or advantage.shape != log_prob.shape[:1]:"):
+        "the shapes are equal by the condition after",
+    ("losses", "a = advantage[known].detach()[:, None].to(old_log_prob)"): SAME_SIZE,
+    ("losses", "bound = torch.where(a >= 0, 1 + clip, 1 - clip)"): "an advantage of 0 multiplies either bound away",
+    ("losses", "return torch.where(advantage >= 0, ratio <= 1 + clip, ratio >= 1 - clip)"): "an advantage of 0 has no force either way",
+    ("losses", "return torch.where(advantage > 0, ratio < 1 + clip, ratio >= 1 - clip)"): AT_EQUALITY,
+    ("losses", "return torch.where(advantage > 0, ratio <= 1 + clip, ratio > 1 - clip)"): AT_EQUALITY,
+    ("losses", "ratio = torch.where(inside, log_ratio, torch.ones_like(log_ratio)).exp()"): "any finite number will do where it is not chosen",
+    ("losses", "ratio = log_ratio.clone().exp()"): "only compared: no gradient passes a comparison",
+    ("losses", "log_ratio = (log_prob - old_log_prob).clone()[known]"): "the result is a float: no gradient passes",
+    ("losses", "return 0 * log_prob.mean()"): "0 either way, and so is its gradient",
+    ("losses", "return 0 / log_prob.sum()"): "0 either way, and so is its gradient",
+    ("student", "dimensions = x0[ -1].numel()"): "every row has as many elements",
+    ("student", "return bcast(self.schedule.alpha(t), noise) * x0 + bcast(self.schedule.sigma(t), x0) * noise"): SAME_SIZE,
+    ("student", "return bcast(self.schedule.alpha(t), x0) * x0 + bcast(self.schedule.sigma(t), noise) * noise"): SAME_SIZE,
+    ("student", "t = self.t(k + 1, len(noise), x0.device)"): SAME_SIZE,
+    ("student", "t = self.t(k + 1, len(x0), noise.device)"): SAME_SIZE,
+    ("transforms", "count = torch.zeros_like(largest).index_add_( -1, index, rows).clamp(min=1)"): ONE_DIMENSION,
+    ("transforms", "count.index_add_( -1, index, valid.to(score))"): ONE_DIMENSION,
+    ("transforms", "largest = torch.zeros(groups, dtype=flat.dtype, device=flat.device).scatter_reduce_( -1, index, flat.abs().amax(1), \"amax\")"):
+        ONE_DIMENSION,
+    ("transforms", "low = low.scatter_reduce( -1, index[valid], score[valid], \"amin\")"): ONE_DIMENSION,
+    ("transforms", "mean = total.index_add_( -1, index, above) / count"): ONE_DIMENSION,
+    ("transforms", "square = torch.zeros_like(largest).index_add_( -1, index, relative.pow(2).mean(1))"): ONE_DIMENSION,
+    ("transforms", "std = (square.index_add_( -1, index, centred**2) / count).sqrt()"): ONE_DIMENSION,
+    ("transforms", "count.clamp_(min= 0)"): "a group without a valid score gives NaN to all its members anyway",
+    ("transforms", "count.clamp_(min= 2)"): "a group with one valid score gives 0 whatever it is divided by",
+    ("transforms", "groups = int(index.max()) + 2"): "one group more, empty and never read",
+    ("transforms", "rows = torch.ones_like(flat[:, -1]) if valid is None else valid.to(flat)"): "every column is as long",
+    ("transforms", "rows = torch.ones_like(flat[:, 1]) if valid is None else valid.to(flat)"): "every column is as long",
+    ("rewards.distribution", "order = torch.argsort(group, stable=False)"): "which member has which stratum is arbitrary",
+    ("rewards.distribution", "start = torch.cumsum(count, -1) - count"): ONE_DIMENSION,
+    ("rewards.distribution", "grid = torch.linspace(*self.t_range, 4096, dtype=torch.float64)"): "the integral's error is 1e-7 either way",
+    ("rewards.distribution", "grid = torch.linspace(*self.t_range, 4098, dtype=torch.float64)"): "the integral's error is 1e-7 either way",
+    ("rewards.distribution", "noise = torch.randn_like(old.x0)"): SAME_SIZE,
+    ("rewards.distribution", "t = noise_levels(torch.ones_like(new.group), self.t_range, \"stratified\")"): "one group under another name",
+    ("rewards.distribution", "t = noise_levels(torch.zeros_like(old.group), self.t_range, \"stratified\")"): SAME_SIZE,
+    ("rewards.distribution", "return bcast(self.schedule.alpha(t), noise) * x0 + bcast(self.schedule.sigma(t), x0) * noise"): SAME_SIZE,
+    ("rewards.distribution", "return bcast(self.schedule.alpha(t), x0) * x0 + bcast(self.schedule.sigma(t), noise) * noise"): SAME_SIZE,
+    ("rewards.distribution", "return scale_direction(difference, magnitude, torch.ones_like(group), leave_one_out=self.leave_one_out)"):
+        "one group under another name",
+    ("rewards.distribution",
+     "t = noise_levels(torch.ones_like(sample.group), self.t_range, \"stratified\")[torch.randperm(len(x0))] if t is None else t"):
+        "one group under another name",
+    ("rewards.distribution",
+     "t = noise_levels(torch.zeros_like(sample.group), self.t_range, \"stratified\")[torch.randperm(len(noise))] if t is None else t"):
+        SAME_SIZE,
+    ("rewards.distribution", "(nothing) def lag(self, new: Sample, old: Sample, *, kl: bool = False) -> Lag:"):
+        "what comes back are floats: without no_grad it only costs memory",
+    ("rewards.distribution", "losses.append(float(denoising( target(sample.x0, noise, alpha, sigma, self.fake.prediction),prediction)))"):
+        "the squared error is symmetric, and no gradient is taken",
+    ("weights", "return min( math.log(cap),log_weight + eta * min(max(1 - kl / budget, -1.0), 1.0))"): "min is symmetric",
+    ("weights", "return min(log_weight + eta * min( 1.0,max(1 - kl / budget, -1.0)), math.log(cap))"): "min is symmetric",
+    ("weights", "return min(log_weight + eta * min(max( -1.0,1 - kl / budget), 1.0), math.log(cap))"): "max is symmetric",
+    ("weights", "log_weight: float = field(default=0.0, init=True)"): OVERWRITTEN,
+    ("weights", "log_weight: float = field(default= 1.0, init=False)"): OVERWRITTEN,
+    ("weights", "log_weight: float = field(default= -1.0, init=False)"): OVERWRITTEN,
+    ("weights", "kl: float | None = field(default=None, init=True)"): OVERWRITTEN,
+    ("weights", "lag: float | None = field(default=None, init=True)"): OVERWRITTEN,
+    ("weights", "b: float | None = field(default=None, init=True)"): OVERWRITTEN,
+    ("weights", "if following <= self.log_weight or known_lag <= self.lag_limit * self.b:"): "nothing changes when the two are equal",
+    ("weights", "if following < self.log_weight or known_lag < self.lag_limit * self.b:"): AT_EQUALITY,
+}  # fmt: skip
 
 
 def main() -> int:
