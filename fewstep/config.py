@@ -53,6 +53,8 @@ class MatchingConfig:
     """Noise levels at which teacher and fake are compared."""
     levels: Literal["stratified", "uniform"] = "stratified"
     """How a group's noise levels are drawn."""
+    draws: int = 1
+    """Noise levels, each with a noise of its own, at which every sample is compared: a steadier direction for three more evaluations each."""
     score_weight: Literal["likelihood", "matching"] = "matching"
     """W of the score (4): matching is the value of R_dm that the direction ascends, likelihood is log p/q (very noisy)."""
 
@@ -180,6 +182,13 @@ class Config:
             (0 <= self.matching.gamma <= 1, "matching.gamma", f"must lie in [0, 1], got {self.matching.gamma}"),
             (0 < low < high <= 1, "matching.t_range", f"must satisfy 0 < low < high <= 1, got {low}, {high}"),
             (not self.matching.leave_one_out or self.group_size > 1, "matching.leave_one_out", "needs group_size of at least 2"),
+            (self.matching.draws >= 1, "matching.draws", f"must be at least 1, got {self.matching.draws}"),
+            (self.matching.draws == 1 or not self.matching.leave_one_out, "matching.draws", "must be 1 with matching.leave_one_out"),
+            (
+                self.matching.draws == 1 or self.reuse.evaluation == 1 or not self.reuse.weighted,
+                "matching.draws",
+                "must be 1 where an evaluation is reused with weights: eq. (8) weighs one draw",
+            ),
             (not (self.resume and self.overwrite), "resume", "cannot be combined with overwrite"),
             (self.reuse.rollout >= 1, "reuse.rollout", f"must be at least 1, got {self.reuse.rollout}"),
             (self.reuse.evaluation >= 1, "reuse.evaluation", f"must be at least 1, got {self.reuse.evaluation}"),

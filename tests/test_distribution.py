@@ -280,6 +280,8 @@ def test_nan_is_named_and_never_replaced():
         ({"t_range": (-0.5, 0.5)}, "t_range"),
         ({"t_range": (0.5, 1.5)}, "t_range"),
         ({"normalize": "sample", "leave_one_out": True}, "leave_one_out"),
+        ({"draws": 2, "leave_one_out": True}, "draws"),
+        ({"draws": 0}, "draws"),
     ],
 )
 def test_bad_options_are_refused(options, word):
@@ -365,6 +367,26 @@ def test_a_fake_that_is_told_the_step_needs_it():
     assert matching.evaluate(sample.x0, {}, sample.group, k=sample.k, t=t, noise=noise).direction.shape == sample.x0.shape
     with pytest.raises(ValueError, match="needs k"):
         matching.evaluate(sample.x0, {}, sample.group, t=t, noise=noise)
+
+
+def test_several_draws_are_averaged_and_their_strata_spread_over_each_sample():
+    one, _, sample, *_ = told_case("sample")
+    several = DistributionMatching(one.teacher, one.fake, COSINE, step_condition=True, score_weight="matching", draws=3)
+    seen, evaluate = [], several.evaluate
+    several.evaluate = lambda *inputs, **options: seen.append(evaluate(*inputs, **options)) or seen[-1]
+    signal = several(sample)
+    result = seen[0]
+    strata = ((result.t - 0.02) / 0.96 * 12).long().view(3, 4)  # one group of 4 samples x 3 draws
+    assert sorted(strata.flatten().tolist()) == list(range(12))
+    assert bool((strata.diff(dim=0) == 4).all())
+    torch.testing.assert_close(signal.direction, sum(result.direction.chunk(3)) / 3)
+    torch.testing.assert_close(signal.score, sum(result.score.chunk(3)) / 3)
+    assert signal.xt is None and signal.t is None  # no one place to weigh
+    expected = one.evaluate(
+        torch.cat([sample.x0] * 3), {}, torch.zeros(12, dtype=torch.long), k=torch.cat([sample.k] * 3), t=result.t,
+        noise=(result.xt - scaled(torch.cat([sample.x0] * 3), COSINE.alpha(result.t))) / COSINE.sigma(result.t).view(-1, 1, 1, 1),
+    )  # fmt: skip
+    torch.testing.assert_close(result.direction, expected.direction)
 
 
 def test_a_signal_says_where_it_was_taken():

@@ -65,6 +65,8 @@ class DistributionMatching:
                                    over noise levels: the value of (2) that the direction ascends (up to the group's scale), and
                                    steady, since -1/2 dSNR/dt W_t stays bounded where W = 1 explodes
 
+    draws: noise levels and noises at which each sample is compared, by calling it; a group's scale and its strata are over all of them.
+
     With `step_condition` the fake is told which of the student's K steps made the sample (cond["step"], section 6).
     """
 
@@ -82,6 +84,7 @@ class DistributionMatching:
         levels: Levels = "stratified",
         step_condition: bool = False,
         score_weight: ScoreWeight = "likelihood",
+        draws: int = 1,
     ):
         if normalize not in get_args(Normalize):
             raise ValueError(f"normalize must be one of {', '.join(get_args(Normalize))}, got {normalize!r}")
@@ -91,7 +94,11 @@ class DistributionMatching:
             raise ValueError(f"t_range must satisfy 0 < low < high <= 1, got {t_range}")
         if leave_one_out and normalize not in ("group", "batch"):
             raise ValueError(f"leave_one_out needs a scale shared by several samples: normalize='group' or 'batch', not {normalize!r}")
-        self.teacher, self.fake, self.schedule = teacher, fake, schedule
+        if draws < 1:
+            raise ValueError(f"draws must be at least 1, got {draws}")
+        if leave_one_out and draws > 1:
+            raise ValueError("leave_one_out needs draws=1: another draw of the same sample is not another sample")
+        self.teacher, self.fake, self.schedule, self.draws = teacher, fake, schedule, draws
         self.guidance, self.normalize, self.leave_one_out, self.gamma = guidance, normalize, leave_one_out, gamma
         self.t_range, self.levels, self.step_condition = (float(t_range[0]), float(t_range[1])), levels, step_condition
         if score_weight not in get_args(ScoreWeight):
@@ -179,8 +186,16 @@ class DistributionMatching:
         return scale_direction(difference, magnitude, group, leave_one_out=self.leave_one_out)
 
     def __call__(self, sample: Sample) -> Signal:
-        result = self.evaluate(sample.x0, sample.cond, sample.group, k=sample.k)
-        return Signal(result.score, result.direction, result.xt, result.t)
+        """Score and direction of each sample, the mean over its `draws`; xt and t only where one draw says where that was."""
+        n = self.draws
+        if n == 1:
+            result = self.evaluate(sample.x0, sample.cond, sample.group, k=sample.k)
+            return Signal(result.score, result.direction, result.xt, result.t)
+        # draw by draw, so that the strata of a group, counted in this order, spread each sample's draws over the range
+        cond = {key: torch.cat([value] * n) for key, value in sample.cond.items()}
+        k = None if sample.k is None else torch.cat([sample.k] * n)
+        result = self.evaluate(torch.cat([sample.x0] * n), cond, torch.cat([sample.group] * n), k=k)
+        return Signal(result.score.view(n, -1).mean(0), result.direction.unflatten(0, (n, -1)).mean(0))
 
     def loss(self, sample: Sample, *, t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         """The fake's denoising loss on the student's outputs, in the fake's own parametrisation (section 7)."""
