@@ -54,7 +54,7 @@ class MatchingConfig:
     levels: Literal["stratified", "uniform"] = "stratified"
     """How a group's noise levels are drawn."""
     draws: int = 1
-    """Noise levels, each with a noise of its own, at which every sample is compared: a steadier direction for three more evaluations each."""
+    """Noise levels at which every sample is compared: a steadier direction, for three more network evaluations each."""
     score_weight: Literal["likelihood", "matching"] = "matching"
     """W of the score (4): matching is the value of R_dm that the direction ascends, likelihood is log p/q (very noisy)."""
 
