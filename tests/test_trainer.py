@@ -153,6 +153,18 @@ def test_lora_shares_one_base_and_trains_adapters_only(teacher_folder, prompt_fi
     assert all(".lora_" in name or name.startswith("step_embedding") for name in roles.fake_parameters)
 
 
+def test_attention_of_short_sequences_changes_no_number(teacher_folder, prompt_file):
+    """Plain products instead of the fused kernel on the CPU: the stock network's output and gradient, up to rounding."""
+    roles, cond = (run := run_of(teacher_folder, prompt_file)).roles, run.backbone.encode(["a cat", "a dog"])
+    network, x, t = roles.student.network, torch.randn(2, *run.backbone.latent_shape), torch.tensor([999.0, 300.0])
+    gradients = []
+    outputs = [network(x, t, cond), network.unet(x, t, encoder_hidden_states=cond["prompt_embeds"]).sample]
+    for output in outputs:
+        gradients.append(torch.autograd.grad(output.square().sum(), list(network.parameters())))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
+
+
 def test_the_fake_hears_the_step(teacher_folder, prompt_file):
     run = run_of(teacher_folder, prompt_file)
     torch.nn.init.normal_(run.roles.fake.network.step_embedding.weight)

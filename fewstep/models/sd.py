@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionMode
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.denoiser import Cond, Denoiser
 from fewstep.models import UnsupportedTeacher
@@ -32,6 +33,16 @@ class Roles(NamedTuple):
     fake: Denoiser
     student_parameters: dict[str, nn.Parameter]
     fake_parameters: dict[str, nn.Parameter]
+
+
+SHORT = 256  # positions up to which plain matrix products beat the CPU's fused attention (bf16 training at 16 positions: 1.2 x)
+
+
+def attention(xt: Tensor):
+    """The attention arithmetic for latents of this size and device; the fused kernel's memory matters only for large ones."""
+    if xt.device.type == "cpu" and xt.shape[-2:].numel() <= SHORT:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 class Network(nn.Module):
@@ -56,7 +67,7 @@ class Network(nn.Module):
     def forward(self, xt: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
         if self.adapter is not None:
             self.switch()
-        with self.add_step(cond):
+        with self.add_step(cond), attention(xt):
             return self.unet(xt, timestep, encoder_hidden_states=cond["prompt_embeds"], return_dict=False)[0]
 
     def features(self, xt: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
