@@ -235,6 +235,18 @@ def test_strata_cover_the_range_once_a_group():
     assert rank.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and size.tolist() == [4] * 8
 
 
+def test_groups_share_the_strata_out_among_themselves():
+    """P groups of G: each of P x G equal parts of the range holds exactly one sample, and which group has which part is drawn anew."""
+    torch.manual_seed(0)
+    group = torch.tensor([5, 9, 5, 2, 9, 2, 2, 5, 9])  # three groups of three, interleaved
+    firsts = set()
+    for _ in range(20):
+        part = (noise_levels(group, (0.1, 0.7), "stratified") - 0.1) / 0.6 * 9
+        assert part.floor().long().sort().values.tolist() == list(range(9))
+        firsts.add(int(part[0].floor()))
+    assert firsts == {0, 1, 2}  # the first member of its group: always the first third, any place in it
+
+
 def test_fake_loss_is_smallest_at_the_students_own_density():
     torch.manual_seed(0)
     _, _, m, factor, network, teacher, exact = parts(Flow())

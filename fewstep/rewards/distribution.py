@@ -25,9 +25,13 @@ class Lag(NamedTuple):
     kl: float | None  # in the unit of R_dm's score, when asked for
 
 
-def rank_in_group(group: Tensor) -> tuple[Tensor, Tensor]:
-    """(position of each sample among its group's members, size of its group), each (B,) int64; any order of `group`."""
-    order = torch.argsort(group, stable=True)
+def rank_in_group(group: Tensor, *, shuffle: bool = False) -> tuple[Tensor, Tensor]:
+    """(position of each sample among its group's members, size of its group), each (B,) int64; any order of `group`.
+
+    Positions follow the order of the batch, or a random one with `shuffle`.
+    """
+    order = torch.randperm(len(group), device=group.device) if shuffle else torch.arange(len(group), device=group.device)
+    order = order[torch.argsort(group[order], stable=True)]
     _, index, count = torch.unique(group[order], return_inverse=True, return_counts=True)
     start = torch.cumsum(count, 0) - count
     rank = torch.empty_like(order)
@@ -39,12 +43,14 @@ def rank_in_group(group: Tensor) -> tuple[Tensor, Tensor]:
 
 def noise_levels(group: Tensor, t_range: tuple[float, float], levels: Levels) -> Tensor:
     """Times (B,) float64 in t_range. Stratified: member j of G draws from the j-th of G equal strata, so a group's mean over
-    its members is a quadrature over noise levels (section 4)."""
+    its members is a quadrature over noise levels (section 4); the P groups of a batch share each stratum out among themselves, in a
+    random order, so the batch is one too, P times finer."""
     low, high = t_range
     u = torch.rand(len(group), dtype=torch.float64, device=group.device)
     if levels == "stratified":
         rank, size = rank_in_group(group)
-        u = (rank + u) / size
+        place, peers = rank_in_group(size * (len(group) + 1) + rank, shuffle=True)  # among those with the same stratum
+        u = (rank + (place + u) / peers) / size
     return low + (high - low) * u
 
 
