@@ -77,6 +77,7 @@ class Plan:
     images_per_prompt: int
     prompts: int  # of the held-out prompts, how many are drawn
     threads: int
+    judge_updates: int = 300  # of the fresh fake that judges an adaptive weight's budget
     options: tuple[str, ...] = ()  # flags that every cell gets, after its row's own
 
 
@@ -103,25 +104,18 @@ def instruments(plan: Plan) -> tuple[list[str], dict[str, Any], Any]:
     from safetensors.torch import load_file
 
     from fewstep import world
-    from fewstep.rewards.clip import CLIPScore, PickScore
 
-    kinds = {"clip": CLIPScore, "clip-heldout": CLIPScore, "preference": PickScore}
-    scorers = {name: kind.load(world.ASSETS / name) for name, kind in kinds.items()}
     data = load_file(world.ASSETS / "features.safetensors")["heldout"].float()
-    return world.prompts("evaluate")[: plan.prompts], scorers, data
+    return world.prompts("evaluate")[: plan.prompts], world.scorers(), data
 
 
 def observe_pipeline(plan: Plan, pipe: Any, *, steps: int, guidance: float, seed: int) -> dict[str, Any]:
     """Features and utility of a pipeline's pictures of every held-out prompt, and its seconds per image."""
-    import torch
-
     from fewstep.world.utility import gold_utility
 
     prompts, scorers, _ = instruments(plan)
-    drawn = list(protocol.batches(pipe, prompts, plan.images_per_prompt, steps=steps, guidance=guidance, seed=seed, batch=16))
-    seen = [protocol.observe(images, scorers, gold_utility) for images, _ in drawn]
-    observed = {name: torch.cat([part[name] for part in seen]) for name in seen[0]}
-    return observed | {"seconds": torch.tensor([seconds for _, seconds in drawn])}
+    sampling = {"steps": steps, "guidance": guidance, "seed": seed, "batch": protocol.BATCH}
+    return protocol.observe_sample(pipe, prompts, plan.images_per_prompt, scorers, gold_utility, **sampling)
 
 
 def reference(plan: Plan) -> Any:
@@ -190,6 +184,7 @@ def run_cell(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
         trace.append({key: value for key, value in logs.items() if key.startswith("weights/") or key.endswith(("/score", "/lag", "/ess"))})
     training_seconds = time.perf_counter() - began
     costs = {name: denoiser.cost for name, denoiser in trainer.counted.items()}
+    judged = {"judge": judged_kl(run, plan.judge_updates)} if config.weights.mode == "adaptive" else {}
     pipe = run.backbone.student_pipeline(run.roles, trainer.averaged(), config.steps)
     with torch.no_grad():
         observed = observe_pipeline(plan, pipe, steps=config.steps, guidance=1.0, seed=seed)
@@ -200,7 +195,28 @@ def run_cell(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
         "fd_clip_teacher_per_step": fd_per_step(plan, run, seed),
         "training_seconds": training_seconds,
         "trace": trace,
+        **judged,
     }
+
+
+def judged_kl(run: Any, updates: int) -> dict[str, Any]:
+    """The KL of the run's student as it stands, by the run's fake and by a fresh one trained on it alone, beside the budget."""
+    from fewstep.evaluate.judge import judge
+
+    trainer, config, left = run.trainer, run.config, []
+
+    def draw() -> Any:
+        """A fresh batch; a rollout serves as many batches as it has steps."""
+        if not left:
+            rollout = trainer.new_rollout()
+            left.extend([rollout] * trainer.student.steps)
+        rollout = left.pop()
+        return trainer.sample_of(rollout, trainer.online_step(rollout))
+
+    matching = trainer.terms["dm"].reward
+    fake = run.backbone.roles(fake_steps=config.steps if matching.step_condition else 0).fake
+    verdict = judge(matching, fake, draw, updates=updates, lr=config.fake.lr, precision=trainer.precision)
+    return verdict._asdict() | {"budget": trainer.weights.b, "kl_of_run": trainer.weights.kl, "lag_of_run": trainer.weights.lag}
 
 
 def fd_per_step(plan: Plan, run: Any, seed: int) -> list[float]:

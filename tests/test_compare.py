@@ -74,3 +74,14 @@ def test_a_quick_comparison_from_end_to_end_and_again(tmp_path, capsys):
     next((folder / "cells").glob("gndm-*")).unlink()
     assert cli.main(["compare", "--quick", "--output", str(folder)]) == 0
     assert "5 of 6 cells are there; making 1" in capsys.readouterr().out
+
+
+def test_an_adaptive_cell_is_judged_by_a_fresh_fake(tmp_path):
+    options = ("--groups", "2", "--group-size", "2", "--weights.warmup", "3", "--weights.budget", "2")
+    plan = compare.Plan(tmp_path, 700, 3, 24, 1, judge_updates=4, options=options)
+    plan.output.joinpath("cells").mkdir()
+    row = next(r for r in compare.ROWS if r.name == "GNDMR adaptive")
+    cell = compare.run_cell(plan, row, 0)
+    judged = cell["judge"]
+    assert judged["budget"] > 0 and judged["gap"] == pytest.approx(judged["fresh"] - judged["own"])
+    assert len(judged["heldout"]) == 5 and json.dumps(cell)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 ASSETS = Path(__file__).parent / "assets"
 TEACHER = ASSETS / "teacher"
+SAMPLES = ASSETS / "samples"  # what evaluation sees of the teacher's own pictures
+IMAGES_PER_PROMPT = 8  # of an evaluation, unless told otherwise
 TEACHER_STEPS = 28
 TEACHER_GUIDANCE = 3.0
 VARIANTS = 8  # jittered copies of each picture in the reference features; the first is the picture itself
@@ -16,3 +19,11 @@ NEIGHBOURS = 3 * VARIANTS  # k of precision and recall: a copy's nearest neighbo
 def prompts(split: str) -> list[str]:
     """`train` to distil with, `evaluate` to measure with (captions of held-out pictures), `grid` to look at."""
     return json.loads((ASSETS / "prompts.json").read_text())[split]
+
+
+def scorers(assets: Path = ASSETS, *, device: str = "cpu") -> dict[str, Any]:
+    """The world's CLIPScores and PickScore by name, those that judge among them."""
+    from fewstep.rewards.clip import CLIPScore, PickScore
+
+    kinds = {"clip": CLIPScore, "clip-heldout": CLIPScore, "preference": PickScore}
+    return {name: kind.load(assets / name, device=device) for name, kind in kinds.items()}
