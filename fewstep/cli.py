@@ -366,7 +366,8 @@ def make_terms(config: Config, roles: Any, functions: dict[str, Any]) -> dict[st
             own = config.fake
             terms[name] = Term(
                 Discriminator(roles.teacher, head, real.float().to(config.device), t_range=config.matching.t_range),
-                dict(head.named_parameters()), lr=config.discriminator.lr, betas=own.betas, updates=own.updates, max_norm=own.max_norm,
+                dict(head.named_parameters()), lr=config.discriminator.lr, decay=own.decay,
+                betas=own.betas, updates=own.updates, max_norm=own.max_norm,
             )  # fmt: skip
         else:
             module, kind, asset = REWARDS[name]
@@ -408,7 +409,10 @@ def build(config: Config, prompts: list[str], source: str, functions: dict[str, 
     schedule = backbone.schedule()
     matching = DistributionMatching(roles.teacher, roles.fake, schedule, **dataclasses.asdict(config.matching), step_condition=conditioned)
     fake = config.fake
-    term = Term(matching, roles.fake_parameters, lr=fake.lr, betas=fake.betas, updates=fake.updates, max_norm=fake.max_norm, anchor=True)
+    term = Term(
+        matching, roles.fake_parameters, lr=fake.lr, decay=fake.decay, betas=fake.betas, updates=fake.updates,
+        max_norm=fake.max_norm, anchor=True,
+    )  # fmt: skip
     own = config.weights
     weights = Fixed(config.reward)
     if own.mode == "adaptive":
@@ -609,7 +613,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep" / "evaluate"
 
 
-def measure_student(student: Path, teacher: str, config: Config, *, images_per_prompt: int = 4, seed: int = 0) -> dict[str, Any]:
+def measure_student(student: Path, teacher: str, config: Config, *, images_per_prompt: int | None = None, seed: int = 0) -> dict[str, Any]:
     """Measure on the embedded world's held-out prompts with its scorers; saves evaluation.json and prints the table."""
     import torch
     from rich.console import Console
@@ -617,26 +621,25 @@ def measure_student(student: Path, teacher: str, config: Config, *, images_per_p
 
     from fewstep import world
     from fewstep.evaluate import protocol
-    from fewstep.rewards.clip import CLIPScore, PickScore
     from fewstep.world.utility import gold_utility
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kinds = {"clip": CLIPScore, "clip-heldout": CLIPScore, "preference": PickScore}
     report = protocol.evaluate(
         student,
         teacher=teacher,
         prompts=world.prompts("evaluate"),
-        scorers={name: kind.load(world.ASSETS / name, device=device) for name, kind in kinds.items()},
+        scorers=world.scorers(device=device),
         extractor="clip-heldout",
         utility=gold_utility,
         data=load_file(world.ASSETS / "features.safetensors")["heldout"].float(),
         neighbours=world.NEIGHBOURS,
         steps=config.steps,
         guidance=config.teacher_guidance,
-        images_per_prompt=images_per_prompt,
+        images_per_prompt=images_per_prompt or world.IMAGES_PER_PROMPT,
         seed=seed,
         device=device,
         cache=cache_folder(),
+        shipped=world.SAMPLES,
     )
     protocol.save(report, student / "evaluation.json")
     Console(width=None if sys.stdout.isatty() else 200).print(protocol.as_table(report))
@@ -686,7 +689,7 @@ def run_config(folder: Path) -> Config:
 
 def evaluate_command(arguments: list[str]) -> int:
     parser = simple_parser("evaluate", "Measure a student beside its teacher.")
-    parser.add_argument("--images-per-prompt", type=int, default=4, help="pictures for each of the 128 held-out prompts (default 4)")
+    parser.add_argument("--images-per-prompt", type=int, default=8, help="pictures for each of the 128 held-out prompts (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the rows; the teacher's reference sample uses the next")
     options = parser.parse_args(arguments)
     config = run_config(options.folder)

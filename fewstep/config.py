@@ -26,6 +26,9 @@ class StudentConfig:
 class FakeConfig:
     lr: float = 3e-4
     """Learning rate of the fake (AdamW)."""
+    decay: float = 1.0
+    """Share of the run, at its end, over which the fake's learning rate falls linearly to zero (0: constant). Falling with the
+    student's, it lets the fake average over more of the student's outputs as they move less."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Adam betas of the fake."""
     updates: int = 4
@@ -178,6 +181,7 @@ class Config:
             (0 <= self.student.decay <= 1, "student.decay", f"must lie in [0, 1], got {self.student.decay}"),
             (0 <= self.student.ema < 1, "student.ema", f"must lie in [0, 1), got {self.student.ema}"),
             (self.fake.lr > 0, "fake.lr", f"must be positive, got {self.fake.lr}"),
+            (0 <= self.fake.decay <= 1, "fake.decay", f"must lie in [0, 1], got {self.fake.decay}"),
             (self.fake.updates >= 0, "fake.updates", f"must be 0 or more, got {self.fake.updates}"),
             (0 <= self.matching.gamma <= 1, "matching.gamma", f"must lie in [0, 1], got {self.matching.gamma}"),
             (0 < low < high <= 1, "matching.t_range", f"must satisfy 0 < low < high <= 1, got {low}, {high}"),

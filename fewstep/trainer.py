@@ -37,6 +37,7 @@ class Term:
     reward: Reward
     parameters: Parameters | None = None
     lr: float = 0.0
+    decay: float = 0.0  # share of the run, at its end, over which lr falls to zero
     betas: tuple[float, float] = (0.9, 0.99)
     updates: int = 1  # per student update
     max_norm: float = 1.0
@@ -319,6 +320,8 @@ class Trainer:
                 finite_or_stop(loss.detach(), f"the loss of {name}'s own network", self.update)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
+                for settings in optimizer.param_groups:
+                    settings["lr"] = learning_rate(term.lr, self.progress(), term.decay)
                 norm = torch.nn.utils.clip_grad_norm_(list(term.parameters.values()), term.max_norm)
                 finite_or_stop(norm, f"the gradient norm of {name}'s own network", self.update)
                 optimizer.step()

@@ -354,7 +354,7 @@ def test_evaluate_measures_the_student_beside_its_teacher(folders, scorer, tmp_p
         "student, 2 steps", "teacher, 5 steps", "teacher, 2 steps, DDIM", "teacher, 2 steps, DPM-Solver++", "teacher, 2 steps, UniPC",
     ]  # fmt: skip
     assert [row["metrics"]["network_evaluations"]["value"] for row in report["rows"]] == [2, 10, 4, 4, 4]
-    assert all(row["n"] == 18 and not row["cached"] for row in report["rows"])
+    assert all(row["n"] == 18 and row["sample"] == "drawn" for row in report["rows"])
     assert not said
     few = {row["name"]: row["metrics"]["fd_clip_teacher"]["value"] for row in report["rows"][2:]}
     assert report["best_solver"] == min(few, key=few.get)
@@ -366,7 +366,7 @@ def test_evaluate_measures_the_student_beside_its_teacher(folders, scorer, tmp_p
     assert set(stamp["versions"]) == {"torch", "diffusers", "transformers", "fewstep"}
 
     again = run(folders, scorer, monkeypatch, cache=tmp_path / "cache", say=said.append)
-    assert [row["cached"] for row in again["rows"]] == [False, True, True, True, True]
+    assert [row["sample"] for row in again["rows"]] == ["drawn", "kept", "kept", "kept", "kept"]
     assert len(said) == 5
     for old, new in zip(report["rows"][1:], again["rows"][1:], strict=True):
         assert old["metrics"] == new["metrics"]
@@ -384,10 +384,30 @@ def test_evaluate_measures_the_student_beside_its_teacher(folders, scorer, tmp_p
         path.write_bytes(path.read_bytes()[:100])
     with pytest.warns(UserWarning, match="damaged"):
         mended = run(folders, scorer, monkeypatch, cache=tmp_path / "cache", say=said.append)
-    assert not any(row["cached"] for row in mended["rows"])
+    assert all(row["sample"] == "drawn" for row in mended["rows"])
     assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")]
 
     check_showing(report, tmp_path)
+
+
+def test_shipped_samples_stand_for_drawn_ones_and_are_timed_here(folders, scorer, tmp_path, monkeypatch):
+    monkeypatch.setattr(protocol, "TEACHER_STEPS", 5)
+    scorers = {"clip": scorer, "clip-heldout": scorer}
+    shipping = {"teacher": folders / "teacher", "prompts": PROMPTS, "scorers": scorers, "utility": brightness, "steps": 2, "guidance": 3.0}
+    protocol.ship(tmp_path, **shipping, images_per_prompt=3)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
+    protocol.ship(tmp_path, **shipping, images_per_prompt=3)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")} and len(before) == 5
+    fresh, shipped = (run(folders, scorer, monkeypatch, shipped=folder) for folder in (None, tmp_path))
+    assert [row["sample"] for row in shipped["rows"]] == ["drawn", *["shipped"] * 4]
+    for a, b in zip(fresh["rows"], shipped["rows"], strict=True):
+        assert b["metrics"].keys() == a["metrics"].keys()
+        assert b["metrics"]["seconds_per_image"]["value"] > 0
+        for name in ("fd_clip_teacher", "fd_clip_data", "clip", "utility", "diversity"):
+            assert b["metrics"][name]["value"] == pytest.approx(a["metrics"][name]["value"], rel=2e-2, abs=2e-3), name  # float16
+    # another seed, teacher or number of pictures is another sample
+    for change in ({"seed": 5}, {"images_per_prompt": 4}, {"teacher": folders / "student"}):
+        assert all(row["sample"] == "drawn" for row in run(folders, scorer, monkeypatch, shipped=tmp_path, **change)["rows"])
 
 
 def check_showing(report, folder):

@@ -139,3 +139,17 @@ def test_the_training_loop_resumes_to_the_bit(tmp_path):
     broken = model_after(tmp_path / "broken", [20, 100])
     assert torch.equal(whole, broken)
     torch.testing.assert_close(whole, torch.tensor([[1.0, -2.0, 0.5]]), atol=0.05, rtol=0)
+
+
+def test_the_shipped_samples_are_of_this_teacher_and_these_scorers():
+    """A change of teacher, scorer, prompt or utility needs them drawn anew (`protocol.ship`); evaluation would draw them each time."""
+    from fewstep.evaluate import protocol
+    from fewstep.world.utility import gold_utility
+
+    pipe = protocol.open_pipeline(world.TEACHER, "cpu")
+    prompts = world.prompts("evaluate")
+    content = protocol.content_of(pipe, prompts, world.IMAGES_PER_PROMPT, protocol.BATCH, world.scorers(), gold_utility)
+    for row in protocol.teacher_rows(4, world.TEACHER_GUIDANCE, 0):
+        kept = protocol.read(protocol.shipped_path(world.SAMPLES, row, content))
+        assert kept is not None, row
+        assert kept["features/clip-heldout"].shape == (len(prompts) * world.IMAGES_PER_PROMPT, 64)

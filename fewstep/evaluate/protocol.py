@@ -38,6 +38,8 @@ Measured = dict[str, dict[str, float]]  # metric -> value, low, high
 SOLVERS = {"DDIM": "DDIMScheduler", "DPM-Solver++": "DPMSolverMultistepScheduler", "UniPC": "UniPCMultistepScheduler"}
 TEACHER_STEPS = 28
 DRAWS, LEVEL = 200, 0.95  # of every bootstrap interval
+BATCH = 16  # pictures drawn at a time; with the seed it decides which picture gets which noise
+TIMED = 4  # batches drawn to time a teacher whose sample came with it
 NEIGHBOURS = 3  # k of precision and recall, unless the data hold several copies of each picture
 
 LABELS = {
@@ -165,7 +167,7 @@ def batches(
 
 
 def generate(
-    pipe: Any, prompts: list[str], images_per_prompt: int, *, steps: int, guidance: float, seed: int, batch: int = 16
+    pipe: Any, prompts: list[str], images_per_prompt: int, *, steps: int, guidance: float, seed: int, batch: int = BATCH
 ) -> tuple[Tensor, float]:
     """All pictures (P * images_per_prompt, 3, H, W) in [0, 1], and the median over batches of the seconds per image."""
     drawn = list(batches(pipe, prompts, images_per_prompt, steps=steps, guidance=guidance, seed=seed, batch=batch))
@@ -185,6 +187,24 @@ def observe(images: Tensor, scorers: Mapping[str, CLIPScore], utility: Utility |
     """All that the metrics need of pictures (B, 3, H, W): each scorer's unit image features (B, d) and the utility (B,)."""
     observed = {f"features/{name}": scorer.image_features(images).cpu() for name, scorer in scorers.items()}
     return observed if utility is None else observed | {"utility": utility(images).cpu()}
+
+
+def observe_sample(
+    pipe: Any,
+    prompts: list[str],
+    images_per_prompt: int,
+    scorers: Mapping[str, CLIPScore],
+    utility: Utility | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    **sampling: Any,
+) -> dict[str, Tensor]:
+    """What `observe` sees of a whole sample, and the seconds per image of each of its batches. sampling: as `batches` takes it."""
+    parts, seconds = [], []
+    for images, each in batches(pipe, prompts, images_per_prompt, **sampling):
+        parts.append(observe(images.to(device), scorers, utility))
+        seconds.append(each)
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]} | {"seconds": torch.tensor(seconds)}
 
 
 def members(group: Tensor) -> Tensor:
@@ -328,6 +348,85 @@ def keep(path: Path, observed: dict[str, Tensor], note: dict[str, Any]) -> None:
     replace(path, lambda temporary: save_file({name: tensor.contiguous() for name, tensor in observed.items()}, temporary))
 
 
+# The samples that ship with a teacher
+
+
+def teacher_rows(steps: int, guidance: float, seed: int) -> list[dict[str, Any]]:
+    """The teacher's samples of an evaluation: many steps, `steps` with each of SOLVERS, and the one that distances are taken to."""
+    few = {"steps": steps, "guidance": guidance, "seed": seed}
+    many = few | {"steps": TEACHER_STEPS}
+    rows = [{"name": f"teacher, {TEACHER_STEPS} steps", "solver": "its own", **many}]
+    rows += [{"name": f"teacher, {steps} steps, {name}", "solver": name, **few} for name in SOLVERS]
+    return [*rows, {"name": f"teacher, {TEACHER_STEPS} steps, second sample", "solver": "its own", **many, "seed": seed + 1}]
+
+
+def schedulers_of(pipe: Any) -> dict[str, Any]:
+    """A pipeline's own scheduler and each of SOLVERS on its schedule, by name."""
+    schedule = dict(pipe.scheduler.config)
+    return {"its own": pipe.scheduler} | {name: solver(name, schedule) for name in SOLVERS}
+
+
+def shipped_path(folder: Path, row: dict[str, Any], content: dict[str, Any]) -> Path:
+    """Where a shipped sample lies: named by all that decides its pictures and what is seen of them, and by no machine or version."""
+    return folder / f"{sha256({'row': row, **content})[:16]}.safetensors"
+
+
+def content_of(
+    pipe: Any, prompts: list[str], images_per_prompt: int, batch: int, scorers: Mapping[str, CLIPScore], utility: Utility | None
+) -> dict[str, Any]:
+    """What decides a sample of a teacher, beside its row. Of configurations only what pictures hang on: libraries add keys."""
+    schedule = ("prediction_type", "beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr", "timestep_spacing")
+    return {
+        "weights": {name: fingerprint(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)},
+        "scheduler": {key: pipe.scheduler.config.get(key) for key in schedule},
+        "prompts": sha256(prompts),
+        "images_per_prompt": images_per_prompt,
+        "batch": batch,
+        "scorers": {name: fingerprint(scorer.model) for name, scorer in scorers.items()},
+        "utility": utility_hash(utility),
+    }
+
+
+def utility_hash(utility: Utility | None) -> str | None:
+    """SHA-256 of the source file that defines a utility."""
+    return None if utility is None else hashlib.sha256(Path(inspect.getfile(utility)).read_bytes()).hexdigest()
+
+
+def ship(
+    folder: Path,
+    *,
+    teacher: str | Path,
+    prompts: list[str],
+    scorers: Mapping[str, CLIPScore],
+    utility: Utility | None,
+    steps: int,
+    guidance: float,
+    images_per_prompt: int,
+    seed: int = 0,
+    batch: int = BATCH,
+    device: str = "cpu",
+) -> None:
+    """Draw the teacher's samples of the default evaluation and keep what is seen of them (float16) in `folder`, to ship with it.
+
+    A sample that is there already is not drawn again. Beside each lies, in JSON, what it was drawn with.
+    """
+    pipe = open_pipeline(teacher, device)
+    content = content_of(pipe, prompts, images_per_prompt, batch, scorers, utility)
+    schedulers = schedulers_of(pipe)
+    for row in teacher_rows(steps, guidance, seed):
+        path = shipped_path(folder, row, content)
+        if path.is_file():
+            continue
+        pipe.scheduler = schedulers[row["solver"]]
+        sampling = {key: row[key] for key in ("steps", "guidance", "seed")}
+        seen = observe_sample(
+            pipe, prompts, images_per_prompt, scorers, utility, device=device, **sampling, batch=batch, progress=row["name"]
+        )
+        seen.pop("seconds")  # of another machine
+        versions = {package: version(package) for package in ("torch", "diffusers", "transformers")}
+        keep(path, {name: value.half() for name, value in seen.items()}, {"row": row, **content, "drawn with": versions})
+
+
 # The whole evaluation
 
 
@@ -382,10 +481,11 @@ def evaluate(
     guidance: float = 3.0,
     images_per_prompt: int = 4,
     seed: int = 0,
-    batch: int = 16,
+    batch: int = BATCH,
     device: str = "cpu",
     draws: int = DRAWS,
     cache: str | Path | None = None,
+    shipped: Path | None = None,
     say: Callable[[str], None] = print,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -395,15 +495,15 @@ def evaluate(
     scorers: name -> scorer; extractor: the one whose features FD-clip uses; utility: pictures -> (B,); data: FD-clip features
     (M, d) of real pictures, without which the metrics that need them are left out;
     neighbours: k of precision and recall. cache: a folder that keeps the teacher's
-    features, scores and times by the content of teacher, scorers and protocol; its use is said.
+    features, scores and times by the content of teacher, scorers and protocol; its use is said. shipped: a folder that `ship` filled:
+    a sample found there is not drawn, only timed over a few batches.
 
-    Returns {"protocol", "interval", "student", "teacher", "rows", "best_solver"}: each row has name, solver, steps, guidance,
-    seed, n, cached and metrics (see `measure`); best_solver is the row name of the few-step teacher nearest to the teacher.
+    Returns {"protocol", "interval", "student", "teacher", "rows", "best_solver"}: each row has name, solver, steps, guidance, seed, n,
+    sample (drawn, kept or shipped) and metrics (see `measure`); best_solver names the few-step teacher nearest to the teacher.
     """
     check(prompts, images_per_prompt, scorers, extractor, data)
     own, original = open_pipeline(student, device), open_pipeline(teacher, device)
-    schedule = dict(original.scheduler.config)
-    schedulers = {"its own": original.scheduler} | {name: solver(name, schedule) for name in SOLVERS}
+    schedulers = schedulers_of(original)
     protocol = Protocol(
         prompts=sha256(prompts),
         n=len(prompts) * images_per_prompt,
@@ -412,7 +512,7 @@ def evaluate(
         batch=batch,
         extractor=extractor,
         scorers={name: fingerprint(scorer.model) for name, scorer in scorers.items()},
-        utility=None if utility is None else hashlib.sha256(Path(inspect.getfile(utility)).read_bytes()).hexdigest(),
+        utility=utility_hash(utility),
         data=None if data is None else {"n": len(data), "sha256": sha256(data.tolist())},
         neighbours=neighbours,
         resolution=resolution(original),
@@ -421,39 +521,39 @@ def evaluate(
     )
     identity = {"student": pipeline_fingerprint(own), "teacher": pipeline_fingerprint(original)}
 
-    def draw(pipe: Any, name: str, row: dict[str, Any], path: Path | None) -> tuple[dict[str, Tensor], bool]:
-        """What was observed of one sample, with its seconds per batch, and whether it was kept from before."""
-        kept = read(path) if path else None
-        if kept is not None:
-            say(f"{name}: read from {path}")
-            return kept, True
-        parts, seconds = [], []
-        sampling = {key: row[key] for key in ("steps", "guidance", "seed")}
-        for images, each in batches(pipe, prompts, images_per_prompt, **sampling, batch=batch, progress=name if progress else None):
-            parts.append(observe(images.to(device), scorers, utility))
-            seconds.append(each)
-        observed = {key: torch.cat([part[key] for part in parts]) for key in parts[0]} | {"seconds": torch.tensor(seconds)}
-        return observed, False
+    content = content_of(original, prompts, images_per_prompt, batch, scorers, utility)
 
-    def draw_teacher(name: str, using: str, **sampling: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        row = {"name": name, "solver": using, **sampling}
+    def draw(pipe: Any, row: dict[str, Any], some: list[str]) -> dict[str, Tensor]:
+        sampling = {key: row[key] for key in ("steps", "guidance", "seed")}
+        bar = row["name"] if progress else None
+        return observe_sample(pipe, some, images_per_prompt, scorers, utility, device=device, **sampling, batch=batch, progress=bar)
+
+    def teacher_sample(row: dict[str, Any], *, timed: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(the row, saying where its sample came from; what was observed): shipped, kept from before, or drawn now."""
+        original.scheduler = schedulers[row["solver"]]
+        found = read(shipped_path(shipped, row, content)) if shipped else None
+        if found is not None:
+            seen = {name: value.float() for name, value in found.items()}
+            if timed:
+                seen["seconds"] = draw(original, row, prompts[: -(-TIMED * batch // images_per_prompt)])["seconds"]
+            return row | {"sample": "shipped"}, seen
         # the features of real pictures play no part in a sample
         note = {"teacher": identity["teacher"], "protocol": protocol.stamp() | {"data": None, "neighbours": None}, "row": row}
         path = Path(cache) / f"{sha256(note)}.safetensors" if cache else None
-        original.scheduler = schedulers[using]
-        observed, cached = draw(original, name, row, path)
-        if path and not cached:
-            keep(path, observed, note)
-        return row | {"cached": cached}, observed
+        kept = read(path) if path else None
+        if kept is not None:
+            say(f"{row['name']}: read from {path}")
+            return row | {"sample": "kept"}, kept
+        seen = draw(original, row, prompts)
+        if path:
+            keep(path, seen, note)
+        return row | {"sample": "drawn"}, seen
 
-    few = {"steps": steps, "guidance": guidance, "seed": seed}
     row = {"name": f"student, {steps} steps", "solver": "its own", "steps": steps, "guidance": 1.0, "seed": seed}
-    observed, cached = draw(own, row["name"], row, None)
-    samples = [(row | {"cached": cached}, observed)]
-    many = few | {"steps": TEACHER_STEPS}
-    samples.append(draw_teacher(f"teacher, {TEACHER_STEPS} steps", "its own", **many))
-    samples += [draw_teacher(f"teacher, {steps} steps, {name}", name, **few) for name in SOLVERS]
-    _, reference = draw_teacher(f"teacher, {TEACHER_STEPS} steps, second sample", "its own", **many | {"seed": seed + 1})
+    samples = [(row | {"sample": "drawn"}, draw(own, row, prompts))]
+    *shown, last = teacher_rows(steps, guidance, seed)
+    samples += [teacher_sample(row) for row in shown]
+    _, reference = teacher_sample(last, timed=False)
 
     group = torch.arange(len(prompts)).repeat_interleave(images_per_prompt)
     compared = {"extractor": extractor, "data": data, "neighbours": neighbours, "teacher": scaled(reference[f"features/{extractor}"])}

@@ -27,6 +27,7 @@ from fewstep.rewards.clip import CLIPScore
 from fewstep.world import pictures as data
 from fewstep.world import scorers, teacher, text, vae
 from fewstep.world.training import device
+from fewstep.world.utility import gold_utility
 
 # pictures seen by each stage (pairs of them for the preference)
 SAMPLES = {"vae": 60_000, "teacher": 448_000, "decoder": 32_000, "clip": 64_000, "clip-heldout": 64_000, "preference": 19_200}
@@ -223,6 +224,17 @@ def main() -> None:
     save_teacher(pipe, assets / "teacher")
     (assets / "prompts.json").write_text(json.dumps(prompt_sets(pictures, tokenizer), indent=0))
     card = measure(pictures, protocol.open_pipeline(assets / "teacher", "cpu"), models, assets)
+    protocol.ship(
+        assets / "samples",
+        teacher=assets / "teacher",
+        prompts=json.loads((assets / "prompts.json").read_text())["evaluate"],
+        scorers=world.scorers(assets, device=str(device())),
+        utility=gold_utility,
+        steps=4,
+        guidance=world.TEACHER_GUIDANCE,
+        images_per_prompt=world.IMAGES_PER_PROMPT,
+        device=str(device()),
+    )
     (assets / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     print(json.dumps(card, indent=1))
 
