@@ -365,6 +365,12 @@ def markdown(summary: list[dict[str, Any]], plan: Plan) -> str:
         f"Every student: {plan.evaluations} network evaluations of training (a backward counts two), measured on {n} pictures of held-out "
         "prompts. ± is half a 95% t-interval over seeds; differences are paired by seed. FD-clip is not an FID."
     )
+    areas = "; ".join(f"{method} {area:.4g}" for method, area in fronts(summary).items())
+    if areas:
+        note += (
+            f"\n\nHypervolume of preference against FD to teacher, from the best few-step teacher's distance and the "
+            f"{protocol.TEACHER_STEPS}-step teacher's preference: {areas}."
+        )
     return f"{markdown_table(heads, body)}\n\n{note}\n"
 
 
@@ -377,6 +383,22 @@ def hypervolume(points: list[tuple[float, float]], reference: tuple[float, float
         end = inside[i + 1][0] if i + 1 < len(inside) else reference[0]
         area += (end - x) * (height - reference[1])
     return area
+
+
+def fronts(summary: list[dict[str, Any]]) -> dict[str, float]:
+    """Hypervolume of each Pareto method's mean points (FD to teacher, preference), against the best few-step teacher's distance and
+    the many-step teacher's preference; empty without Pareto rows."""
+    by_row = {entry["row"]: entry["metrics"] for entry in summary}
+    methods = dict.fromkeys(row.name.rpartition(" ")[0] for row in PARETO if row.name in by_row)
+    if not methods:
+        return {}
+    few = [by_row[name]["fd_clip_teacher"][0] for name, solver in TEACHER_ROWS.items() if solver]
+    corner = min(few), by_row[f"teacher, {protocol.TEACHER_STEPS} steps"]["preference"][0]
+    points = {
+        method: [(m["fd_clip_teacher"][0], m["preference"][0]) for name, m in by_row.items() if name.startswith(f"{method} ")]
+        for method in methods
+    }
+    return {method: hypervolume(at, corner) for method, at in points.items()}
 
 
 def plot(summary: list[dict[str, Any]], path: Path) -> None:
@@ -476,6 +498,7 @@ def write(plan: Plan, rows: tuple[Row, ...], cells: list[dict[str, Any]]) -> lis
         "evaluations": plan.evaluations,
         "n": plan.prompts * plan.images_per_prompt,
         "rows": summary,
+        "hypervolume": fronts(summary),
         "cells": [{key: value for key, value in cell.items() if key != "trace"} for cell in cells],
     }
     protocol.replace(plan.output / "compare.json", lambda temporary: temporary.write_text(json.dumps(report, indent=1)))

@@ -24,14 +24,14 @@ class StudentConfig:
 
 @dataclass
 class FakeConfig:
-    lr: float = 3e-4
+    lr: float = 4e-4
     """Learning rate of the fake (AdamW)."""
     decay: float = 1.0
     """Share of the run, at its end, over which the fake's learning rate falls linearly to zero (0: constant). Falling with the
     student's, it lets the fake average over more of the student's outputs as they move less."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Adam betas of the fake."""
-    updates: int = 4
+    updates: int = 2
     """Fake updates per student update (two time-scale rule)."""
     on: Literal["all", "last"] = "all"
     """Whether the fake learns the student's predictions at all K steps or only the finished samples."""
@@ -43,9 +43,9 @@ class FakeConfig:
 
 @dataclass
 class MatchingConfig:
-    guidance: float = 2.5
-    """Guidance scale of the teacher inside R_dm. It acts on densities at every noise level, which pulls harder than the same scale
-    does in a sampler."""
+    guidance: float | Literal["calibrated"] = "calibrated"
+    """Guidance scale of the teacher inside R_dm: one number, or calibrated, the scale at each noise level at which the guided teacher is
+    the best denoiser of the samples it draws at `teacher_guidance` itself (measured before the first update)."""
     normalize: Literal["group", "sample", "batch", "channel", "none"] = "group"
     """What eq. (5) divides by: group is GNDM, sample is DMD."""
     leave_one_out: bool = False
@@ -118,14 +118,14 @@ class Config:
     output: str = "out"
     """Folder for the student and everything the run leaves behind."""
     teacher_guidance: float = 3.0
-    """Guidance scale of the teacher's own pictures, which the student is compared with."""
+    """Guidance scale of the teacher's own pictures: what the student is to match, and what it is compared with."""
     steps: int = 4
     """Steps of the student."""
-    updates: int = 150
+    updates: int = 400
     """Student updates in all."""
-    group_size: int = 4
+    group_size: int = 2
     """Samples per prompt (G); eq. (5) takes its scale over them."""
-    groups: int = 16
+    groups: int = 32
     """Prompts per update (P); an update sees P x G samples."""
     lora_rank: int = 0
     """Rank of the LoRA adapters of student and fake; 0 trains full copies."""
@@ -135,9 +135,9 @@ class Config:
     """cpu, cuda, or auto."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the networks in training (bf16: autocast, weights stay fp32); auto is bf16 where the hardware computes it."""
-    save_every: int = 50
+    save_every: int = 100
     """Updates between checkpoints."""
-    sample_every: int = 50
+    sample_every: int = 100
     """Updates between sample grids (0: only the last)."""
     evaluate: bool = True
     """Measure the finished student beside its teacher."""

@@ -52,9 +52,10 @@ def score(x0: Tensor, xt: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     return (bcast(alpha, xt) * x0 - xt) / bcast(sigma, xt) ** 2
 
 
-def guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance D_u + w (D_c - D_u) (Ho and Salimans, arXiv 2207.12598)."""
-    return unconditional + guidance * (conditional - unconditional)
+def guide(conditional: Tensor, unconditional: Tensor, guidance: float | Tensor) -> Tensor:
+    """Classifier-free guidance D_u + w (D_c - D_u) (Ho and Salimans, arXiv 2207.12598); w one number or (B,)."""
+    scale = bcast(guidance, conditional) if isinstance(guidance, Tensor) else guidance
+    return unconditional + scale * (conditional - unconditional)
 
 
 Cond = dict[str, Tensor]

@@ -35,6 +35,20 @@ def test_hypervolume_of_known_fronts():
     assert compare.hypervolume([(4.0, 2.0), (1.0, 0.5)], (3.0, 1.0)) == 0.0
 
 
+def test_fronts_start_at_the_few_step_teacher_and_the_many_step_preference():
+    def entry(row, fd, preference):
+        return {"row": row, "metrics": {"fd_clip_teacher": (fd, 0.0), "preference": (preference, 0.0)}}
+
+    teachers = [
+        entry("teacher, 28 steps", 0.1, 1.0),
+        *(entry(f"teacher, 4 steps, {s}", 3.0 + i, 9.0) for i, s in enumerate(("UniPC", "DDIM"))),
+    ]
+    teachers.append(entry("teacher, 4 steps, DPM-Solver++", 7.0, 9.0))
+    assert compare.fronts(teachers) == {}
+    points = [entry("GNDMR, preference 0.1", 1.0, 2.0), entry("GNDMR, preference 0.4", 2.0, 3.0), entry("DMDR, preference 10", 2.0, 2.0)]
+    assert compare.fronts([*teachers, *points]) == {"GNDMR, preference": 3.0, "DMDR, preference": 1.0}
+
+
 def test_every_row_can_be_built_and_names_a_baseline_before_it(tmp_path):
     names = []
     plan = compare.Plan(tmp_path, 1, 1, 2, 1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Denoiser, guide, target, to_x0
+from fewstep.guidance import Curve
 from fewstep.losses import denoising
 from fewstep.schedule import Schedule, bcast
 from fewstep.transforms import group_mean, scale_direction
@@ -65,7 +66,8 @@ class DistributionMatching:
         none     1
       times n(t)^-gamma, with n(t) = sigma / sqrt(alpha^2 + sigma^2) the denoising scale of unit-variance data at that level:
       gamma = 0 keeps the raw size of the difference over noise levels, gamma = 1 evens it out.
-    score: one draw of eq. (4) with t uniform on t_range, from the unguided conditional teacher, and
+    score: one draw of eq. (4) with t uniform on t_range, from the unguided conditional teacher (a guided one is no density's
+        denoiser, unless its guidance is calibrated), and
         score_weight "likelihood"  W = 1: log p/q of x0, whose draws at low noise are huge
                      "matching"    W_t = integral of w from t_min to t, for the w = 1 / SNR of a direction that keeps its raw size
                                    over noise levels: the value of (2) that the direction ascends (up to the group's scale), and
@@ -82,7 +84,7 @@ class DistributionMatching:
         fake: Denoiser,
         schedule: Schedule,
         *,
-        guidance: float = 1.0,
+        guidance: float | Curve = 1.0,
         normalize: Normalize = "group",
         leave_one_out: bool = False,
         gamma: float = 0.0,
@@ -158,7 +160,10 @@ class DistributionMatching:
             conditional = guided = self.teacher(xt, t, cond)
         else:
             conditional, unconditional = self.teacher.pair(xt, t, cond)
-            guided = guide(conditional, unconditional, self.guidance)
+            scale = self.guidance(t) if isinstance(self.guidance, Curve) else self.guidance
+            guided = guide(conditional, unconditional, scale)
+            if isinstance(self.guidance, Curve):  # a calibrated teacher is the denoiser of its samples' density, so the score means it too
+                conditional = guided
         fake = self.fake(xt, t, self.fake_cond(cond, k))
         for name, value in (("teacher", guided), ("fake", fake)):
             if not bool(torch.isfinite(value).all()):
