@@ -26,11 +26,11 @@ commands:
 
 `fewstep COMMAND --help` lists a command's options; `fewstep --version` prints the version."""
 
-RUN_FILES = ("checkpoints", "samples", "tensorboard", "config.yaml", "guidance.json", "metrics.jsonl", "samples.png", "evaluation.json",
+RUN_FILES = ("checkpoints", "samples", "tensorboard", "config.yaml", "metrics.jsonl", "samples.png", "evaluation.json",
              "README.md", "model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "feature_extractor",
              "pytorch_lora_weights.safetensors")  # fmt: skip
 # what may differ between a run and its continuation
-FREE_ON_RESUME = ("updates", "save_every", "sample_every", "evaluate", "resume", "overwrite", "output", "device")
+FREE_ON_RESUME = ("updates", "teacher_guidance", "save_every", "sample_every", "evaluate", "resume", "overwrite", "output", "device")
 
 
 class UserError(Exception):
@@ -380,43 +380,14 @@ def make_terms(config: Config, roles: Any, functions: dict[str, Any]) -> dict[st
     return terms
 
 
-CALIBRATION = 128  # samples of the teacher that its guidance inside R_dm is fitted to
-
-
-def guidance_curve(config: Config, backbone: Any, prompts: list[str]) -> Any:
-    """The scale at each noise level at which the guided teacher is the best denoiser of its own samples; the embedded teacher brings it."""
-    import random
-
-    import torch
-
-    from fewstep import world
-    from fewstep.guidance import Curve, calibrate
-
-    if config.teacher == "world" and config.teacher_guidance == world.TEACHER_GUIDANCE:
-        return Curve(**world.guidance())
-    print(f"calibrating the guidance inside R_dm on {CALIBRATION} samples of the teacher", flush=True)
-    chosen = random.Random(config.seed).choices(prompts, k=CALIBRATION)
-    x0 = backbone.draw_latents(chosen, steps=world.TEACHER_STEPS, guidance=config.teacher_guidance, seed=config.seed)
-    teacher = backbone.denoiser(backbone.network())
-    generator = torch.Generator().manual_seed(config.seed)
-    try:
-        return calibrate(teacher, backbone.schedule(), x0, backbone.encode(chosen), generator=generator)
-    except ValueError as error:
-        raise UserError(f"matching.guidance: {error}; give a number") from error
-
-
-def build(
-    config: Config, prompts: list[str], source: str, functions: dict[str, Any] | None = None, curve: dict[str, Any] | None = None
-) -> Run:
+def build(config: Config, prompts: list[str], source: str, functions: dict[str, Any] | None = None) -> Run:
     """Make teacher, student, fake, rewards and trainer from a config. Deterministic given `config.seed`.
 
-    functions: rewards of the caller's own, by the name that `config.reward` weighs them under; curve: the calibrated guidance of the
-    same run begun earlier.
+    functions: rewards of the caller's own, by the name that `config.reward` weighs them under.
     """
     import torch
 
     from fewstep import models
-    from fewstep.guidance import Curve
     from fewstep.prompts import Batches
     from fewstep.rewards.distribution import DistributionMatching
     from fewstep.student import Student
@@ -433,15 +404,10 @@ def build(
         raise UserError(f"teacher: {error}") from error
     except ValueError as error:
         raise UserError(f"steps: {error}") from error
-    guidance: Any = config.matching.guidance
-    if guidance == "calibrated":
-        # a teacher that samples without guidance is its own density's denoiser
-        guidance = 1.0 if config.teacher_guidance == 1 else Curve(**curve) if curve else guidance_curve(config, backbone, prompts)
     conditioned = config.fake.condition == "step" and config.steps > 1
     roles = backbone.roles(lora_rank=config.lora_rank, fake_steps=config.steps if conditioned else 0)
     schedule = backbone.schedule()
-    settings = dataclasses.asdict(config.matching) | {"guidance": guidance}
-    matching = DistributionMatching(roles.teacher, roles.fake, schedule, **settings, step_condition=conditioned)
+    matching = DistributionMatching(roles.teacher, roles.fake, schedule, **dataclasses.asdict(config.matching), step_condition=conditioned)
     fake = config.fake
     term = Term(
         matching, roles.fake_parameters, lr=fake.lr, decay=fake.decay, betas=fake.betas, updates=fake.updates,
@@ -495,12 +461,8 @@ def distill(config: Config, functions: dict[str, Any] | None = None) -> int:
         else:
             folder, state = found
             print(f"going on from {folder.name}")
-    kept = output / "guidance.json"
-    run = build(config, prompts, source, functions, json.loads(kept.read_text()) if config.resume and kept.is_file() else None)
+    run = build(config, prompts, source, functions)
     config = run.config
-    found = run.trainer.terms["dm"].reward.guidance
-    if not isinstance(found, float):
-        kept.write_text(json.dumps(vars(found)))  # its own samples need not be drawn again when the run goes on
     print(f"training on {config.device} in {config.precision}")
     cut = run.backbone.cut(prompts)
     if cut:
@@ -510,8 +472,8 @@ def distill(config: Config, functions: dict[str, Any] | None = None) -> int:
             run.trainer.load_state(state)
         except checkpoint.DamagedCheckpoint as error:
             raise UserError(f"resume: {error}") from error
-    plain = as_plain(config) | {"resume": False, "overwrite": False}  # of this call, not of the run
-    (output / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+    kept = as_plain(config) | {"resume": False, "overwrite": False}  # of this call, not of the run
+    (output / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False))
     if not train(run, output, prompts):
         return 130
     finish(run, output, source, prompts)
@@ -590,14 +552,6 @@ def draw_progress(run: Run, output: Path, prompts: list[str]) -> None:
     grid.save({title: sample_grid(pipe, prompts, steps=steps)}, prompts, output / "samples" / f"update-{trainer.update:08d}.png")
 
 
-def guidance_in_words(guidance: Any, sampled: float) -> str:
-    """The teacher's guidance inside R_dm, for the student's card."""
-    if isinstance(guidance, (int, float)):
-        return f"teacher guidance {guidance:g}"
-    ends = ", ".join(f"{guidance.values[i]:.2f} at t = {guidance.times[i]:g}" for i in (0, -1))
-    return f"teacher guidance calibrated to its samples at {sampled:g} ({ends})"
-
-
 def rewards_in_words(config: Config, weights: dict[str, float]) -> str:
     """What else pushed the student, for its card."""
     if not config.reward:
@@ -639,7 +593,7 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
         license="apache-2.0" if config.teacher == "world" else None,
         steps=config.steps,
         times=[int(t) for t in pipe.scheduler.timesteps],
-        guidance=guidance_in_words(trainer.terms["dm"].reward.guidance, config.teacher_guidance),
+        guidance=config.matching.guidance,
         rewards=rewards_in_words(config, trainer.weights.now()),
         updates=trainer.update,
         normalize=config.matching.normalize,

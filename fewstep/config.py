@@ -24,14 +24,14 @@ class StudentConfig:
 
 @dataclass
 class FakeConfig:
-    lr: float = 4e-4
+    lr: float = 3e-4
     """Learning rate of the fake (AdamW)."""
     decay: float = 1.0
     """Share of the run, at its end, over which the fake's learning rate falls linearly to zero (0: constant). Falling with the
     student's, it lets the fake average over more of the student's outputs as they move less."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Adam betas of the fake."""
-    updates: int = 2
+    updates: int = 4
     """Fake updates per student update (two time-scale rule)."""
     on: Literal["all", "last"] = "all"
     """Whether the fake learns the student's predictions at all K steps or only the finished samples."""
@@ -43,9 +43,12 @@ class FakeConfig:
 
 @dataclass
 class MatchingConfig:
-    guidance: float | Literal["calibrated"] = "calibrated"
-    """Guidance scale of the teacher inside R_dm: one number, or calibrated, the scale at each noise level at which the guided teacher is
-    the best denoiser of the samples it draws at `teacher_guidance` itself (measured before the first update)."""
+    guidance: float = 2.5
+    """Guidance scale of the teacher inside R_dm. It acts on densities at every noise level, which pulls harder than the same scale
+    does in a sampler."""
+    rescale: float = 0.0
+    """Share of the way by which a guided prediction inside R_dm goes back to the contrast of the unguided one: guidance inflates it at
+    high noise."""
     normalize: Literal["group", "sample", "batch", "channel", "none"] = "group"
     """What eq. (5) divides by: group is GNDM, sample is DMD."""
     leave_one_out: bool = False
@@ -118,7 +121,7 @@ class Config:
     output: str = "out"
     """Folder for the student and everything the run leaves behind."""
     teacher_guidance: float = 3.0
-    """Guidance scale of the teacher's own pictures: what the student is to match, and what it is compared with."""
+    """Guidance scale of the teacher's own pictures, which the student is compared with."""
     steps: int = 4
     """Steps of the student."""
     updates: int = 400
@@ -183,6 +186,7 @@ class Config:
             (self.fake.lr > 0, "fake.lr", f"must be positive, got {self.fake.lr}"),
             (0 <= self.fake.decay <= 1, "fake.decay", f"must lie in [0, 1], got {self.fake.decay}"),
             (self.fake.updates >= 0, "fake.updates", f"must be 0 or more, got {self.fake.updates}"),
+            (0 <= self.matching.rescale <= 1, "matching.rescale", f"must lie in [0, 1], got {self.matching.rescale}"),
             (0 <= self.matching.gamma <= 1, "matching.gamma", f"must lie in [0, 1], got {self.matching.gamma}"),
             (0 < low < high <= 1, "matching.t_range", f"must satisfy 0 < low < high <= 1, got {low}, {high}"),
             (not self.matching.leave_one_out or self.group_size > 1, "matching.leave_one_out", "needs group_size of at least 2"),

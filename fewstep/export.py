@@ -26,7 +26,7 @@ def model_card(
     license: str | None,
     steps: int,
     times: list[int],
-    guidance: str,
+    guidance: float,
     rewards: str,
     updates: int,
     normalize: str,
@@ -52,7 +52,7 @@ def model_card(
 
 # {steps}-step student of {teacher}
 
-Distilled with fewstep by {method}: {updates} updates, {guidance}, {rewards}. The guidance is distilled in: sample
+Distilled with fewstep by {method}: {updates} updates, teacher guidance {guidance:g}, {rewards}. The guidance is distilled in: sample
 with `guidance_scale=1`.
 
 ![rows: prompts; columns: teacher, teacher at {steps} steps, student](samples.png)

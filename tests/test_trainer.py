@@ -11,7 +11,7 @@ from fewstep.prompts import read
 
 OPTIONS = [
     *("--groups", "2", "--group-size", "2", "--reuse.rollout", "3", "--save-every", "100"),
-    *("--student.lr", "1e-3", "--fake.condition", "step", "--matching.guidance", "2.5"),
+    *("--student.lr", "1e-3", "--fake.condition", "step"),
 ]
 
 

@@ -151,20 +151,6 @@ class StableDiffusion:
         """Text conditions, one row per prompt. Each prompt is encoded alone, so that its row does not depend on its batch."""
         return {"prompt_embeds": torch.stack([self._encode(prompt) for prompt in prompts])}
 
-    @torch.no_grad()
-    def draw_latents(self, prompts: list[str], *, steps: int, guidance: float, seed: int, batch: int = 32) -> Tensor:
-        """The teacher's own samples (N, C, H, W) before decoding, through the stock pipeline and its scheduler, one for each prompt.
-
-        Before `roles` is called: adapters that it adds are on in the pipeline.
-        """
-        generator = torch.Generator().manual_seed(seed)  # on the CPU: the same noise on every device
-        drawn = []
-        for start in range(0, len(prompts), batch):
-            chunk = prompts[start : start + batch]
-            out = self.pipe(chunk, num_inference_steps=steps, guidance_scale=guidance, generator=generator, output_type="latent")
-            drawn.append(out.images)
-        return torch.cat(drawn)
-
     def decode(self, x0: Tensor) -> Tensor:
         """Latents -> images (B, 3, H, W) in [0, 1], as the stock pipeline does; differentiable."""
         vae = self.pipe.vae
@@ -201,10 +187,6 @@ class StableDiffusion:
     def times(self, steps: int) -> Tensor:
         """(K,) float64, decreasing from 1, read from the scheduler that is exported."""
         return self.schedule().t_of(self.scheduler(steps).timesteps.double().cpu())
-
-    def network(self) -> Network:
-        """The teacher's own, as `denoiser` takes it; for use before `roles`."""
-        return Network(self.pipe.unet)
 
     def denoiser(self, network: nn.Module) -> Denoiser:
         return Denoiser(network, self.schedule(), self.prediction, uncond=self.encode([""]))

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Denoiser, guide, target, to_x0
-from fewstep.guidance import Curve
 from fewstep.losses import denoising
 from fewstep.schedule import Schedule, bcast
 from fewstep.transforms import group_mean, scale_direction
@@ -66,8 +65,7 @@ class DistributionMatching:
         none     1
       times n(t)^-gamma, with n(t) = sigma / sqrt(alpha^2 + sigma^2) the denoising scale of unit-variance data at that level:
       gamma = 0 keeps the raw size of the difference over noise levels, gamma = 1 evens it out.
-    score: one draw of eq. (4) with t uniform on t_range, from the unguided conditional teacher (a guided one is no density's
-        denoiser, unless its guidance is calibrated), and
+    score: one draw of eq. (4) with t uniform on t_range, from the unguided conditional teacher, and
         score_weight "likelihood"  W = 1: log p/q of x0, whose draws at low noise are huge
                      "matching"    W_t = integral of w from t_min to t, for the w = 1 / SNR of a direction that keeps its raw size
                                    over noise levels: the value of (2) that the direction ascends (up to the group's scale), and
@@ -84,7 +82,8 @@ class DistributionMatching:
         fake: Denoiser,
         schedule: Schedule,
         *,
-        guidance: float | Curve = 1.0,
+        guidance: float = 1.0,
+        rescale: float = 0.0,
         normalize: Normalize = "group",
         leave_one_out: bool = False,
         gamma: float = 0.0,
@@ -107,6 +106,7 @@ class DistributionMatching:
         if leave_one_out and draws > 1:
             raise ValueError("leave_one_out needs draws=1: another draw of the same sample is not another sample")
         self.teacher, self.fake, self.schedule, self.draws = teacher, fake, schedule, draws
+        self.rescale = rescale
         self.guidance, self.normalize, self.leave_one_out, self.gamma = guidance, normalize, leave_one_out, gamma
         self.t_range, self.levels, self.step_condition = (float(t_range[0]), float(t_range[1])), levels, step_condition
         if score_weight not in get_args(ScoreWeight):
@@ -160,10 +160,7 @@ class DistributionMatching:
             conditional = guided = self.teacher(xt, t, cond)
         else:
             conditional, unconditional = self.teacher.pair(xt, t, cond)
-            scale = self.guidance(t) if isinstance(self.guidance, Curve) else self.guidance
-            guided = guide(conditional, unconditional, scale)
-            if isinstance(self.guidance, Curve):  # a calibrated teacher is the denoiser of its samples' density, so the score means it too
-                conditional = guided
+            guided = guide(conditional, unconditional, self.guidance, rescale=self.rescale)
         fake = self.fake(xt, t, self.fake_cond(cond, k))
         for name, value in (("teacher", guided), ("fake", fake)):
             if not bool(torch.isfinite(value).all()):

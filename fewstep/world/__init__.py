@@ -21,11 +21,6 @@ def prompts(split: str) -> list[str]:
     return json.loads((ASSETS / "prompts.json").read_text())[split]
 
 
-def guidance() -> dict[str, list[float]]:
-    """Times and values of the embedded teacher's calibrated guidance (see fewstep.guidance), of its samples at TEACHER_GUIDANCE."""
-    return json.loads((ASSETS / "guidance.json").read_text())
-
-
 def scorers(assets: Path = ASSETS, *, device: str = "cpu") -> dict[str, Any]:
     """The world's CLIPScores and PickScore by name, those that judge among them."""
     from fewstep.rewards.clip import CLIPScore, PickScore

@@ -23,8 +23,6 @@ from fewstep import world
 from fewstep.evaluate import protocol
 from fewstep.evaluate.distances import frechet, precision_recall
 from fewstep.evaluate.features import clip_features
-from fewstep.guidance import Curve, calibrate
-from fewstep.models.sd import StableDiffusion
 from fewstep.rewards.clip import CLIPScore
 from fewstep.world import pictures as data
 from fewstep.world import scorers, teacher, text, vae
@@ -199,16 +197,6 @@ def measure(pictures: list[data.Picture], pipe: StableDiffusionPipeline, models:
     }
 
 
-def calibrated_guidance(assets: Path, samples: int = 512) -> Curve:
-    """What R_dm takes for the teacher's guidance at each noise level, fitted to samples of training prompts."""
-    backbone = StableDiffusion.load(str(assets / "teacher"), device=str(device()))
-    chosen = random.Random(0).choices(json.loads((assets / "prompts.json").read_text())["train"], k=samples)
-    x0 = backbone.draw_latents(chosen, steps=world.TEACHER_STEPS, guidance=world.TEACHER_GUIDANCE, seed=0)
-    teacher = backbone.denoiser(backbone.network())
-    curve = calibrate(teacher, backbone.schedule(), x0, backbone.encode(chosen), generator=torch.Generator().manual_seed(0))
-    return Curve(curve.times, [round(value, 4) for value in curve.values])
-
-
 def count(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
@@ -247,7 +235,6 @@ def main() -> None:
         images_per_prompt=world.IMAGES_PER_PROMPT,
         device=str(device()),
     )
-    (assets / "guidance.json").write_text(json.dumps(vars(calibrated_guidance(assets)), indent=1) + "\n")
     (assets / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     print(json.dumps(card, indent=1))
 
