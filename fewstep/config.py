@@ -46,9 +46,6 @@ class MatchingConfig:
     guidance: float = 2.5
     """Guidance scale of the teacher inside R_dm. It acts on densities at every noise level, which pulls harder than the same scale
     does in a sampler."""
-    rescale: float = 0.0
-    """Share of the way by which a guided prediction inside R_dm goes back to the contrast of the unguided one: guidance inflates it at
-    high noise."""
     normalize: Literal["group", "sample", "batch", "channel", "none"] = "group"
     """What eq. (5) divides by: group is GNDM, sample is DMD."""
     leave_one_out: bool = False
@@ -124,7 +121,7 @@ class Config:
     """Guidance scale of the teacher's own pictures, which the student is compared with."""
     steps: int = 4
     """Steps of the student."""
-    updates: int = 400
+    updates: int = 340
     """Student updates in all."""
     group_size: int = 2
     """Samples per prompt (G); eq. (5) takes its scale over them."""
@@ -186,7 +183,6 @@ class Config:
             (self.fake.lr > 0, "fake.lr", f"must be positive, got {self.fake.lr}"),
             (0 <= self.fake.decay <= 1, "fake.decay", f"must lie in [0, 1], got {self.fake.decay}"),
             (self.fake.updates >= 0, "fake.updates", f"must be 0 or more, got {self.fake.updates}"),
-            (0 <= self.matching.rescale <= 1, "matching.rescale", f"must lie in [0, 1], got {self.matching.rescale}"),
             (0 <= self.matching.gamma <= 1, "matching.gamma", f"must lie in [0, 1], got {self.matching.gamma}"),
             (0 < low < high <= 1, "matching.t_range", f"must satisfy 0 < low < high <= 1, got {low}, {high}"),
             (not self.matching.leave_one_out or self.group_size > 1, "matching.leave_one_out", "needs group_size of at least 2"),

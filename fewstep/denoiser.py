@@ -52,17 +52,9 @@ def score(x0: Tensor, xt: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     return (bcast(alpha, xt) * x0 - xt) / bcast(sigma, xt) ** 2
 
 
-def guide(conditional: Tensor, unconditional: Tensor, guidance: float, *, rescale: float = 0.0) -> Tensor:
-    """Classifier-free guidance D_u + w (D_c - D_u) (Ho and Salimans, arXiv 2207.12598).
-
-    rescale: the share, in [0, 1], of the way back to the standard deviation that each sample's D_c has (Lin et al., arXiv 2305.08891,
-    eqs. (15) and (16), there in v): at high noise guidance otherwise inflates contrast. D_c, D_u (B, C, H, W).
-    """
-    guided = unconditional + guidance * (conditional - unconditional)
-    if rescale == 0:
-        return guided
-    factor = conditional.flatten(1).std(1) / guided.flatten(1).std(1)
-    return guided * bcast(rescale * factor + (1 - rescale), guided)
+def guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance D_u + w (D_c - D_u) (Ho and Salimans, arXiv 2207.12598)."""
+    return unconditional + guidance * (conditional - unconditional)
 
 
 Cond = dict[str, Tensor]

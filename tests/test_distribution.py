@@ -6,7 +6,7 @@ import torch
 from gaussians import Affine, D, flat, gaussian_denoiser, joint_points, marginal, scaled, sigma_points, spd, unflat, vector
 
 from fewstep import losses
-from fewstep.denoiser import Denoiser, guide
+from fewstep.denoiser import Denoiser
 from fewstep.rewards.base import OnlineReward
 from fewstep.rewards.distribution import DistributionMatching, noise_levels, rank_in_group
 from fewstep.schedule import DDPM, Flow
@@ -221,11 +221,6 @@ def test_guidance_pushes_along_the_condition():
     torch.testing.assert_close(guided.direction - plain.direction, 2 * difference)
     torch.testing.assert_close(guided.score, plain.score)
     torch.testing.assert_close(plain.direction, conditional(plain.xt, t, {}) - fake(plain.xt, t, {}))
-    options = {"guidance": 3.0, "rescale": 0.6, "normalize": "none"}
-    rescaled = DistributionMatching(teacher, fake, Flow(), **options).evaluate(x0, cond, group, t=t, noise=eps)
-    target = guide(conditional(plain.xt, t, {}), unconditional(plain.xt, t, {}), 3.0, rescale=0.6)
-    torch.testing.assert_close(rescaled.direction, target - fake(plain.xt, t, {}))
-    torch.testing.assert_close(rescaled.score, plain.score)
 
 
 def test_strata_cover_the_range_once_a_group():

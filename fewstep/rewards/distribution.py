@@ -83,7 +83,6 @@ class DistributionMatching:
         schedule: Schedule,
         *,
         guidance: float = 1.0,
-        rescale: float = 0.0,
         normalize: Normalize = "group",
         leave_one_out: bool = False,
         gamma: float = 0.0,
@@ -106,7 +105,6 @@ class DistributionMatching:
         if leave_one_out and draws > 1:
             raise ValueError("leave_one_out needs draws=1: another draw of the same sample is not another sample")
         self.teacher, self.fake, self.schedule, self.draws = teacher, fake, schedule, draws
-        self.rescale = rescale
         self.guidance, self.normalize, self.leave_one_out, self.gamma = guidance, normalize, leave_one_out, gamma
         self.t_range, self.levels, self.step_condition = (float(t_range[0]), float(t_range[1])), levels, step_condition
         if score_weight not in get_args(ScoreWeight):
@@ -160,7 +158,7 @@ class DistributionMatching:
             conditional = guided = self.teacher(xt, t, cond)
         else:
             conditional, unconditional = self.teacher.pair(xt, t, cond)
-            guided = guide(conditional, unconditional, self.guidance, rescale=self.rescale)
+            guided = guide(conditional, unconditional, self.guidance)
         fake = self.fake(xt, t, self.fake_cond(cond, k))
         for name, value in (("teacher", guided), ("fake", fake)):
             if not bool(torch.isfinite(value).all()):
