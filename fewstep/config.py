@@ -121,7 +121,7 @@ class Config:
     """Guidance scale of the teacher's own pictures, which the student is compared with."""
     steps: int = 4
     """Steps of the student."""
-    updates: int = 340
+    updates: int = 305
     """Student updates in all."""
     group_size: int = 2
     """Samples per prompt (G); eq. (5) takes its scale over them."""
