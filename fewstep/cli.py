@@ -732,7 +732,7 @@ def compare_command(arguments: list[str]) -> int:
     parser.add_argument(
         "--first-seed", type=int, default=100, help="settings were chosen on seeds below 100, so that none of those is reported"
     )
-    parser.add_argument("--evaluations", type=int, default=128_000, help="network evaluations of each student's training")
+    parser.add_argument("--evaluations", type=int, default=180_000, help="network evaluations of each student's training")
     parser.add_argument("--jobs", type=int, default=2, help="cells side by side, one thread each")
     parser.add_argument("--quick", action="store_true", help="a smoke version: two rows, one seed, a few updates")
     options = parser.parse_args(arguments)
