@@ -1,6 +1,6 @@
 """The README's table of the main job, from the evaluations that its runs left: `python docs/numbers.py` writes it between the markers.
 
-docs/results/distill.json and distill-60.json are the `evaluation.json` of `fewstep distill` and of a run of an hour.
+docs/results/distill.json is the `evaluation.json` of `fewstep distill`, distill-2050.json that of `fewstep distill --updates 2050`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = {"student, 4 steps, 10 minutes": "distill.json", "student, 4 steps, 60 minutes": "distill-60.json"}
+RUNS = {"**student, 4 steps**": "distill.json", "student, 4 steps, 2050 updates": "distill-2050.json"}
 BEGIN, END = "<!-- numbers: python docs/numbers.py -->", "<!-- end -->"
 LABELS = {
     "fd_clip_teacher": "FD-clip to teacher ↓",
