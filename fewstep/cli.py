@@ -340,6 +340,7 @@ def make_terms(config: Config, roles: Any, functions: dict[str, Any]) -> dict[st
     import torch
 
     from fewstep import world
+    from fewstep.cost import Counted
     from fewstep.rewards import REWARDS
     from fewstep.rewards.base import as_reward
     from fewstep.trainer import Term
@@ -348,7 +349,7 @@ def make_terms(config: Config, roles: Any, functions: dict[str, Any]) -> dict[st
     for name in config.reward:
         via = config.via.get(name, "pathwise")
         if name in functions:
-            terms[name] = Term(as_reward(functions[name], name), via=via)
+            terms[name] = Term(Counted(as_reward(functions[name], name)), via=via)
         elif name == "discriminator":
             from safetensors.torch import load_file
 
@@ -376,7 +377,7 @@ def make_terms(config: Config, roles: Any, functions: dict[str, Any]) -> dict[st
                 scorer = getattr(importlib.import_module(module), kind).load(folder, device=config.device)
             except (OSError, ValueError) as error:
                 raise UserError(f"scorer.{name}: {error}") from error
-            terms[name] = Term(scorer, via=via)
+            terms[name] = Term(Counted(scorer), via=via)
     return terms
 
 
@@ -388,6 +389,7 @@ def build(config: Config, prompts: list[str], source: str, functions: dict[str, 
     import torch
 
     from fewstep import models
+    from fewstep.cost import Counted
     from fewstep.prompts import Batches
     from fewstep.rewards.distribution import DistributionMatching
     from fewstep.student import Student
@@ -417,18 +419,20 @@ def build(config: Config, prompts: list[str], source: str, functions: dict[str, 
     weights = Fixed(config.reward)
     if own.mode == "adaptive":
         weights = Adaptive(config.reward, own.budget, own.warmup, eta=own.eta, cap=own.cap, lag_limit=own.lag_limit)
+    others, decoder = make_terms(config, roles, functions or {}), Counted(backbone.decode)
+    counted = {"student": roles.student, "teacher": roles.teacher, "fake": roles.fake, "decoder": decoder}
     trainer = Trainer(
         Student(roles.student, schedule, times),
         roles.student_parameters,
-        {"dm": term, **make_terms(config, roles, functions or {})},
+        {"dm": term, **others},
         Batches(prompts, config.groups, config.group_size, seed=config.seed),
         encode=backbone.encode,
-        decode=backbone.decode,
+        decode=decoder,
         latent_shape=backbone.latent_shape,
         config=config,
         device=device,
         weights=weights,
-        counted={"student": roles.student, "teacher": roles.teacher, "fake": roles.fake},
+        counted=counted | {name: other.reward for name, other in others.items() if isinstance(other.reward, Counted)},
     )
     return Run(config, backbone, roles, trainer)
 

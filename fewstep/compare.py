@@ -23,6 +23,7 @@ REFERENCE_SEED = 10_000  # of the teacher's sample that distances are taken to; 
 METRICS = ("fd_clip_data", "fd_clip_teacher", "clip", "clip-heldout", "preference", "utility", "precision", "recall", "diversity")
 LOWER_IS_BETTER = ("fd_clip_data", "fd_clip_teacher")
 MAIN_SEEDS, OTHER_SEEDS = 5, 3
+NETWORKS = ("student", "teacher", "fake")  # one evaluation of each costs the same: the budget of a cell
 
 
 class Row(NamedTuple):
@@ -177,13 +178,14 @@ def run_cell(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
     run = cli.build(config, world.prompts("train"), str(world.TEACHER))
     trainer, began, logs = run.trainer, time.perf_counter(), {}
     trace = []
-    spent: Callable[[], int] = lambda: sum(denoiser.cost for denoiser in trainer.counted.values())  # noqa: E731
+    spent: Callable[[], int] = lambda: sum(trainer.counted[name].cost for name in NETWORKS)  # noqa: E731
     trainer.progress = lambda: min(spent() / plan.evaluations, 1.0)  # a cell ends by its network evaluations, and so does its decay
     while spent() < plan.evaluations:
         logs = trainer.step()
         trace.append({key: value for key, value in logs.items() if key.startswith("weights/") or key.endswith(("/score", "/lag", "/ess"))})
     training_seconds = time.perf_counter() - began
-    costs = {name: denoiser.cost for name, denoiser in trainer.counted.items()}
+    costs = {name: counted.cost for name, counted in trainer.counted.items()}
+    unit = flops_of_a_pass(run)
     judged = {"judge": judged_kl(run, plan.judge_updates)} if config.weights.mode == "adaptive" else {}
     pipe = run.backbone.student_pipeline(run.roles, trainer.averaged(), config.steps)
     with torch.no_grad():
@@ -192,11 +194,32 @@ def run_cell(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
         "metrics": measure(plan, observed) | {"network_evaluations": float(config.steps)},
         "updates": trainer.update,
         "costs": costs,
+        "flops": {name: cost * unit[name] for name, cost in costs.items()},
         "fd_clip_teacher_per_step": fd_per_step(plan, run, seed),
         "training_seconds": training_seconds,
         "trace": trace,
         **judged,
     }
+
+
+def flops_of_a_pass(run: Any) -> dict[str, int]:
+    """Floating-point operations of one forward pass of one sample through each part that a run counts."""
+    import torch
+
+    from fewstep.cost import flops
+    from fewstep.types import Sample
+
+    trainer, prompt = run.trainer, ["a cat"]
+    latent, one, k = torch.zeros(1, *trainer.latent_shape), torch.full((1,), 0.5), torch.zeros(1, dtype=torch.long)
+    cond = trainer.encode(prompt) | {"step": k}
+    picture = run.backbone.decode(latent).detach()
+    seen = Sample(picture, one, k, cond, prompt, k, lambda x: x)  # a reward sees a picture; decoding it is counted apart
+    calls = {name: lambda name=name: getattr(run.roles, name).network(latent, one * 999, cond) for name in NETWORKS}
+    calls["decoder"] = lambda: run.backbone.decode(latent)
+    for name, counted in trainer.counted.items():
+        if name not in calls:
+            calls[name] = lambda counted=counted: counted.function(seen)
+    return {name: flops(call) for name, call in calls.items()}
 
 
 def judged_kl(run: Any, updates: int) -> dict[str, Any]:
@@ -334,6 +357,7 @@ def summarise(cells: list[dict[str, Any]], rows: tuple[Row, ...]) -> list[dict[s
         if "updates" in next(iter(own.values())):
             entry["updates"] = interval([cell["updates"] for cell in own.values()])[0]
             entry["training_seconds"] = interval([cell["training_seconds"] for cell in own.values()])[0]
+            entry["flops"] = interval([float(sum(cell["flops"].values())) for cell in own.values()])[0]
         other = by_row.get(baselines.get(name) or "", {})
         shared = sorted(set(own) & set(other))
         if shared:
@@ -353,17 +377,28 @@ def markdown(summary: list[dict[str, Any]], plan: Plan) -> str:
     """The table as Markdown, with what it was made with."""
     from fewstep.export import markdown_table
 
-    heads = ["", "seeds", "updates", *[protocol.LABELS[key].strip() for key in METRICS], "difference to", "FD to data", "FD to teacher"]
+    heads = [
+        "",
+        "seeds",
+        "updates",
+        "TFLOP",
+        *[protocol.LABELS[key].strip() for key in METRICS],
+        "difference to",
+        "FD to data",
+        "FD to teacher",
+    ]
     body = []
     for entry in summary:
         paired = [number(*entry["paired"][key]) if entry["paired"] else "" for key in ("fd_clip_data", "fd_clip_teacher")]
         cells = [number(*entry["metrics"][key]) for key in METRICS]
         updates = f"{entry['updates']:.0f}" if "updates" in entry else ""
-        body.append([entry["row"], str(len(entry["seeds"])), updates, *cells, entry["baseline"] or "", *paired])
+        cost = f"{entry['flops'] / 1e12:.1f}" if "flops" in entry else ""
+        body.append([entry["row"], str(len(entry["seeds"])), updates, cost, *cells, entry["baseline"] or "", *paired])
     n = plan.prompts * plan.images_per_prompt
     note = (
         f"Every student: {plan.evaluations} network evaluations of training (a backward counts two), measured on {n} pictures of held-out "
-        "prompts. ± is half a 95% t-interval over seeds; differences are paired by seed. FD-clip is not an FID."
+        "prompts. TFLOP: of the training, decoder and rewards with it. ± is half a 95% t-interval over seeds; differences are paired "
+        "by seed. FD-clip is not an FID."
     )
     areas = "; ".join(f"{method} {area:.4g}" for method, area in fronts(summary).items())
     if areas:

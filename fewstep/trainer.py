@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fewstep import checkpoint, importance, losses
 from fewstep.config import Config
-from fewstep.denoiser import Cond, Denoiser
+from fewstep.denoiser import Cond
 from fewstep.prompts import Batches
 from fewstep.rewards.base import Reward, RewardError
 from fewstep.student import Student
@@ -90,7 +90,7 @@ class Trainer:
     """Distils `student` along the directions of `terms`.
 
     encode: prompts -> conditions, one row each; decode: latents -> images; latent_shape: (C, H, W); weights: how the terms other
-    than the anchor join it; counted: denoisers by role, whose network evaluations are logged.
+    than the anchor join it; counted: denoisers by role and whatever else counts its passes, logged.
     One cycle: a rollout without gradient, then `reuse.rollout` evaluations of the rewards at its states (each state once, at a
     fresh noise level), each serving up to `reuse.evaluation` student updates; after each evaluation's updates the online
     rewards learn the rollout's predictions, `updates` times for every student update.
@@ -109,7 +109,7 @@ class Trainer:
         config: Config,
         device: torch.device | str = "cpu",
         weights: Fixed | Adaptive | None = None,
-        counted: dict[str, Denoiser] | None = None,
+        counted: dict[str, Any] | None = None,
     ):
         self.student, self.parameters, self.terms, self.batches = student, parameters, terms, batches
         self.encode, self.decode, self.latent_shape = encode, decode, latent_shape

@@ -10,7 +10,7 @@ from fewstep import cli, compare
 
 def cell(row, seed, fd):
     metrics = dict.fromkeys((*compare.METRICS, "network_evaluations", "seconds_per_image"), 1.0) | {"fd_clip_teacher": fd}
-    return {"row": row, "seed": seed, "metrics": metrics, "updates": 10, "training_seconds": 1.0}
+    return {"row": row, "seed": seed, "metrics": metrics, "updates": 10, "training_seconds": 1.0, "flops": {"student": 2}}
 
 
 def test_the_interval_is_students():
@@ -80,7 +80,9 @@ def test_a_quick_comparison_from_end_to_end_and_again(tmp_path, capsys):
     report = json.loads((folder / "compare.json").read_text())
     assert [row["row"] for row in report["rows"]][-2:] == ["DMD", "GNDM"] and report["rows"][-1]["paired"]
     students = [c for c in report["cells"] if "costs" in c]
-    assert all(sum(c["costs"].values()) >= 200 for c in students) and all("commit" in c and "machine" in c for c in report["cells"])
+    assert all(sum(c["costs"][name] for name in compare.NETWORKS) >= 200 for c in students) and all(
+        "commit" in c and "machine" in c for c in report["cells"]
+    )
     assert all(len(c["fd_clip_teacher_per_step"]) == 4 and min(c["fd_clip_teacher_per_step"]) > 0 for c in students)
     # the last step's prediction is the sample: drawn with other noise than the pipeline's, its distance is of the same size
     assert all(0.3 < c["fd_clip_teacher_per_step"][-1] / c["metrics"]["fd_clip_teacher"] < 3 for c in students)
@@ -99,3 +101,8 @@ def test_an_adaptive_cell_is_judged_by_a_fresh_fake(tmp_path):
     judged = cell["judge"]
     assert judged["budget"] > 0 and judged["gap"] == pytest.approx(judged["fresh"] - judged["own"])
     assert len(judged["heldout"]) == 5 and json.dumps(cell)
+    # two rewards share each decoded picture, and both go backward through it
+    costs, flops = cell["costs"], cell["flops"]
+    assert costs["clip"] == costs["preference"] == costs["decoder"] > 0 and costs["decoder"] % 3 == 0
+    assert flops["student"] / costs["student"] == flops["teacher"] / costs["teacher"] > 1e7
+    assert all(flops[name] > 0 for name in ("decoder", "clip", "preference"))

@@ -1,0 +1,41 @@
+"""What a run costs, counted by kind: passes of one sample, and the floating-point operations that one pass stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class Counted:
+    """A function of a batch, or a reward of a sample, that counts what goes through it.
+
+    Its first argument is a tensor (B, ...) or has one in `.x0`; a pass counts as a backward one too where that tensor asks for a gradient.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+        self.forwards, self.backwards = 0, 0  # in samples
+
+    def __call__(self, batch: Any, *rest: Any) -> Any:
+        value: Tensor = batch if isinstance(batch, Tensor) else batch.x0
+        self.forwards += len(value)
+        self.backwards += len(value) * (value.requires_grad and torch.is_grad_enabled())
+        return self.function(batch, *rest)
+
+    @property
+    def cost(self) -> int:
+        """In forward passes of one sample; a backward costs two."""
+        return self.forwards + 2 * self.backwards
+
+
+@torch.no_grad()
+def flops(function: Callable[[], Any]) -> int:
+    """Floating-point operations of one call (a multiplication and an addition are two), by torch's own counter: matrix products,
+    convolutions and attention; what is done element by element is not in it."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()

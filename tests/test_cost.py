@@ -1,0 +1,26 @@
+"""What is counted, and in which unit."""
+
+import torch
+from torch import nn
+
+from fewstep.cost import Counted, flops
+from fewstep.types import Sample
+
+
+def test_passes_are_counted_in_samples_and_backward_ones_where_a_gradient_is_wanted():
+    double = Counted(lambda x: 2 * x)
+    assert torch.equal(double(torch.ones(3, 2)), 2 * torch.ones(3, 2))
+    double(torch.ones(5, 2, requires_grad=True))
+    with torch.no_grad():
+        double(torch.ones(7, 2, requires_grad=True))
+    assert (double.forwards, double.backwards, double.cost) == (15, 5, 25)
+    k = torch.zeros(4, dtype=torch.long)
+    reward = Counted(lambda sample: len(sample.prompts))
+    assert reward(Sample(torch.ones(4, 1, 1, 1), torch.ones(4), k, {}, ["a"] * 4, k, lambda x: x)) == 4
+    assert reward.cost == 4
+
+
+def test_flops_of_a_convolution_and_a_product_by_hand():
+    convolution, linear = nn.Conv2d(3, 5, 3, padding=1), nn.Linear(7, 11)
+    assert flops(lambda: convolution(torch.ones(1, 3, 8, 8))) == 2 * 3 * 5 * 9 * 64
+    assert flops(lambda: linear(torch.ones(2, 7))) == 2 * 2 * 7 * 11
