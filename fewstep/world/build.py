@@ -114,7 +114,8 @@ def save_teacher(pipe: StableDiffusionPipeline, folder: Path) -> None:
     config = json.loads(path.read_text())
     config["dtype"] = "float32"
     path.write_text(json.dumps(config, indent=2) + "\n")
-    for config_file in folder.glob("*/config.json"):  # the folder that a part was read from is nobody's business
+    # the folder that a part was read from is nobody's business
+    for config_file in (folder / "model_index.json", *folder.glob("*/config.json")):
         content = json.loads(config_file.read_text())
         content.pop("_name_or_path", None)
         config_file.write_text(json.dumps(content, indent=2) + "\n")
