@@ -26,8 +26,8 @@ commands:
 
 `fewstep COMMAND --help` lists a command's options; `fewstep --version` prints the version."""
 
-RUN_FILES = ("checkpoints", "samples", "tensorboard", "config.yaml", "metrics.jsonl", "samples.png", "evaluation.json",
-             "README.md", "model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "feature_extractor",
+RUN_FILES = ("checkpoints", "samples", "tensorboard", "config.yaml", "metrics.jsonl", "samples.png", "evaluation.json", "README.md",
+             "model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "feature_extractor",
              "pytorch_lora_weights.safetensors")  # fmt: skip
 # what may differ between a run and its continuation
 FREE_ON_RESUME = ("updates", "teacher_guidance", "save_every", "sample_every", "evaluate", "resume", "overwrite", "output", "device")

@@ -1,4 +1,4 @@
-"""The README's table of the main job, from the evaluations that its runs left: `python docs/numbers.py` writes it between the markers.
+"""The README's table of the main job, from the evaluations that its runs left: `python docs/readme_table.py` writes it between the markers.
 
 docs/results/distill.json is the `evaluation.json` of `fewstep distill`, distill-2050.json that of `fewstep distill --updates 2050`.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from fewstep.export import markdown_table
+
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {"**student, 4 steps**": "distill.json", "student, 4 steps, 2050 updates": "distill-2050.json"}
-BEGIN, END = "<!-- numbers: python docs/numbers.py -->", "<!-- end -->"
+BEGIN, END = "<!-- numbers: python docs/readme_table.py -->", "<!-- end -->"
 LABELS = {
     "fd_clip_teacher": "FD-clip to teacher ↓",
     "fd_clip_data": "FD-clip to held-out data ↓",
@@ -37,10 +39,8 @@ def table() -> str:
     columns = {name: report["rows"][0] for name, report in reports.items()}
     first = next(iter(reports.values()))
     columns |= {row["name"]: row for row in (first["rows"][1], next(r for r in first["rows"] if r["name"] == first["best_solver"]))}
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for key, label in LABELS.items():
-        lines.append(f"| {label} | {' | '.join(cell(row['metrics'][key]) for row in columns.values())} |")
-    return "\n".join(lines)
+    rows = [[label, *(cell(row["metrics"][key]) for row in columns.values())] for key, label in LABELS.items()]
+    return markdown_table(["", *columns], rows)
 
 
 def written(readme: str) -> str:
