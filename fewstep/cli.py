@@ -730,8 +730,7 @@ def compare_command(arguments: list[str]) -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("compare"), help="folder for the cells, the table and the plots; a second call goes on"
     )
-    parser.add_argument("--rows", nargs="*", default=None, metavar="NAME", help="rows to make (default: all; `--rows list` names them)")
-    parser.add_argument("--pareto", action="store_true", help="also the weights of GNDMR and DMDR that the Pareto plot needs")
+    parser.add_argument("--rows", nargs="+", default=["table"], metavar="NAME", help="rows to make (default: the table's; `--rows list` names all)")
     parser.add_argument("--seeds", type=int, default=None, help="seeds of every row (default: 5 for the main rows, 3 for the rest)")
     parser.add_argument(
         "--first-seed", type=int, default=100, help="settings were chosen on seeds below 100, so that none of those is reported"
@@ -740,20 +739,18 @@ def compare_command(arguments: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="cells side by side, one thread each")
     parser.add_argument("--quick", action="store_true", help="a smoke version: two rows, one seed, a few updates")
     options = parser.parse_args(arguments)
-    known = {row.name: row for row in table.ROWS}
+    known, sets = table.EVERY_ROW, {"table": table.ROWS, "pareto": table.PARETO, "grid": table.GRID}
     if options.rows == ["list"]:
-        print("\n".join(known))
+        print("\n".join(f"{name}: {len(rows)} rows" for name, rows in sets.items()), *known, sep="\n")
         return 0
-    rows = tuple(known.values()) + (table.PARETO if options.pareto else ())
-    if options.rows is not None:
-        for name in options.rows:
-            if name not in known:
-                raise UserError(f"--rows: unknown row {name!r}{nearest(name, known)}")
-        rows = tuple(known[name] for name in options.rows) + (table.PARETO if options.pareto else ())
+    for name in options.rows:
+        if name not in known and name not in sets:
+            raise UserError(f"--rows: unknown row {name!r}{nearest(name, (*sets, *known))}")
+    rows = tuple(row for name in options.rows for row in sets.get(name, (known.get(name),)))
     for name, value in (("seeds", options.seeds), ("evaluations", options.evaluations), ("jobs", options.jobs)):
         if value is not None and value < 1:
             raise UserError(f"--{name}: must be at least 1, got {value}")
-    plan = table.Plan(options.output, options.evaluations, images_per_prompt=4, prompts=128, threads=1)
+    plan = table.Plan(options.output, options.evaluations, images_per_prompt=world.IMAGES_PER_PROMPT, prompts=128, threads=1)
     if options.quick:
         small = ("--groups", "2", "--group-size", "2")
         plan = dataclasses.replace(plan, evaluations=200, images_per_prompt=3, prompts=24, options=small)

@@ -67,6 +67,20 @@ PARETO = tuple(
     )
     for weight in weights
 )
+# where the settings of DMD and GNDM were chosen, for each guidance: on seeds below 100, one a setting
+GRID = tuple(
+    Row(
+        f"{recipe.upper()}, guidance {guidance:g}, rate {rate:g}, gamma {gamma:g}",
+        (recipe, f"--matching.guidance={guidance:g}", f"--student.lr={rate:g}", f"--matching.gamma={gamma:g}"),
+        None,
+        1,
+    )
+    for guidance in (2.5, 1)
+    for rate in (2e-4, 4e-4, 1e-4)
+    for gamma in (0, 1)
+    for recipe in ("dmd", "gndm")
+)
+EVERY_ROW = {row.name: row for row in (*ROWS, *PARETO, *GRID)}
 
 
 @dataclass(frozen=True)
@@ -287,8 +301,8 @@ def stamp_of(plan: Plan, row: str, seed: int) -> dict[str, Any]:
     """What a cell's numbers were made with; a kept cell with another stamp is not used."""
     from fewstep import cli, world
 
-    rows = {r.name: r for r in (*ROWS, *PARETO)}
-    recipe = "teacher" if row in TEACHER_ROWS else protocol.sha256(cli.as_plain(cell_config(plan, rows[row], seed)) | {"output": ""})
+    config = None if row in TEACHER_ROWS else cell_config(plan, EVERY_ROW[row], seed)
+    recipe = "teacher" if config is None else protocol.sha256(cli.as_plain(config) | {"output": ""})
     return {
         "config": recipe,
         "prompts": protocol.sha256(world.prompts("evaluate")[: plan.prompts]),
@@ -323,7 +337,7 @@ def make_cell(plan: Plan, row: str, seed: int) -> dict[str, Any]:
         solver = TEACHER_ROWS[row]
         cell = run_teacher_cell(plan, seed, steps=4 if solver else world.TEACHER_STEPS, solver=solver)
     else:
-        cell = run_cell(plan, next(r for r in (*ROWS, *PARETO) if r.name == row), seed)
+        cell = run_cell(plan, EVERY_ROW[row], seed)
     machine = f"{platform.machine()}, {plan.threads} threads, torch {protocol.version('torch')}, diffusers {protocol.version('diffusers')}"
     cell |= {"row": row, "seed": seed, "stamp": stamp_of(plan, row, seed), "commit": commit(), "machine": machine}
     protocol.replace(cell_path(plan, row, seed), lambda temporary: temporary.write_text(json.dumps(cell, indent=1)))
