@@ -730,7 +730,7 @@ def compare_command(arguments: list[str]) -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("compare"), help="folder for the cells, the table and the plots; a second call goes on"
     )
-    parser.add_argument("--rows", nargs="+", default=["table"], metavar="NAME", help="rows to make (default: the table's; `--rows list` names all)")
+    parser.add_argument("--rows", nargs="+", default=["table"], metavar="NAME", help="rows, or sets of rows, to make (list: names them)")
     parser.add_argument("--seeds", type=int, default=None, help="seeds of every row (default: 5 for the main rows, 3 for the rest)")
     parser.add_argument(
         "--first-seed", type=int, default=100, help="settings were chosen on seeds below 100, so that none of those is reported"
