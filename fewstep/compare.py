@@ -21,18 +21,20 @@ from fewstep.evaluate import protocol
 
 REFERENCE_SEED = 10_000  # of the teacher's sample that distances are taken to; cells draw with their own seeds
 METRICS = ("fd_clip_data", "fd_clip_teacher", "clip", "clip-heldout", "preference", "utility", "precision", "recall", "diversity")
-LOWER_IS_BETTER = ("fd_clip_data", "fd_clip_teacher")
+DISTANCES = ("fd_clip_data", "fd_clip_teacher")
 MAIN_SEEDS, OTHER_SEEDS = 5, 3
 NETWORKS = ("student", "teacher", "fake")  # one evaluation of each costs the same: the budget of a cell
 
 
 class Row(NamedTuple):
-    """One line of the table. flags: as `fewstep distill` takes them; baseline: the row it is paired with over seeds."""
+    """One line of the table."""
 
     name: str
-    flags: tuple[str, ...]
-    baseline: str | None = None
+    flags: tuple[str, ...]  # as `fewstep distill` takes them
+    baseline: str | None = None  # the row it is paired with over seeds
     seeds: int = OTHER_SEEDS
+    cost: float = 1.0  # multiple of the plan's network evaluations
+    marks: int = 0  # measurements along the training, evenly spread over its cost
 
 
 ROWS = (
@@ -192,15 +194,24 @@ def run_cell(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
     run = cli.build(config, world.prompts("train"), str(world.TEACHER))
     trainer, began, logs = run.trainer, time.perf_counter(), {}
     trace = []
+    total = round(plan.evaluations * row.cost)
     spent: Callable[[], int] = lambda: sum(trainer.counted[name].cost for name in NETWORKS)  # noqa: E731
-    trainer.progress = lambda: min(spent() / plan.evaluations, 1.0)  # a cell ends by its network evaluations, and so does its decay
-    while spent() < plan.evaluations:
+    trainer.progress = lambda: min(spent() / total, 1.0)  # a cell ends by its network evaluations, and so does its decay
+    along: list[dict[str, float]] = []
+    measuring = 0.0  # seconds
+    while spent() < total:
         logs = trainer.step()
         trace.append({key: value for key, value in logs.items() if key.startswith("weights/") or key.endswith(("/score", "/lag", "/ess"))})
-    training_seconds = time.perf_counter() - began
+        if spent() * row.marks >= total * (len(along) + 1):
+            paused = time.perf_counter()
+            along.append(mark(plan, run, seed) | {"update": trainer.update, "evaluations": spent()})
+            measuring += time.perf_counter() - paused
+    training_seconds = time.perf_counter() - began - measuring
     costs = {name: counted.cost for name, counted in trainer.counted.items()}
     unit = flops_of_a_pass(run)
-    judged = {"judge": judged_kl(run, plan.judge_updates)} if config.weights.mode == "adaptive" else {}
+    judged = {}
+    if config.weights.mode == "adaptive":
+        judged = {"judge": judged_kl(run, plan.judge_updates), "settled": settled(trace)._asdict()}
     pipe = run.backbone.student_pipeline(run.roles, trainer.averaged(), config.steps)
     with torch.no_grad():
         observed = observe_pipeline(plan, pipe, steps=config.steps, guidance=1.0, seed=seed)
@@ -212,8 +223,57 @@ def run_cell(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
         "fd_clip_teacher_per_step": fd_per_step(plan, run, seed),
         "training_seconds": training_seconds,
         "trace": trace,
+        **({"along": along} if along else {}),
         **judged,
     }
+
+
+def mark(plan: Plan, run: Any, seed: int) -> dict[str, float]:
+    """The averaged student's distances in the middle of its training, which goes on as if nothing had been measured."""
+    import torch
+
+    pipe = run.backbone.student_pipeline(run.roles, run.trainer.averaged(), run.config.steps)
+    with torch.random.fork_rng(devices=[]):
+        found = measure(plan, observe_pipeline(plan, pipe, steps=run.config.steps, guidance=1.0, seed=seed))
+    return {key: found[key] for key in DISTANCES}
+
+
+class Drift(NamedTuple):
+    """Whether a distance climbs again at the end of a run."""
+
+    minimum: float  # of the running mean over three marks
+    last_third: float  # mean over the last third of the marks
+    standard_error: float  # of that mean, over its marks
+
+
+def drift(along: list[float]) -> Drift:
+    """How the last third of the marks compares with the smoothed minimum. Raises ValueError with fewer than six marks."""
+    import numpy as np
+
+    if len(along) < 6:
+        raise ValueError(f"drift needs at least six measurements, two in the last third; got {len(along)}")
+    smooth, last = np.convolve(along, np.ones(3) / 3, "valid"), along[-(len(along) // 3) :]
+    return Drift(float(smooth.min()), float(np.mean(last)), float(np.std(last, ddof=1) / len(last) ** 0.5))
+
+
+class Settled(NamedTuple):
+    """The last quarter of a run with an adaptive weight."""
+
+    kl_over_budget: float  # mean; the goal is 0.9 to 1.1
+    weight: float  # mean of the total weight
+    at_cap: float  # share of the updates with the weight at its cap
+
+
+def settled(trace: list[dict[str, float]]) -> Settled:
+    """Where the fidelity budget (7) and its weight stood over the last quarter of the updates that evaluated R_dm after the warm-up."""
+    heard = [logs for logs in trace if "weights/budget" in logs]
+    last = heard[-max(len(heard) // 4, 1) :]
+    mean: Callable[[Callable[[dict[str, float]], float]], float] = lambda f: sum(map(f, last)) / len(last)  # noqa: E731
+    return Settled(
+        mean(lambda logs: logs["weights/kl"] / logs["weights/budget"]),
+        mean(lambda logs: logs["weights/weight"]),
+        mean(lambda logs: logs["weights/weight_at_cap"]),
+    )
 
 
 def flops_of_a_pass(run: Any) -> dict[str, int]:
@@ -309,7 +369,7 @@ def stamp_of(plan: Plan, row: str, seed: int) -> dict[str, Any]:
         "n": plan.prompts * plan.images_per_prompt,
         "seed": seed,
         "reference_seed": REFERENCE_SEED,
-        "evaluations": None if row in TEACHER_ROWS else plan.evaluations,
+        "evaluations": None if row in TEACHER_ROWS else round(plan.evaluations * EVERY_ROW[row].cost),
     }
 
 
@@ -403,7 +463,7 @@ def markdown(summary: list[dict[str, Any]], plan: Plan) -> str:
     ]
     body = []
     for entry in summary:
-        paired = [number(*entry["paired"][key]) if entry["paired"] else "" for key in ("fd_clip_data", "fd_clip_teacher")]
+        paired = [number(*entry["paired"][key]) if entry["paired"] else "" for key in DISTANCES]
         cells = [number(*entry["metrics"][key]) for key in METRICS]
         updates = f"{entry['updates']:.0f}" if "updates" in entry else ""
         cost = f"{entry['flops'] / 1e12:.1f}" if "flops" in entry else ""

@@ -49,10 +49,37 @@ def test_fronts_start_at_the_few_step_teacher_and_the_many_step_preference():
     assert compare.fronts([*teachers, *points]) == {"GNDMR, preference": 3.0, "DMDR, preference": 1.0}
 
 
+def test_drift_compares_the_last_third_with_the_smoothed_minimum():
+    found = compare.drift([9.0, 5.0, 4.0, 1.0, 4.0, 5.0, 6.0, 8.0, 10.0])
+    assert found.minimum == 3.0 and found.last_third == 8.0  # one low mark is no minimum: (4 + 1 + 4) / 3
+    assert found.standard_error == pytest.approx(2 / math.sqrt(3))
+    with pytest.raises(ValueError, match="got 5"):
+        compare.drift([1.0] * 5)
+
+
+def test_settled_reads_the_last_quarter_after_the_warm_up():
+    warm = [{"weights/kl": 100.0, "weights/weight": 0.0}] * 4
+    logs = [{"weights/kl": kl, "weights/budget": 2.0, "weights/weight": kl, "weights/weight_at_cap": kl == 3} for kl in (9.0,) * 6 + (1, 3)]
+    found = compare.settled([*warm, *logs, {"dm/score": 0.0}])  # an update that reused an evaluation heard no KL
+    assert found == (1.0, 2.0, 0.5)
+
+
+def test_measuring_along_the_training_changes_nothing(tmp_path):
+    options = ("--groups", "2", "--group-size", "2")
+    plan = compare.Plan(tmp_path, 300, 3, 24, 1, options=options)
+    row = compare.EVERY_ROW["GNDM"]
+    plain, marked = (compare.run_cell(plan, r, 0) for r in (row, row._replace(marks=2)))
+    timing = {"seconds_per_image"}
+    assert {k: v for k, v in plain["metrics"].items() if k not in timing} == {k: v for k, v in marked["metrics"].items() if k not in timing}
+    assert "along" not in plain and [m["evaluations"] >= 150 for m in marked["along"]] == [True, True]
+    assert marked["along"][-1]["fd_clip_teacher"] == marked["metrics"]["fd_clip_teacher"]  # the last mark is the finished student
+    assert compare.run_cell(plan, row._replace(cost=0.5), 0)["updates"] < plain["updates"]
+
+
 def test_every_row_can_be_built_and_names_a_baseline_before_it(tmp_path):
     names = []
     plan = compare.Plan(tmp_path, 1, 1, 2, 1)
-    for row in (*compare.ROWS, *compare.PARETO):
+    for row in compare.EVERY_ROW.values():
         config = compare.cell_config(plan, row, 3)
         assert config.seed == 3
         cli.check_rewards(config, {})
@@ -99,6 +126,7 @@ def test_an_adaptive_cell_is_judged_by_a_fresh_fake(tmp_path):
     row = next(r for r in compare.ROWS if r.name == "GNDMR adaptive")
     cell = compare.run_cell(plan, row, 0)
     judged = cell["judge"]
+    assert 0 < cell["settled"]["kl_over_budget"] < 10 and cell["settled"]["weight"] > 0
     assert judged["budget"] > 0 and judged["gap"] == pytest.approx(judged["fresh"] - judged["own"])
     assert len(judged["heldout"]) == 5 and json.dumps(cell)
     # two rewards share each decoded picture, and both go backward through it
