@@ -761,9 +761,13 @@ def compare_command(arguments: list[str]) -> int:
         raise UserError("the plots need matplotlib: pip install 'fewstep[plot]'") from error
     models.quiet_libraries()
     world.prompts("evaluate")
-    summary = table.compare(plan, rows, seeds=options.seeds, first_seed=options.first_seed, jobs=options.jobs)
-    table.plot([entry for entry in summary if not any(entry["row"] == row.name for row in table.PARETO)], options.output / "compare.png")
-    if any(row in rows for row in table.PARETO):
+    try:
+        summary = table.compare(plan, rows, seeds=options.seeds, first_seed=options.first_seed, jobs=options.jobs)
+    except table.CellsFailed as error:
+        raise UserError(str(error)) from error
+    of_fronts = {row.name for row in table.PARETO}
+    table.plot([entry for entry in summary if entry["row"] not in of_fronts], options.output / "compare.png")
+    if any(entry["row"] in of_fronts for entry in summary):
         table.plot_pareto(summary, options.output / "pareto.png")
     print((options.output / "compare.md").read_text())
     return 0

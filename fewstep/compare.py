@@ -83,6 +83,8 @@ GRID = tuple(
     for recipe in ("dmd", "gndm")
 )
 EVERY_ROW = {row.name: row for row in (*ROWS, *PARETO, *GRID)}
+TEACHER_ROWS = {"teacher, 28 steps": None, **{f"teacher, 4 steps, {name}": name for name in protocol.SOLVERS}}
+Cells = dict[tuple[str, int], dict[str, Any]]  # by row and seed
 
 
 @dataclass(frozen=True)
@@ -354,9 +356,6 @@ def cell_config(plan: Plan, row: Row, seed: int) -> Any:
     return cli.resolve_hardware(replace(config, device="cpu"))
 
 
-TEACHER_ROWS = {"teacher, 28 steps": None, **{f"teacher, 4 steps, {name}": name for name in protocol.SOLVERS}}
-
-
 def stamp_of(plan: Plan, row: str, seed: int) -> dict[str, Any]:
     """What a cell's numbers were made with; a kept cell with another stamp is not used."""
     from fewstep import cli, world
@@ -373,16 +372,18 @@ def stamp_of(plan: Plan, row: str, seed: int) -> dict[str, Any]:
     }
 
 
-def finished(plan: Plan, row: str, seed: int) -> dict[str, Any] | None:
-    """A kept cell, or None when there is none made in this way."""
-    path = cell_path(plan, row, seed)
-    if not path.is_file():
-        return None
-    cell = json.loads(path.read_text())
-    if cell["stamp"] != stamp_of(plan, row, seed):
-        print(f"{path.name}: made with other settings, made anew")
-        return None
-    return cell
+def kept(plan: Plan) -> Cells:
+    """The folder's cells of known rows that were made in this way; says of every other that it is not used."""
+    cells: Cells = {}
+    for path in sorted(plan.output.glob("cells/*.json")):
+        cell = json.loads(path.read_text())
+        row, seed = cell["row"], cell["seed"]
+        known = row in EVERY_ROW or row in TEACHER_ROWS
+        if known and cell["stamp"] == stamp_of(plan, row, seed):
+            cells[row, seed] = cell
+        else:
+            print(f"{path.name}: {'made with other settings' if known else 'of no row that is known'}, not used")
+    return cells
 
 
 def make_cell(plan: Plan, row: str, seed: int) -> dict[str, Any]:
@@ -415,25 +416,30 @@ def interval(values: list[float], level: float = 0.95) -> tuple[float, float]:
     return mean, float(t.ppf((1 + level) / 2, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
-def summarise(cells: list[dict[str, Any]], rows: tuple[Row, ...]) -> list[dict[str, Any]]:
-    """Rows of the table: mean and half width of each metric over seeds, and paired differences to the row's baseline."""
-    by_row: dict[str, dict[int, dict[str, Any]]] = {}
-    for cell in cells:
-        by_row.setdefault(cell["row"], {})[cell["seed"]] = cell
+def summarise(cells: Cells) -> list[dict[str, Any]]:
+    """Rows of the table in its order: mean and half width of each metric over seeds, and paired differences to the row's baseline."""
     out = []
-    baselines = {row.name: row.baseline for row in rows}
-    for name in [*TEACHER_ROWS, *(row.name for row in rows)]:
-        if name not in by_row:
+    for name in [*TEACHER_ROWS, *EVERY_ROW]:
+        own = {seed: cell for (row, seed), cell in sorted(cells.items()) if row == name}
+        if not own:
             continue
-        own = by_row[name]
-        metrics = {key: interval([cell["metrics"][key] for cell in own.values()]) for key in next(iter(own.values()))["metrics"]}
-        entry: dict[str, Any] = {"row": name, "seeds": sorted(own), "metrics": metrics, "baseline": baselines.get(name), "paired": {}}
-        if "updates" in next(iter(own.values())):
-            entry["updates"] = interval([cell["updates"] for cell in own.values()])[0]
-            entry["training_seconds"] = interval([cell["training_seconds"] for cell in own.values()])[0]
-            entry["flops"] = interval([float(sum(cell["flops"].values())) for cell in own.values()])[0]
-        other = by_row.get(baselines.get(name) or "", {})
-        shared = sorted(set(own) & set(other))
+        baseline = EVERY_ROW[name].baseline if name in EVERY_ROW else None
+        other = {seed: cell for (row, seed), cell in cells.items() if row == baseline}
+        of_seeds, first = list(own.values()), next(iter(own.values()))
+        metrics = {key: interval([cell["metrics"][key] for cell in of_seeds]) for key in first["metrics"]}
+        entry: dict[str, Any] = {"row": name, "seeds": list(own), "metrics": metrics, "baseline": baseline, "paired": {}}
+        if "updates" in first:
+            entry["updates"] = interval([cell["updates"] for cell in of_seeds])[0]
+            entry["training_seconds"] = interval([cell["training_seconds"] for cell in of_seeds])[0]
+            entry["flops"] = interval([float(sum(cell["flops"].values())) for cell in of_seeds])[0]
+        if "settled" in first:
+            entry["settled"] = {key: interval([cell["settled"][key] for cell in of_seeds]) for key in Settled._fields}
+            entry["settled"]["gap_over_budget"] = interval([cell["judge"]["gap"] / cell["judge"]["budget"] for cell in of_seeds])
+        if "along" in first:
+            entry["drift"] = {
+                key: {seed: drift([at[key] for at in cell["along"]])._asdict() for seed, cell in own.items()} for key in DISTANCES
+            }
+        shared = [seed for seed in own if seed in other]
         if shared:
             entry["paired"] = {
                 key: interval([own[seed]["metrics"][key] - other[seed]["metrics"][key] for seed in shared]) for key in METRICS
@@ -474,6 +480,18 @@ def markdown(summary: list[dict[str, Any]], plan: Plan) -> str:
         "prompts. TFLOP: of the training, decoder and rewards with it. ± is half a 95% t-interval over seeds; differences are paired "
         "by seed. FD-clip is not an FID."
     )
+    for entry in summary:
+        if "settled" in entry:
+            kl, weight, gap = (number(*entry["settled"][key]) for key in ("kl_over_budget", "weight", "gap_over_budget"))
+            note += (
+                f"\n\n{entry['row']}: over the last quarter the KL is {kl} of its budget, the weight {weight}, at its cap in "
+                f"{entry['settled']['at_cap'][0]:.0%} of the updates; a fresh fake finds a KL larger by {gap} of the budget."
+            )
+        for seed, found in entry.get("drift", {}).get("fd_clip_teacher", {}).items():
+            note += (
+                f"\n\n{entry['row']}, seed {seed}: FD to teacher has a smoothed minimum of {found['minimum']:.3f} along the training; the "
+                f"last third is at {found['last_third']:.3f}, standard error {found['standard_error']:.3f}."
+            )
     areas = "; ".join(f"{method} {area:.4g}" for method, area in fronts(summary).items())
     if areas:
         note += (
@@ -568,10 +586,15 @@ def plot_pareto(summary: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def compare(plan: Plan, rows: tuple[Row, ...], *, seeds: int | None, first_seed: int, jobs: int) -> list[dict[str, Any]]:
-    """Make every missing cell, write compare.json, compare.md and the plots; returns the summary.
+class CellsFailed(RuntimeError):
+    """Which cells could not be made, and why."""
 
-    seeds: of every row, instead of its own number. Rows come in the table's order, a row's seeds one after the other.
+
+def compare(plan: Plan, rows: tuple[Row, ...], *, seeds: int | None, first_seed: int, jobs: int) -> list[dict[str, Any]]:
+    """Make every missing cell, write compare.json and compare.md of all that the folder holds; returns the summary.
+
+    seeds: of every row, instead of its own number. Rows come in the order given, a row's seeds one after the other.
+    Raises CellsFailed when any did, after the others have been made.
     """
     import multiprocessing
 
@@ -579,9 +602,9 @@ def compare(plan: Plan, rows: tuple[Row, ...], *, seeds: int | None, first_seed:
     teacher_seeds = range(first_seed, first_seed + (seeds or OTHER_SEEDS))
     wanted = [(name, seed) for name in TEACHER_ROWS for seed in teacher_seeds]
     wanted += [(row.name, seed) for row in rows for seed in range(first_seed, first_seed + (seeds or row.seeds))]
-    cells = {key: cell for key in wanted if (cell := finished(plan, *key))}
+    cells, failed = kept(plan), {}
     missing = [key for key in wanted if key not in cells]
-    print(f"{len(cells)} of {len(wanted)} cells are there; making {len(missing)}", flush=True)
+    print(f"{len(wanted) - len(missing)} of {len(wanted)} cells are there; making {len(missing)}", flush=True)
     os.environ["OMP_NUM_THREADS"] = str(plan.threads)  # of the processes started from here
     if missing:
         reference(plan)
@@ -590,25 +613,31 @@ def compare(plan: Plan, rows: tuple[Row, ...], *, seeds: int | None, first_seed:
             pending = {pool.submit(make_cell, plan, *key): key for key in missing}
             for count, future in enumerate(as_completed(pending), 1):
                 key = pending[future]
+                left = f"about {(time.perf_counter() - began) / count * (len(missing) - count) / 60:.0f} min left"
+                if future.exception():
+                    failed[key] = future.exception()
+                    print(f"{count}/{len(missing)}  {key[0]}, seed {key[1]}: FAILED, {failed[key]!r}; {left}", flush=True)
+                    continue
                 cells[key] = future.result()
-                left = (time.perf_counter() - began) / count * (len(missing) - count)
                 value = cells[key]["metrics"]["fd_clip_teacher"]
-                print(
-                    f"{count}/{len(missing)}  {key[0]}, seed {key[1]}: FD to teacher {value:.3f}; about {left / 60:.0f} min left",
-                    flush=True,
-                )
-                write(plan, rows, [cells[k] for k in wanted if k in cells])
-    return write(plan, rows, [cells[key] for key in wanted])
+                print(f"{count}/{len(missing)}  {key[0]}, seed {key[1]}: FD to teacher {value:.3f}; {left}", flush=True)
+                write(plan, cells)
+    if failed:
+        list_of = "\n".join(f"  {row}, seed {seed}: {error!r}" for (row, seed), error in failed.items())
+        raise CellsFailed(
+            f"{len(failed)} of {len(wanted)} cells failed; the others are kept, and a second call makes only these:\n{list_of}"
+        )
+    return write(plan, cells)
 
 
-def write(plan: Plan, rows: tuple[Row, ...], cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    summary = summarise(cells, rows)
+def write(plan: Plan, cells: Cells) -> list[dict[str, Any]]:
+    summary = summarise(cells)
     report = {
         "evaluations": plan.evaluations,
         "n": plan.prompts * plan.images_per_prompt,
         "rows": summary,
         "hypervolume": fronts(summary),
-        "cells": [{key: value for key, value in cell.items() if key != "trace"} for cell in cells],
+        "cells": [{key: value for key, value in cell.items() if key != "trace"} for _, cell in sorted(cells.items())],
     }
     protocol.replace(plan.output / "compare.json", lambda temporary: temporary.write_text(json.dumps(report, indent=1)))
     protocol.replace(plan.output / "compare.md", lambda temporary: temporary.write_text(markdown(summary, plan)))

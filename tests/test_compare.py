@@ -1,5 +1,6 @@
 """The comparison: its statistics, what it keeps, and that a second call makes only what is missing."""
 
+import concurrent.futures
 import json
 import math
 
@@ -20,9 +21,8 @@ def test_the_interval_is_students():
 
 
 def test_differences_are_paired_by_seed():
-    rows = (compare.Row("a", ()), compare.Row("b", (), "a"))
-    cells = [cell("a", 1, 1.0), cell("a", 2, 5.0), cell("b", 1, 0.5), cell("b", 2, 4.5), cell("b", 3, 99.0)]
-    b = compare.summarise(cells, rows)[1]
+    cells = [cell("DMD", 1, 1.0), cell("DMD", 2, 5.0), cell("GNDM", 1, 0.5), cell("GNDM", 2, 4.5), cell("GNDM", 3, 99.0)]
+    b = compare.summarise({(c["row"], c["seed"]): c for c in cells})[1]
     mean, half = b["paired"]["fd_clip_teacher"]
     assert mean == -0.5 and half == 0  # the seed without a partner takes no part
     assert b["metrics"]["fd_clip_teacher"][0] == pytest.approx((0.5 + 4.5 + 99) / 3)
@@ -91,13 +91,47 @@ def test_every_row_can_be_built_and_names_a_baseline_before_it(tmp_path):
 
 def test_a_kept_cell_is_used_only_if_made_in_the_same_way(tmp_path, capsys):
     plan = compare.Plan(tmp_path, 100, 2, 4, 1)
-    path = compare.cell_path(plan, "GNDM", 0)
-    path.parent.mkdir()
-    assert compare.finished(plan, "GNDM", 0) is None
-    path.write_text(json.dumps({"stamp": compare.stamp_of(plan, "GNDM", 0), "row": "GNDM"}))
-    assert compare.finished(plan, "GNDM", 0)["row"] == "GNDM"
-    other = compare.Plan(tmp_path, 200, 2, 4, 1)
-    assert compare.finished(other, "GNDM", 0) is None and "made anew" in capsys.readouterr().out
+    assert compare.kept(plan) == {}
+    for row in ("GNDM", "teacher, 28 steps", "a row of another day"):
+        path = compare.cell_path(plan, row, 0)
+        path.parent.mkdir(exist_ok=True)
+        stamp = compare.stamp_of(plan, row, 0) if "day" not in row else {}
+        path.write_text(json.dumps({"stamp": stamp, "row": row, "seed": 0}))
+    assert compare.kept(plan).keys() == {("GNDM", 0), ("teacher, 28 steps", 0)}
+    assert capsys.readouterr().out == "a-row-of-another-day-seed0.json: of no row that is known, not used\n"
+    longer = compare.Plan(tmp_path, 200, 2, 4, 1)  # of a student's training: the teacher's cell stays what it is
+    assert compare.kept(longer).keys() == {("teacher, 28 steps", 0)}
+    assert "gndm-seed0.json: made with other settings, not used" in capsys.readouterr().out
+
+
+def test_a_cell_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
+    class Pool:  # in this process
+        def __init__(self, *_, **__): ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_): ...
+        def submit(self, function, *arguments):
+            future = concurrent.futures.Future()
+            try:
+                future.set_result(function(*arguments))
+            except Exception as error:
+                future.set_exception(error)
+            return future
+
+    def make(plan, row, seed):
+        if row == "DMD":
+            raise FloatingPointError("the loss is nan")
+        return cell(row, seed, 1.0)
+
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(compare, "make_cell", make)
+    monkeypatch.setattr(compare, "reference", lambda plan: None)
+    plan = compare.Plan(tmp_path, 100, 2, 4, 1)
+    rows = (compare.EVERY_ROW["DMD"], compare.EVERY_ROW["GNDM"])
+    with pytest.raises(compare.CellsFailed, match=r"(?s)1 of 6 cells failed.*DMD, seed 7: FloatingPointError"):
+        compare.compare(plan, rows, seeds=1, first_seed=7, jobs=1)
+    assert "| GNDM | 1 |" in (tmp_path / "compare.md").read_text() and "FAILED" in capsys.readouterr().out
 
 
 def test_a_quick_comparison_from_end_to_end_and_again(tmp_path, capsys):
