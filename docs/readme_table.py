@@ -1,18 +1,39 @@
-"""The README's table of the main job, from the evaluations that its runs left: `python docs/readme_table.py` writes it between the markers.
+"""The README's tables, from committed results: `python docs/readme_table.py` writes them between their markers.
 
-docs/results/distill.json is the `evaluation.json` of `fewstep distill`, distill-2050.json that of `fewstep distill --updates 2050`.
+docs/results/distill.json is the `evaluation.json` of `fewstep distill`, distill-2050.json that of `fewstep distill --updates 2050`;
+docs/results/compare/ is what `fewstep compare --output docs/results/compare` left.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+from fewstep.compare import DISTANCES, number
 from fewstep.export import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {"**student, 4 steps**": "distill.json", "student, 4 steps, 2050 updates": "distill-2050.json"}
-BEGIN, END = "<!-- numbers: python docs/readme_table.py -->", "<!-- end -->"
+BEGIN, END = "<!-- {name}: python docs/readme_table.py -->", "<!-- end -->"
+RECIPES = {
+    "gndm": ("GNDM", "the default: group-normalised distribution matching"),
+    "gndmr": ("GNDMR adaptive", "GNDM, `clip` and `preference` with an adaptive weight"),
+    "gndm-is": ("GNDM-IS", "GNDM with rollouts and evaluations reused by importance sampling"),
+    "gndmr-is": ("GNDMR-IS", "GNDMR with both kinds of reuse"),
+    "dmd": ("DMD", "baseline: each sample divided by its own denoising error"),
+    "dmd2": ("DMD2", "baseline: DMD with a discriminator, backward simulation and one unconditioned fake"),
+    "dmdr": ("DMDR (sum)", "baseline: DMD with raw reward gradients added"),
+}
+COMPARED = {
+    "fd_clip_data": "FD to data ↓",
+    "fd_clip_teacher": "FD to teacher ↓",
+    "clip": "CLIPScore ↑",
+    "clip-heldout": "held out ↑",
+    "preference": "preference ↑",
+    "utility": "gold utility ↑",
+    "diversity": "diversity ↑",
+}
 LABELS = {
     "fd_clip_teacher": "FD-clip to teacher ↓",
     "fd_clip_data": "FD-clip to held-out data ↓",
@@ -32,7 +53,7 @@ def cell(measured: dict[str, float]) -> str:
     return value if measured["low"] == measured["high"] else f"{value} [{low}, {high}]"
 
 
-def table() -> str:
+def main_job() -> str:
     """One column a run, then the teacher at 28 steps and the best few-step teacher, as Markdown."""
     results = ROOT / "docs" / "results"
     reports = {name: json.loads((results / file).read_text()) for name, file in RUNS.items() if (results / file).is_file()}
@@ -43,11 +64,45 @@ def table() -> str:
     return markdown_table(["", *columns], rows)
 
 
+def compared() -> list[dict[str, Any]]:
+    """Rows of the comparison, in its order."""
+    return json.loads((ROOT / "docs" / "results" / "compare" / "compare.json").read_text())["rows"]
+
+
+def recipes() -> str:
+    """What each recipe is, and what it reached in the comparison."""
+    rows = {row["row"]: row for row in compared()}
+    keys = ("fd_clip_data", "fd_clip_teacher", "preference", "utility")
+    body = []
+    for recipe, (name, text) in RECIPES.items():
+        numbers = [number(*rows[name]["metrics"][key]) if name in rows else "not run yet" for key in keys]
+        body.append([f"`{recipe}`", text, *numbers])
+    return markdown_table(["recipe", "what it is", *(COMPARED[key] for key in keys)], body)
+
+
+def comparison() -> str:
+    """Every row that has been run, with the paired difference to its baseline."""
+    body = []
+    for row in compared():
+        numbers = [number(*row["metrics"][key]) for key in COMPARED]
+        paired = [f"{number(*row['paired'][key])} ({row['baseline']})" if row["paired"] else "" for key in DISTANCES]
+        body.append([row["row"], str(len(row["seeds"])), *numbers, *paired])
+    return markdown_table(["", "seeds", *COMPARED.values(), "FD to data − baseline", "FD to teacher − baseline"], body)
+
+
+TABLES = {"numbers": main_job, "recipes": recipes, "comparison": comparison}
+
+
 def written(readme: str) -> str:
-    """The README with the table between its markers."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    """The README with each table between its markers."""
+    for name, table in TABLES.items():
+        begin = BEGIN.format(name=name)
+        before, found, rest = readme.partition(begin)
+        if not found:
+            raise SystemExit(f"README.md has no line {begin}")
+        _, _, after = rest.partition(END)
+        readme = f"{before}{begin}\n{table()}\n{END}{after}"
+    return readme
 
 
 if __name__ == "__main__":

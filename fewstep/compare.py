@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fewstep import world
 from fewstep.evaluate import protocol
 
 REFERENCE_SEED = 10_000  # of the teacher's sample that distances are taken to; cells draw with their own seeds
@@ -37,12 +38,16 @@ class Row(NamedTuple):
     marks: int = 0  # measurements along the training, evenly spread over its cost
 
 
+REWARDS = ("--reward.clip", "0.1", "--reward.preference", "0.1")
+CONSTANT = ("--student.decay", "0", "--fake.decay", "0")
+THRICE = 7.8  # three times the default run's 305 updates of 1536 network evaluations, in cells of 180 thousand
+
 ROWS = (
     Row("DMD", ("dmd",), None, MAIN_SEEDS),
     Row("GNDM", ("gndm",), "DMD", MAIN_SEEDS),
     Row("DMDR (sum)", ("dmdr",), "DMD", MAIN_SEEDS),
     Row("GNDMR adaptive", ("gndmr",), "DMDR (sum)", MAIN_SEEDS),
-    Row("GNDMR fixed", ("gndm", "--reward.clip", "0.1", "--reward.preference", "0.1"), "DMDR (sum)"),
+    Row("GNDMR fixed", ("gndm", *REWARDS), "DMDR (sum)"),
     Row("DMD2", ("dmd2",), "DMD"),
     Row("GNDM, batch scale", ("gndm", "--matching.normalize", "batch"), "GNDM"),
     Row("GNDM, channel scale", ("gndm", "--matching.normalize", "channel"), "GNDM"),
@@ -58,6 +63,17 @@ ROWS = (
     Row("GNDM, evaluation reuse 2", ("gndm", "--reuse.evaluation", "2"), "GNDM"),
     Row("GNDM, evaluation reuse 4", ("gndm", "--reuse.evaluation", "4"), "GNDM"),
     Row("GNDM, evaluation reuse 4, unweighted", ("gndm", "--reuse.evaluation", "4", "--reuse.weighted", "false"), "GNDM"),
+    Row("GNDM-IS", ("gndm-is",), "GNDM"),
+    Row("GNDMR-IS", ("gndmr-is",), "GNDMR adaptive"),
+    Row("GNDMR fixed, evaluation reuse 4", ("gndm", *REWARDS, "--reuse.evaluation", "4"), "GNDMR fixed"),
+    Row("GNDM, half the cost", ("gndm",), "GNDM, backward simulation", cost=0.5),
+    Row("GNDM, rollout reuse 4, half the cost", ("gndm", "--reuse.rollout", "4"), "GNDM, backward simulation", cost=0.5),
+    *(
+        Row(f"GNDMR adaptive, {reward}", ("gndm", f"--reward.{reward}", "1", "--weights.mode", "adaptive"), None, cost=2.0)
+        for reward in ("clip", "preference", "discriminator")
+    ),
+    Row("GNDM, constant rates, thrice as long", ("gndm", *CONSTANT), None, 1, cost=THRICE, marks=12),
+    Row("DMD, constant rates, thrice as long", ("dmd", *CONSTANT), None, 1, cost=THRICE, marks=12),
     Row("DMD, guidance 1", ("dmd", "--matching.guidance", "1"), None),
     Row("GNDM, guidance 1", ("gndm", "--matching.guidance", "1"), "DMD, guidance 1"),
 )
@@ -65,12 +81,12 @@ ROWS = (
 PARETO = tuple(
     Row(f"{method} {weight:g}", (*flags, f"--reward.preference={weight:g}"), None, 2)
     for method, flags, weights in (
-        ("GNDMR, preference", ("gndm",), (0.1, 0.2, 0.4, 0.8, 1.6)),
-        ("DMDR, preference", ("dmd", "--weights.mode", "sum"), (6, 12, 24, 48, 96)),
+        ("GNDMR, preference", ("gndm",), (0.02, 0.05, 0.1, 0.2, 0.4)),
+        ("DMDR, preference", ("dmd", "--weights.mode", "sum"), (1.2, 3, 6, 12, 24)),
     )
     for weight in weights
 )
-# where the settings of DMD and GNDM were chosen, for each guidance: on seeds below 100, one a setting
+# where the settings of DMD and GNDM were chosen, and how often the fake learns in backward simulation: on seeds below 100
 GRID = tuple(
     Row(
         f"{recipe.upper()}, guidance {guidance:g}, rate {rate:g}, gamma {gamma:g}",
@@ -82,9 +98,25 @@ GRID = tuple(
     for rate in (2e-4, 4e-4, 1e-4)
     for gamma in (0, 1)
     for recipe in ("dmd", "gndm")
+) + tuple(
+    Row(f"GNDM, backward simulation, {n} fake updates", ("gndm", "--reuse.backward-simulation", f"--fake.updates={n}"), None, 1)
+    for n in (1, 2, 4)
 )
 EVERY_ROW = {row.name: row for row in (*ROWS, *PARETO, *GRID)}
-TEACHER_ROWS = {"teacher, 28 steps": None, **{f"teacher, 4 steps, {name}": name for name in protocol.SOLVERS}}
+UNGUIDED = 1.0
+
+
+class TeacherRow(NamedTuple):
+    steps: int
+    guidance: float
+    solver: str | None = None  # its own when None
+
+
+TEACHER_ROWS = {
+    "teacher, 28 steps": TeacherRow(world.TEACHER_STEPS, world.TEACHER_GUIDANCE),
+    **{f"teacher, 4 steps, {name}": TeacherRow(4, world.TEACHER_GUIDANCE, name) for name in protocol.SOLVERS},
+    "teacher, 28 steps, guidance 1": TeacherRow(world.TEACHER_STEPS, UNGUIDED),
+}
 Cells = dict[tuple[str, int], dict[str, Any]]  # by row and seed
 
 
@@ -123,8 +155,6 @@ def instruments(plan: Plan) -> tuple[list[str], dict[str, Any], Any]:
     """(held-out prompts, scorers by name, features of real pictures)."""
     from safetensors.torch import load_file
 
-    from fewstep import world
-
     data = load_file(world.ASSETS / "features.safetensors")["heldout"].float()
     return world.prompts("evaluate")[: plan.prompts], world.scorers(), data
 
@@ -138,29 +168,34 @@ def observe_pipeline(plan: Plan, pipe: Any, *, steps: int, guidance: float, seed
     return protocol.observe_sample(pipe, prompts, plan.images_per_prompt, scorers, gold_utility, **sampling)
 
 
-def reference(plan: Plan) -> Any:
-    """FD-clip features of the teacher's 28-step sample that every cell is compared to; drawn once and kept."""
+def target_guidance(plan: Plan, row: str, seed: int = 0) -> float:
+    """Guidance of the teacher's sample that a row is compared with: a student of the unguided teacher should equal the unguided one."""
+    if row in TEACHER_ROWS:
+        return TEACHER_ROWS[row].guidance
+    return UNGUIDED if cell_config(plan, EVERY_ROW[row], seed).matching.guidance == UNGUIDED else world.TEACHER_GUIDANCE
+
+
+def reference(plan: Plan, guidance: float) -> Any:
+    """FD-clip features of the teacher's 28-step sample that cells are compared to; drawn once and kept."""
     from safetensors.torch import load_file, save_file
 
-    from fewstep import world
     from fewstep.evaluate.features import scaled
 
-    path = plan.output / "reference.safetensors"
+    path = plan.output / ("reference.safetensors" if guidance == world.TEACHER_GUIDANCE else f"reference-guidance-{guidance:g}.safetensors")
     if not path.is_file():
         pipe = protocol.open_pipeline(world.TEACHER, "cpu")
-        observed = observe_pipeline(plan, pipe, steps=world.TEACHER_STEPS, guidance=world.TEACHER_GUIDANCE, seed=REFERENCE_SEED)
+        observed = observe_pipeline(plan, pipe, steps=world.TEACHER_STEPS, guidance=guidance, seed=REFERENCE_SEED)
         features = scaled(observed["features/clip-heldout"]).contiguous()
         protocol.replace(path, lambda temporary: save_file({"features": features}, temporary))
     return load_file(path)["features"]
 
 
-def measure(plan: Plan, observed: dict[str, Any]) -> dict[str, float]:
+def measure(plan: Plan, observed: dict[str, Any], target: float) -> dict[str, float]:
     """Every metric of the table as one number; the interval comes from the seeds."""
     import torch
 
     prompts, scorers, data = instruments(plan)
     group = torch.arange(len(prompts)).repeat_interleave(plan.images_per_prompt)
-    from fewstep import world
 
     found = protocol.measure(
         observed,
@@ -169,7 +204,7 @@ def measure(plan: Plan, observed: dict[str, Any]) -> dict[str, float]:
         scorers,
         extractor="clip-heldout",
         data=data,
-        teacher=reference(plan),
+        teacher=reference(plan, target),
         neighbours=world.NEIGHBOURS,
         draws=2,
     )
@@ -177,23 +212,23 @@ def measure(plan: Plan, observed: dict[str, Any]) -> dict[str, float]:
     return values | {"seconds_per_image": float(observed["seconds"].median())}
 
 
-def run_teacher_cell(plan: Plan, seed: int, *, steps: int, solver: str | None) -> dict[str, Any]:
-    from fewstep import world
-
+def run_teacher_cell(plan: Plan, row: TeacherRow, seed: int) -> dict[str, Any]:
     pipe = protocol.open_pipeline(world.TEACHER, "cpu")
-    if solver:
-        pipe.scheduler = protocol.solver(solver, pipe.scheduler.config)
-    observed = observe_pipeline(plan, pipe, steps=steps, guidance=world.TEACHER_GUIDANCE, seed=seed)
-    return {"metrics": measure(plan, observed) | {"network_evaluations": protocol.network_evaluations(steps, world.TEACHER_GUIDANCE)}}
+    if row.solver:
+        pipe.scheduler = protocol.solver(row.solver, pipe.scheduler.config)
+    observed = observe_pipeline(plan, pipe, steps=row.steps, guidance=row.guidance, seed=seed)
+    return {
+        "metrics": measure(plan, observed, row.guidance) | {"network_evaluations": protocol.network_evaluations(row.steps, row.guidance)}
+    }
 
 
 def run_cell(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
     """Train one recipe with one seed up to the budget and measure its averaged student."""
     import torch
 
-    from fewstep import cli, world
+    from fewstep import cli
 
-    config = cell_config(plan, row, seed)
+    config, target = cell_config(plan, row, seed), target_guidance(plan, row.name, seed)
     run = cli.build(config, world.prompts("train"), str(world.TEACHER))
     trainer, began, logs = run.trainer, time.perf_counter(), {}
     trace = []
@@ -207,7 +242,7 @@ def run_cell(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
         trace.append({key: value for key, value in logs.items() if key.startswith("weights/") or key.endswith(("/score", "/lag", "/ess"))})
         if spent() * row.marks >= total * (len(along) + 1):
             paused = time.perf_counter()
-            along.append(mark(plan, run, seed) | {"update": trainer.update, "evaluations": spent()})
+            along.append(mark(plan, run, seed, target) | {"update": trainer.update, "evaluations": spent()})
             measuring += time.perf_counter() - paused
     training_seconds = time.perf_counter() - began - measuring
     costs = {name: counted.cost for name, counted in trainer.counted.items()}
@@ -217,13 +252,13 @@ def run_cell(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
         judged = {"judge": judged_kl(run, plan.judge_updates), "settled": settled(trace)._asdict()}
     pipe = run.backbone.student_pipeline(run.roles, trainer.averaged(), config.steps)
     with torch.no_grad():
-        observed = observe_pipeline(plan, pipe, steps=config.steps, guidance=1.0, seed=seed)
+        observed = observe_pipeline(plan, pipe, steps=config.steps, guidance=UNGUIDED, seed=seed)
     return {
-        "metrics": measure(plan, observed) | {"network_evaluations": float(config.steps)},
+        "metrics": measure(plan, observed, target) | {"network_evaluations": float(config.steps)},
         "updates": trainer.update,
         "costs": costs,
         "flops": {name: cost * unit[name] for name, cost in costs.items()},
-        "fd_clip_teacher_per_step": fd_per_step(plan, run, seed),
+        "fd_clip_teacher_per_step": fd_per_step(plan, run, seed, target),
         "training_seconds": training_seconds,
         "trace": trace,
         **({"along": along} if along else {}),
@@ -231,13 +266,13 @@ def run_cell(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
     }
 
 
-def mark(plan: Plan, run: Any, seed: int) -> dict[str, float]:
+def mark(plan: Plan, run: Any, seed: int, target: float) -> dict[str, float]:
     """The averaged student's distances in the middle of its training, which goes on as if nothing had been measured."""
     import torch
 
     pipe = run.backbone.student_pipeline(run.roles, run.trainer.averaged(), run.config.steps)
     with torch.random.fork_rng(devices=[]):
-        found = measure(plan, observe_pipeline(plan, pipe, steps=run.config.steps, guidance=1.0, seed=seed))
+        found = measure(plan, observe_pipeline(plan, pipe, steps=run.config.steps, guidance=UNGUIDED, seed=seed), target)
     return {key: found[key] for key in DISTANCES}
 
 
@@ -319,14 +354,13 @@ def judged_kl(run: Any, updates: int) -> dict[str, Any]:
     return verdict._asdict() | {"budget": trainer.weights.b, "kl_of_run": trainer.weights.kl, "lag_of_run": trainer.weights.lag}
 
 
-def fd_per_step(plan: Plan, run: Any, seed: int) -> list[float]:
+def fd_per_step(plan: Plan, run: Any, seed: int, target: float) -> list[float]:
     """FD-clip to the teacher of the averaged student's prediction x0_k at each of its K steps, on the table's prompts (method, section 6).
 
     Puts the averaged weights into the trainer's student: for after the training.
     """
     import torch
 
-    from fewstep import world
     from fewstep.evaluate.distances import frechet
     from fewstep.evaluate.features import scaled
     from fewstep.rewards.clip import CLIPScore
@@ -344,7 +378,7 @@ def fd_per_step(plan: Plan, run: Any, seed: int) -> list[float]:
             rollout = trainer.student.rollout(noise, trainer.encode(chunk), generator=generator)
             for k, x0 in enumerate(rollout.x0):
                 features[k].append(scorer.image_features(trainer.decode(x0)))
-    return [float(frechet(scaled(torch.cat(of_step)), reference(plan))) for of_step in features]
+    return [float(frechet(scaled(torch.cat(of_step)), reference(plan, target))) for of_step in features]
 
 
 def cell_config(plan: Plan, row: Row, seed: int) -> Any:
@@ -359,7 +393,7 @@ def cell_config(plan: Plan, row: Row, seed: int) -> Any:
 
 def stamp_of(plan: Plan, row: str, seed: int) -> dict[str, Any]:
     """What a cell's numbers were made with; a kept cell with another stamp is not used."""
-    from fewstep import cli, world
+    from fewstep import cli
 
     config = None if row in TEACHER_ROWS else cell_config(plan, EVERY_ROW[row], seed)
     recipe = "teacher" if config is None else protocol.sha256(cli.as_plain(config) | {"output": ""})
@@ -370,6 +404,7 @@ def stamp_of(plan: Plan, row: str, seed: int) -> dict[str, Any]:
         "seed": seed,
         "reference_seed": REFERENCE_SEED,
         "evaluations": None if row in TEACHER_ROWS else round(plan.evaluations * EVERY_ROW[row].cost),
+        "target_guidance": target_guidance(plan, row, seed),
     }
 
 
@@ -391,15 +426,11 @@ def make_cell(plan: Plan, row: str, seed: int) -> dict[str, Any]:
     """Make and keep one cell; runs in a process of its own."""
     import torch
 
-    from fewstep import models, world
+    from fewstep import models
 
     torch.set_num_threads(plan.threads)
     models.quiet_libraries()
-    if row in TEACHER_ROWS:
-        solver = TEACHER_ROWS[row]
-        cell = run_teacher_cell(plan, seed, steps=4 if solver else world.TEACHER_STEPS, solver=solver)
-    else:
-        cell = run_cell(plan, EVERY_ROW[row], seed)
+    cell = run_teacher_cell(plan, TEACHER_ROWS[row], seed) if row in TEACHER_ROWS else run_cell(plan, EVERY_ROW[row], seed)
     machine = f"{platform.machine()}, {plan.threads} threads, torch {protocol.version('torch')}, diffusers {protocol.version('diffusers')}"
     cell |= {"row": row, "seed": seed, "stamp": stamp_of(plan, row, seed), "commit": commit(), "machine": machine}
     protocol.replace(cell_path(plan, row, seed), lambda temporary: temporary.write_text(json.dumps(cell, indent=1)))
@@ -520,7 +551,7 @@ def fronts(summary: list[dict[str, Any]]) -> dict[str, float]:
     methods = dict.fromkeys(row.name.rpartition(" ")[0] for row in PARETO if row.name in by_row)
     if not methods:
         return {}
-    few = [by_row[name]["fd_clip_teacher"][0] for name, solver in TEACHER_ROWS.items() if solver]
+    few = [by_row[name]["fd_clip_teacher"][0] for name, row in TEACHER_ROWS.items() if row.solver]
     corner = min(few), by_row[f"teacher, {protocol.TEACHER_STEPS} steps"]["preference"][0]
     points = {
         method: [(m["fd_clip_teacher"][0], m["preference"][0]) for name, m in by_row.items() if name.startswith(f"{method} ")]
@@ -608,7 +639,8 @@ def compare(plan: Plan, rows: tuple[Row, ...], *, seeds: int | None, first_seed:
     print(f"{len(wanted) - len(missing)} of {len(wanted)} cells are there; making {len(missing)}", flush=True)
     os.environ["OMP_NUM_THREADS"] = str(plan.threads)  # of the processes started from here
     if missing:
-        reference(plan)
+        for guidance in {target_guidance(plan, *key) for key in missing}:
+            reference(plan, guidance)
         began = time.perf_counter()
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
             pending = {pool.submit(make_cell, plan, *key): key for key in missing}

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from fewstep import cli, compare
+from fewstep import cli, compare, world
 
 
 def cell(row, seed, fd):
@@ -45,7 +45,7 @@ def test_fronts_start_at_the_few_step_teacher_and_the_many_step_preference():
     ]
     teachers.append(entry("teacher, 4 steps, DPM-Solver++", 7.0, 9.0))
     assert compare.fronts(teachers) == {}
-    points = [entry("GNDMR, preference 0.1", 1.0, 2.0), entry("GNDMR, preference 0.4", 2.0, 3.0), entry("DMDR, preference 10", 2.0, 2.0)]
+    points = [entry("GNDMR, preference 0.1", 1.0, 2.0), entry("GNDMR, preference 0.4", 2.0, 3.0), entry("DMDR, preference 6", 2.0, 2.0)]
     assert compare.fronts([*teachers, *points]) == {"GNDMR, preference": 3.0, "DMDR, preference": 1.0}
 
 
@@ -89,6 +89,14 @@ def test_every_row_can_be_built_and_names_a_baseline_before_it(tmp_path):
     assert len(set(paths)) == len(names) and len(set(names)) == len(names)
 
 
+def test_a_student_of_the_unguided_teacher_is_compared_with_it(tmp_path):
+    plan = compare.Plan(tmp_path, 100, 2, 4, 1)
+    unguided = [name for name in (*compare.TEACHER_ROWS, *compare.EVERY_ROW) if compare.target_guidance(plan, name) == 1]
+    assert unguided and all("guidance 1" in name for name in unguided)
+    assert compare.target_guidance(plan, "GNDM") == world.TEACHER_GUIDANCE != 1
+    assert compare.stamp_of(plan, "GNDM, guidance 1", 0)["target_guidance"] == 1
+
+
 def test_a_kept_cell_is_used_only_if_made_in_the_same_way(tmp_path, capsys):
     plan = compare.Plan(tmp_path, 100, 2, 4, 1)
     assert compare.kept(plan) == {}
@@ -126,10 +134,10 @@ def test_a_cell_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(compare, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(compare, "make_cell", make)
-    monkeypatch.setattr(compare, "reference", lambda plan: None)
+    monkeypatch.setattr(compare, "reference", lambda plan, guidance: None)
     plan = compare.Plan(tmp_path, 100, 2, 4, 1)
     rows = (compare.EVERY_ROW["DMD"], compare.EVERY_ROW["GNDM"])
-    with pytest.raises(compare.CellsFailed, match=r"(?s)1 of 6 cells failed.*DMD, seed 7: FloatingPointError"):
+    with pytest.raises(compare.CellsFailed, match=r"(?s)1 of 7 cells failed.*DMD, seed 7: FloatingPointError"):
         compare.compare(plan, rows, seeds=1, first_seed=7, jobs=1)
     assert "| GNDM | 1 |" in (tmp_path / "compare.md").read_text() and "FAILED" in capsys.readouterr().out
 
@@ -137,7 +145,7 @@ def test_a_cell_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
 def test_a_quick_comparison_from_end_to_end_and_again(tmp_path, capsys):
     folder = tmp_path / "compare"
     assert cli.main(["compare", "--quick", "--output", str(folder)]) == 0
-    assert "making 6" in capsys.readouterr().out
+    assert "making 7" in capsys.readouterr().out
     report = json.loads((folder / "compare.json").read_text())
     assert [row["row"] for row in report["rows"]][-2:] == ["DMD", "GNDM"] and report["rows"][-1]["paired"]
     students = [c for c in report["cells"] if "costs" in c]
@@ -150,7 +158,7 @@ def test_a_quick_comparison_from_end_to_end_and_again(tmp_path, capsys):
     assert (folder / "compare.png").stat().st_size > 1000 and "| GNDM | 1 |" in (folder / "compare.md").read_text()
     next((folder / "cells").glob("gndm-*")).unlink()
     assert cli.main(["compare", "--quick", "--output", str(folder)]) == 0
-    assert "5 of 6 cells are there; making 1" in capsys.readouterr().out
+    assert "6 of 7 cells are there; making 1" in capsys.readouterr().out
 
 
 def test_an_adaptive_cell_is_judged_by_a_fresh_fake(tmp_path):
