@@ -639,10 +639,10 @@ def compare(plan: Plan, rows: tuple[Row, ...], *, seeds: int | None, first_seed:
     print(f"{len(wanted) - len(missing)} of {len(wanted)} cells are there; making {len(missing)}", flush=True)
     os.environ["OMP_NUM_THREADS"] = str(plan.threads)  # of the processes started from here
     if missing:
-        for guidance in {target_guidance(plan, *key) for key in missing}:
-            reference(plan, guidance)
         began = time.perf_counter()
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for drawn in [pool.submit(reference, plan, guidance) for guidance in sorted({target_guidance(plan, *key) for key in missing})]:
+                drawn.result()
             pending = {pool.submit(make_cell, plan, *key): key for key in missing}
             for count, future in enumerate(as_completed(pending), 1):
                 key = pending[future]

@@ -299,8 +299,12 @@ HARMLESS: dict[tuple[str, str], str] = {
     **{
         ("rewards.distribution", f"place, peers = rank_in_group({key}, shuffle=True)  # among those with the same stratum"):
             "another key that no two pairs of size and rank share"
-        for key in ("size * (len(group) - 1) + rank", "size * (len(group) + 1) - rank", "size / (len(group) + 1) + rank")
+        for key in (
+            "size * (len(group) - 1) + rank", "size * (len(group) + 0) + rank", "size * (len(group) + 2) + rank",
+            "size * (len(group) + 1) - rank", "size / (len(group) + 1) + rank",
+        )
     },
+    ("rewards.distribution", "order = order[torch.argsort(group[order], stable=False)]"): "which member has which stratum is arbitrary",
     ("rewards.distribution", "start = torch.cumsum(count, -1) - count"): ONE_DIMENSION,
     ("rewards.distribution", "grid = torch.linspace(*self.t_range, 4096, dtype=torch.float64)"): "the integral's error is 1e-7 either way",
     ("rewards.distribution", "grid = torch.linspace(*self.t_range, 4098, dtype=torch.float64)"): "the integral's error is 1e-7 either way",

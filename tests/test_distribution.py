@@ -386,7 +386,11 @@ def test_several_draws_are_averaged_and_their_strata_spread_over_each_sample():
     several = DistributionMatching(one.teacher, one.fake, COSINE, step_condition=True, score_weight="matching", draws=3)
     seen, evaluate = [], several.evaluate
     several.evaluate = lambda *inputs, **options: seen.append(evaluate(*inputs, **options)) or seen[-1]
+    asked, network = [], several.teacher.network
+    several.teacher.network = lambda xt, timestep, cond: asked.append(cond) or network(xt, timestep, cond)
+    sample.cond = {"c": torch.arange(4)}
     signal = several(sample)
+    assert asked[0]["c"].tolist() == [0, 1, 2, 3] * 3  # each draw with its sample's condition
     result = seen[0]
     strata = ((result.t - 0.02) / 0.96 * 12).long().view(3, 4)  # one group of 4 samples x 3 draws
     assert sorted(strata.flatten().tolist()) == list(range(12))
