@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -505,7 +506,7 @@ def markdown(summary: list[dict[str, Any]], plan: Plan) -> str:
         cells = [number(*entry["metrics"][key]) for key in METRICS]
         updates = f"{entry['updates']:.0f}" if "updates" in entry else ""
         cost = f"{entry['flops'] / 1e12:.1f}" if "flops" in entry else ""
-        body.append([entry["row"], str(len(entry["seeds"])), updates, cost, *cells, entry["baseline"] or "", *paired])
+        body.append([entry["row"], str(len(entry["seeds"])), updates, cost, *cells, entry["baseline"] if entry["paired"] else "", *paired])
     n = plan.prompts * plan.images_per_prompt
     note = (
         f"Every student: {plan.evaluations} network evaluations of training (a backward counts two), measured on {n} pictures of held-out "
@@ -524,7 +525,8 @@ def markdown(summary: list[dict[str, Any]], plan: Plan) -> str:
                 f"\n\n{entry['row']}, seed {seed}: FD to teacher has a smoothed minimum of {found['minimum']:.3f} along the training; the "
                 f"last third is at {found['last_third']:.3f}, standard error {found['standard_error']:.3f}."
             )
-    areas = "; ".join(f"{method} {area:.4g}" for method, area in fronts(summary).items())
+    points = Counter(entry["row"].rpartition(" ")[0] for entry in summary)
+    areas = "; ".join(f"{method} {area:.4g} ({points[method]} weights)" for method, area in fronts(summary).items())
     if areas:
         note += (
             f"\n\nHypervolume of preference against FD to teacher, from the best few-step teacher's distance and the "
