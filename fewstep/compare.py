@@ -6,6 +6,7 @@ forwards), then measured. Every finished cell is a file; a run that goes on make
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -25,6 +26,7 @@ REFERENCE_SEED = 10_000  # of the teacher's sample that distances are taken to; 
 METRICS = ("fd_clip_data", "fd_clip_teacher", "clip", "clip-heldout", "preference", "utility", "precision", "recall", "diversity")
 DISTANCES = ("fd_clip_data", "fd_clip_teacher")
 MAIN_SEEDS, OTHER_SEEDS = 5, 3
+TRACED = ("/score", "/lag", "/ess", "/cosine")  # of what an update logs, what a cell keeps
 NETWORKS = ("student", "teacher", "fake")  # one evaluation of each costs the same: the budget of a cell
 
 
@@ -37,10 +39,13 @@ class Row(NamedTuple):
     seeds: int = OTHER_SEEDS
     cost: float = 1.0  # multiple of the plan's network evaluations
     marks: int = 0  # measurements along the training, evenly spread over its cost
+    price: float = 0.0  # of a reward's pass, in network evaluations: what a reward far larger than the world's would cost
 
 
 REWARDS = ("--reward.clip", "0.1", "--reward.preference", "0.1")
 CONSTANT = ("--student.decay", "0", "--fake.decay", "0")
+EXPENSIVE = ("gndm", "--reward.preference", "0.1")
+PRICE = 32.0  # one update of these: 1536 network evaluations, and 6144 for the reward's forward and backward on 64 pictures
 THRICE = 7.8  # three times the default run's 305 updates of 1536 network evaluations, in cells of 180 thousand
 
 ROWS = (
@@ -67,6 +72,17 @@ ROWS = (
     Row("GNDM-IS", ("gndm-is",), "GNDM"),
     Row("GNDMR-IS", ("gndmr-is",), "GNDMR adaptive"),
     Row("GNDMR fixed, evaluation reuse 4", ("gndm", *REWARDS, "--reuse.evaluation", "4"), "GNDMR fixed"),
+    Row("GNDMR, expensive reward", EXPENSIVE, None, cost=2.0, price=PRICE),
+    *(
+        Row(
+            f"GNDMR, expensive reward, evaluation reuse 4{what}",
+            (*EXPENSIVE, "--reuse.evaluation", "4", *flags),
+            "GNDMR, expensive reward",
+            cost=2.0,
+            price=PRICE,
+        )
+        for what, flags in (("", ()), (", rate 5e-5", ("--student.lr", "5e-5")), (", unweighted", ("--reuse.weighted", "false")))
+    ),
     Row("GNDM, half the cost", ("gndm",), "GNDM, backward simulation", cost=0.5),
     Row("GNDM, rollout reuse 4, half the cost", ("gndm", "--reuse.rollout", "4"), "GNDM, backward simulation", cost=0.5),
     *(
@@ -152,8 +168,9 @@ def commit() -> str:
         return f"version {protocol.version('fewstep')}"
 
 
+@functools.cache
 def instruments(plan: Plan) -> tuple[list[str], dict[str, Any], Any]:
-    """(held-out prompts, scorers by name, features of real pictures)."""
+    """(held-out prompts, scorers by name, features of real pictures); read once a process."""
     from safetensors.torch import load_file
 
     data = load_file(world.ASSETS / "features.safetensors")["heldout"].float()
@@ -169,11 +186,15 @@ def observe_pipeline(plan: Plan, pipe: Any, *, steps: int, guidance: float, seed
     return protocol.observe_sample(pipe, prompts, plan.images_per_prompt, scorers, gold_utility, **sampling)
 
 
-def target_guidance(plan: Plan, row: str, seed: int = 0) -> float:
+def target_guidance(plan: Plan, row: str) -> float:
     """Guidance of the teacher's sample that a row is compared with: a student of the unguided teacher should equal the unguided one."""
     if row in TEACHER_ROWS:
         return TEACHER_ROWS[row].guidance
-    return UNGUIDED if cell_config(plan, EVERY_ROW[row], seed).matching.guidance == UNGUIDED else world.TEACHER_GUIDANCE
+    return guidance_to_match(cell_config(plan, EVERY_ROW[row], seed=0))
+
+
+def guidance_to_match(config: Any) -> float:
+    return UNGUIDED if config.matching.guidance == UNGUIDED else world.TEACHER_GUIDANCE
 
 
 def reference(plan: Plan, guidance: float) -> Any:
@@ -229,18 +250,20 @@ def run_cell(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
 
     from fewstep import cli
 
-    config, target = cell_config(plan, row, seed), target_guidance(plan, row.name, seed)
+    config = cell_config(plan, row, seed)
+    target = guidance_to_match(config)
     run = cli.build(config, world.prompts("train"), str(world.TEACHER))
     trainer, began, logs = run.trainer, time.perf_counter(), {}
     trace = []
     total = round(plan.evaluations * row.cost)
-    spent: Callable[[], int] = lambda: sum(trainer.counted[name].cost for name in NETWORKS)  # noqa: E731
+    prices = dict.fromkeys(NETWORKS, 1.0) | dict.fromkeys(config.reward, row.price)
+    spent: Callable[[], float] = lambda: sum(price * trainer.counted[name].cost for name, price in prices.items() if price)  # noqa: E731
     trainer.progress = lambda: min(spent() / total, 1.0)  # a cell ends by its network evaluations, and so does its decay
     along: list[dict[str, float]] = []
     measuring = 0.0  # seconds
     while spent() < total:
         logs = trainer.step()
-        trace.append({key: value for key, value in logs.items() if key.startswith("weights/") or key.endswith(("/score", "/lag", "/ess"))})
+        trace.append({key: value for key, value in logs.items() if key.startswith("weights/") or key.endswith(TRACED)})
         if spent() * row.marks >= total * (len(along) + 1):
             paused = time.perf_counter()
             along.append(mark(plan, run, seed, target) | {"update": trainer.update, "evaluations": spent()})
@@ -305,14 +328,13 @@ class Settled(NamedTuple):
 
 def settled(trace: list[dict[str, float]]) -> Settled:
     """Where the fidelity budget (7) and its weight stood over the last quarter of the updates that evaluated R_dm after the warm-up."""
-    heard = [logs for logs in trace if "weights/budget" in logs]
+    heard = [
+        (logs["weights/kl"] / logs["weights/budget"], logs["weights/weight"], logs["weights/weight_at_cap"])
+        for logs in trace
+        if "weights/budget" in logs
+    ]
     last = heard[-max(len(heard) // 4, 1) :]
-    mean: Callable[[Callable[[dict[str, float]], float]], float] = lambda f: sum(map(f, last)) / len(last)  # noqa: E731
-    return Settled(
-        mean(lambda logs: logs["weights/kl"] / logs["weights/budget"]),
-        mean(lambda logs: logs["weights/weight"]),
-        mean(lambda logs: logs["weights/weight_at_cap"]),
-    )
+    return Settled(*(sum(column) / len(last) for column in zip(*last, strict=True)))
 
 
 def flops_of_a_pass(run: Any) -> dict[str, int]:
@@ -405,7 +427,8 @@ def stamp_of(plan: Plan, row: str, seed: int) -> dict[str, Any]:
         "seed": seed,
         "reference_seed": REFERENCE_SEED,
         "evaluations": None if row in TEACHER_ROWS else round(plan.evaluations * EVERY_ROW[row].cost),
-        "target_guidance": target_guidance(plan, row, seed),
+        **({"price": EVERY_ROW[row].price} if row in EVERY_ROW and EVERY_ROW[row].price else {}),
+        "target_guidance": TEACHER_ROWS[row].guidance if config is None else guidance_to_match(config),
     }
 
 
@@ -525,6 +548,10 @@ def markdown(summary: list[dict[str, Any]], plan: Plan) -> str:
                 f"\n\n{entry['row']}, seed {seed}: FD to teacher has a smoothed minimum of {found['minimum']:.3f} along the training; the "
                 f"last third is at {found['last_third']:.3f}, standard error {found['standard_error']:.3f}."
             )
+    if any(EVERY_ROW[entry["row"]].price for entry in summary if entry["row"] in EVERY_ROW):
+        note += (
+            f"\n\nExpensive reward: in the budget a pass of it counts as {PRICE:g} network evaluations, as that of a far larger one would."
+        )
     points = Counter(entry["row"].rpartition(" ")[0] for entry in summary)
     areas = "; ".join(f"{method} {area:.4g} ({points[method]} weights)" for method, area in fronts(summary).items())
     if areas:
@@ -633,7 +660,7 @@ def compare(plan: Plan, rows: tuple[Row, ...], *, seeds: int | None, first_seed:
     import multiprocessing
 
     plan.output.mkdir(parents=True, exist_ok=True)
-    teacher_seeds = range(first_seed, first_seed + (seeds or OTHER_SEEDS))
+    teacher_seeds = range(first_seed, first_seed + (seeds or max(row.seeds for row in rows)))
     wanted = [(name, seed) for name in TEACHER_ROWS for seed in teacher_seeds]
     wanted += [(row.name, seed) for row in rows for seed in range(first_seed, first_seed + (seeds or row.seeds))]
     cells, failed = kept(plan), {}
@@ -643,7 +670,8 @@ def compare(plan: Plan, rows: tuple[Row, ...], *, seeds: int | None, first_seed:
     if missing:
         began = time.perf_counter()
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            for drawn in [pool.submit(reference, plan, guidance) for guidance in sorted({target_guidance(plan, *key) for key in missing})]:
+            targets = sorted({target_guidance(plan, row) for row, _ in missing})
+            for drawn in [pool.submit(reference, plan, guidance) for guidance in targets]:
                 drawn.result()
             pending = {pool.submit(make_cell, plan, *key): key for key in missing}
             for count, future in enumerate(as_completed(pending), 1):

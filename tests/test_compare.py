@@ -76,6 +76,16 @@ def test_measuring_along_the_training_changes_nothing(tmp_path):
     assert compare.run_cell(plan, row._replace(cost=0.5), 0)["updates"] < plain["updates"]
 
 
+def test_a_reward_with_a_price_uses_up_the_budget(tmp_path):
+    options = ("--groups", "2", "--group-size", "2")
+    plan, row = compare.Plan(tmp_path, 600, 3, 24, 1, options=options), compare.EVERY_ROW["GNDMR, expensive reward"]
+    cell = compare.run_cell(plan, row, 0)
+    spent = sum(cell["costs"][name] for name in compare.NETWORKS) + row.price * cell["costs"]["preference"]
+    an_update = spent / cell["updates"]
+    assert 1200 <= spent < 1200 + an_update and row.price * cell["costs"]["preference"] > 0.7 * spent
+    assert compare.stamp_of(plan, row.name, 0)["price"] == row.price and "price" not in compare.stamp_of(plan, "GNDM", 0)
+
+
 def test_every_row_can_be_built_and_names_a_baseline_before_it(tmp_path):
     names = []
     plan = compare.Plan(tmp_path, 1, 1, 2, 1)
@@ -165,8 +175,7 @@ def test_an_adaptive_cell_is_judged_by_a_fresh_fake(tmp_path):
     options = ("--groups", "2", "--group-size", "2", "--weights.warmup", "3", "--weights.budget", "2")
     plan = compare.Plan(tmp_path, 700, 3, 24, 1, judge_updates=4, options=options)
     plan.output.joinpath("cells").mkdir()
-    row = next(r for r in compare.ROWS if r.name == "GNDMR adaptive")
-    cell = compare.run_cell(plan, row, 0)
+    cell = compare.run_cell(plan, compare.EVERY_ROW["GNDMR adaptive"], 0)
     judged = cell["judge"]
     assert 0 < cell["settled"]["kl_over_budget"] < 10 and cell["settled"]["weight"] > 0
     assert judged["budget"] > 0 and judged["gap"] == pytest.approx(judged["fresh"] - judged["own"])
