@@ -45,6 +45,7 @@ class Row(NamedTuple):
 REWARDS = ("--reward.clip", "0.1", "--reward.preference", "0.1")
 CONSTANT = ("--student.decay", "0", "--fake.decay", "0")
 EXPENSIVE = ("gndm", "--reward.preference", "0.1")
+ADAPTIVE = ("--weights.mode", "adaptive", "--weights.budget", "1.3")
 PRICE = 32.0  # one update of these: 1536 network evaluations, and 6144 for the reward's forward and backward on 64 pictures
 THRICE = 7.8  # three times the default run's 305 updates of 1536 network evaluations, in cells of 180 thousand
 
@@ -86,8 +87,8 @@ ROWS = (
     Row("GNDM, half the cost", ("gndm",), "GNDM, backward simulation", cost=0.5),
     Row("GNDM, rollout reuse 4, half the cost", ("gndm", "--reuse.rollout", "4"), "GNDM, backward simulation", cost=0.5),
     *(
-        Row(f"GNDMR adaptive, {reward}", ("gndm", f"--reward.{reward}", "1", "--weights.mode", "adaptive"), None, cost=2.0)
-        for reward in ("clip", "preference", "discriminator")
+        Row(f"GNDMR adaptive, {' and '.join(rewards)}", ("gndm", *ADAPTIVE, *(f"--reward.{name}=1" for name in rewards)), None, cost=2.0)
+        for rewards in (("clip",), ("preference",), ("clip", "preference"), ("discriminator",))
     ),
     Row("GNDM, constant rates, thrice as long", ("gndm", *CONSTANT), None, 1, cost=THRICE, marks=12),
     Row("DMD, constant rates, thrice as long", ("dmd", *CONSTANT), None, 1, cost=THRICE, marks=12),
@@ -117,7 +118,7 @@ GRID = tuple(
     for recipe in ("dmd", "gndm")
 ) + tuple(
     Row(f"GNDM, backward simulation, {n} fake updates", ("gndm", "--reuse.backward-simulation", f"--fake.updates={n}"), None, 1)
-    for n in (1, 2, 4)
+    for n in (1, 2, 4, 8)
 )
 EVERY_ROW = {row.name: row for row in (*ROWS, *PARETO, *GRID)}
 UNGUIDED = 1.0
@@ -146,7 +147,7 @@ class Plan:
     images_per_prompt: int
     prompts: int  # of the held-out prompts, how many are drawn
     threads: int
-    judge_updates: int = 300  # of the fresh fake that judges an adaptive weight's budget
+    judge_updates: int = 900  # of the fresh fake that judges an adaptive weight's budget
     options: tuple[str, ...] = ()  # flags that every cell gets, after its row's own
 
 
@@ -374,7 +375,12 @@ def judged_kl(run: Any, updates: int) -> dict[str, Any]:
     matching = trainer.terms["dm"].reward
     fake = run.backbone.roles(fake_steps=config.steps if matching.step_condition else 0).fake
     verdict = judge(matching, fake, draw, updates=updates, lr=config.fake.lr, precision=trainer.precision)
-    return verdict._asdict() | {"budget": trainer.weights.b, "kl_of_run": trainer.weights.kl, "lag_of_run": trainer.weights.lag}
+    return verdict._asdict() | {
+        "updates": updates,
+        "budget": trainer.weights.b,
+        "kl_of_run": trainer.weights.kl,
+        "lag_of_run": trainer.weights.lag,
+    }
 
 
 def fd_per_step(plan: Plan, run: Any, seed: int, target: float) -> list[float]:
@@ -490,7 +496,10 @@ def summarise(cells: Cells) -> list[dict[str, Any]]:
             entry["flops"] = interval([float(sum(cell["flops"].values())) for cell in of_seeds])[0]
         if "settled" in first:
             entry["settled"] = {key: interval([cell["settled"][key] for cell in of_seeds]) for key in Settled._fields}
-            entry["settled"]["gap_over_budget"] = interval([cell["judge"]["gap"] / cell["judge"]["budget"] for cell in of_seeds])
+            judges = [cell["judge"] for cell in of_seeds]
+            entry["settled"]["gap_over_budget"] = interval([judge["gap"] / judge["budget"] for judge in judges])
+            entry["settled"]["judge_updates"] = interval([judge["updates"] for judge in judges])
+            entry["settled"]["still_falling"] = interval([1 - judge["heldout"][-1] / judge["heldout"][-2] for judge in judges])
         if "along" in first:
             entry["drift"] = {
                 key: {seed: drift([at[key] for at in cell["along"]])._asdict() for seed, cell in own.items()} for key in DISTANCES
@@ -541,7 +550,9 @@ def markdown(summary: list[dict[str, Any]], plan: Plan) -> str:
             kl, weight, gap = (number(*entry["settled"][key]) for key in ("kl_over_budget", "weight", "gap_over_budget"))
             note += (
                 f"\n\n{entry['row']}: over the last quarter the KL is {kl} of its budget, the weight {weight}, at its cap in "
-                f"{entry['settled']['at_cap'][0]:.0%} of the updates; a fresh fake finds a KL larger by {gap} of the budget."
+                f"{entry['settled']['at_cap'][0]:.0%} of the updates; a fresh fake finds a KL larger by {gap} of the budget, after "
+                f"{entry['settled']['judge_updates'][0]:.0f} updates, in whose last eighth its held-out loss fell by "
+                f"{entry['settled']['still_falling'][0]:.1%}."
             )
         for seed, found in entry.get("drift", {}).get("fd_clip_teacher", {}).items():
             note += (

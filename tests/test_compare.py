@@ -179,7 +179,7 @@ def test_an_adaptive_cell_is_judged_by_a_fresh_fake(tmp_path):
     judged = cell["judge"]
     assert 0 < cell["settled"]["kl_over_budget"] < 10 and cell["settled"]["weight"] > 0
     assert judged["budget"] > 0 and judged["gap"] == pytest.approx(judged["fresh"] - judged["own"])
-    assert len(judged["heldout"]) == 5 and json.dumps(cell)
+    assert len(judged["heldout"]) == 5 and judged["updates"] == 4 and json.dumps(cell)
     # two rewards share each decoded picture, and both go backward through it
     costs, flops = cell["costs"], cell["flops"]
     assert costs["clip"] == costs["preference"] == costs["decoder"] > 0 and costs["decoder"] % 3 == 0
