@@ -632,7 +632,7 @@ def measure_student(student: Path, teacher: str, config: Config, *, images_per_p
         student,
         teacher=teacher,
         prompts=world.prompts("evaluate"),
-        scorers=world.scorers(device=device),
+        scorers=world.load_scorers(device=device),
         extractor="clip-heldout",
         utility=gold_utility,
         data=load_file(world.ASSETS / "features.safetensors")["heldout"].float(),

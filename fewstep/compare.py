@@ -176,7 +176,7 @@ def instruments(plan: Plan) -> tuple[list[str], dict[str, Any], Any]:
     from safetensors.torch import load_file
 
     data = load_file(world.ASSETS / "features.safetensors")["heldout"].float()
-    return world.prompts("evaluate")[: plan.prompts], world.scorers(), data
+    return world.prompts("evaluate")[: plan.prompts], world.load_scorers(), data
 
 
 def observe_pipeline(plan: Plan, pipe: Any, *, steps: int, guidance: float, seed: int) -> dict[str, Any]:

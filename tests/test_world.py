@@ -19,6 +19,17 @@ def picture(name="cat face", style="noto", subcategory="cat-face", category="Smi
     return Picture(image, "1F431", style, name, subcategory, category, False)
 
 
+def test_no_submodule_hides_a_function_of_the_world():
+    """Importing fewstep.world.NAME sets that name on the package, over whatever it defined."""
+    import inspect
+    import pkgutil
+
+    submodules = {module.name for module in pkgutil.iter_modules(world.__path__)}
+    defined = {name for name in vars(world) if not inspect.ismodule(getattr(world, name))}
+    source = {line.split("(")[0].removeprefix("def ") for line in inspect.getsource(world).splitlines() if line.startswith("def ")}
+    assert {"prompts", "load_scorers"} <= source <= defined and not submodules & source
+
+
 def test_assets_are_small_and_hold_no_pickle():
     files = [path for path in world.ASSETS.rglob("*") if path.is_file()]
     sizes = [path.stat().st_size for path in files]
@@ -148,7 +159,7 @@ def test_the_shipped_samples_are_of_this_teacher_and_these_scorers():
 
     pipe = protocol.open_pipeline(world.TEACHER, "cpu")
     prompts = world.prompts("evaluate")
-    content = protocol.content_of(pipe, prompts, world.IMAGES_PER_PROMPT, protocol.BATCH, world.scorers(), gold_utility)
+    content = protocol.content_of(pipe, prompts, world.IMAGES_PER_PROMPT, protocol.BATCH, world.load_scorers(), gold_utility)
     for row in protocol.teacher_rows(4, world.TEACHER_GUIDANCE, 0):
         kept = protocol.read(protocol.shipped_path(world.SAMPLES, row, content))
         assert kept is not None, row

@@ -21,7 +21,7 @@ def prompts(split: str) -> list[str]:
     return json.loads((ASSETS / "prompts.json").read_text())[split]
 
 
-def scorers(assets: Path = ASSETS, *, device: str = "cpu") -> dict[str, Any]:
+def load_scorers(assets: Path = ASSETS, *, device: str = "cpu") -> dict[str, Any]:
     """The world's CLIPScores and PickScore by name, those that judge among them."""
     from fewstep.rewards.clip import CLIPScore, PickScore
 

@@ -229,7 +229,7 @@ def main() -> None:
         assets / "samples",
         teacher=assets / "teacher",
         prompts=json.loads((assets / "prompts.json").read_text())["evaluate"],
-        scorers=world.scorers(assets, device=str(device())),
+        scorers=world.load_scorers(assets, device=str(device())),
         utility=gold_utility,
         steps=4,
         guidance=world.TEACHER_GUIDANCE,
