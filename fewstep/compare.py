@@ -188,14 +188,13 @@ def observe_pipeline(plan: Plan, pipe: Any, *, steps: int, guidance: float, seed
     return protocol.observe_sample(pipe, prompts, plan.images_per_prompt, scorers, gold_utility, **sampling)
 
 
-def target_guidance(plan: Plan, row: str) -> float:
-    """Guidance of the teacher's sample that a row is compared with: a student of the unguided teacher should equal the unguided one."""
-    if row in TEACHER_ROWS:
+def target_guidance(row: str, config: Any | None) -> float:
+    """Guidance of the teacher's sample that a row is compared with: a student of the unguided teacher should equal the unguided one.
+
+    config: of the row's training; None for a teacher's row.
+    """
+    if config is None:
         return TEACHER_ROWS[row].guidance
-    return guidance_to_match(cell_config(plan, EVERY_ROW[row], seed=0))
-
-
-def guidance_to_match(config: Any) -> float:
     return UNGUIDED if config.matching.guidance == UNGUIDED else world.TEACHER_GUIDANCE
 
 
@@ -253,7 +252,7 @@ def run_cell(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
     from fewstep import cli
 
     config = cell_config(plan, row, seed)
-    target = guidance_to_match(config)
+    target = target_guidance(row.name, config)
     run = cli.build(config, world.prompts("train"), str(world.TEACHER))
     trainer, began, logs = run.trainer, time.perf_counter(), {}
     trace = []
@@ -421,11 +420,16 @@ def cell_config(plan: Plan, row: Row, seed: int) -> Any:
     return cli.resolve_hardware(replace(config, device="cpu"))
 
 
+def config_of(plan: Plan, row: str, seed: int) -> Any | None:
+    """Of a student's training; a teacher's row has none."""
+    return None if row in TEACHER_ROWS else cell_config(plan, EVERY_ROW[row], seed)
+
+
 def stamp_of(plan: Plan, row: str, seed: int) -> dict[str, Any]:
     """What a cell's numbers were made with; a kept cell with another stamp is not used."""
     from fewstep import cli
 
-    config = None if row in TEACHER_ROWS else cell_config(plan, EVERY_ROW[row], seed)
+    config, student = config_of(plan, row, seed), EVERY_ROW.get(row)
     recipe = "teacher" if config is None else protocol.sha256(cli.as_plain(config) | {"output": ""})
     return {
         "config": recipe,
@@ -433,9 +437,9 @@ def stamp_of(plan: Plan, row: str, seed: int) -> dict[str, Any]:
         "n": plan.prompts * plan.images_per_prompt,
         "seed": seed,
         "reference_seed": REFERENCE_SEED,
-        "evaluations": None if row in TEACHER_ROWS else round(plan.evaluations * EVERY_ROW[row].cost),
-        **({"price": EVERY_ROW[row].price} if row in EVERY_ROW and EVERY_ROW[row].price else {}),
-        "target_guidance": TEACHER_ROWS[row].guidance if config is None else guidance_to_match(config),
+        "evaluations": round(plan.evaluations * student.cost) if student else None,
+        **({"price": student.price} if student and student.price else {}),
+        "target_guidance": target_guidance(row, config),
     }
 
 
@@ -542,10 +546,14 @@ def markdown(summary: list[dict[str, Any]], plan: Plan) -> str:
         body.append([entry["row"], str(len(entry["seeds"])), updates, cost, *cells, entry["baseline"] if entry["paired"] else "", *paired])
     n = plan.prompts * plan.images_per_prompt
     note = (
-        f"Every student: {plan.evaluations} network evaluations of training (a backward counts two), measured on {n} pictures of held-out "
-        "prompts. TFLOP: of the training, decoder and rewards with it. ± is half a 95% t-interval over seeds; differences are paired "
-        "by seed. FD-clip is not an FID."
+        f"Every student, where nothing else is said below: {plan.evaluations} network evaluations of training (a backward counts two), "
+        f"measured on {n} pictures of held-out prompts. TFLOP: of the training, decoder and rewards with it. ± is half a 95% t-interval "
+        "over seeds; differences are paired by seed. FD-clip is not an FID."
     )
+    costs = {entry["row"]: EVERY_ROW[entry["row"]].cost for entry in summary if entry["row"] in EVERY_ROW}
+    others = "; ".join(f"{row}: {round(plan.evaluations * cost)}" for row, cost in costs.items() if cost != 1)
+    if others:
+        note += f"\n\nNetwork evaluations of the others: {others}."
     for entry in summary:
         if "settled" in entry:
             kl, weight, gap = (number(*entry["settled"][key]) for key in ("kl_over_budget", "weight", "gap_over_budget"))
@@ -560,7 +568,7 @@ def markdown(summary: list[dict[str, Any]], plan: Plan) -> str:
                 f"\n\n{entry['row']}, seed {seed}: FD to teacher has a smoothed minimum of {found['minimum']:.3f} along the training; the "
                 f"last third is at {found['last_third']:.3f}, standard error {found['standard_error']:.3f}."
             )
-    if any(EVERY_ROW[entry["row"]].price for entry in summary if entry["row"] in EVERY_ROW):
+    if any(EVERY_ROW[row].price for row in costs):
         note += (
             f"\n\nExpensive reward: in the budget a pass of it counts as {PRICE:g} network evaluations, as that of a far larger one would."
         )
@@ -682,7 +690,7 @@ def compare(plan: Plan, rows: tuple[Row, ...], *, seeds: int | None, first_seed:
     if missing:
         began = time.perf_counter()
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            targets = sorted({target_guidance(plan, row) for row, _ in missing})
+            targets = sorted({target_guidance(row, config_of(plan, row, seed)) for row, seed in missing})
             for drawn in [pool.submit(reference, plan, guidance) for guidance in targets]:
                 drawn.result()
             pending = {pool.submit(make_cell, plan, *key): key for key in missing}

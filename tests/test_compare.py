@@ -28,6 +28,13 @@ def test_differences_are_paired_by_seed():
     assert b["metrics"]["fd_clip_teacher"][0] == pytest.approx((0.5 + 4.5 + 99) / 3)
 
 
+def test_the_table_says_which_students_had_another_budget(tmp_path):
+    cells = [cell("GNDM", 1, 1.0), cell("GNDM, half the cost", 1, 2.0)]
+    text = compare.markdown(compare.summarise({(c["row"], c["seed"]): c for c in cells}), compare.Plan(tmp_path, 300, 2, 4, 1))
+    assert "others: GNDM, half the cost: 150." in text and "Expensive" not in text
+    assert "others" not in compare.markdown(compare.summarise({("GNDM", 1): cells[0]}), compare.Plan(tmp_path, 300, 2, 4, 1))
+
+
 def test_hypervolume_of_known_fronts():
     assert compare.hypervolume([(1.0, 2.0)], (3.0, 1.0)) == 2.0
     assert compare.hypervolume([(1.0, 2.0), (2.0, 3.0)], (3.0, 1.0)) == 1.0 + 2.0
@@ -101,9 +108,13 @@ def test_every_row_can_be_built_and_names_a_baseline_before_it(tmp_path):
 
 def test_a_student_of_the_unguided_teacher_is_compared_with_it(tmp_path):
     plan = compare.Plan(tmp_path, 100, 2, 4, 1)
-    unguided = [name for name in (*compare.TEACHER_ROWS, *compare.EVERY_ROW) if compare.target_guidance(plan, name) == 1]
+
+    def target(name):
+        return compare.target_guidance(name, compare.config_of(plan, name, 0))
+
+    unguided = [name for name in (*compare.TEACHER_ROWS, *compare.EVERY_ROW) if target(name) == 1]
     assert unguided and all("guidance 1" in name for name in unguided)
-    assert compare.target_guidance(plan, "GNDM") == world.TEACHER_GUIDANCE != 1
+    assert target("GNDM") == world.TEACHER_GUIDANCE != 1
     assert compare.stamp_of(plan, "GNDM, guidance 1", 0)["target_guidance"] == 1
 
 
