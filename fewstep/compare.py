@@ -45,7 +45,7 @@ class Row(NamedTuple):
 REWARDS = ("--reward.clip", "0.1", "--reward.preference", "0.1")
 CONSTANT = ("--student.decay", "0", "--fake.decay", "0")
 EXPENSIVE = ("gndm", "--reward.preference", "0.1")
-ADAPTIVE = ("--weights.mode", "adaptive", "--weights.budget", "1.3")
+ADAPTIVE = ("--weights.mode", "adaptive", "--weights.budget", "1.3", "--weights.eta", "0.2")
 PRICE = 32.0  # one update of these: 1536 network evaluations, and 6144 for the reward's forward and backward on 64 pictures
 THRICE = 7.8  # three times the default run's 305 updates of 1536 network evaluations, in cells of 180 thousand
 
@@ -105,21 +105,36 @@ PARETO = tuple(
     )
     for weight in weights
 )
-# where the settings of DMD and GNDM were chosen, and how often the fake learns in backward simulation: on seeds below 100
-GRID = tuple(
-    Row(
-        f"{recipe.upper()}, guidance {guidance:g}, rate {rate:g}, gamma {gamma:g}",
-        (recipe, f"--matching.guidance={guidance:g}", f"--student.lr={rate:g}", f"--matching.gamma={gamma:g}"),
-        None,
-        1,
-    )
-    for guidance in (2.5, 1)
-    for rate in (2e-4, 4e-4, 1e-4)
-    for gamma in (0, 1)
-    for recipe in ("dmd", "gndm")
-) + tuple(
-    Row(f"GNDM, backward simulation, {n} fake updates", ("gndm", "--reuse.backward-simulation", f"--fake.updates={n}"), None, 1)
-    for n in (1, 2, 4, 8)
+TWO_UPDATES = ("--fake.updates=2", "--fake.lr=4e-4")
+HALF_BATCH = ("--groups=16", "--student.lr=1.4e-4")
+# where the settings of DMD, GNDM, backward simulation and of GNDM at half its cost were chosen: on seeds below 100
+GRID = (
+    *(
+        Row(
+            f"{recipe.upper()}, guidance {guidance:g}, rate {rate:g}, gamma {gamma:g}",
+            (recipe, f"--matching.guidance={guidance:g}", f"--student.lr={rate:g}", f"--matching.gamma={gamma:g}"),
+            None,
+            1,
+        )
+        for guidance in (2.5, 1)
+        for rate in (2e-4, 4e-4, 1e-4)
+        for gamma in (0, 1)
+        for recipe in ("dmd", "gndm")
+    ),
+    *(
+        Row(f"GNDM, backward simulation, {n} fake updates", ("gndm", "--reuse.backward-simulation", f"--fake.updates={n}"), None, 1)
+        for n in (1, 2, 4, 8)
+    ),
+    *(
+        Row(f"GNDM, half the cost, {what}", ("gndm", *flags), None, cost=0.5)
+        for what, flags in (
+            ("four fake updates", ()),
+            ("two fake updates", TWO_UPDATES),
+            ("two fake updates, rollout reuse 2", (*TWO_UPDATES, "--reuse.rollout=2")),
+            ("half the batch", HALF_BATCH),
+            ("half the batch, two fake updates", (*HALF_BATCH, *TWO_UPDATES)),
+        )
+    ),
 )
 EVERY_ROW = {row.name: row for row in (*ROWS, *PARETO, *GRID)}
 UNGUIDED = 1.0
