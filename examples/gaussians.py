@@ -132,7 +132,7 @@ def build(teacher: Mixture, rule: str, seed: int) -> Trainer:
     config = Config(steps=len(times), student=own, reuse=ReuseConfig(rollout=len(times)))  # each state of a rollout serves once
     return Trainer(
         student, dict(student.denoiser.named_parameters()), {"dm": term}, Batches(["dummy"], groups=32, group_size=8, seed=seed),
-        encode=lambda prompts: {}, decode=lambda x0: x0, latent_shape=(2, 1, 1), config=config,
+        encode=lambda prompts: {}, decode=lambda x0: x0, latent_shapes=[(2, 1, 1)], config=config,
     )  # fmt: skip
 
 

@@ -406,10 +406,16 @@ def build(config: Config, prompts: list[str], source: str, functions: dict[str, 
         raise UserError(f"teacher: {error}") from error
     except ValueError as error:
         raise UserError(f"steps: {error}") from error
+    try:
+        latent_shapes = [backbone.latent_shape(size) for size in config.sizes()]
+    except ValueError as error:
+        raise UserError(f"size: {error}") from error
     conditioned = config.fake.condition == "step" and config.steps > 1
-    roles = backbone.roles(lora_rank=config.lora_rank, fake_steps=config.steps if conditioned else 0)
+    guidance = config.matching.guidance
+    roles = backbone.roles(lora_rank=config.lora_rank, fake_steps=config.steps if conditioned else 0, guidance=guidance)
+    inside = dataclasses.asdict(config.matching) | {"guidance": guidance if backbone.embedded_guidance is None else 1.0}
     schedule = backbone.schedule()
-    matching = DistributionMatching(roles.teacher, roles.fake, schedule, **dataclasses.asdict(config.matching), step_condition=conditioned)
+    matching = DistributionMatching(roles.teacher, roles.fake, schedule, **inside, step_condition=conditioned)
     fake = config.fake
     term = Term(
         matching, roles.fake_parameters, lr=fake.lr, decay=fake.decay, betas=fake.betas, updates=fake.updates,
@@ -428,7 +434,7 @@ def build(config: Config, prompts: list[str], source: str, functions: dict[str, 
         Batches(prompts, config.groups, config.group_size, seed=config.seed),
         encode=backbone.encode,
         decode=decoder,
-        latent_shape=backbone.latent_shape,
+        latent_shapes=latent_shapes,
         config=config,
         device=device,
         weights=weights,
@@ -538,11 +544,20 @@ def train(run: Run, output: Path, prompts: list[str]) -> bool:
 SAMPLES_PER_PROMPT = 3
 
 
-def sample_grid(pipe: Any, prompts: list[str], *, steps: int, guidance: float = 1.0) -> Any:
-    """(P, N, 3, H, W) in [0, 1]: the grid's samples, N for each prompt, always with the same noise."""
+def sample_grid(pipe: Any, prompts: list[str], *, steps: int, call: dict[str, Any], size: tuple[int, int] | None = None) -> Any:
+    """(P, N, 3, H, W) in [0, 1]: the grid's samples, N for each prompt, always with the same noise.
+
+    call: what the pipeline is told beside; size: (height, width) in pixels, None for its own.
+    """
+    import torch
+
     from fewstep.evaluate.protocol import generate
 
-    images, _ = generate(pipe, prompts, SAMPLES_PER_PROMPT, steps=steps, guidance=guidance, seed=0)
+    told = call | ({"height": size[0], "width": size[1]} if size else {})
+    devices = list(range(torch.cuda.device_count()))
+    with torch.random.fork_rng(devices):  # flow schedulers draw their noise from the global generator
+        torch.manual_seed(0)
+        images, _ = generate(pipe, prompts, SAMPLES_PER_PROMPT, steps=steps, seed=0, call=told)
     return images.view(len(prompts), SAMPLES_PER_PROMPT, *images.shape[1:])
 
 
@@ -553,7 +568,8 @@ def draw_progress(run: Run, output: Path, prompts: list[str]) -> None:
     trainer, steps = run.trainer, run.config.steps
     pipe = run.backbone.student_pipeline(run.roles, trainer.averaged(), steps)
     title = f"student, {steps} steps, update {trainer.update}"
-    grid.save({title: sample_grid(pipe, prompts, steps=steps)}, prompts, output / "samples" / f"update-{trainer.update:08d}.png")
+    images = sample_grid(pipe, prompts, steps=steps, call=run.backbone.student_call, size=run.config.sizes()[0])
+    grid.save({title: images}, prompts, output / "samples" / f"update-{trainer.update:08d}.png")
 
 
 def rewards_in_words(config: Config, weights: dict[str, float]) -> str:
@@ -576,9 +592,11 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
     weights = trainer.averaged()
     pipe = backbone.student_pipeline(run.roles, weights, config.steps)
     backbone.save(pipe, output)
-    if config.lora_rank:
+    if config.lora_rank and backbone.saves_lora():
         backbone.save_lora(weights, output, rank=config.lora_rank)
-    results, best = None, "DPM-Solver++"
+    elif config.lora_rank:
+        print(f"no LoRA file: diffusers has no loader for a {backbone.pipeline.__name__}; the folder holds the merged weights")
+    results, best = None, "DPM-Solver++" if not backbone.flow else "its own solver"
     if config.evaluate and config.teacher == "world":
         report = measure_student(output, source, config)
         results, best = results_markdown(report), next(row["solver"] for row in report["rows"] if row["name"] == report["best_solver"])
@@ -586,17 +604,21 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
         print("not measured: the embedded scorers know only the embedded teacher's pictures")
     shown = grid_prompts(config, prompts)
     teacher = protocol.open_pipeline(source, backbone.device)
-    guidance = config.teacher_guidance
-    columns = {f"teacher, {world.TEACHER_STEPS} steps": sample_grid(teacher, shown, steps=world.TEACHER_STEPS, guidance=guidance)}
-    teacher.scheduler = protocol.solver(best, teacher.scheduler.config)
-    columns[f"teacher, {config.steps} steps ({best})"] = sample_grid(teacher, shown, steps=config.steps, guidance=guidance)
-    columns[f"student, {config.steps} steps"] = sample_grid(pipe, shown, steps=config.steps)
+    told = {"call": backbone.teacher_call(config.teacher_guidance), "size": config.sizes()[0]}
+    columns = {f"teacher, {world.TEACHER_STEPS} steps": sample_grid(teacher, shown, steps=world.TEACHER_STEPS, **told)}
+    if not backbone.flow:
+        teacher.scheduler = protocol.solver(best, teacher.scheduler.config)
+    columns[f"teacher, {config.steps} steps ({best})"] = sample_grid(teacher, shown, steps=config.steps, **told)
+    columns[f"student, {config.steps} steps"] = sample_grid(
+        pipe, shown, steps=config.steps, call=backbone.student_call, size=config.sizes()[0]
+    )
     grid.save(columns, shown, output / "samples.png")
     export.model_card(
         teacher="the embedded emoji teacher of fewstep" if config.teacher == "world" else config.teacher,
         license="apache-2.0" if config.teacher == "world" else None,
         steps=config.steps,
-        times=[int(t) for t in pipe.scheduler.timesteps],
+        times=[round(float(t), 3) for t in pipe.scheduler.timesteps],
+        call=backbone.student_call,
         guidance=config.matching.guidance,
         rewards=rewards_in_words(config, trainer.weights.now()),
         updates=trainer.update,
@@ -776,6 +798,14 @@ def compare_command(arguments: list[str]) -> int:
 # -- sample ------------------------------------------------------------------------------------------------------------
 
 
+def steps_of(student: Path) -> int | None:
+    """Steps that a student's scheduler was made for; None when it does not say."""
+    scheduler = json.loads((student / "scheduler" / "scheduler_config.json").read_text())
+    if scheduler.get("stochastic_sampling") and scheduler["_class_name"] == "FlowMatchEulerDiscreteScheduler":
+        return round(1 / (scheduler["shift_terminal"] or 1.0))  # the K-step grid ends at 1/K
+    return scheduler.get("original_inference_steps")
+
+
 def sample_command(arguments: list[str]) -> int:
     import hashlib
 
@@ -791,8 +821,7 @@ def sample_command(arguments: list[str]) -> int:
     if options.n < 1:
         raise UserError(f"-n: must be at least 1, got {options.n}")
     check_student(options.folder)
-    scheduler = json.loads((options.folder / "scheduler" / "scheduler_config.json").read_text())
-    made_for = scheduler.get("original_inference_steps")
+    made_for = steps_of(options.folder)
     steps = options.steps if options.steps is not None else made_for
     if steps != made_for:
         raise UserError(f"--steps: this student was made for {made_for} steps, not {steps}")
@@ -801,9 +830,13 @@ def sample_command(arguments: list[str]) -> int:
     from fewstep import models
 
     models.quiet_libraries()
+    import torch
+
     from fewstep.evaluate.protocol import generate, open_pipeline
 
-    images, _ = generate(open_pipeline(options.folder, "cpu"), [options.prompt], options.n, steps=steps, guidance=1.0, seed=options.seed)
+    torch.manual_seed(options.seed)  # flow schedulers draw their noise from the global generator
+    call = models.family(str(options.folder)).student_call
+    images, _ = generate(open_pipeline(options.folder, "cpu"), [options.prompt], options.n, steps=steps, seed=options.seed, call=call)
     output = options.output or options.folder / "pictures"
     output.mkdir(parents=True, exist_ok=True)
     with (output / "pictures.jsonl").open("a") as log:

@@ -27,6 +27,7 @@ METRICS = ("fd_clip_data", "fd_clip_teacher", "clip", "clip-heldout", "preferenc
 DISTANCES = ("fd_clip_data", "fd_clip_teacher")
 MAIN_SEEDS, OTHER_SEEDS = 5, 3
 TRACED = ("/score", "/lag", "/ess", "/cosine")  # of what an update logs, what a cell keeps
+LATER = ("size",)  # fields that came after the first cells and, as they are by default, change nothing: not in a stamp then
 NETWORKS = ("student", "teacher", "fake")  # one evaluation of each costs the same: the budget of a cell
 
 
@@ -47,6 +48,9 @@ CONSTANT = ("--student.decay", "0", "--fake.decay", "0")
 EXPENSIVE = ("gndm", "--reward.preference", "0.1")
 ADAPTIVE = ("--weights.mode", "adaptive", "--weights.budget", "1.3", "--weights.eta", "0.2")
 PRICE = 32.0  # one update of these: 1536 network evaluations, and 6144 for the reward's forward and backward on 64 pictures
+TWO_UPDATES = ("--fake.updates=2", "--fake.lr=4e-4")
+HALF_BATCH = ("--groups=16", "--student.lr=1.4e-4")
+BACKWARD_HALF = ("gndm", "--reuse.backward-simulation", *HALF_BATCH)
 THRICE = 7.8  # three times the default run's 305 updates of 1536 network evaluations, in cells of 180 thousand
 
 ROWS = (
@@ -85,6 +89,8 @@ ROWS = (
         for what, flags in (("", ()), (", rate 5e-5", ("--student.lr", "5e-5")), (", unweighted", ("--reuse.weighted", "false")))
     ),
     Row("GNDM, half the cost", ("gndm",), "GNDM, backward simulation", cost=0.5),
+    Row("GNDM, half the batch, half the cost", ("gndm", *HALF_BATCH, *TWO_UPDATES), "GNDM, backward simulation", cost=0.5),
+    Row("GNDM, backward simulation, half the batch, half the cost", BACKWARD_HALF, "GNDM, backward simulation", cost=0.5),
     Row("GNDM, rollout reuse 4, half the cost", ("gndm", "--reuse.rollout", "4"), "GNDM, backward simulation", cost=0.5),
     *(
         Row(f"GNDMR adaptive, {' and '.join(rewards)}", ("gndm", *ADAPTIVE, *(f"--reward.{name}=1" for name in rewards)), None, cost=2.0)
@@ -105,8 +111,6 @@ PARETO = tuple(
     )
     for weight in weights
 )
-TWO_UPDATES = ("--fake.updates=2", "--fake.lr=4e-4")
-HALF_BATCH = ("--groups=16", "--student.lr=1.4e-4")
 # where the settings of DMD, GNDM, backward simulation and of GNDM at half its cost were chosen: on seeds below 100
 GRID = (
     *(
@@ -361,7 +365,7 @@ def flops_of_a_pass(run: Any) -> dict[str, int]:
     from fewstep.types import Sample
 
     trainer, prompt = run.trainer, ["a cat"]
-    latent, one, k = torch.zeros(1, *trainer.latent_shape), torch.full((1,), 0.5), torch.zeros(1, dtype=torch.long)
+    latent, one, k = torch.zeros(1, *trainer.latent_shapes[0]), torch.full((1,), 0.5), torch.zeros(1, dtype=torch.long)
     cond = trainer.encode(prompt) | {"step": k}
     picture = run.backbone.decode(latent).detach()
     seen = Sample(picture, one, k, cond, prompt, k, lambda x: x)  # a reward sees a picture; decoding it is counted apart
@@ -418,7 +422,7 @@ def fd_per_step(plan: Plan, run: Any, seed: int, target: float) -> list[float]:
             trainer.parameters[name].copy_(value)
         for start in range(0, len(rows), batch):
             chunk, generator = rows[start : start + batch], torch.Generator().manual_seed(seed * 100_003 + start)
-            noise = torch.randn(len(chunk), *trainer.latent_shape, generator=generator)
+            noise = torch.randn(len(chunk), *trainer.latent_shapes[0], generator=generator)
             rollout = trainer.student.rollout(noise, trainer.encode(chunk), generator=generator)
             for k, x0 in enumerate(rollout.x0):
                 features[k].append(scorer.image_features(trainer.decode(x0)))
@@ -443,9 +447,13 @@ def config_of(plan: Plan, row: str, seed: int) -> Any | None:
 def stamp_of(plan: Plan, row: str, seed: int) -> dict[str, Any]:
     """What a cell's numbers were made with; a kept cell with another stamp is not used."""
     from fewstep import cli
+    from fewstep.config import Config
 
     config, student = config_of(plan, row, seed), EVERY_ROW.get(row)
-    recipe = "teacher" if config is None else protocol.sha256(cli.as_plain(config) | {"output": ""})
+    recipe = "teacher"
+    if config is not None:
+        plain, untouched = cli.as_plain(config) | {"output": ""}, cli.as_plain(Config())
+        recipe = protocol.sha256({key: value for key, value in plain.items() if key not in LATER or value != untouched[key]})
     return {
         "config": recipe,
         "prompts": protocol.sha256(world.prompts("evaluate")[: plan.prompts]),

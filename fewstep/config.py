@@ -121,6 +121,8 @@ class Config:
     """Guidance scale of the teacher's own pictures, which the student is compared with."""
     steps: int = 4
     """Steps of the student."""
+    size: list[str] = field(default_factory=list)
+    """Sizes of the pictures, HEIGHTxWIDTH in pixels, which the rollouts take in turn; none: the teacher's own."""
     updates: int = 305
     """Student updates in all."""
     group_size: int = 2
@@ -163,6 +165,16 @@ class Config:
     """What is used more than once."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     """The discriminator, when `--reward.discriminator` is given (DMD2)."""
+
+    def sizes(self) -> list[tuple[int, int] | None]:
+        """(height, width) of each size; None is the teacher's own. Raises ValueError naming what is not HEIGHTxWIDTH."""
+        found: list[tuple[int, int] | None] = []
+        for text in self.size:
+            height, cross, width = text.partition("x")
+            if not (cross and height.isdecimal() and width.isdecimal()):
+                raise ValueError(f"HEIGHTxWIDTH, as 1024x768; got {text!r}")
+            found.append((int(height), int(width)))
+        return found or [None]
 
     def problems(self) -> list[str]:
         """What is wrong with the values, one line a key."""

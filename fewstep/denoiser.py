@@ -65,6 +65,22 @@ def repeat(cond: Cond, n: int) -> Cond:
     return {key: value.expand(n, *value.shape[1:]) for key, value in cond.items()}
 
 
+def join(conds: list[Cond]) -> Cond:
+    """Conditions below one another. Where their lengths (dimension 1: text tokens) differ, the shorter are filled with zeros; a family
+    whose prompts differ in length has a mask among its conditions, in which zero means filled."""
+
+    def fill(value: Tensor, length: int) -> Tensor:
+        return torch.cat([value, value.new_zeros(len(value), length - value.shape[1], *value.shape[2:])], 1)
+
+    def stack(values: list[Tensor]) -> Tensor:
+        if values[0].ndim == 1 or len({value.shape[1] for value in values}) == 1:
+            return torch.cat(values)
+        length = max(value.shape[1] for value in values)
+        return torch.cat([fill(value, length) for value in values])
+
+    return {key: stack([cond[key] for cond in conds]) for key in conds[0]}
+
+
 class Denoiser(nn.Module):
     """`network(xt, timestep, cond) -> prediction`, read as x0.
 
@@ -110,6 +126,6 @@ class Denoiser(nn.Module):
         if self.uncond is None:
             raise ValueError("guidance needs the unconditional prompt: give Denoiser its `uncond`")
         empty = repeat(self.uncond, len(xt))
-        both = {key: torch.cat([value, empty[key]]) for key, value in cond.items()}
+        both = join([cond, empty])
         conditional, unconditional = self(torch.cat([xt, xt]), torch.cat([t, t]), both).chunk(2)
         return conditional, unconditional

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -11,7 +12,7 @@ USAGE = """```python
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{folder}")
-image = pipe("{prompt}", num_inference_steps={steps}, guidance_scale=1).images[0]
+image = pipe("{prompt}", num_inference_steps={steps}, {call}).images[0]
 ```"""
 
 
@@ -25,7 +26,8 @@ def model_card(
     teacher: str,
     license: str | None,
     steps: int,
-    times: list[int],
+    times: list[float],
+    call: dict[str, Any],
     guidance: float,
     rewards: str,
     updates: int,
@@ -46,6 +48,8 @@ def model_card(
     method = {"group": "GNDM (group-normalised distribution matching)", "sample": "DMD"}.get(
         normalize, f"distribution matching, scale `{normalize}`"
     )
+    grid = ", ".join(f"{t:g}" for t in times)
+    told = ", ".join(f"{key}={value:g}" for key, value in call.items())
     text = f"""---
 {data.to_yaml()}
 ---
@@ -53,15 +57,15 @@ def model_card(
 # {steps}-step student of {teacher}
 
 Distilled with fewstep by {method}: {updates} updates, teacher guidance {guidance:g}, {rewards}. The guidance is distilled in: sample
-with `guidance_scale=1`.
+with `{told}`.
 
 ![rows: prompts; columns: teacher, teacher at {steps} steps, student](samples.png)
 
 ## Use
 
-{USAGE.format(folder=folder, prompt=prompt, steps=steps)}
+{USAGE.format(folder=folder, prompt=prompt, steps=steps, call=told)}
 
-The scheduler in this folder carries the grid the student was trained on, timesteps {times}; with another number of steps
+The scheduler in this folder carries the grid the student was trained on, timesteps {grid}; with another number of steps
 or another scheduler it is no longer the model that was measured.
 
 ## Numbers

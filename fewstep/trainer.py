@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +89,8 @@ def constant_groups(score: Tensor, group: Tensor) -> float:
 class Trainer:
     """Distils `student` along the directions of `terms`.
 
-    encode: prompts -> conditions, one row each; decode: latents -> images; latent_shape: (C, H, W); weights: how the terms other
+    encode: prompts -> conditions, one row each; decode: latents -> images; latent_shapes: (C, H, W) of each size, which
+    the rollouts take in turn; weights: how the terms other
     than the anchor join it; counted: denoisers by role and whatever else counts its passes, logged.
     One cycle: a rollout without gradient, then `reuse.rollout` evaluations of the rewards at its states (each state once, at a
     fresh noise level), each serving up to `reuse.evaluation` student updates; after each evaluation's updates the online
@@ -105,14 +106,14 @@ class Trainer:
         *,
         encode: Callable[[list[str]], Cond],
         decode: Callable[[Tensor], Tensor],
-        latent_shape: tuple[int, int, int],
+        latent_shapes: Sequence[tuple[int, int, int]],
         config: Config,
         device: torch.device | str = "cpu",
         weights: Fixed | Adaptive | None = None,
         counted: dict[str, Any] | None = None,
     ):
         self.student, self.parameters, self.terms, self.batches = student, parameters, terms, batches
-        self.encode, self.decode, self.latent_shape = encode, decode, latent_shape
+        self.encode, self.decode, self.latent_shapes = encode, decode, latent_shapes
         self.config, self.device = config, torch.device(device)
         own = config.student
         self.optimizer = torch.optim.AdamW(parameters.values(), lr=own.lr, betas=own.betas, weight_decay=own.weight_decay)
@@ -146,7 +147,8 @@ class Trainer:
     def new_rollout(self, until: int | None = None) -> Rollout:
         prompts, group = self.batches.next()
         cond = {key: value.to(self.device) for key, value in self.encode(prompts).items()}
-        noise = torch.randn(len(prompts), *self.latent_shape, device=self.device)
+        shape = self.latent_shapes[self.rollouts % len(self.latent_shapes)]
+        noise = torch.randn(len(prompts), *shape, device=self.device)
         with self.precision():
             return self.student.rollout(noise, cond, group=group.to(self.device), prompts=prompts, until=until)
 

@@ -245,7 +245,7 @@ def test_the_folder_draws_in_stock_diffusers_what_the_student_draws_in_training(
     subprocess.run([sys.executable, "-c", STOCK, str(tmp_path / "student"), str(tmp_path / "images.pt")], check=True, capture_output=True)
     stock = torch.load(tmp_path / "images.pt", weights_only=True)
     generator = torch.Generator().manual_seed(7)
-    noise = torch.randn(2, *run.backbone.latent_shape, generator=generator)
+    noise = torch.randn(2, *run.backbone.latent_shape(), generator=generator)
     rollout = run.trainer.student.rollout(noise, run.backbone.encode(["a cat", "a dog"]), generator=generator)
     with torch.no_grad():
         mine = run.backbone.decode(rollout.x0[-1])

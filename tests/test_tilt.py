@@ -127,7 +127,7 @@ def test_the_adaptive_weight_settles_at_its_budget(size):
     own = StudentConfig(lr=3e-3, decay=0.0, ema=0.98, betas=(0.9, 0.99))
     trainer = Trainer(
         student, {"m": network.m}, {"dm": Term(matching, anchor=True), "pull": Term(Pull(size * PULL))},
-        Batches(["dummy"], groups=32, group_size=16, seed=0), encode=lambda prompts: {}, decode=lambda x0: x0, latent_shape=(D, 1, 1),
+        Batches(["dummy"], groups=32, group_size=16, seed=0), encode=lambda prompts: {}, decode=lambda x0: x0, latent_shapes=[(D, 1, 1)],
         config=Config(steps=1, student=own, reuse=ReuseConfig(rollout=1)), weights=weights,
     )  # fmt: skip
     trainer.new_rollout = lambda until=None: student.rollout(

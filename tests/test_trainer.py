@@ -131,7 +131,7 @@ def test_roles_start_as_the_teacher_and_lora_roles_differ_after_training(teacher
     for options in ((), ("--lora-rank", "2")):
         run = run_of(teacher_folder, prompt_file, *options)
         teacher, student, fake = run.roles[:3]
-        x, t = torch.randn(2, *run.backbone.latent_shape), torch.full((2,), 0.5)
+        x, t = torch.randn(2, *run.backbone.latent_shape()), torch.full((2,), 0.5)
         cond = run.backbone.encode(["a cat", "a dog"])
         with_step = {**cond, "step": torch.tensor([0, 2])}
         with torch.no_grad():
@@ -148,7 +148,7 @@ def test_roles_start_as_the_teacher_and_lora_roles_differ_after_training(teacher
 
 def test_lora_shares_one_base_and_trains_adapters_only(teacher_folder, prompt_file):
     roles = run_of(teacher_folder, prompt_file, "--lora-rank", "2").roles
-    assert roles.teacher.network.unet is roles.student.network.unet is roles.fake.network.unet
+    assert roles.teacher.network.model is roles.student.network.model is roles.fake.network.model
     assert all(".lora_" in name for name in roles.student_parameters)
     assert all(".lora_" in name or name.startswith("step_embedding") for name in roles.fake_parameters)
 
@@ -156,9 +156,9 @@ def test_lora_shares_one_base_and_trains_adapters_only(teacher_folder, prompt_fi
 def test_attention_of_short_sequences_changes_no_number(teacher_folder, prompt_file):
     """Plain products instead of the fused kernel on the CPU: the stock network's output and gradient, up to rounding."""
     roles, cond = (run := run_of(teacher_folder, prompt_file)).roles, run.backbone.encode(["a cat", "a dog"])
-    network, x, t = roles.student.network, torch.randn(2, *run.backbone.latent_shape), torch.tensor([999.0, 300.0])
+    network, x, t = roles.student.network, torch.randn(2, *run.backbone.latent_shape()), torch.tensor([999.0, 300.0])
     gradients = []
-    outputs = [network(x, t, cond), network.unet(x, t, encoder_hidden_states=cond["prompt_embeds"]).sample]
+    outputs = [network(x, t, cond), network.model(x, t, encoder_hidden_states=cond["prompt_embeds"]).sample]
     for output in outputs:
         gradients.append(torch.autograd.grad(output.square().sum(), list(network.parameters())))
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
@@ -168,7 +168,7 @@ def test_attention_of_short_sequences_changes_no_number(teacher_folder, prompt_f
 def test_the_fake_hears_the_step(teacher_folder, prompt_file):
     run = run_of(teacher_folder, prompt_file)
     torch.nn.init.normal_(run.roles.fake.network.step_embedding.weight)
-    x, t, cond = torch.randn(2, *run.backbone.latent_shape), torch.full((2,), 0.5), run.backbone.encode(["a cat"] * 2)
+    x, t, cond = torch.randn(2, *run.backbone.latent_shape()), torch.full((2,), 0.5), run.backbone.encode(["a cat"] * 2)
     x = x[:1].repeat(2, 1, 1, 1)
     with torch.no_grad():
         a, b = run.roles.fake(x, t, {**cond, "step": torch.tensor([0, 3])})
@@ -202,7 +202,7 @@ def test_nan_stops_before_the_update(teacher_folder, prompt_file, what):
     run.trainer.step()
     network = getattr(run.roles, what).network
     with torch.no_grad():
-        network.unet.conv_out.bias.fill_(float("nan"))
+        network.model.conv_out.bias.fill_(float("nan"))
     before = {name: p.detach().clone() for name, p in run.roles.student_parameters.items()}
     with pytest.raises(FloatingPointError, match=what):
         run.trainer.step()

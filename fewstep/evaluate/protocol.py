@@ -148,29 +148,39 @@ def batches(
     seed: int,
     batch: int,
     progress: str | None = None,
+    call: Mapping[str, Any] | None = None,
 ) -> Iterator[tuple[Tensor, float]]:
     """Pictures (B, 3, H, W) in [0, 1] on the CPU, batch by batch, each with its seconds per image.
 
     Through the pipeline's own call, so encoding the prompts and decoding the latents are in the time. Picture i belongs to
-    prompt i // images_per_prompt. progress: the bar's name (None: no bar).
+    prompt i // images_per_prompt. progress: the bar's name (None: no bar). call: what the pipeline is told instead of guidance_scale.
     """
     pipe.set_progress_bar_config(disable=True)
     rows = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     for index in track(range(-(-len(rows) // batch)), progress or "", disable=progress is None):
         chunk = rows[index * batch : (index + 1) * batch]
         start = time.perf_counter()
+        told = {"guidance_scale": guidance} if call is None else call
         images = pipe(
-            prompt=chunk, num_inference_steps=steps, guidance_scale=guidance, generator=noise_generator(seed, index), output_type="pt"
-        ).images
+            prompt=chunk, num_inference_steps=steps, generator=noise_generator(seed, index), output_type="pt", **told
+        ).images  # fmt: skip
         images = images.float().cpu()
         yield images, (time.perf_counter() - start) / len(chunk)
 
 
 def generate(
-    pipe: Any, prompts: list[str], images_per_prompt: int, *, steps: int, guidance: float, seed: int, batch: int = BATCH
+    pipe: Any,
+    prompts: list[str],
+    images_per_prompt: int,
+    *,
+    steps: int,
+    guidance: float = 1.0,
+    seed: int,
+    batch: int = BATCH,
+    call: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, float]:
     """All pictures (P * images_per_prompt, 3, H, W) in [0, 1], and the median over batches of the seconds per image."""
-    drawn = list(batches(pipe, prompts, images_per_prompt, steps=steps, guidance=guidance, seed=seed, batch=batch))
+    drawn = list(batches(pipe, prompts, images_per_prompt, steps=steps, guidance=guidance, seed=seed, batch=batch, call=call))
     return torch.cat([images for images, _ in drawn]), statistics.median(seconds for _, seconds in drawn)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 # pipeline class in model_index.json -> (module, class) of its adapter
 FAMILIES = {
     "StableDiffusionPipeline": ("fewstep.models.sd", "StableDiffusion"),
+    "StableDiffusionXLPipeline": ("fewstep.models.sdxl", "StableDiffusionXL"),
+    "StableDiffusion3Pipeline": ("fewstep.models.sd3", "StableDiffusion3"),
 }
 
 
@@ -50,10 +52,15 @@ def pipeline_class(source: str) -> str:
     return name
 
 
-def load(source: str, **options: Any):
-    """Read a teacher (folder or hub id) into its family's adapter. Raises UnsupportedTeacher."""
+def family(source: str) -> Any:
+    """The adapter class of a teacher's or a student's family (folder or hub id). Raises UnsupportedTeacher."""
     module, name = FAMILIES[pipeline_class(source)]
-    return getattr(importlib.import_module(module), name).load(source, **options)
+    return getattr(importlib.import_module(module), name)
+
+
+def load(source: str, **options: Any) -> Any:
+    """Read a teacher (folder or hub id) into its family's adapter. Raises UnsupportedTeacher."""
+    return family(source).load(source, **options)
 
 
 def quiet_libraries() -> None:

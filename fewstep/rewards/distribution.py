@@ -224,6 +224,8 @@ class DistributionMatching:
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         losses, gaps = [], []
         for sample in (new, old):
+            if noise.shape != sample.x0.shape:  # rollouts of two sizes
+                noise = torch.randn_like(sample.x0)
             xt = self.renoise(sample.x0, t, noise)
             prediction = self.fake.predict(xt, t, self.fake_cond(sample.cond, sample.k))
             losses.append(float(denoising(prediction, target(sample.x0, noise, alpha, sigma, self.fake.prediction))))

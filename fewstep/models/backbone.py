@@ -1,0 +1,362 @@
+"""What the families share: three roles on one network, prompts to conditions, and a student that stock diffusers opens.
+
+A family is a subclass that says what its stock pipeline does in one denoising step; nothing else knows a family by name.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from fewstep.denoiser import Cond, Denoiser, Prediction, join
+from fewstep.models import UnsupportedTeacher
+from fewstep.models.embeddings import Embeddings
+from fewstep.schedule import DDPM, Flow, Schedule
+
+
+class Roles(NamedTuple):
+    """The three denoisers of a run, and the parameters that the two trained ones own."""
+
+    teacher: Denoiser
+    student: Denoiser
+    fake: Denoiser
+    student_parameters: dict[str, nn.Parameter]
+    fake_parameters: dict[str, nn.Parameter]
+
+
+class Network(nn.Module):
+    """A family's network called as `network(xt, timestep, cond)`, with the student's step as an extra condition when asked for.
+
+    The step is an embedding added to the time embedding, zero at the start (method, section 6).
+    adapter: the LoRA adapter to switch on for the call; "" switches all off; None leaves the network as it is.
+    guidance: the scale that a guidance-distilled network is told.
+    """
+
+    def __init__(self, backbone: Backbone, model: nn.Module, *, steps: int = 0, adapter: str | None = None, guidance: float | None = None):
+        super().__init__()
+        self.model, self.adapter, self.guidance = model, adapter, guidance
+        self.backbone = [backbone]  # in a list: the backbone is no part of the network
+        # found once: the walk over all modules costs more than the switch
+        self.adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)] if adapter is not None else []
+        self.adapter_parameters = [p for name, p in model.named_parameters() if ".lora_" in name]
+        self.step_embedding = None
+        if steps:
+            self.step_embedding = nn.Embedding(steps, backbone.time_width(model))
+            nn.init.zeros_(self.step_embedding.weight)
+
+    def forward(self, xt: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
+        if self.adapter is not None:
+            self.switch()
+        if self.guidance is not None:
+            cond = {**cond, "guidance": torch.full((len(xt),), self.guidance, device=xt.device)}
+        with self.add_step(cond):
+            return self.backbone[0].predict(self.model, xt, timestep, cond)
+
+    def features(self, xt: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
+        """Output of the network's middle, (B, F, h, w); of a transformer the tokens, (B, F, n, 1)."""
+        taken: list[Any] = []
+        handle = self.backbone[0].middle(self.model).register_forward_hook(lambda module, args, output: taken.append(output))
+        try:
+            self(xt, timestep, cond)
+        finally:
+            handle.remove()
+        output = taken[0] if isinstance(taken[0], Tensor) else taken[0][-1]  # (text, image) of a two-stream block
+        return output if output.ndim == 4 else output.transpose(1, 2).unsqueeze(-1)
+
+    def switch(self) -> None:
+        """Turn this role's adapter on and the others off, or all off."""
+        for layer in self.adapted:
+            layer.enable_adapters(bool(self.adapter))
+            if self.adapter:
+                layer.set_adapter(self.adapter)
+        # switching changes requires_grad, and autograd drops the gradient of a leaf that lost it: both adapters stay trainable
+        for parameter in self.adapter_parameters:
+            parameter.requires_grad_(True)
+
+    @contextmanager
+    def add_step(self, cond: Cond):
+        if self.step_embedding is None:
+            yield
+            return
+        extra = self.step_embedding(cond["step"])
+        place = self.model.get_submodule(self.backbone[0].time_module)
+        handle = place.register_forward_hook(lambda module, args, output: output + extra.to(output))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def merged(model: nn.Module, adapter: str) -> nn.Module:
+    """The model with one LoRA adapter added into its weights and every adapter layer gone; changes the model it is given."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.enable_adapters(True)
+            layer.merge(adapter_names=[adapter])
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
+    for mark in ("peft_config", "_hf_peft_config_loaded"):
+        model.__dict__.pop(mark, None)
+    return model
+
+
+def lcm_scheduler(config: dict[str, Any], steps: int) -> LCMScheduler:
+    """The K-step grid of a DDPM teacher: predict x0, renoise to the next of K evenly spaced timesteps.
+
+    Raises ValueError when K does not divide the schedule's timesteps.
+    """
+    total = config["num_train_timesteps"]
+    if total % steps:
+        raise ValueError(f"steps must divide the schedule's {total} timesteps evenly, got {steps}")
+    keep = (
+        "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "rescale_betas_zero_snr",
+    )  # fmt: skip
+    scheduler = LCMScheduler(
+        **{key: config[key] for key in keep if key in config},
+        original_inference_steps=steps,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def flow_scheduler(config: dict[str, Any], steps: int) -> FlowMatchEulerDiscreteScheduler:
+    """The K-step grid of a flow teacher, t = 1, (K-1)/K, .. 1/K: predict x0, renoise to the next.
+
+    Without a shift, and ending at 1/K: with one, stock pipelines spend the last step at t = 0.009.
+    """
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=config.get("num_train_timesteps", 1000),
+        shift=1.0,
+        shift_terminal=1 / steps if steps > 1 else None,
+        stochastic_sampling=True,
+    )
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+class Backbone:
+    """One teacher pipeline: encodes prompts, decodes latents, makes the three roles, exports the student."""
+
+    pipeline: ClassVar[type[DiffusionPipeline]]
+    load_options: ClassVar[dict[str, Any]] = {}  # of the pipeline's from_pretrained
+    part: ClassVar[str] = "transformer"  # the pipeline's denoising network
+    text_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    time_module: ClassVar[str]  # what makes the time embedding (B, width), to which a step's is added
+    lora_targets: ClassVar[list[str]]
+    flow: ClassVar[bool] = True  # else a DDPM schedule, prediction as the teacher's scheduler says
+    embedded_guidance: ClassVar[float | None] = None  # guidance-distilled: the scale that the network is called with
+    empty: ClassVar[str] = ""  # the prompt of classifier-free guidance
+    default_guidance: ClassVar[float]  # of the teacher's own pictures, as its model card has it
+    student_call: ClassVar[dict[str, Any]] = {"guidance_scale": 1.0}  # what the stock pipeline needs to be told for no more guidance
+
+    def __init__(self, pipe: DiffusionPipeline, source: str, *, cache: Path | None = None):
+        self.pipe, self.source = pipe, source
+        self.prediction: Prediction = "flow"
+        if not self.flow:
+            kind = pipe.scheduler.config.prediction_type
+            if kind not in ("epsilon", "v_prediction", "sample"):
+                raise UnsupportedTeacher(f"{source}: prediction_type {kind!r} in its scheduler is not one of epsilon, v_prediction, sample")
+            self.prediction = kind
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+        self.home = pipe.device
+        self.embeddings = Embeddings(self.encode_one, self.text_fingerprint, cache)
+
+    @classmethod
+    def load(cls, source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, cache: Path | None = None) -> Backbone:
+        """dtype: of the frozen parts. Raises UnsupportedTeacher with the path and the reason when a part is missing or damaged."""
+        try:
+            pipe = cls.pipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **cls.load_options)
+        except Exception as error:  # diffusers, transformers and safetensors raise many kinds; each means an unreadable teacher
+            raise UnsupportedTeacher(f"{source}: cannot be read as a {cls.pipeline.__name__} ({type(error).__name__}: {error})") from error
+        pipe.set_progress_bar_config(disable=True)
+        return cls(pipe.to(device), source, cache=cache)
+
+    # -- what a family says ----------------------------------------------------------------------------------------
+
+    def encode_one(self, prompt: str) -> Cond:
+        """The conditions of one prompt as the stock pipeline makes them, each with a first dimension of 1."""
+        raise NotImplementedError
+
+    def predict(self, model: nn.Module, xt: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
+        """One call of the network as the stock pipeline makes it: xt (B, C, H, W), native timestep (B,) -> prediction (B, C, H, W)."""
+        raise NotImplementedError
+
+    def middle(self, model: nn.Module) -> nn.Module:
+        """The block whose output a discriminator looks at."""
+        blocks = model.transformer_blocks
+        return blocks[len(blocks) // 2]
+
+    def longest_text(self) -> tuple[Any, int]:
+        """(tokenizer, limit in tokens) of the text encoder that reads the most."""
+        return self.pipe.tokenizer, self.pipe.tokenizer.model_max_length
+
+    def channels(self) -> int:
+        return self.model.config.in_channels
+
+    def scale(self) -> int:
+        """Pixels per latent, along an edge."""
+        return self.pipe.vae_scale_factor
+
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the stock pipeline's pictures."""
+        size = self.model.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.scale(), width * self.scale()
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Latents -> images (B, 3, H, W) in [0, 1], as the stock pipeline does; differentiable."""
+        config = self.pipe.vae.config
+        latents = x0 / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        return (self.pipe.vae.decode(latents.to(self.pipe.vae.dtype), return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+
+    def to_pipeline(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, H, W) in the layout that the stock pipeline's loop holds them in."""
+        return latents
+
+    def teacher_call(self, guidance: float) -> dict[str, Any]:
+        """What the stock pipeline is told for the teacher's pictures under guidance `uncond + w (cond - uncond)`."""
+        return {"guidance_scale": guidance}
+
+    # -- prompts -----------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.home
+
+    def text_fingerprint(self) -> list[Any]:
+        """What conditions depend on beside the prompt: the text encoders' and tokenizers' contents, the family's encoding."""
+        return [type(self).__name__, *(getattr(self.pipe, name) for name in self.text_parts)]
+
+    def encode(self, prompts: list[str]) -> Cond:
+        """Text conditions, one row per prompt. Each prompt is encoded alone, so that its row does not depend on its batch."""
+        return join([{key: value.to(self.device) for key, value in self.embeddings[prompt].items()} for prompt in prompts])
+
+    def cut(self, prompts: list[str]) -> list[str]:
+        """Those of the prompts that are longer than the text encoder reads."""
+        tokenizer, limit = self.longest_text()
+        return [p for p in prompts if len(tokenizer(p).input_ids) > limit]
+
+    # -- roles -------------------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        return getattr(self.pipe, self.part)
+
+    def time_width(self, model: nn.Module) -> int:
+        """Width of the time embedding: the last linear layer of what makes it."""
+        return [m for m in model.get_submodule(self.time_module).modules() if isinstance(m, nn.Linear)][-1].out_features
+
+    def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of a picture of `size` = (height, width) in pixels; None: the stock pipeline's own.
+
+        Raises ValueError for a size that is not a whole number of latents.
+        """
+        height, width = size or self.default_size()
+        scale = self.scale()
+        if height % scale or width % scale or height < scale or width < scale:
+            raise ValueError(f"a picture of {type(self).__name__} measures a multiple of {scale} pixels each way, got {height} x {width}")
+        return self.channels(), height // scale, width // scale
+
+    def scheduler(self, steps: int) -> Any:
+        """The K-step scheduler that the student is exported with; its grid is the only list of training times."""
+        config = dict(self.pipe.scheduler.config)
+        return flow_scheduler(config, steps) if self.flow else lcm_scheduler(config, steps)
+
+    def schedule(self) -> Schedule:
+        return Flow() if self.flow else DDPM(self.scheduler(1).alphas_cumprod)
+
+    def times(self, steps: int) -> Tensor:
+        """(K,) float64, decreasing from 1, read from the scheduler that is exported."""
+        return self.schedule().t_of(self.scheduler(steps).timesteps.double().cpu())
+
+    def denoiser(self, network: nn.Module) -> Denoiser:
+        return Denoiser(network, self.schedule(), self.prediction, uncond=self.encode([self.empty]))
+
+    def roles(self, *, lora_rank: int = 0, fake_steps: int = 0, guidance: float = 1.0) -> Roles:
+        """Teacher, student and fake, the last two starting as the teacher.
+
+        lora_rank 0: full copies, in float32. Otherwise one base with two adapters; the teacher is the base with both off.
+        fake_steps: how many student steps the fake is conditioned on (0: none).
+        guidance: what a guidance-distilled teacher is told; student and fake are told what the stock pipeline is called with.
+        """
+        base = self.model
+        own, guidance = self.embedded_guidance, guidance if self.embedded_guidance is not None else None
+        if lora_rank == 0:
+            student, fake = (copy.deepcopy(base).float().requires_grad_(True) for _ in range(2))
+            networks = (
+                Network(self, base, guidance=guidance), Network(self, student, guidance=own),
+                Network(self, fake, steps=fake_steps, guidance=own),
+            )  # fmt: skip
+        else:
+            for name in ("student", "fake"):
+                inject_adapter_in_model(self.lora_config(lora_rank), base, adapter_name=name)
+            for name, parameter in base.named_parameters():
+                if ".lora_" in name:
+                    parameter.data = parameter.data.float()
+            networks = (
+                Network(self, base, adapter="", guidance=guidance), Network(self, base, adapter="student", guidance=own),
+                Network(self, base, steps=fake_steps, adapter="fake", guidance=own),
+            )  # fmt: skip
+        networks = [network.to(self.device) for network in networks]
+
+        def owned(network: Network, role: str) -> dict[str, nn.Parameter]:
+            parts = ("model.",) if lora_rank == 0 else (f".{role}.",)
+            return {
+                name: p
+                for name, p in network.named_parameters()
+                if name.startswith("step_embedding") or any(part in name for part in parts)
+            }
+
+        return Roles(*map(self.denoiser, networks), owned(networks[1], "student"), owned(networks[2], "fake"))
+
+    def lora_config(self, rank: int) -> LoraConfig:
+        return LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=True, target_modules=self.lora_targets)
+
+    # -- export ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def student_pipeline(self, roles: Roles, weights: dict[str, Tensor], steps: int) -> Any:
+        """A stock pipeline that holds a merged copy of the student with the given weights, and the K-step scheduler."""
+        network: Any = roles.student.network
+        model = copy.deepcopy(network.model).requires_grad_(False)
+        own = dict(model.named_parameters())
+        for name, value in weights.items():
+            own[name.removeprefix("model.")].copy_(value)
+        if network.adapter:
+            model = merged(model, network.adapter)
+        pipe = copy.copy(self.pipe)  # the teacher's other parts and settings
+        pipe.register_modules(**{self.part: model.eval(), "scheduler": self.scheduler(steps)})
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def saves_lora(self) -> bool:
+        """Whether the stock pipeline reads LoRA files."""
+        return hasattr(self.pipeline, "save_lora_weights")
+
+    def save_lora(self, weights: dict[str, Tensor], folder: Path, *, rank: int) -> None:
+        """pytorch_lora_weights.safetensors with adapter metadata, for `load_lora_weights` on the teacher's pipeline.
+
+        Raises ValueError where the stock pipeline has no LoRA loader: use the full folder.
+        """
+        if not self.saves_lora():
+            raise ValueError(f"{self.pipeline.__name__} has no LoRA loader in diffusers: export the full folder")
+        layers = {name.removeprefix("model.").replace(".student.", "."): value for name, value in weights.items()}
+        self.pipeline.save_lora_weights(
+            folder, **{f"{self.part}_lora_layers": layers, f"{self.part}_lora_adapter_metadata": self.lora_config(rank).to_dict()}
+        )
+
+    def save(self, pipe: Any, folder: Path) -> None:
+        pipe.save_pretrained(folder, safe_serialization=True)

@@ -1,0 +1,81 @@
+"""Prompt conditions on disk, computed once for each text encoder and prompt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fewstep.denoiser import Cond
+
+
+def default_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep" / "embeddings"
+
+
+def fingerprint(parts: list[Any]) -> str:
+    """SHA-256 of what conditions depend on: modules by configuration and weights, tokenizers by their full description, the rest as JSON.
+
+    The versions of fewstep, diffusers and transformers count too: they hold the code that encodes.
+    """
+    digest = hashlib.sha256(json.dumps([version(name) for name in ("fewstep", "diffusers", "transformers")]).encode())
+    for part in parts:
+        if isinstance(part, nn.Module):
+            digest.update(json.dumps(part.config.to_dict(), sort_keys=True, default=str).encode())
+            for name, value in part.state_dict().items():
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        elif hasattr(part, "backend_tokenizer"):
+            digest.update(part.backend_tokenizer.to_str().encode())
+            digest.update(json.dumps([part.model_max_length, part.padding_side, part.special_tokens_map], default=str).encode())
+        else:
+            digest.update(json.dumps(part).encode())
+    return digest.hexdigest()
+
+
+class Embeddings:
+    """`embeddings[prompt]` -> that prompt's conditions, on the CPU, each with a first dimension of 1.
+
+    encode: makes them; parts: what they depend on beside the prompt (asked when the first one is needed); folder: of the files,
+    by default under $XDG_CACHE_HOME. A file that cannot be read is made anew, and a warning names it.
+    """
+
+    def __init__(self, encode: Callable[[str], Cond], parts: Callable[[], list[Any]], folder: Path | None = None):
+        self.encode, self.parts, self.root = encode, parts, folder or default_folder()
+
+    @cached_property
+    def folder(self) -> Path:
+        folder = self.root / fingerprint(self.parts())[:32]
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def path(self, prompt: str) -> Path:
+        return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
+
+    def __getitem__(self, prompt: str) -> Cond:
+        path = self.path(prompt)
+        if path.is_file():
+            try:
+                return load_file(path)
+            except (OSError, SafetensorError) as error:
+                warnings.warn(f"{path}: cannot be read ({error}); encoding its prompt again", stacklevel=2)
+        cond = {key: value.detach().cpu().contiguous() for key, value in self.encode(prompt).items()}
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        save_file(cond, temporary)
+        os.replace(temporary, path)
+        return cond
+
+    def missing(self, prompts: list[str]) -> list[str]:
+        """Those of the prompts that have no file yet, each once."""
+        return [prompt for prompt in dict.fromkeys(prompts) if not self.path(prompt).is_file()]

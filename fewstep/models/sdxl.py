@@ -1,0 +1,45 @@
+"""Stable Diffusion XL: a UNet on two CLIP encoders, their pooled text and the picture's size (StableDiffusionXLPipeline)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor, nn
+
+from fewstep.denoiser import Cond
+from fewstep.models.backbone import Backbone
+from fewstep.models.sd import UNET_LORA_TARGETS, attention
+
+
+class StableDiffusionXL(Backbone):
+    pipeline = StableDiffusionXLPipeline
+    load_options: ClassVar[dict[str, Any]] = {"add_watermarker": False}
+    part = "unet"
+    text_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    time_module = "time_embedding"
+    lora_targets = UNET_LORA_TARGETS
+    flow = False
+    default_guidance = 5.0
+
+    @torch.no_grad()
+    def encode_one(self, prompt: str) -> Cond:
+        """The empty prompt is the one of guidance: all zeros where the pipeline says so (force_zeros_for_empty_prompt)."""
+        text, _, pooled, _ = self.pipe.encode_prompt(prompt, device=self.device, do_classifier_free_guidance=False)
+        if prompt == self.empty and self.pipe.config.force_zeros_for_empty_prompt:
+            text, pooled = torch.zeros_like(text), torch.zeros_like(pooled)
+        return {"prompt_embeds": text, "text_embeds": pooled}
+
+    def predict(self, model: nn.Module, xt: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
+        height, width = (n * self.scale() for n in xt.shape[-2:])
+        # original size, crop, target size: an uncropped picture of the size it is drawn at
+        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=xt.dtype, device=xt.device).expand(len(xt), 6)
+        added = {"text_embeds": cond["text_embeds"], "time_ids": sizes}
+        with attention(xt):
+            return model(
+                xt, timestep, encoder_hidden_states=cond["prompt_embeds"], added_cond_kwargs=added, return_dict=False
+            )[0]  # fmt: skip
+
+    def middle(self, model: nn.Module) -> nn.Module:
+        return model.mid_block

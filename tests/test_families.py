@@ -1,0 +1,249 @@
+"""One contract for every family: what the stock pipeline computes, fewstep computes, and what fewstep exports, the stock pipeline draws."""
+
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from pipelines import PIPELINES
+
+from fewstep import cli, models
+from fewstep.student import Student
+
+PROMPTS = ["a cat", "two red hats"]
+every_family = pytest.mark.parametrize("name", PIPELINES)
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory):
+    """Folder of each family's tiny teacher, saved as any user's would be."""
+    root = tmp_path_factory.mktemp("families")
+    for name, maker in PIPELINES.items():
+        maker().save_pretrained(root / name, safe_serialization=True)
+    return root
+
+
+def test_every_family_has_a_tiny_pipeline():
+    assert list(PIPELINES) == list(models.FAMILIES)
+
+
+def noise_of(backbone, seed=0, n=2):
+    return torch.randn(n, *backbone.latent_shape(), generator=torch.Generator().manual_seed(seed))
+
+
+def stock_steps(backbone, noise, **call):
+    """(model output, timestep, sample) of each step of the teacher's stock pipeline, as its scheduler saw them."""
+    pipe = backbone.pipe
+    if not backbone.flow:  # Euler's scheduler holds its samples in another scale
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    seen, step = [], pipe.scheduler.step
+
+    def watched(output, t, sample, *args, **kwargs):
+        seen.append((output.clone(), t, sample.clone()))
+        return step(output, t, sample, *args, **kwargs)
+
+    with mock.patch.object(pipe.scheduler, "step", watched):
+        pipe(prompt=PROMPTS, num_inference_steps=3, latents=backbone.to_pipeline(noise), output_type="latent", **call)
+    return seen
+
+
+@every_family
+def test_a_step_is_the_stock_pipelines_step(teachers, name):
+    """Encoding, conditioning, times, layout and sign: the network's output as the stock scheduler is handed it."""
+    backbone = models.load(str(teachers / name))
+    noise = noise_of(backbone)
+    output, t, sample = stock_steps(backbone, noise, **backbone.student_call)[0]
+    torch.testing.assert_close(sample, backbone.to_pipeline(noise), rtol=0, atol=1e-6)
+    network = backbone.roles(guidance=backbone.default_guidance).student.network
+    with torch.no_grad():
+        mine = network(noise, t.expand(2), backbone.encode(PROMPTS))
+    torch.testing.assert_close(backbone.to_pipeline(mine), output, rtol=1e-4, atol=1e-4)
+    assert output.std() > 1e-3  # a network that says nothing would agree with any
+
+
+@every_family
+def test_guidance_is_the_stock_pipelines(teachers, name):
+    backbone = models.load(str(teachers / name))
+    noise, w = noise_of(backbone), 2.5
+    output, t, _ = stock_steps(backbone, noise, **backbone.teacher_call(w))[0]
+    roles = backbone.roles(guidance=w)
+    cond, empty = backbone.encode(PROMPTS), backbone.encode([backbone.empty] * 2)
+    with torch.no_grad():
+        mine = roles.teacher.network(noise, t.expand(2), cond)
+        plain = roles.student.network(noise, t.expand(2), cond)
+        if backbone.embedded_guidance is None:
+            unconditional = roles.teacher.network(noise, t.expand(2), empty)
+            mine = unconditional + w * (mine - unconditional)
+            # prompts of different lengths beside one another, as the trainer guides
+            x0, u = roles.teacher.pair(noise, torch.full((2,), 0.5), cond)
+            torch.testing.assert_close(x0, roles.teacher(noise, torch.full((2,), 0.5), cond), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(u, roles.teacher(noise, torch.full((2,), 0.5), empty), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(backbone.to_pipeline(mine), output, rtol=1e-3, atol=1e-3)
+    assert (mine - plain).abs().max() > 1e-2
+
+
+@every_family
+def test_a_prompt_is_encoded_the_same_alone_and_in_company(teachers, name):
+    backbone = models.load(str(teachers / name))
+    noise, t = noise_of(backbone), torch.full((2,), 0.5)
+    student = backbone.roles().student
+    with torch.no_grad():
+        together = student(noise, t, backbone.encode(PROMPTS))
+        alone = torch.cat([student(noise[i : i + 1], t[:1], backbone.encode([PROMPTS[i]])) for i in range(2)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+@every_family
+@pytest.mark.parametrize("rank", [0, 2])
+def test_gradients_reach_the_trained_weights_and_no_others(teachers, name, rank):
+    backbone = models.load(str(teachers / name))
+    roles = backbone.roles(lora_rank=rank, fake_steps=4, guidance=2.5)
+    noise, t, cond = noise_of(backbone), torch.full((2,), 0.5), backbone.encode(PROMPTS)
+    for role, own in (("student", roles.student_parameters), ("fake", roles.fake_parameters)):
+        given = cond | ({"step": torch.tensor([0, 3])} if role == "fake" else {})
+        getattr(roles, role)(noise, t, given).square().mean().backward()
+        touched = {name for name, p in getattr(roles, role).network.named_parameters() if p.grad is not None and bool(p.grad.any())}
+        assert touched and touched <= set(own), touched - set(own)
+        if role == "fake":
+            assert "step_embedding.weight" in touched
+        for parameter in own.values():
+            parameter.grad = None
+    assert not any(p.requires_grad for p in roles.teacher.parameters() if not rank)
+    assert not any(p.requires_grad for p in backbone.pipe.vae.parameters())
+
+
+def moved_student(backbone, rank):
+    """Roles whose student has been moved away from the teacher, and its weights."""
+    torch.manual_seed(1)
+    roles = backbone.roles(lora_rank=rank, guidance=2.5)
+    with torch.no_grad():
+        for parameter in roles.student_parameters.values():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return roles, {name: p.detach().clone() for name, p in roles.student_parameters.items()}
+
+
+def training_images(backbone, roles, steps=4):
+    """What the student draws in training code, and the noise it drew with."""
+    student = Student(roles.student, backbone.schedule(), backbone.times(steps))
+    torch.manual_seed(7)
+    noises = [torch.randn(2, *backbone.latent_shape()) for _ in range(steps)]
+    with mock.patch.object(torch, "randn", side_effect=noises[1:]):
+        rollout = student.rollout(noises[0], backbone.encode(PROMPTS))
+    with torch.no_grad():
+        return backbone.decode(rollout.x0[-1]), noises
+
+
+def stock_images(pipe, noises, steps, call):
+    """The same noise through a stock pipeline: it and its scheduler draw with diffusers' randn_tensor."""
+    from diffusers.schedulers import scheduling_flow_match_euler_discrete, scheduling_lcm
+
+    given = [noise.clone() for noise in noises[1:]]
+
+    def draw(shape, *args, **kwargs):
+        noise = given.pop(0) if given else torch.zeros(shape)  # the last step's noise is multiplied by zero, or not drawn
+        assert noise.shape == torch.Size(shape)
+        return noise
+
+    modules = (scheduling_flow_match_euler_discrete, scheduling_lcm)
+    with mock.patch.object(modules[0], "randn_tensor", draw), mock.patch.object(modules[1], "randn_tensor", draw):
+        return pipe(prompt=PROMPTS, num_inference_steps=steps, latents=noises[0], output_type="pt", **call).images
+
+
+STOCK = """
+import json, sys
+sys.modules["fewstep"] = None  # nothing of ours
+from unittest import mock
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.schedulers import scheduling_flow_match_euler_discrete, scheduling_lcm
+from safetensors.torch import load_file, save_file
+
+images = {}
+for folder, prompts, call in json.loads(sys.argv[1]):
+    noises = list(load_file(folder + "/noise.safetensors")["noise"])
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    given = noises[1:]
+
+    def draw(shape, *args, **kwargs):
+        return given.pop(0) if given else torch.zeros(shape)
+
+    flow, lcm = (mock.patch.object(m, "randn_tensor", draw) for m in (scheduling_flow_match_euler_discrete, scheduling_lcm))
+    with flow, lcm:
+        images[folder] = pipe(prompt=prompts, num_inference_steps=len(noises), latents=noises[0], output_type="pt", **call).images
+    images[folder + ".times"] = pipe.scheduler.timesteps.double()
+save_file({key: value.contiguous() for key, value in images.items()}, sys.argv[2])
+"""
+
+
+def test_exported_folders_draw_in_a_fresh_process_what_training_drew(teachers, tmp_path):
+    """Every family, full weights and merged LoRA: stock diffusers without fewstep, to 1e-4, at exactly the trained times."""
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    jobs, expected = [], {}
+    for name in PIPELINES:
+        for rank in (0, 2):
+            backbone = models.load(str(teachers / name))
+            roles, weights = moved_student(backbone, rank)
+            mine, noises = training_images(backbone, roles)
+            folder = tmp_path / f"{name}-{rank}"
+            backbone.save(backbone.student_pipeline(roles, weights, 4), folder)
+            save_file({"noise": torch.stack([backbone.to_pipeline(noise) for noise in noises])}, folder / "noise.safetensors")
+            with torch.no_grad():
+                teacher = backbone.decode(roles.teacher(noises[0], torch.ones(2), backbone.encode(PROMPTS)))
+            assert (teacher - mine).abs().max() > 1e-3, name  # the student has moved, so equality says something
+            jobs.append((str(folder), PROMPTS, backbone.student_call))
+            expected[str(folder)] = (mine, backbone.schedule().timestep_of(backbone.times(4)))
+    done = subprocess.run([sys.executable, "-c", STOCK, json.dumps(jobs), str(tmp_path / "images")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    images = load_file(tmp_path / "images")
+    for folder, (mine, times) in expected.items():
+        assert (images[folder] - mine).abs().max() <= 1e-4, folder
+        torch.testing.assert_close(images[folder + ".times"], times, rtol=0, atol=1e-4)
+
+
+@every_family
+def test_a_lora_file_gives_the_same_student_on_the_teacher(teachers, name, tmp_path):
+    backbone = models.load(str(teachers / name))
+    roles, weights = moved_student(backbone, 2)
+    if not backbone.saves_lora():
+        with pytest.raises(ValueError, match="no LoRA loader"):
+            backbone.save_lora(weights, tmp_path, rank=2)
+        return
+    backbone.save_lora(weights, tmp_path, rank=2)
+    mine, noises = training_images(backbone, roles)
+    teacher = models.load(str(teachers / name))
+    pipe = teacher.pipe
+    pipe.scheduler = teacher.scheduler(4)
+    with mock.patch("diffusers.loaders.peft.logger.warning") as missing:
+        pipe.load_lora_weights(tmp_path)
+    assert not missing.called, missing.call_args  # no missing or unexpected key
+    images = stock_images(pipe, [backbone.to_pipeline(noise) for noise in noises], 4, backbone.student_call)
+    torch.testing.assert_close(images, mine, rtol=0, atol=1e-4)
+
+
+SMALL = ["--updates", "2", "--groups", "2", "--group-size", "2", "--fake.updates", "1", "--save-every", "1", "--sample-every", "0",
+         "--evaluate", "false", "--precision", "fp32", "--device", "cpu"]  # fmt: skip
+
+
+@every_family
+def test_distil_and_resume(teachers, name, prompt_file, tmp_path, capsys):
+    """Two updates and their export through the command line; the same run stopped after one and resumed has the same weights."""
+    from safetensors.torch import load_file
+
+    part = models.load(str(teachers / name)).part
+    for output, stops in (("straight", (2,)), ("resumed", (1, 2))):
+        for i, updates in enumerate(stops):
+            options = ["--resume"] if i else ["--teacher", str(teachers / name), "--prompts", str(prompt_file), *SMALL]
+            options += ["--student.decay", "0", "--fake.decay", "0"] if not i else []
+            code = cli.main(["distill", *options, "--output", str(tmp_path / output), "--updates", str(updates)])
+            assert code == 0, capsys.readouterr().err
+    weights = [load_file(next((tmp_path / output / part).glob("*.safetensors"))) for output in ("straight", "resumed")]
+    before = load_file(next((teachers / name / part).glob("*.safetensors")))
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert any(not torch.equal(weights[0][key], before[key]) for key in before)
+    assert (tmp_path / "straight" / "samples.png").is_file()
