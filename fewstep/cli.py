@@ -549,15 +549,10 @@ def sample_grid(pipe: Any, prompts: list[str], *, steps: int, call: dict[str, An
 
     call: what the pipeline is told beside; size: (height, width) in pixels, None for its own.
     """
-    import torch
-
     from fewstep.evaluate.protocol import generate
 
     told = call | ({"height": size[0], "width": size[1]} if size else {})
-    devices = list(range(torch.cuda.device_count()))
-    with torch.random.fork_rng(devices):  # flow schedulers draw their noise from the global generator
-        torch.manual_seed(0)
-        images, _ = generate(pipe, prompts, SAMPLES_PER_PROMPT, steps=steps, seed=0, call=told)
+    images, _ = generate(pipe, prompts, SAMPLES_PER_PROMPT, steps=steps, seed=0, call=told)
     return images.view(len(prompts), SAMPLES_PER_PROMPT, *images.shape[1:])
 
 
@@ -830,11 +825,8 @@ def sample_command(arguments: list[str]) -> int:
     from fewstep import models
 
     models.quiet_libraries()
-    import torch
-
     from fewstep.evaluate.protocol import generate, open_pipeline
 
-    torch.manual_seed(options.seed)  # flow schedulers draw their noise from the global generator
     call = models.family(str(options.folder)).student_call
     images, _ = generate(open_pipeline(options.folder, "cpu"), [options.prompt], options.n, steps=steps, seed=options.seed, call=call)
     output = options.output or options.folder / "pictures"

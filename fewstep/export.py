@@ -48,7 +48,7 @@ def model_card(
     method = {"group": "GNDM (group-normalised distribution matching)", "sample": "DMD"}.get(
         normalize, f"distribution matching, scale `{normalize}`"
     )
-    grid = ", ".join(f"{t:g}" for t in times)
+    grid = f"[{', '.join(f'{t:g}' for t in times)}]"
     told = ", ".join(f"{key}={value:g}" for key, value in call.items())
     text = f"""---
 {data.to_yaml()}

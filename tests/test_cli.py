@@ -158,7 +158,7 @@ def test_unsupported_and_damaged_teachers(capsys, tmp_path, teacher_folder, prom
     shutil.copytree(teacher_folder, folder)
     options = ["--prompts", str(prompt_file), "--output", str(tmp_path / "out")]
     (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    assert "FluxPipeline; supported: StableDiffusionPipeline, StableDiffusionXLPipeline" in refused(capsys, "distill", "--teacher", str(folder), *options)
+    assert "FluxPipeline; supported: StableDiffusionPipeline" in refused(capsys, "distill", "--teacher", str(folder), *options)
     (folder / "model_index.json").write_text("{")
     assert "not a diffusers pipeline index" in refused(capsys, "distill", "--teacher", str(folder), *options)
     shutil.copy(teacher_folder / "model_index.json", folder)

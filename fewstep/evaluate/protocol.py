@@ -161,9 +161,10 @@ def batches(
         chunk = rows[index * batch : (index + 1) * batch]
         start = time.perf_counter()
         told = {"guidance_scale": guidance} if call is None else call
-        images = pipe(
-            prompt=chunk, num_inference_steps=steps, generator=noise_generator(seed, index), output_type="pt", **told
-        ).images  # fmt: skip
+        generator = noise_generator(seed, index)
+        with torch.random.fork_rng():  # what a pipeline does not draw from the generator it is given: the noise of flow schedulers
+            torch.manual_seed(generator.initial_seed())
+            images = pipe(prompt=chunk, num_inference_steps=steps, generator=generator, output_type="pt", **told).images
         images = images.float().cpu()
         yield images, (time.perf_counter() - start) / len(chunk)
 

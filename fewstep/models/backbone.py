@@ -171,7 +171,6 @@ class Backbone:
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
-        self.home = pipe.device
         self.embeddings = Embeddings(self.encode_one, self.text_fingerprint, cache)
 
     @classmethod
@@ -234,7 +233,7 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        return self.home
+        return self.pipe.device
 
     def text_fingerprint(self) -> list[Any]:
         """What conditions depend on beside the prompt: the text encoders' and tokenizers' contents, the family's encoding."""
@@ -242,7 +241,8 @@ class Backbone:
 
     def encode(self, prompts: list[str]) -> Cond:
         """Text conditions, one row per prompt. Each prompt is encoded alone, so that its row does not depend on its batch."""
-        return join([{key: value.to(self.device) for key, value in self.embeddings[prompt].items()} for prompt in prompts])
+        rows = {prompt: {key: value.to(self.device) for key, value in self.embeddings[prompt].items()} for prompt in dict.fromkeys(prompts)}
+        return join([rows[prompt] for prompt in prompts])
 
     def cut(self, prompts: list[str]) -> list[str]:
         """Those of the prompts that are longer than the text encoder reads."""
