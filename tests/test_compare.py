@@ -3,6 +3,11 @@
 import concurrent.futures
 import json
 import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -196,3 +201,37 @@ def test_an_adaptive_cell_is_judged_by_a_fresh_fake(tmp_path):
     assert costs["clip"] == costs["preference"] == costs["decoder"] > 0 and costs["decoder"] % 3 == 0
     assert flops["student"] / costs["student"] == flops["teacher"] / costs["teacher"] > 1e7
     assert all(flops[name] > 0 for name in ("decoder", "clip", "preference"))
+
+
+ORPHANS = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from fewstep import compare
+
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=compare.end_with_parent)
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 600)
+    time.sleep(600)
+"""
+
+
+def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
+    (tmp_path / "parent.py").write_text(ORPHANS)
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py")], stdout=subprocess.PIPE, text=True)
+    worker = int(parent.stdout.readline())
+    os.kill(worker, 0)  # it is there
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        try:
+            state = Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0] if Path("/proc").is_dir() else ""
+            os.kill(worker, 0)
+        except (ProcessLookupError, FileNotFoundError):
+            return
+        if state == "Z":  # ended, and nobody has asked for its exit status
+            return
+        time.sleep(0.05)
+    os.kill(worker, 9)
+    raise AssertionError("the worker outlived its parent by 30 s")
