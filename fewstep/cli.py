@@ -296,7 +296,10 @@ def resolve_hardware(config: Config) -> Config:
             abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
             native = bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
         precision = "bf16" if native else "fp32"
-    return dataclasses.replace(config, device=device, precision=precision)
+    memory = config.memory
+    if memory.frozen == "auto":
+        memory = dataclasses.replace(memory, frozen="bf16" if precision == "bf16" and torch.device(device).type == "cuda" else "fp32")
+    return dataclasses.replace(config, device=device, precision=precision, memory=memory)
 
 
 @dataclasses.dataclass
@@ -393,14 +396,14 @@ def build(config: Config, prompts: list[str], source: str, functions: dict[str, 
     from fewstep.prompts import Batches
     from fewstep.rewards.distribution import DistributionMatching
     from fewstep.student import Student
-    from fewstep.trainer import Term, Trainer
+    from fewstep.trainer import Term, Trainer, optimizer_class
     from fewstep.weights import Adaptive, Fixed
 
     config = resolve_hardware(config)
     device = config.device
     torch.manual_seed(config.seed)
     try:
-        backbone = models.load(source, device=device)
+        backbone = models.load(source, device=device, dtype=torch.bfloat16 if config.memory.frozen == "bf16" else torch.float32)
         times = backbone.times(config.steps)
     except models.UnsupportedTeacher as error:
         raise UserError(f"teacher: {error}") from error
@@ -412,7 +415,15 @@ def build(config: Config, prompts: list[str], source: str, functions: dict[str, 
         raise UserError(f"size: {error}") from error
     conditioned = config.fake.condition == "step" and config.steps > 1
     guidance = config.matching.guidance
-    roles = backbone.roles(lora_rank=config.lora_rank, fake_steps=config.steps if conditioned else 0, guidance=guidance)
+    backbone.prepare(prompts)
+    try:
+        roles = backbone.roles(
+            lora_rank=config.lora_rank, fake_steps=config.steps if conditioned else 0, guidance=guidance,
+            checkpointing=config.memory.checkpointing, int8_teacher=config.memory.teacher == "int8", compiled=config.compile,
+        )  # fmt: skip
+        optimizer_class(config.memory.optimizer)
+    except ImportError as error:
+        raise UserError(str(error)) from error
     inside = dataclasses.asdict(config.matching) | {"guidance": guidance if backbone.embedded_guidance is None else 1.0}
     schedule = backbone.schedule()
     matching = DistributionMatching(roles.teacher, roles.fake, schedule, **inside, step_condition=conditioned)
@@ -556,14 +567,38 @@ def sample_grid(pipe: Any, prompts: list[str], *, steps: int, call: dict[str, An
     return images.view(len(prompts), SAMPLES_PER_PROMPT, *images.shape[1:])
 
 
+def student_grid(run: Run, prompts: list[str]) -> Any:
+    """The grid of the averaged student, drawn on the training's own network."""
+    backbone, steps = run.backbone, run.config.steps
+    student = backbone.drawing(run.roles.student, backbone.scheduler(steps), run.trainer.averaged())
+    with student as pipe:
+        return sample_grid(pipe, prompts, steps=steps, call=backbone.student_call, size=run.config.sizes()[0])
+
+
+def teacher_grids(run: Run, prompts: list[str], best: str) -> dict[str, Any]:
+    """Grids of the teacher at its many steps and, with the named solver, at the student's, by column title."""
+    from fewstep import world
+    from fewstep.evaluate import protocol
+
+    backbone, steps = run.backbone, run.config.steps
+    told = {"call": backbone.teacher_call(run.config.teacher_guidance), "size": run.config.sizes()[0]}
+    own = backbone.pipe.scheduler
+    few = own if backbone.flow else protocol.solver(best, own.config)
+    columns = {f"teacher, {world.TEACHER_STEPS} steps": (world.TEACHER_STEPS, own), f"teacher, {steps} steps ({best})": (steps, few)}
+    grids = {}
+    for title, (n, scheduler) in columns.items():
+        with backbone.drawing(run.roles.teacher, scheduler) as pipe:
+            grids[title] = sample_grid(pipe, prompts, steps=n, **told)
+    return grids
+
+
 def draw_progress(run: Run, output: Path, prompts: list[str]) -> None:
     """A grid of the averaged student with fixed prompts and seeds; the training's random numbers are left untouched."""
     from fewstep.report import grid
 
     trainer, steps = run.trainer, run.config.steps
-    pipe = run.backbone.student_pipeline(run.roles, trainer.averaged(), steps)
     title = f"student, {steps} steps, update {trainer.update}"
-    images = sample_grid(pipe, prompts, steps=steps, call=run.backbone.student_call, size=run.config.sizes()[0])
+    images = student_grid(run, prompts)
     grid.save({title: images}, prompts, output / "samples" / f"update-{trainer.update:08d}.png")
 
 
@@ -579,8 +614,7 @@ def rewards_in_words(config: Config, weights: dict[str, float]) -> str:
 
 def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
     """Export the averaged student, measure it, draw it beside its teacher, write its card."""
-    from fewstep import export, world
-    from fewstep.evaluate import protocol
+    from fewstep import export
     from fewstep.report import grid
 
     config, backbone, trainer = run.config, run.backbone, run.trainer
@@ -598,15 +632,7 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
     elif config.evaluate:
         print("not measured: the embedded scorers know only the embedded teacher's pictures")
     shown = grid_prompts(config, prompts)
-    teacher = protocol.open_pipeline(source, backbone.device)
-    told = {"call": backbone.teacher_call(config.teacher_guidance), "size": config.sizes()[0]}
-    columns = {f"teacher, {world.TEACHER_STEPS} steps": sample_grid(teacher, shown, steps=world.TEACHER_STEPS, **told)}
-    if not backbone.flow:
-        teacher.scheduler = protocol.solver(best, teacher.scheduler.config)
-    columns[f"teacher, {config.steps} steps ({best})"] = sample_grid(teacher, shown, steps=config.steps, **told)
-    columns[f"student, {config.steps} steps"] = sample_grid(
-        pipe, shown, steps=config.steps, call=backbone.student_call, size=config.sizes()[0]
-    )
+    columns = teacher_grids(run, shown, best) | {f"student, {config.steps} steps": student_grid(run, shown)}
     grid.save(columns, shown, output / "samples.png")
     export.model_card(
         teacher="the embedded emoji teacher of fewstep" if config.teacher == "world" else config.teacher,

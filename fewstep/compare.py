@@ -27,7 +27,11 @@ METRICS = ("fd_clip_data", "fd_clip_teacher", "clip", "clip-heldout", "preferenc
 DISTANCES = ("fd_clip_data", "fd_clip_teacher")
 MAIN_SEEDS, OTHER_SEEDS = 5, 3
 TRACED = ("/score", "/lag", "/ess", "/cosine")  # of what an update logs, what a cell keeps
-LATER = ("size",)  # fields that came after the first cells and, as they are by default, change nothing: not in a stamp then
+LATER = (
+    "size",
+    "memory",
+    "compile",
+)  # fields that came after the first cells; as they are by default, not in a stamp
 NETWORKS = ("student", "teacher", "fake")  # one evaluation of each costs the same: the budget of a cell
 
 

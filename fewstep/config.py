@@ -110,6 +110,21 @@ class DiscriminatorConfig:
 
 
 @dataclass
+class MemoryConfig:
+    micro_groups: int = 0
+    """Prompts whose samples pass through the networks together; an update is the same, its gradient added up over the parts of the
+    batch (0: all at once)."""
+    checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: a third more time, far less memory."""
+    frozen: Literal["auto", "fp32", "bf16"] = "auto"
+    """Numbers that hold what is not trained; auto is bf16 on a GPU that trains in bf16."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit keeps AdamW's two moments in 2 bytes a parameter instead of 8 (bitsandbytes)."""
+    teacher: Literal["exact", "int8"] = "exact"
+    """int8: the teacher's linear layers in 8 bits (torchao); for full weights only."""
+
+
+@dataclass
 class Config:
     teacher: str = "world"
     """A diffusers pipeline folder, a hub id, or `world`, the teacher that ships with fewstep."""
@@ -163,6 +178,10 @@ class Config:
     """How the other rewards join R_dm."""
     reuse: ReuseConfig = field(default_factory=ReuseConfig)
     """What is used more than once."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """What a run trades for memory."""
+    compile: bool = False
+    """Compile the networks' repeated blocks (torch.compile): slow first updates, faster ones after."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     """The discriminator, when `--reward.discriminator` is given (DMD2)."""
 
@@ -226,6 +245,8 @@ class Config:
             (weights.cap > 0.05, "weights.cap", f"must be above 0.05, where the weight starts, got {weights.cap}"),
             (weights.clip > 0, "weights.clip", f"must be positive, got {weights.clip}"),
             (0 <= weights.max_masked <= 1, "weights.max_masked", f"must lie in [0, 1], got {weights.max_masked}"),
+            (self.memory.micro_groups >= 0, "memory.micro_groups", f"must be 0 (all) or more, got {self.memory.micro_groups}"),
+            (not self.lora_rank or self.memory.teacher == "exact", "memory.teacher", "int8 needs full weights: LoRA shares the base"),
             (self.discriminator.lr > 0, "discriminator.lr", f"must be positive, got {self.discriminator.lr}"),
         ]  # fmt: skip
         return [f"{key}: {message}" for fine, key, message in checks if not fine]

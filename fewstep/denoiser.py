@@ -86,6 +86,7 @@ class Denoiser(nn.Module):
 
     network: called with xt (B, C, H, W), its native timestep (B,) and cond, a dict of tensors with B rows.
     uncond: the condition of the empty prompt, one row; needed for guidance other than 1.
+    `largest`: samples that pass through the network together (0: all); of a larger batch one part after the other does.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.network = network
         self.schedule, self.prediction, self.uncond = schedule, prediction, uncond
+        self.largest = 0
         self.forwards, self.backwards = 0, 0  # network evaluations so far, in samples
 
     @property
@@ -108,7 +110,11 @@ class Denoiser(nn.Module):
     def predict(self, xt: Tensor, t: Tensor, cond: Any) -> Tensor:
         """The network's own prediction, in its own parametrisation. t (B,) in [0, 1]."""
         self.count(len(xt))
-        return self.network(xt, self.schedule.timestep_of(t), cond)
+        timestep = self.schedule.timestep_of(t)
+        if not 0 < self.largest < len(xt):
+            return self.network(xt, timestep, cond)
+        parts = [slice(at, at + self.largest) for at in range(0, len(xt), self.largest)]
+        return torch.cat([self.network(xt[rows], timestep[rows], {key: value[rows] for key, value in cond.items()}) for rows in parts])
 
     def features(self, xt: Tensor, t: Tensor, cond: Any) -> Tensor:
         """What the network's middle makes of xt, (B, F, h, w); its family's network says where the middle is."""

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from fewstep import checkpoint, importance, losses
 from fewstep.config import Config
-from fewstep.denoiser import Cond
+from fewstep.denoiser import Cond, Denoiser
 from fewstep.prompts import Batches
-from fewstep.rewards.base import Reward, RewardError
+from fewstep.rewards.base import OnlineReward, Reward, RewardError
 from fewstep.student import Student
 from fewstep.transforms import advantages, modulate, project, weigh
 from fewstep.types import Rollout, Sample, Signal
@@ -72,6 +72,17 @@ def learning_rate(lr: float, progress: float, decay: float) -> float:
     return lr if decay == 0 else lr * min(1.0, max(0.0, 1 - progress) / decay)
 
 
+def optimizer_class(name: str) -> Any:
+    """AdamW, or its 8-bit version from bitsandbytes. Raises ImportError naming what to install."""
+    if name == "adamw":
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ImportError("memory.optimizer adamw8bit needs bitsandbytes: pip install 'fewstep[lowmem]'") from error
+    return AdamW8bit
+
+
 def rms(value: Tensor) -> float:
     return float(value.detach().double().pow(2).mean().sqrt())
 
@@ -116,10 +127,11 @@ class Trainer:
         self.encode, self.decode, self.latent_shapes = encode, decode, latent_shapes
         self.config, self.device = config, torch.device(device)
         own = config.student
-        self.optimizer = torch.optim.AdamW(parameters.values(), lr=own.lr, betas=own.betas, weight_decay=own.weight_decay)
+        adamw = optimizer_class(config.memory.optimizer)
+        self.optimizer = adamw(parameters.values(), lr=own.lr, betas=own.betas, weight_decay=own.weight_decay)
         self.ema = EMAModel(list(parameters.values()), decay=own.ema, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
         self.online = {
-            name: torch.optim.AdamW(term.parameters.values(), lr=term.lr, betas=term.betas, weight_decay=0.0)
+            name: adamw(term.parameters.values(), lr=term.lr, betas=term.betas, weight_decay=0.0)
             for name, term in terms.items()
             if term.parameters is not None
         }
@@ -134,6 +146,9 @@ class Trainer:
         self.block: Block | None = None
         self.advantages: dict[str, Tensor] = {}  # (B,) of the current rollout, by reward, for policy gradients
         self.running: dict[str, float] = {}
+        for denoiser in self.counted.values():
+            if isinstance(denoiser, Denoiser):
+                denoiser.largest = config.memory.micro_groups * config.group_size
 
     # -- one update ------------------------------------------------------------------------------------------------
 
@@ -159,8 +174,14 @@ class Trainer:
         group = rollout.group * self.student.steps + k
         return Sample(x0, self.student.t(k, len(k), self.device), k, rollout.cond, rollout.prompts, group, self.decode)
 
+    def parts(self, size: int) -> list[slice]:
+        """Rows of a batch of `size` that pass through the networks together, whole groups each (memory.micro_groups)."""
+        most = self.config.memory.micro_groups * self.config.group_size or size
+        return [slice(at, min(at + most, size)) for at in range(0, size, most)]
+
     def predict(self, rollout: Rollout, xk: Tensor, k: Tensor) -> Tensor:
-        with self.precision():
+        """x0 (B, C, H, W) of the batch; with its graph where it is one part, else without: its update predicts part by part again."""
+        with self.precision(), torch.set_grad_enabled(len(self.parts(len(k))) == 1):
             x0 = self.student.predict(xk, k, rollout.cond)
         x0 = x0.float()
         finite_or_stop(x0.detach(), "the student's prediction", self.update)
@@ -174,14 +195,17 @@ class Trainer:
             # every prompt's group sits at one step; the steps rotate over the evaluations of a rollout, so each state serves once
             k = (rollout.group + self.used + self.rollouts) % self.student.steps
         xk = rollout.states[k, torch.arange(len(k), device=k.device)]
-        x0 = self.predict(rollout, xk, k)
+        fresh = self.used == 0 or self.config.reuse.backward_simulation
+        if fresh and len(self.parts(len(k))) > 1:
+            x0 = rollout.x0[k, torch.arange(len(k), device=k.device)].float()  # of the same weights: its graph is made part by part
+        else:
+            x0 = self.predict(rollout, xk, k)
         pathwise = {name: term for name, term in self.terms.items() if term.via == "pathwise"}
         # R_dm brings its own gradient; the rewards beside it may need one in x0
         sample = self.sample_of(rollout, k, x0.detach().requires_grad_(len(pathwise) > len(self.anchors)))
-        signals: dict[str, Signal] = {}
-        for name, term in pathwise.items():
-            with self.precision():
-                signals[name] = term.reward(sample)
+        with self.precision():
+            signals = {name: term.reward(sample) for name, term in pathwise.items() if term.anchor}
+            signals |= self.ask_in_parts({name: term.reward for name, term in pathwise.items() if not term.anchor}, sample)
         logs: dict[str, float] = {}
         anchor, at = torch.zeros_like(sample.x0), Signal(None, None)
         for name in self.anchors:
@@ -196,6 +220,21 @@ class Trainer:
                 logs |= {f"weights/{key}": value for key, value in self.weights.observe(logs[f"{name}/score"], lag).items()}
         anchor, extra, more = self.combine(anchor, signals, sample.group)
         return Block(k, xk, x0.detach(), anchor, extra, at.xt, at.t), x0, logs | more
+
+    def ask_in_parts(self, rewards: dict[str, Reward], sample: Sample) -> dict[str, Signal]:
+        """What rewards say of a sample, part by part, each part's pictures decoded once for all of them."""
+        found: dict[str, list[Signal]] = {name: [] for name in rewards}
+        parts = self.parts(len(sample.group))
+        for rows in parts if rewards else []:
+            piece = sample if len(parts) == 1 else sample.rows(rows)
+            for name, reward in rewards.items():
+                found[name].append(reward(piece))
+
+        def joined(values: tuple[Tensor | None, ...]) -> Tensor | None:
+            known = [value for value in values if value is not None]
+            return torch.cat(known) if len(known) == len(values) else None
+
+        return {name: Signal(*map(joined, zip(*signals, strict=True))) for name, signals in found.items()}
 
     def combine(self, anchor: Tensor, signals: dict[str, Signal], group: Tensor) -> tuple[Tensor, Tensor | None, dict[str, float]]:
         """(the anchor's part, the other rewards' part or None, logs) of the direction, by `weights.mode` (section 5.2)."""
@@ -246,18 +285,23 @@ class Trainer:
         return valid, float(masked)
 
     def student_update(self, rollout: Rollout, block: Block, x0: Tensor, weight: Tensor | None) -> dict[str, float]:
-        """One step of the student along a block's direction. x0 (B, C, H, W) with its graph; weight (B,) of R_dm's part or None."""
-        loss = losses.pathwise(x0, block.anchor, weight)
-        if block.extra is not None:
-            loss = loss + losses.pathwise(x0, block.extra)
+        """One step of the student along a block's direction. x0 (B, C, H, W), with its graph where the batch is one part; weight
+        (B,) of R_dm's part or None."""
         logs: dict[str, float] = {}
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        loss = loss.detach()
+        loss = torch.zeros((), device=self.device)
+        parts = self.parts(len(x0))
+        for rows in parts:
+            some = x0 if len(parts) == 1 else self.predict(rollout.rows(rows), block.xk[rows], block.k[rows])
+            of_part = losses.pathwise(some, block.anchor[rows], None if weight is None else weight[rows])
+            if block.extra is not None:
+                of_part = of_part + losses.pathwise(some, block.extra[rows])
+            of_part = of_part * (len(some) / len(x0))  # a mean over the batch is the weighted mean of its parts'
+            of_part.backward()
+            loss += of_part.detach()
         if self.advantages:
-            policy_loss, logs = self.policy_loss(rollout)
-            policy_loss.backward()
-            loss = loss + policy_loss.detach()
+            policy_loss, logs = self.policy_updates(rollout)
+            loss = loss + policy_loss
         finite_or_stop(loss, "the student's loss", self.update)
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.student.max_norm)
         finite_or_stop(norm, "the student's gradient norm", self.update)
@@ -273,19 +317,32 @@ class Trainer:
             "x0_std": float(x0.detach().std()),
         }
 
-    def policy_loss(self, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
-        """The clipped policy gradient of every reward that goes by its score, over the K-1 stochastic transitions.
+    def policy_updates(self, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
+        """Adds the gradient of the clipped policy loss of every reward that goes by its score, over the K-1 stochastic transitions;
+        returns (the loss, logs).
 
         Times 1 / sqrt(dimensions): an advantage of size 1 pushes the mean along a unit vector, a pathwise direction of RMS 1 has
         length sqrt(dimensions) and is averaged over them, so with this factor a weight means the same force by either way.
         """
-        with self.precision():
-            log_prob = self.student.log_prob(rollout)
-        old = self.student.old_log_prob(rollout)
-        values, clip = self.weights.now(), self.config.weights.clip
-        total, logs = log_prob.new_zeros(()), {}
+        values, clip, logs = self.weights.now(), self.config.weights.clip, {}
+        known = {name: int((~torch.isnan(advantage)).sum()) for name, advantage in self.advantages.items()}
+        total, log_probs = torch.zeros((), device=self.device), []
+        for rows in self.parts(len(rollout.group)):
+            part = rollout.rows(rows)
+            with self.precision():
+                log_probs.append(self.student.log_prob(part))
+            old = self.student.old_log_prob(part)
+            loss = log_probs[-1].new_zeros(())
+            for name, advantage in self.advantages.items():
+                some = advantage[rows]
+                share = int((~torch.isnan(some)).sum()) / max(known[name], 1)  # the loss is a mean over the samples with an advantage
+                force = values[name] * share / rollout.x0[0, 0].numel() ** 0.5
+                loss = loss + force * losses.policy(log_probs[-1], old, some, clip=clip)
+            loss.backward()
+            total += loss.detach()
+            log_probs[-1] = log_probs[-1].detach()
+        log_prob, old = torch.cat(log_probs), self.student.old_log_prob(rollout)
         for name, advantage in self.advantages.items():
-            total = total + values[name] * losses.policy(log_prob, old, advantage, clip=clip) / rollout.x0[0, 0].numel() ** 0.5
             logs[f"{name}/clip_fraction"] = losses.clip_fraction(log_prob, old, advantage, clip=clip)
             logs[f"{name}/weight"] = values[name]
         return total, logs
@@ -298,7 +355,7 @@ class Trainer:
                 continue
             k = torch.full_like(rollout.group, self.student.steps - 1)
             with self.precision(), torch.no_grad():
-                signal = term.reward(self.sample_of(rollout, k))
+                signal = self.ask_in_parts({name: term.reward}, self.sample_of(rollout, k))[name]
             if signal.score is None:
                 raise RewardError(f"reward {name!r} gave no score, which a policy gradient needs")
             valid, logs[f"{name}/masked"] = self.scored(name, signal, len(k))
@@ -317,18 +374,32 @@ class Trainer:
                     sample = self.sample_of(rollout, torch.full_like(rollout.group, len(rollout.states) - 1))
                 else:
                     sample = self.sample_of(rollout, self.online_step(rollout))
-                with self.precision():
-                    loss = term.reward.loss(sample)
-                finite_or_stop(loss.detach(), f"the loss of {name}'s own network", self.update)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                loss = self.online_loss(term.reward, sample)
+                finite_or_stop(loss, f"the loss of {name}'s own network", self.update)
                 for settings in optimizer.param_groups:
                     settings["lr"] = learning_rate(term.lr, self.progress(), term.decay)
                 norm = torch.nn.utils.clip_grad_norm_(list(term.parameters.values()), term.max_norm)
                 finite_or_stop(norm, f"the gradient norm of {name}'s own network", self.update)
                 optimizer.step()
-                logs[f"{name}/own_loss"] = float(loss.detach())
+                logs[f"{name}/own_loss"] = float(loss)
         return logs
+
+    def online_loss(self, reward: OnlineReward, sample: Sample) -> Tensor:
+        """The loss of an online reward's own network on a sample; its gradient is added up part by part."""
+        parts, total = self.parts(len(sample.group)), torch.zeros((), device=self.device)
+        drawn = reward.draw(sample) if len(parts) > 1 else {}
+        for rows in parts:
+            with self.precision():
+                if len(parts) == 1:
+                    loss = reward.loss(sample)
+                else:
+                    piece = sample.rows(rows)
+                    loss = reward.loss(piece, **{key: value[rows] for key, value in drawn.items()})
+                    loss = loss * (len(piece.group) / len(sample.group))
+            loss.backward()
+            total += loss.detach()
+        return total
 
     def simulate(self) -> Rollout:
         """Fresh prompts simulated up to one state, drawn anew (DMD2's backward simulation); with fake.on last, the last one."""

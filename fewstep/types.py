@@ -19,6 +19,11 @@ class Rollout(NamedTuple):
     group: Tensor  # (B,) int64
     prompts: list[str]
 
+    def rows(self, rows: slice) -> Rollout:
+        """The same rollout of some of its samples."""
+        cond = {key: value[rows] for key, value in self.cond.items()}
+        return Rollout(self.states[:, rows], self.x0[:, rows], self.times, cond, self.group[rows], self.prompts[rows])
+
 
 class Sample:
     """What a reward sees: predictions of the student at one state each.
@@ -32,6 +37,12 @@ class Sample:
     ):
         self.x0, self.t_k, self.k, self.cond, self.prompts, self.group = x0, t_k, k, cond, prompts, group
         self._decode = decode
+
+    def rows(self, rows: slice) -> Sample:
+        """Some of the samples, with a picture of their own. Their x0 is a leaf where this one's is."""
+        x0 = self.x0[rows].detach().requires_grad_(self.x0.requires_grad) if self.x0.is_leaf else self.x0[rows]
+        cond = {key: value[rows] for key, value in self.cond.items()}
+        return Sample(x0, self.t_k[rows], self.k[rows], cond, self.prompts[rows], self.group[rows], self._decode)
 
     @cached_property
     def image(self) -> Tensor:

@@ -6,7 +6,8 @@ A family is a subclass that says what its stock pipeline does in one denoising s
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,6 +16,8 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMSch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from fewstep.denoiser import Cond, Denoiser, Prediction, join
 from fewstep.models import UnsupportedTeacher
@@ -32,29 +35,87 @@ class Roles(NamedTuple):
     fake_parameters: dict[str, nn.Parameter]
 
 
+class Adapters:
+    """The LoRA layers of one base, and which role's are switched on ("" none)."""
+
+    def __init__(self, model: nn.Module):
+        # found once: the walk over all modules costs more than the switch
+        self.layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        self.parameters = [p for name, p in model.named_parameters() if ".lora_" in name]
+        self.on: str | None = None
+
+    def switch(self, adapter: str) -> None:
+        if adapter == self.on:
+            return
+        for layer in self.layers:
+            layer.enable_adapters(bool(adapter))
+            if adapter:
+                layer.set_adapter(adapter)
+        # switching changes requires_grad, and autograd drops the gradient of a leaf that lost it: both adapters stay trainable
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        self.on = adapter
+
+
+def attention_backends() -> list[SDPBackend]:
+    """The attention kernels that are allowed here."""
+    cuda = torch.backends.cuda
+    allowed = {
+        SDPBackend.MATH: cuda.math_sdp_enabled(),
+        SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled(),
+        SDPBackend.CUDNN_ATTENTION: cuda.cudnn_sdp_enabled(),
+    }
+    return [backend for backend, enabled in allowed.items() if enabled]
+
+
+def recompute(adapters: Adapters | None) -> Callable[..., Any]:
+    """A checkpoint function for diffusers' blocks. By the time of the backward pass another role may have used the base: a block is
+    computed again under the adapter, and with the attention kernels, that it was first computed with."""
+
+    def run(block: Callable[..., Any], *args: Any) -> Any:
+        on, kernels = adapters.on if adapters else None, attention_backends()
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            if adapters and on is not None:
+                adapters.switch(on)
+            with sdpa_kernel(kernels):
+                yield
+
+        return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
+
+    return run
+
+
 class Network(nn.Module):
     """A family's network called as `network(xt, timestep, cond)`, with the student's step as an extra condition when asked for.
 
     The step is an embedding added to the time embedding, zero at the start (method, section 6).
-    adapter: the LoRA adapter to switch on for the call; "" switches all off; None leaves the network as it is.
+    adapters, adapter: the base's LoRA layers and the adapter to switch on for the call; "" switches all off.
     guidance: the scale that a guidance-distilled network is told.
     """
 
-    def __init__(self, backbone: Backbone, model: nn.Module, *, steps: int = 0, adapter: str | None = None, guidance: float | None = None):
+    def __init__(
+        self,
+        backbone: Backbone,
+        model: nn.Module,
+        *,
+        steps: int = 0,
+        adapters: Adapters | None = None,
+        adapter: str = "",
+        guidance: float | None = None,
+    ):
         super().__init__()
-        self.model, self.adapter, self.guidance = model, adapter, guidance
+        self.model, self.adapters, self.adapter, self.guidance = model, adapters, adapter, guidance
         self.backbone = [backbone]  # in a list: the backbone is no part of the network
-        # found once: the walk over all modules costs more than the switch
-        self.adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)] if adapter is not None else []
-        self.adapter_parameters = [p for name, p in model.named_parameters() if ".lora_" in name]
         self.step_embedding = None
         if steps:
             self.step_embedding = nn.Embedding(steps, backbone.time_width(model))
             nn.init.zeros_(self.step_embedding.weight)
 
     def forward(self, xt: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
-        if self.adapter is not None:
-            self.switch()
+        self.switch()
         if self.guidance is not None:
             cond = {**cond, "guidance": torch.full((len(xt),), self.guidance, device=xt.device)}
         with self.add_step(cond):
@@ -73,13 +134,8 @@ class Network(nn.Module):
 
     def switch(self) -> None:
         """Turn this role's adapter on and the others off, or all off."""
-        for layer in self.adapted:
-            layer.enable_adapters(bool(self.adapter))
-            if self.adapter:
-                layer.set_adapter(self.adapter)
-        # switching changes requires_grad, and autograd drops the gradient of a leaf that lost it: both adapters stay trainable
-        for parameter in self.adapter_parameters:
-            parameter.requires_grad_(True)
+        if self.adapters is not None:
+            self.adapters.switch(self.adapter)
 
     @contextmanager
     def add_step(self, cond: Cond):
@@ -106,6 +162,15 @@ def merged(model: nn.Module, adapter: str) -> nn.Module:
     for mark in ("peft_config", "_hf_peft_config_loaded"):
         model.__dict__.pop(mark, None)
     return model
+
+
+def in_eight_bits(model: nn.Module) -> None:
+    """The model's linear layers with 8-bit weights (torchao), in place. Raises ImportError naming what to install."""
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise ImportError("memory.teacher int8 needs torchao: pip install 'fewstep[lowmem]'") from error
+    quantize_(model, Int8WeightOnlyConfig())
 
 
 def lcm_scheduler(config: dict[str, Any], steps: int) -> LCMScheduler:
@@ -160,8 +225,8 @@ class Backbone:
     default_guidance: ClassVar[float]  # of the teacher's own pictures, as its model card has it
     student_call: ClassVar[dict[str, Any]] = {"guidance_scale": 1.0}  # what the stock pipeline needs to be told for no more guidance
 
-    def __init__(self, pipe: DiffusionPipeline, source: str, *, cache: Path | None = None):
-        self.pipe, self.source = pipe, source
+    def __init__(self, pipe: DiffusionPipeline, source: str, *, cache: Path | None = None, device: torch.device | str = "cpu"):
+        self.pipe, self.source, self.device = pipe, source, torch.device(device)
         self.prediction: Prediction = "flow"
         if not self.flow:
             kind = pipe.scheduler.config.prediction_type
@@ -171,7 +236,9 @@ class Backbone:
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
-        self.embeddings = Embeddings(self.encode_one, self.text_fingerprint, cache)
+            if isinstance(part, nn.Module) and part not in self.text_modules():
+                part.to(self.device)
+        self.embeddings = Embeddings(self.encode_on_device, self.text_fingerprint, cache)
 
     @classmethod
     def load(cls, source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, cache: Path | None = None) -> Backbone:
@@ -181,7 +248,7 @@ class Backbone:
         except Exception as error:  # diffusers, transformers and safetensors raise many kinds; each means an unreadable teacher
             raise UnsupportedTeacher(f"{source}: cannot be read as a {cls.pipeline.__name__} ({type(error).__name__}: {error})") from error
         pipe.set_progress_bar_config(disable=True)
-        return cls(pipe.to(device), source, cache=cache)
+        return cls(pipe, source, cache=cache, device=device)
 
     # -- what a family says ----------------------------------------------------------------------------------------
 
@@ -231,9 +298,33 @@ class Backbone:
 
     # -- prompts -----------------------------------------------------------------------------------------------------
 
-    @property
-    def device(self) -> torch.device:
-        return self.pipe.device
+    def text_modules(self) -> list[nn.Module]:
+        parts = (getattr(self.pipe, name) for name in self.text_parts)
+        return [part for part in parts if isinstance(part, nn.Module)]
+
+    @contextmanager
+    def text_encoders(self) -> Iterator[None]:
+        """The text encoders on the device for as long as this lasts; else they rest on the CPU, and only cached prompts are read."""
+        moved = [module for module in self.text_modules() if next(module.parameters()).device.type != self.device.type]
+        for module in moved:
+            module.to(self.device)
+        try:
+            yield
+        finally:
+            for module in moved:
+                module.to("cpu")
+
+    def encode_on_device(self, prompt: str) -> Cond:
+        with self.text_encoders():
+            return self.encode_one(prompt)
+
+    def prepare(self, prompts: list[str]) -> None:
+        """Encode those of the prompts that the cache lacks, the empty one too, with the text encoders on the device meanwhile."""
+        missing = self.embeddings.missing([*prompts, self.empty])
+        if missing:
+            with self.text_encoders():
+                for prompt in missing:
+                    self.embeddings[prompt]
 
     def text_fingerprint(self) -> list[Any]:
         """What conditions depend on beside the prompt: the text encoders' and tokenizers' contents, the family's encoding."""
@@ -254,6 +345,11 @@ class Backbone:
     @property
     def model(self) -> nn.Module:
         return getattr(self.pipe, self.part)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen parts, and of the student that is exported."""
+        return next(self.pipe.vae.parameters()).dtype
 
     def time_width(self, model: nn.Module) -> int:
         """Width of the time embedding: the last linear layer of what makes it."""
@@ -285,31 +381,48 @@ class Backbone:
     def denoiser(self, network: nn.Module) -> Denoiser:
         return Denoiser(network, self.schedule(), self.prediction, uncond=self.encode([self.empty]))
 
-    def roles(self, *, lora_rank: int = 0, fake_steps: int = 0, guidance: float = 1.0) -> Roles:
+    def roles(
+        self,
+        *,
+        lora_rank: int = 0,
+        fake_steps: int = 0,
+        guidance: float = 1.0,
+        checkpointing: bool = False,
+        int8_teacher: bool = False,
+        compiled: bool = False,
+    ) -> Roles:
         """Teacher, student and fake, the last two starting as the teacher.
 
         lora_rank 0: full copies, in float32. Otherwise one base with two adapters; the teacher is the base with both off.
         fake_steps: how many student steps the fake is conditioned on (0: none).
         guidance: what a guidance-distilled teacher is told; student and fake are told what the stock pipeline is called with.
+        checkpointing, int8_teacher, compiled: as the config's `memory` and `compile` say.
         """
         base = self.model
         own, guidance = self.embedded_guidance, guidance if self.embedded_guidance is not None else None
         if lora_rank == 0:
             student, fake = (copy.deepcopy(base).float().requires_grad_(True) for _ in range(2))
-            networks = (
-                Network(self, base, guidance=guidance), Network(self, student, guidance=own),
-                Network(self, fake, steps=fake_steps, guidance=own),
-            )  # fmt: skip
+            models, adapters = (base, student, fake), None
+            if int8_teacher:
+                in_eight_bits(base)
         else:
             for name in ("student", "fake"):
                 inject_adapter_in_model(self.lora_config(lora_rank), base, adapter_name=name)
             for name, parameter in base.named_parameters():
                 if ".lora_" in name:
                     parameter.data = parameter.data.float()
-            networks = (
-                Network(self, base, adapter="", guidance=guidance), Network(self, base, adapter="student", guidance=own),
-                Network(self, base, steps=fake_steps, adapter="fake", guidance=own),
-            )  # fmt: skip
+            models, adapters = (base, base, base), Adapters(base)
+        if checkpointing:
+            for part in {*models, self.pipe.vae}:
+                part.enable_gradient_checkpointing(recompute(None if part is self.pipe.vae else adapters))
+        if compiled:
+            for model in set(models):
+                model.compile_repeated_blocks()
+        networks = (
+            Network(self, models[0], adapters=adapters, adapter="", guidance=guidance),
+            Network(self, models[1], adapters=adapters, adapter="student", guidance=own),
+            Network(self, models[2], adapters=adapters, adapter="fake", steps=fake_steps, guidance=own),
+        )
         networks = [network.to(self.device) for network in networks]
 
         def owned(network: Network, role: str) -> dict[str, nn.Parameter]:
@@ -329,18 +442,41 @@ class Backbone:
 
     @torch.no_grad()
     def student_pipeline(self, roles: Roles, weights: dict[str, Tensor], steps: int) -> Any:
-        """A stock pipeline that holds a merged copy of the student with the given weights, and the K-step scheduler."""
+        """A stock pipeline that holds a merged copy of the student with the given weights, on the CPU, and the K-step scheduler."""
         network: Any = roles.student.network
-        model = copy.deepcopy(network.model).requires_grad_(False)
+        # deepcopy takes what it finds under an object's id for its copy
+        known: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("cpu", copy=True), False) for p in network.model.parameters()}
+        known |= {id(buffer): buffer.detach().to("cpu", copy=True) for buffer in network.model.buffers()}
+        model = copy.deepcopy(network.model, known).requires_grad_(False)
         own = dict(model.named_parameters())
         for name, value in weights.items():
             own[name.removeprefix("model.")].copy_(value)
-        if network.adapter:
+        if network.adapters:
             model = merged(model, network.adapter)
         pipe = copy.copy(self.pipe)  # the teacher's other parts and settings
-        pipe.register_modules(**{self.part: model.eval(), "scheduler": self.scheduler(steps)})
+        pipe.register_modules(**{self.part: model.to(self.dtype).eval(), "scheduler": self.scheduler(steps)})
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+    @contextmanager
+    def drawing(self, role: Denoiser, scheduler: Any, weights: dict[str, Tensor] | None = None) -> Iterator[Any]:
+        """A stock pipeline on a role's own network, for as long as this lasts: nothing is copied, `weights` lie in place of its own."""
+        network: Any = role.network
+        own, weights = dict(network.named_parameters()), weights or {}
+        before = {name: own[name].data for name in weights}
+        pipe = copy.copy(self.pipe)
+        pipe.register_modules(**{self.part: network.model, "scheduler": scheduler})
+        pipe.set_progress_bar_config(disable=True)
+        try:
+            for name, value in weights.items():
+                own[name].data = value.to(own[name])
+            network.switch()
+            mixed = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)  # full weights are float32
+            with self.text_encoders(), mixed, torch.no_grad():
+                yield pipe
+        finally:
+            for name, value in before.items():
+                own[name].data = value
 
     def saves_lora(self) -> bool:
         """Whether the stock pipeline reads LoRA files."""

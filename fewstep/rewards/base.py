@@ -29,8 +29,12 @@ class OnlineReward(Reward, Protocol):
 
     module: nn.Module
 
-    def loss(self, sample: Sample) -> Tensor:
-        """Loss of `module` on a sample of the student's outputs (scalar)."""
+    def draw(self, sample: Sample) -> dict[str, Tensor]:
+        """What the loss of these samples takes at random, a row each: drawn for the whole batch even where its loss is taken in parts."""
+        ...
+
+    def loss(self, sample: Sample, **drawn: Tensor) -> Tensor:
+        """Loss of `module` on a sample of the student's outputs (scalar): a mean over samples. What is not given is drawn."""
         ...
 
 

@@ -55,13 +55,19 @@ class Discriminator:
             (direction,) = torch.autograd.grad(score.sum(), x0)
         return Signal(score.detach(), direction)
 
-    def loss(self, sample: Sample) -> Tensor:
-        """Binary cross-entropy of real latents against the student's, at the same noise levels."""
-        fake = sample.x0.detach()
-        real = self.real[torch.randint(len(self.real), (len(fake),))].to(fake)
+    def draw(self, sample: Sample) -> dict[str, Tensor]:
+        """Real latents (B, C, H, W), times t (B,) stratified over the batch, and noise (B, 2, C, H, W) of real and student's latents."""
+        x0 = sample.x0.detach()
+        real = self.real[torch.randint(len(self.real), (len(x0),))].to(x0)
         t = noise_levels(torch.zeros_like(sample.group), self.t_range, "stratified")
-        x0 = torch.cat([real, fake])
+        noise = torch.randn(2, *x0.shape, dtype=x0.dtype, device=x0.device)
+        return {"real": real, "t": t, "noise": noise.transpose(0, 1)}
+
+    def loss(self, sample: Sample, **drawn: Tensor) -> Tensor:
+        """Binary cross-entropy of real latents against the student's, at the same noise levels. drawn: as `draw` gives it."""
+        drawn = drawn or self.draw(sample)
+        real, t, noise = drawn["real"], drawn["t"], drawn["noise"].transpose(0, 1)
         with torch.no_grad():  # the backbone is not trained
-            features = self.features(x0, torch.cat([t, t]), torch.randn_like(x0))
+            features = self.features(torch.cat([real, sample.x0.detach()]), torch.cat([t, t]), noise.flatten(0, 1))
         logits = self.module(features)
         return F.softplus(-logits[: len(real)]).mean() + F.softplus(logits[len(real) :]).mean()

@@ -203,11 +203,17 @@ class DistributionMatching:
         result = self.evaluate(torch.cat([sample.x0] * n), cond, torch.cat([sample.group] * n), k=k)
         return Signal(result.score.view(n, -1).mean(0), result.direction.unflatten(0, (n, -1)).mean(0))
 
+    def draw(self, sample: Sample) -> dict[str, Tensor]:
+        """Times t (B,), stratified over the batch in a random order, and noise (B, C, H, W) for the fake's loss."""
+        t = noise_levels(torch.zeros_like(sample.group), self.t_range, "stratified")[torch.randperm(len(sample.group))]
+        return {"t": t, "noise": torch.randn_like(sample.x0)}
+
     def loss(self, sample: Sample, *, t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         """The fake's denoising loss on the student's outputs, in the fake's own parametrisation (section 7)."""
         x0 = sample.x0.detach()
-        t = noise_levels(torch.zeros_like(sample.group), self.t_range, "stratified")[torch.randperm(len(x0))] if t is None else t
-        noise = torch.randn_like(x0) if noise is None else noise
+        if t is None or noise is None:
+            drawn = self.draw(sample)
+            t, noise = drawn["t"] if t is None else t, drawn["noise"] if noise is None else noise
         prediction = self.fake.predict(self.renoise(x0, t, noise), t, self.fake_cond(sample.cond, sample.k))
         wanted = target(x0, noise, self.schedule.alpha(t), self.schedule.sigma(t), self.fake.prediction)
         return denoising(prediction, wanted)

@@ -1,0 +1,192 @@
+"""What a run trades for memory changes how an update is computed, not what it is."""
+
+import gc
+
+import pytest
+import torch
+from test_trainer import run_of
+
+from fewstep import cli, models, trainer
+
+
+@pytest.fixture
+def plain_descent(monkeypatch):
+    """Gradient descent in place of Adam, whose first steps turn the rounding of a gradient near zero into a whole step."""
+
+    def descent(parameters, lr, betas, weight_decay):
+        return torch.optim.SGD(parameters, lr=1000 * lr)
+
+    monkeypatch.setattr(trainer, "optimizer_class", lambda name: descent)
+
+
+def weights_after(teacher_folder, prompt_file, *options, updates=3):
+    loop = run_of(teacher_folder, prompt_file, "--precision", "fp32", "--groups", "3", "--reuse.rollout", "2", *options).trainer
+    for _ in range(updates):
+        loop.step()
+    online = {f"{name}/{key}": p for name in loop.online for key, p in loop.terms[name].parameters.items()}
+    return {name: p.detach().clone() for name, p in {**loop.parameters, **online}.items()}, loop
+
+
+def distance(first, second):
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--lora-rank", "2"),
+        ("--reward.redness", "0.3", "--reward.contrast", "0.2", "--via.contrast", "policy"),
+        ("--reuse.rollout", "1", "--reuse.evaluation", "2", "--reuse.min-ess", "0"),
+        ("--reuse.backward-simulation", "--reuse.rollout", "1"),
+        ("--weights.mode", "sum", "--reward.redness", "3"),
+    ],
+    ids=["plain", "lora", "rewards", "evaluation-reuse", "backward-simulation", "sum"],
+)
+def test_an_update_in_parts_is_the_update(teacher_folder, prompt_file, plain_descent, options):
+    start, _ = weights_after(teacher_folder, prompt_file, *options, updates=0)
+    whole, one = weights_after(teacher_folder, prompt_file, *options)
+    parts, other = weights_after(teacher_folder, prompt_file, *options, "--memory.micro-groups", "2")
+    assert len(one.parts(6)) == 1 and other.parts(6) == [slice(0, 4), slice(4, 6)]
+    assert distance(whole, parts) < 1e-3 * distance(start, whole)
+    assert one.counted["teacher"].cost == other.counted["teacher"].cost
+
+
+def test_no_more_than_a_part_passes_through_a_network_at_once(teacher_folder, prompt_file):
+    loop = run_of(teacher_folder, prompt_file, "--groups", "3", "--memory.micro-groups", "1").trainer
+    seen = []
+    for role in ("student", "teacher", "fake"):
+        loop.counted[role].network.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    loop.step()
+    assert max(seen) == 2  # one group; the guided teacher's doubled batch in parts too
+
+
+@pytest.mark.parametrize("rank", ["0", "2"])
+def test_recomputed_activations_give_the_same_gradient(teacher_folder, prompt_file, plain_descent, rank):
+    """With LoRA, teacher and fake use the base between the student's forward and backward."""
+    options = ("--lora-rank", rank, "--reward.redness", "0.3", "--reuse.rollout", "1")
+    start, _ = weights_after(teacher_folder, prompt_file, *options, updates=0)
+    kept, _ = weights_after(teacher_folder, prompt_file, *options)
+    again, loop = weights_after(teacher_folder, prompt_file, *options, "--memory.checkpointing")
+    assert loop.counted["student"].network.model.is_gradient_checkpointing
+    assert distance(kept, again) < 1e-3 * distance(start, kept)
+
+
+def test_a_block_is_computed_again_under_its_own_adapter(teacher_folder):
+    """The mutant that leaves the base as the last role switched it."""
+    backbone = models.load(str(teacher_folder))
+    torch.manual_seed(0)
+    roles = backbone.roles(lora_rank=2, checkpointing=True)
+    for parameters in (roles.student_parameters, roles.fake_parameters):
+        for parameter in parameters.values():
+            parameter.data = 0.3 * torch.randn_like(parameter)
+    noise, t, cond = torch.randn(2, *backbone.latent_shape()), torch.full((2,), 0.5), backbone.encode(["a cat", "a dog"])
+
+    def gradient(between):
+        out = roles.student(noise, t, cond).square().mean()
+        between()
+        return torch.autograd.grad(out, list(roles.student_parameters.values()))
+
+    alone = gradient(lambda: None)
+    beside = gradient(lambda: roles.fake(noise, t, cond))
+    assert all(torch.equal(a, b) for a, b in zip(alone, beside, strict=True))
+
+
+def test_activations_are_what_checkpointing_saves(teacher_folder):
+    def kept(checkpointing):
+        backbone = models.load(str(teacher_folder))
+        roles = backbone.roles(checkpointing=checkpointing)
+        sizes = {}
+        count = torch.autograd.graph.saved_tensors_hooks(
+            lambda x: (sizes.__setitem__(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()), x)[1], lambda x: x
+        )
+        with count:
+            out = roles.student(torch.randn(2, *backbone.latent_shape()), torch.full((2,), 0.5), backbone.encode(["a cat", "a dog"]))
+        del out
+        gc.collect()
+        return sum(sizes.values())
+
+    assert kept(True) < kept(False)
+
+
+def test_the_text_encoders_are_on_the_device_only_while_prompts_are_encoded(teacher_folder):
+    backbone = models.load(str(teacher_folder), device="meta")  # any device that is not the CPU
+    encoder = backbone.pipe.text_encoder
+    seen = []
+    backbone.encode_one = lambda prompt: (seen.append(next(encoder.parameters()).device.type), {"x": torch.zeros(1, 2)})[1]
+    backbone.embeddings.encode = backbone.encode_on_device
+    assert next(encoder.parameters()).device.type == "cpu" and next(backbone.pipe.unet.parameters()).device.type == "meta"
+    with pytest.raises(NotImplementedError):  # a meta module has nothing to bring back to the CPU: it was there
+        backbone.prepare(["never seen before"])
+    assert seen == ["meta"]
+
+
+def test_eight_bits_of_the_teacher_are_near_it_and_leave_the_student_alone(teacher_folder):
+    exact, rounded = (models.load(str(teacher_folder)).roles(int8_teacher=flag) for flag in (False, True))
+    backbone = models.load(str(teacher_folder))
+    noise, t, cond = torch.randn(2, *backbone.latent_shape()), torch.full((2,), 0.5), backbone.encode(["a cat", "a dog"])
+    with torch.no_grad():
+        gap = (exact.teacher(noise, t, cond) - rounded.teacher(noise, t, cond)).abs().max()
+        assert 0 < gap < 0.05
+        assert torch.equal(exact.student(noise, t, cond), rounded.student(noise, t, cond))
+
+
+def test_eight_bit_adam_trains_and_resumes(teacher_folder, prompt_file, tmp_path):
+    options = ("--memory.optimizer", "adamw8bit", "--precision", "fp32")
+    straight, _ = weights_after(teacher_folder, prompt_file, *options, updates=2)
+    start, _ = weights_after(teacher_folder, prompt_file, *options, updates=0)
+    from fewstep import checkpoint
+
+    _, loop = weights_after(teacher_folder, prompt_file, *options, updates=1)
+    loop.save(tmp_path)
+    _, state = checkpoint.newest(tmp_path / "checkpoints")
+    _, other = weights_after(teacher_folder, prompt_file, *options, updates=0)
+    other.load_state(state)
+    other.step()
+    assert all(torch.equal(straight[name], p) for name, p in other.parameters.items())
+    assert distance(start, straight) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "option, package", [(("--memory.optimizer", "adamw8bit"), "bitsandbytes"), (("--memory.teacher", "int8"), "torchao")]
+)
+def test_a_missing_package_is_named(teacher_folder, prompt_file, monkeypatch, option, package):
+    import sys
+
+    for name in ("bitsandbytes", "bitsandbytes.optim", "torchao", "torchao.quantization"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(cli.UserError, match=rf"{package}: pip install 'fewstep\[lowmem\]'"):
+        run_of(teacher_folder, prompt_file, *option)
+
+
+def test_drawing_lends_the_network_and_gives_it_back(teacher_folder):
+    """The stock pipeline on the training's own network draws what the exported copy draws."""
+    backbone = models.load(str(teacher_folder))
+    for rank in (0, 2):
+        roles = backbone.roles(lora_rank=rank)
+        torch.manual_seed(1)
+        averaged = {name: p + 0.1 * torch.randn_like(p) for name, p in roles.student_parameters.items()}
+        before = {name: p.clone() for name, p in roles.student_parameters.items()}
+        call = {"prompt": "a cat", "num_inference_steps": 4, "output_type": "pt", **backbone.student_call}
+        copy = backbone.student_pipeline(roles, averaged, 4)(generator=torch.Generator().manual_seed(0), **call).images
+        with backbone.drawing(roles.student, backbone.scheduler(4), averaged) as pipe:
+            lent = pipe(generator=torch.Generator().manual_seed(0), **call).images
+        with backbone.drawing(roles.student, backbone.scheduler(4)) as pipe:
+            own = pipe(generator=torch.Generator().manual_seed(0), **call).images
+        torch.testing.assert_close(lent, copy, rtol=0, atol=1e-5)
+        assert (own - lent).abs().max() > 1e-4
+        assert all(torch.equal(before[name], p) for name, p in roles.student_parameters.items())
+
+
+def test_bfloat16_where_nothing_is_trained(teacher_folder, prompt_file):
+    run = run_of(
+        teacher_folder, prompt_file, "--lora-rank", "2", "--precision", "bf16", "--memory.frozen", "bf16", "--memory.checkpointing"
+    )
+    kinds = {name.rpartition(".")[0].endswith("default") or ".lora_" in name: p.dtype for name, p in run.backbone.model.named_parameters()}
+    assert kinds == {False: torch.bfloat16, True: torch.float32}
+    for _ in range(2):
+        logs = run.trainer.step()
+    assert all(torch.isfinite(torch.tensor(value)) for value in logs.values())
+    pipe = run.backbone.student_pipeline(run.roles, run.trainer.averaged(), 4)
+    assert {p.dtype for p in pipe.unet.parameters()} == {torch.bfloat16}
