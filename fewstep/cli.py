@@ -412,7 +412,10 @@ def build(config: Config, prompts: list[str], source: str, functions: dict[str, 
         raise UserError(f"size: {error}") from error
     conditioned = config.fake.condition == "step" and config.steps > 1
     guidance = config.matching.guidance
-    roles = backbone.roles(lora_rank=config.lora_rank, fake_steps=config.steps if conditioned else 0, guidance=guidance)
+    try:
+        roles = backbone.roles(lora_rank=config.lora_rank, fake_steps=config.steps if conditioned else 0, guidance=guidance)
+    except ValueError as error:
+        raise UserError(f"teacher: {error}") from error
     inside = dataclasses.asdict(config.matching) | {"guidance": guidance if backbone.embedded_guidance is None else 1.0}
     schedule = backbone.schedule()
     matching = DistributionMatching(roles.teacher, roles.fake, schedule, **inside, step_condition=conditioned)
