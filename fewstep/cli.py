@@ -422,6 +422,8 @@ def build(config: Config, prompts: list[str], source: str, functions: dict[str, 
             checkpointing=config.memory.checkpointing, int8_teacher=config.memory.teacher == "int8", compiled=config.compile,
         )  # fmt: skip
         optimizer_class(config.memory.optimizer)
+    except ValueError as error:
+        raise UserError(f"teacher: {error}") from error
     except ImportError as error:
         raise UserError(str(error)) from error
     inside = dataclasses.asdict(config.matching) | {"guidance": guidance if backbone.embedded_guidance is None else 1.0}

@@ -12,7 +12,7 @@ USAGE = """```python
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{folder}")
-image = pipe("{prompt}", num_inference_steps={steps}, {call}).images[0]
+image = pipe(prompt="{prompt}", num_inference_steps={steps}, {call}).images[0]
 ```"""
 
 

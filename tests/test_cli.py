@@ -157,8 +157,8 @@ def test_unsupported_and_damaged_teachers(capsys, tmp_path, teacher_folder, prom
     folder = tmp_path / "teacher"
     shutil.copytree(teacher_folder, folder)
     options = ["--prompts", str(prompt_file), "--output", str(tmp_path / "out")]
-    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    assert "FluxPipeline; supported: StableDiffusionPipeline" in refused(capsys, "distill", "--teacher", str(folder), *options)
+    (folder / "model_index.json").write_text('{"_class_name": "DiTPipeline"}')
+    assert "DiTPipeline; supported: StableDiffusionPipeline" in refused(capsys, "distill", "--teacher", str(folder), *options)
     (folder / "model_index.json").write_text("{")
     assert "not a diffusers pipeline index" in refused(capsys, "distill", "--teacher", str(folder), *options)
     shutil.copy(teacher_folder / "model_index.json", folder)

@@ -13,6 +13,8 @@ from fewstep import cli, models
 from fewstep.student import Student
 
 PROMPTS = ["a cat", "two red hats"]
+SIZE = (8, 16)  # pixels; the default of some pipelines is large, and edges of one length would hide which is which
+SIZED = {"height": SIZE[0], "width": SIZE[1]}
 every_family = pytest.mark.parametrize("name", PIPELINES)
 
 
@@ -30,7 +32,7 @@ def test_every_family_has_a_tiny_pipeline():
 
 
 def noise_of(backbone, seed=0, n=2):
-    return torch.randn(n, *backbone.latent_shape(), generator=torch.Generator().manual_seed(seed))
+    return torch.randn(n, *backbone.latent_shape(SIZE), generator=torch.Generator().manual_seed(seed))
 
 
 def stock_steps(backbone, noise, **call):
@@ -45,7 +47,7 @@ def stock_steps(backbone, noise, **call):
         return step(output, t, sample, *args, **kwargs)
 
     with mock.patch.object(pipe.scheduler, "step", watched):
-        pipe(prompt=PROMPTS, num_inference_steps=3, latents=backbone.to_pipeline(noise), output_type="latent", **call)
+        pipe(prompt=PROMPTS, num_inference_steps=3, latents=backbone.to_call(noise), output_type="latent", **SIZED, **call)
     return seen
 
 
@@ -61,6 +63,25 @@ def test_a_step_is_the_stock_pipelines_step(teachers, name):
         mine = network(noise, t.expand(2), backbone.encode(PROMPTS))
     torch.testing.assert_close(backbone.to_pipeline(mine), output, rtol=1e-4, atol=1e-4)
     assert output.std() > 1e-3  # a network that says nothing would agree with any
+
+
+class Stop(Exception):
+    """Raised from inside a stock pipeline that has done what it was run for."""
+
+
+@every_family
+def test_the_default_size_is_the_stock_pipelines(teachers, name):
+    backbone = models.load(str(teachers / name))
+    prepare, drawn = backbone.pipe.prepare_latents, []
+
+    def watched(*args, **kwargs):
+        drawn.append(prepare(*args, **kwargs))
+        raise Stop
+
+    with mock.patch.object(backbone.pipe, "prepare_latents", watched), pytest.raises(Stop):
+        backbone.pipe(prompt=PROMPTS)
+    latents = drawn[0] if isinstance(drawn[0], torch.Tensor) else drawn[0][0]  # some give the tokens' positions too
+    assert latents.shape == backbone.to_pipeline(torch.zeros(2, *backbone.latent_shape())).shape
 
 
 @every_family
@@ -128,18 +149,26 @@ def training_images(backbone, roles, steps=4):
     """What the student draws in training code, and the noise it drew with."""
     student = Student(roles.student, backbone.schedule(), backbone.times(steps))
     torch.manual_seed(7)
-    noises = [torch.randn(2, *backbone.latent_shape()) for _ in range(steps)]
+    noises = [torch.randn(2, *backbone.latent_shape(SIZE)) for _ in range(steps)]
     with mock.patch.object(torch, "randn", side_effect=noises[1:]):
         rollout = student.rollout(noises[0], backbone.encode(PROMPTS))
     with torch.no_grad():
         return backbone.decode(rollout.x0[-1]), noises
 
 
-def stock_images(pipe, noises, steps, call):
+def stock_noise(backbone, noises):
+    """The noise of `training_images` as a stock pipeline is given its first, and as its scheduler draws the rest."""
+    return {
+        "latents": backbone.to_call(noises[0]).contiguous(),
+        "noise": torch.stack([backbone.to_pipeline(noise) for noise in noises[1:]]),
+    }
+
+
+def stock_images(pipe, latents, noise, call):
     """The same noise through a stock pipeline: it and its scheduler draw with diffusers' randn_tensor."""
     from diffusers.schedulers import scheduling_flow_match_euler_discrete, scheduling_lcm
 
-    given = [noise.clone() for noise in noises[1:]]
+    given = list(noise.clone())
 
     def draw(shape, *args, **kwargs):
         noise = given.pop(0) if given else torch.zeros(shape)  # the last step's noise is multiplied by zero, or not drawn
@@ -148,7 +177,7 @@ def stock_images(pipe, noises, steps, call):
 
     modules = (scheduling_flow_match_euler_discrete, scheduling_lcm)
     with mock.patch.object(modules[0], "randn_tensor", draw), mock.patch.object(modules[1], "randn_tensor", draw):
-        return pipe(prompt=PROMPTS, num_inference_steps=steps, latents=noises[0], output_type="pt", **call).images
+        return pipe(prompt=PROMPTS, num_inference_steps=len(noise) + 1, latents=latents, output_type="pt", **SIZED, **call).images
 
 
 STOCK = """
@@ -162,17 +191,18 @@ from safetensors.torch import load_file, save_file
 
 images = {}
 for folder, prompts, call in json.loads(sys.argv[1]):
-    noises = list(load_file(folder + "/noise.safetensors")["noise"])
+    noises = load_file(folder + "/noise.safetensors")
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    given = noises[1:]
+    given = list(noises["noise"])
 
     def draw(shape, *args, **kwargs):
         return given.pop(0) if given else torch.zeros(shape)
 
+    steps = len(given) + 1
     flow, lcm = (mock.patch.object(m, "randn_tensor", draw) for m in (scheduling_flow_match_euler_discrete, scheduling_lcm))
     with flow, lcm:
-        images[folder] = pipe(prompt=prompts, num_inference_steps=len(noises), latents=noises[0], output_type="pt", **call).images
+        images[folder] = pipe(prompt=prompts, num_inference_steps=steps, latents=noises["latents"], output_type="pt", **call).images
     images[folder + ".times"] = pipe.scheduler.timesteps.double()
 save_file({key: value.contiguous() for key, value in images.items()}, sys.argv[2])
 """
@@ -192,11 +222,11 @@ def test_exported_folders_draw_in_a_fresh_process_what_training_drew(teachers, t
             mine, noises = training_images(backbone, roles)
             folder = tmp_path / f"{name}-{rank}"
             backbone.save(backbone.student_pipeline(roles, weights, 4), folder)
-            save_file({"noise": torch.stack([backbone.to_pipeline(noise) for noise in noises])}, folder / "noise.safetensors")
+            save_file(stock_noise(backbone, noises), folder / "noise.safetensors")
             with torch.no_grad():
                 teacher = backbone.decode(roles.teacher(noises[0], torch.ones(2), backbone.encode(PROMPTS)))
             assert (teacher - mine).abs().max() > 1e-3, name  # the student has moved, so equality says something
-            jobs.append((str(folder), PROMPTS, backbone.student_call))
+            jobs.append((str(folder), PROMPTS, SIZED | backbone.student_call))
             expected[str(folder)] = (mine, backbone.schedule().timestep_of(backbone.times(4)))
     done = subprocess.run([sys.executable, "-c", STOCK, json.dumps(jobs), str(tmp_path / "images")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -222,19 +252,21 @@ def test_a_lora_file_gives_the_same_student_on_the_teacher(teachers, name, tmp_p
     with mock.patch("diffusers.loaders.peft.logger.warning") as missing:
         pipe.load_lora_weights(tmp_path)
     assert not missing.called, missing.call_args  # no missing or unexpected key
-    images = stock_images(pipe, [backbone.to_pipeline(noise) for noise in noises], 4, backbone.student_call)
+    images = stock_images(pipe, **stock_noise(backbone, noises), call=backbone.student_call)
     torch.testing.assert_close(images, mine, rtol=0, atol=1e-4)
 
 
 SMALL = ["--updates", "2", "--groups", "2", "--group-size", "2", "--fake.updates", "1", "--save-every", "1", "--sample-every", "0",
-         "--evaluate", "false", "--precision", "fp32", "--device", "cpu"]  # fmt: skip
+         "--evaluate", "false", "--precision", "fp32", "--device", "cpu", "--size", "[8x16]"]  # fmt: skip
 
 
 @every_family
-def test_distil_and_resume(teachers, name, prompt_file, tmp_path, capsys):
+def test_distil_and_resume(teachers, name, prompt_file, tmp_path, capsys, monkeypatch):
     """Two updates and their export through the command line; the same run stopped after one and resumed has the same weights."""
     from safetensors.torch import load_file
 
+    monkeypatch.setattr("fewstep.world.TEACHER_STEPS", 2)  # a small samples.png
+    monkeypatch.setattr(cli, "SAMPLES_PER_PROMPT", 1)
     part = models.load(str(teachers / name)).part
     for output, stops in (("straight", (2,)), ("resumed", (1, 2))):
         for i, updates in enumerate(stops):

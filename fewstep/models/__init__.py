@@ -14,6 +14,8 @@ FAMILIES = {
     "StableDiffusionPipeline": ("fewstep.models.sd", "StableDiffusion"),
     "StableDiffusionXLPipeline": ("fewstep.models.sdxl", "StableDiffusionXL"),
     "StableDiffusion3Pipeline": ("fewstep.models.sd3", "StableDiffusion3"),
+    "FluxPipeline": ("fewstep.models.flux", "Flux1"),
+    "Flux2KleinPipeline": ("fewstep.models.flux2", "Flux2Klein"),
 }
 
 

@@ -129,7 +129,7 @@ class Network(nn.Module):
             self(xt, timestep, cond)
         finally:
             handle.remove()
-        output = taken[0] if isinstance(taken[0], Tensor) else taken[0][-1]  # (text, image) of a two-stream block
+        output = self.backbone[0].image_part(taken[0], xt)
         return output if output.ndim == 4 else output.transpose(1, 2).unsqueeze(-1)
 
     def switch(self) -> None:
@@ -265,6 +265,10 @@ class Backbone:
         blocks = model.transformer_blocks
         return blocks[len(blocks) // 2]
 
+    def image_part(self, output: Any, xt: Tensor) -> Tensor:
+        """What the middle block says of the latents xt (B, C, H, W): tokens (B, n, F) or a map (B, F, h, w)."""
+        return output if isinstance(output, Tensor) else output[-1]  # (text, image) of a two-stream block
+
     def longest_text(self) -> tuple[Any, int]:
         """(tokenizer, limit in tokens) of the text encoder that reads the most."""
         return self.pipe.tokenizer, self.pipe.tokenizer.model_max_length
@@ -275,6 +279,10 @@ class Backbone:
     def scale(self) -> int:
         """Pixels per latent, along an edge."""
         return self.pipe.vae_scale_factor
+
+    def size_step(self) -> int:
+        """Pixels that a picture's height and width are a multiple of."""
+        return self.scale()
 
     def default_size(self) -> tuple[int, int]:
         """(height, width) in pixels of the stock pipeline's pictures."""
@@ -288,9 +296,17 @@ class Backbone:
         latents = x0 / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
         return (self.pipe.vae.decode(latents.to(self.pipe.vae.dtype), return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
 
+    def takes_guidance(self) -> bool:
+        """Whether the teacher can be guided; one that is distilled to few steps may not."""
+        return True
+
     def to_pipeline(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W) in the layout that the stock pipeline's loop holds them in."""
         return latents
+
+    def to_call(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, H, W) in the layout that the stock pipeline's `latents=` takes."""
+        return self.to_pipeline(latents)
 
     def teacher_call(self, guidance: float) -> dict[str, Any]:
         """What the stock pipeline is told for the teacher's pictures under guidance `uncond + w (cond - uncond)`."""
@@ -358,12 +374,12 @@ class Backbone:
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
         """(C, H, W) of the latents of a picture of `size` = (height, width) in pixels; None: the stock pipeline's own.
 
-        Raises ValueError for a size that is not a whole number of latents.
+        Raises ValueError for a size that the family cannot draw.
         """
         height, width = size or self.default_size()
-        scale = self.scale()
-        if height % scale or width % scale or height < scale or width < scale:
-            raise ValueError(f"a picture of {type(self).__name__} measures a multiple of {scale} pixels each way, got {height} x {width}")
+        scale, step = self.scale(), self.size_step()
+        if height % step or width % step or height < step or width < step:
+            raise ValueError(f"a picture of {type(self).__name__} measures a multiple of {step} pixels each way, got {height} x {width}")
         return self.channels(), height // scale, width // scale
 
     def scheduler(self, steps: int) -> Any:
@@ -397,7 +413,10 @@ class Backbone:
         fake_steps: how many student steps the fake is conditioned on (0: none).
         guidance: what a guidance-distilled teacher is told; student and fake are told what the stock pipeline is called with.
         checkpointing, int8_teacher, compiled: as the config's `memory` and `compile` say.
+        Raises ValueError for guidance of a teacher whose stock pipeline ignores it.
         """
+        if guidance != 1 and not self.takes_guidance():
+            raise ValueError(f"{self.source} is distilled to few steps and takes no guidance, got {guidance:g}: set matching.guidance to 1")
         base = self.model
         own, guidance = self.embedded_guidance, guidance if self.embedded_guidance is not None else None
         if lora_rank == 0:

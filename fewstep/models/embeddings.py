@@ -38,7 +38,9 @@ def fingerprint(parts: list[Any]) -> str:
                 digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         elif hasattr(part, "backend_tokenizer"):
             digest.update(part.backend_tokenizer.to_str().encode())
-            digest.update(json.dumps([part.model_max_length, part.padding_side, part.special_tokens_map], default=str).encode())
+            digest.update(
+                json.dumps([part.model_max_length, part.padding_side, part.special_tokens_map, part.chat_template], default=str).encode()
+            )
         else:
             digest.update(json.dumps(part).encode())
     return digest.hexdigest()

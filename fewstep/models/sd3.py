@@ -37,6 +37,9 @@ class StableDiffusion3(Backbone):
             return_dict=False,
         )[0]  # fmt: skip
 
+    def size_step(self) -> int:
+        return self.model.config.patch_size * self.scale()
+
     def longest_text(self) -> tuple[Any, int]:
         if self.pipe.tokenizer_3 is None:  # without T5, the CLIP encoders are all that reads
             return super().longest_text()

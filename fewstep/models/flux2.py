@@ -1,0 +1,83 @@
+"""FLUX.2 klein: FLUX on a Qwen3 encoder, its latents normalised by the autoencoder (Flux2KleinPipeline)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers import Flux2KleinPipeline
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from fewstep.denoiser import Cond
+from fewstep.models.backbone import Roles
+from fewstep.models.flux import Flux, picture, positions, tokens
+
+QWEN_TOKENS = 512  # the stock pipeline's default, the chat template's own tokens included
+
+
+class Flux2Klein(Flux):
+    pipeline = Flux2KleinPipeline
+    text_parts = ("text_encoder", "tokenizer")
+    time_module = "time_guidance_embed"
+    lora_targets: ClassVar[list[str]] = [
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+        "ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out", "attn.to_qkv_mlp_proj",
+    ]  # fmt: skip
+    default_guidance = 4.0
+
+    def takes_guidance(self) -> bool:
+        return not self.pipe.config.is_distilled
+
+    @torch.no_grad()
+    def encode_one(self, prompt: str) -> Cond:
+        return {"prompt_embeds": self.pipe.encode_prompt(prompt, self.device, max_sequence_length=QWEN_TOKENS)[0]}
+
+    def predict(self, model: nn.Module, xt: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
+        height, width = xt.shape[-2:]
+        text = cond["prompt_embeds"]
+        output = model(
+            hidden_states=tokens(xt), timestep=timestep / 1000, encoder_hidden_states=text, guidance=None,
+            txt_ids=positions(1, 1, 1, text.shape[1], device=xt.device), img_ids=positions(1, height, width, 1, device=xt.device),
+            return_dict=False,
+        )[0]  # fmt: skip
+        return picture(output, height, width)
+
+    def image_part(self, output: Any, xt: Tensor) -> Tensor:
+        """The last tokens: a single-stream block gives the text's before them."""
+        return picture(super().image_part(output, xt)[:, -xt.shape[-2:].numel() :], *xt.shape[-2:])
+
+    def longest_text(self) -> tuple[Any, int]:
+        tokenizer = self.pipe.tokenizer
+        template = tokenizer.apply_chat_template(
+            [{"role": "user", "content": ""}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        return tokenizer, QWEN_TOKENS - len(tokenizer(template).input_ids)
+
+    def scale(self) -> int:
+        return 2 * self.pipe.vae_scale_factor
+
+    def decode(self, x0: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        mean, variance = (value.view(1, -1, 1, 1).to(x0) for value in (vae.bn.running_mean, vae.bn.running_var))
+        latents = F.pixel_shuffle(x0 * (variance + vae.config.batch_norm_eps).sqrt() + mean, 2)
+        return (vae.decode(latents.to(vae.dtype), return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+
+    def to_pipeline(self, latents: Tensor) -> Tensor:
+        return tokens(latents)
+
+    def to_call(self, latents: Tensor) -> Tensor:
+        return latents  # the stock pipeline packs what it is given
+
+    def lora_config(self, rank: int) -> LoraConfig:
+        """With the single-stream blocks' output projections, each by its whole name: in the others `attn.to_out` is a list of modules."""
+        config = super().lora_config(rank)
+        config.target_modules |= {f"single_transformer_blocks.{i}.attn.to_out" for i in range(len(self.model.single_transformer_blocks))}
+        return config
+
+    def student_pipeline(self, roles: Roles, weights: dict[str, Tensor], steps: int) -> Any:
+        """Marked as distilled: the stock pipeline then never guides, whatever it is told."""
+        pipe = super().student_pipeline(roles, weights, steps)
+        pipe.register_to_config(is_distilled=True)
+        return pipe
