@@ -544,15 +544,22 @@ def train(run: Run, output: Path, prompts: list[str]) -> bool:
 SAMPLES_PER_PROMPT = 3
 
 
-def sample_grid(pipe: Any, prompts: list[str], *, steps: int, call: dict[str, Any], size: tuple[int, int] | None = None) -> Any:
+def told_size(backbone: Any, size: tuple[int, int] | None = None) -> dict[str, int]:
+    """Height and width in pixels, as a stock pipeline is told them. size: (height, width), None for the teacher's own.
+
+    Always told: not every stock pipeline draws at its network's own size when it is not.
+    """
+    return dict(zip(("height", "width"), size or backbone.default_size(), strict=True))
+
+
+def sample_grid(pipe: Any, prompts: list[str], *, steps: int, call: dict[str, Any]) -> Any:
     """(P, N, 3, H, W) in [0, 1]: the grid's samples, N for each prompt, always with the same noise.
 
-    call: what the pipeline is told beside; size: (height, width) in pixels, None for its own.
+    call: what the pipeline is told beside.
     """
     from fewstep.evaluate.protocol import generate
 
-    told = call | ({"height": size[0], "width": size[1]} if size else {})
-    images, _ = generate(pipe, prompts, SAMPLES_PER_PROMPT, steps=steps, seed=0, call=told)
+    images, _ = generate(pipe, prompts, SAMPLES_PER_PROMPT, steps=steps, seed=0, call=call)
     return images.view(len(prompts), SAMPLES_PER_PROMPT, *images.shape[1:])
 
 
@@ -563,7 +570,7 @@ def draw_progress(run: Run, output: Path, prompts: list[str]) -> None:
     trainer, steps = run.trainer, run.config.steps
     pipe = run.backbone.student_pipeline(run.roles, trainer.averaged(), steps)
     title = f"student, {steps} steps, update {trainer.update}"
-    images = sample_grid(pipe, prompts, steps=steps, call=run.backbone.student_call, size=run.config.sizes()[0])
+    images = sample_grid(pipe, prompts, steps=steps, call=run.backbone.student_call | told_size(run.backbone, run.config.sizes()[0]))
     grid.save({title: images}, prompts, output / "samples" / f"update-{trainer.update:08d}.png")
 
 
@@ -599,21 +606,20 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
         print("not measured: the embedded scorers know only the embedded teacher's pictures")
     shown = grid_prompts(config, prompts)
     teacher = protocol.open_pipeline(source, backbone.device)
-    told = {"call": backbone.teacher_call(config.teacher_guidance), "size": config.sizes()[0]}
-    columns = {f"teacher, {world.TEACHER_STEPS} steps": sample_grid(teacher, shown, steps=world.TEACHER_STEPS, **told)}
+    size = told_size(backbone, config.sizes()[0])
+    call = backbone.teacher_call(config.teacher_guidance) | size
+    columns = {f"teacher, {world.TEACHER_STEPS} steps": sample_grid(teacher, shown, steps=world.TEACHER_STEPS, call=call)}
     if not backbone.flow:
         teacher.scheduler = protocol.solver(best, teacher.scheduler.config)
-    columns[f"teacher, {config.steps} steps ({best})"] = sample_grid(teacher, shown, steps=config.steps, **told)
-    columns[f"student, {config.steps} steps"] = sample_grid(
-        pipe, shown, steps=config.steps, call=backbone.student_call, size=config.sizes()[0]
-    )
+    columns[f"teacher, {config.steps} steps ({best})"] = sample_grid(teacher, shown, steps=config.steps, call=call)
+    columns[f"student, {config.steps} steps"] = sample_grid(pipe, shown, steps=config.steps, call=backbone.student_call | size)
     grid.save(columns, shown, output / "samples.png")
     export.model_card(
         teacher="the embedded emoji teacher of fewstep" if config.teacher == "world" else config.teacher,
         license="apache-2.0" if config.teacher == "world" else None,
         steps=config.steps,
         times=[round(float(t), 3) for t in pipe.scheduler.timesteps],
-        call=backbone.student_call,
+        call=backbone.student_call | size,
         guidance=config.matching.guidance,
         rewards=rewards_in_words(config, trainer.weights.now()),
         updates=trainer.update,
@@ -825,10 +831,14 @@ def sample_command(arguments: list[str]) -> int:
     from fewstep import models
 
     models.quiet_libraries()
-    from fewstep.evaluate.protocol import generate, open_pipeline
+    from fewstep.evaluate.protocol import generate
 
-    call = models.family(str(options.folder)).student_call
-    images, _ = generate(open_pipeline(options.folder, "cpu"), [options.prompt], options.n, steps=steps, seed=options.seed, call=call)
+    try:
+        backbone = models.load(str(options.folder))
+    except models.UnsupportedTeacher as error:
+        raise UserError(str(error)) from error
+    call = backbone.student_call | told_size(backbone)
+    images, _ = generate(backbone.pipe, [options.prompt], options.n, steps=steps, seed=options.seed, call=call)
     output = options.output or options.folder / "pictures"
     output.mkdir(parents=True, exist_ok=True)
     with (output / "pictures.jsonl").open("a") as log:

@@ -33,7 +33,7 @@ def noise_of(backbone, seed=0, n=2):
     return torch.randn(n, *backbone.latent_shape(), generator=torch.Generator().manual_seed(seed))
 
 
-def stock_steps(backbone, noise, **call):
+def stock_steps(backbone, noise, prompts=PROMPTS, **call):
     """(model output, timestep, sample) of each step of the teacher's stock pipeline, as its scheduler saw them."""
     pipe = backbone.pipe
     if not backbone.flow:  # Euler's scheduler holds its samples in another scale
@@ -45,7 +45,7 @@ def stock_steps(backbone, noise, **call):
         return step(output, t, sample, *args, **kwargs)
 
     with mock.patch.object(pipe.scheduler, "step", watched):
-        pipe(prompt=PROMPTS, num_inference_steps=3, latents=backbone.to_pipeline(noise), output_type="latent", **call)
+        pipe(prompt=prompts, num_inference_steps=3, latents=backbone.to_pipeline(noise), output_type="latent", **call)
     return seen
 
 
@@ -55,6 +55,7 @@ def test_a_step_is_the_stock_pipelines_step(teachers, name):
     backbone = models.load(str(teachers / name))
     noise = noise_of(backbone)
     output, t, sample = stock_steps(backbone, noise, **backbone.student_call)[0]
+    assert backbone.flow == (backbone.pipe.scheduler.config.get("prediction_type", "flow_prediction") == "flow_prediction")
     torch.testing.assert_close(sample, backbone.to_pipeline(noise), rtol=0, atol=1e-6)
     network = backbone.roles(guidance=backbone.default_guidance).student.network
     with torch.no_grad():
@@ -93,6 +94,26 @@ def test_a_prompt_is_encoded_the_same_alone_and_in_company(teachers, name):
         together = student(noise, t, backbone.encode(PROMPTS))
         alone = torch.cat([student(noise[i : i + 1], t[:1], backbone.encode([PROMPTS[i]])) for i in range(2)])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+@every_family
+def test_what_is_cut_is_what_the_text_encoder_does_not_read(teachers, name):
+    """To the token; and of a prompt that is too long, what the stock pipeline reads is read."""
+    backbone = models.load(str(teachers / name))
+    _, limit = backbone.longest_text()
+    n = next(n for n in range(4 * limit, 0, -1) if not backbone.cut(["x" * n]))  # letters: a token may hold several
+
+    def differ(one, other):
+        one, other = backbone.encode([one]), backbone.encode([other])
+        return any(one[key].shape != other[key].shape or bool((one[key] - other[key]).abs().max() > 1e-4) for key in one)
+
+    assert differ("x" * n, "x" * (n - 1) + "y")
+    assert not differ("x" * n + "y", "x" * n + "z")
+    noise, prompts = noise_of(backbone), ["x" * n, "x" * n + "y"]
+    output, t, _ = stock_steps(backbone, noise, prompts, **backbone.student_call)[0]
+    with torch.no_grad():
+        mine = backbone.roles().student.network(noise, t.expand(2), backbone.encode(prompts))
+    torch.testing.assert_close(backbone.to_pipeline(mine), output, rtol=1e-4, atol=1e-4)
 
 
 @every_family
@@ -231,11 +252,15 @@ SMALL = ["--updates", "2", "--groups", "2", "--group-size", "2", "--fake.updates
 
 
 @every_family
-def test_distil_and_resume(teachers, name, prompt_file, tmp_path, capsys):
-    """Two updates and their export through the command line; the same run stopped after one and resumed has the same weights."""
+def test_distil_and_resume(teachers, name, prompt_file, tmp_path, capsys, monkeypatch):
+    """Two updates and their export through the command line; the same run stopped after one and resumed has the same weights.
+
+    The code on the student's card draws a picture of the size that was trained at.
+    """
     from safetensors.torch import load_file
 
-    part = models.load(str(teachers / name)).part
+    backbone = models.load(str(teachers / name))
+    part, (height, width) = backbone.part, backbone.default_size()
     for output, stops in (("straight", (2,)), ("resumed", (1, 2))):
         for i, updates in enumerate(stops):
             options = ["--resume"] if i else ["--teacher", str(teachers / name), "--prompts", str(prompt_file), *SMALL]
@@ -247,3 +272,8 @@ def test_distil_and_resume(teachers, name, prompt_file, tmp_path, capsys):
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert any(not torch.equal(weights[0][key], before[key]) for key in before)
     assert (tmp_path / "straight" / "samples.png").is_file()
+    snippet = (tmp_path / "straight" / "README.md").read_text().split("```python")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)  # it names the folder
+    drawn = {}
+    exec(snippet, drawn)
+    assert drawn["image"].size == (width, height)
