@@ -1,10 +1,12 @@
 """Tiny random pipelines of every family, made offline, tokenizers included. A family is one file and one line here."""
 
-from pipelines import sd, sd3, sdxl
+from pipelines import pixart, sana, sd, sd3, sdxl
 
 # pipeline class -> maker
 PIPELINES = {
     "StableDiffusionPipeline": sd.pipeline,
     "StableDiffusionXLPipeline": sdxl.pipeline,
     "StableDiffusion3Pipeline": sd3.pipeline,
+    "SanaPipeline": sana.pipeline,
+    "PixArtSigmaPipeline": pixart.pipeline,
 }
