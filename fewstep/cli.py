@@ -557,15 +557,22 @@ def train(run: Run, output: Path, prompts: list[str]) -> bool:
 SAMPLES_PER_PROMPT = 3
 
 
-def sample_grid(pipe: Any, prompts: list[str], *, steps: int, call: dict[str, Any], size: tuple[int, int] | None = None) -> Any:
+def told_size(backbone: Any, size: tuple[int, int] | None = None) -> dict[str, int]:
+    """Height and width in pixels, as a stock pipeline is told them. size: (height, width), None for the teacher's own.
+
+    Always told: not every stock pipeline draws at its network's own size when it is not.
+    """
+    return dict(zip(("height", "width"), size or backbone.default_size(), strict=True))
+
+
+def sample_grid(pipe: Any, prompts: list[str], *, steps: int, call: dict[str, Any]) -> Any:
     """(P, N, 3, H, W) in [0, 1]: the grid's samples, N for each prompt, always with the same noise.
 
-    call: what the pipeline is told beside; size: (height, width) in pixels, None for its own.
+    call: what the pipeline is told beside.
     """
     from fewstep.evaluate.protocol import generate
 
-    told = call | ({"height": size[0], "width": size[1]} if size else {})
-    images, _ = generate(pipe, prompts, SAMPLES_PER_PROMPT, steps=steps, seed=0, call=told)
+    images, _ = generate(pipe, prompts, SAMPLES_PER_PROMPT, steps=steps, seed=0, call=call)
     return images.view(len(prompts), SAMPLES_PER_PROMPT, *images.shape[1:])
 
 
@@ -574,7 +581,7 @@ def student_grid(run: Run, prompts: list[str]) -> Any:
     backbone, steps = run.backbone, run.config.steps
     student = backbone.drawing(run.roles.student, backbone.scheduler(steps), run.trainer.averaged())
     with student as pipe:
-        return sample_grid(pipe, prompts, steps=steps, call=backbone.student_call, size=run.config.sizes()[0])
+        return sample_grid(pipe, prompts, steps=steps, call=backbone.student_call | told_size(backbone, run.config.sizes()[0]))
 
 
 def teacher_grids(run: Run, prompts: list[str], best: str) -> dict[str, Any]:
@@ -583,14 +590,14 @@ def teacher_grids(run: Run, prompts: list[str], best: str) -> dict[str, Any]:
     from fewstep.evaluate import protocol
 
     backbone, steps = run.backbone, run.config.steps
-    told = {"call": backbone.teacher_call(run.config.teacher_guidance), "size": run.config.sizes()[0]}
+    call = backbone.teacher_call(run.config.teacher_guidance) | told_size(backbone, run.config.sizes()[0])
     own = backbone.pipe.scheduler
     few = own if backbone.flow else protocol.solver(best, own.config)
     columns = {f"teacher, {world.TEACHER_STEPS} steps": (world.TEACHER_STEPS, own), f"teacher, {steps} steps ({best})": (steps, few)}
     grids = {}
     for title, (n, scheduler) in columns.items():
         with backbone.drawing(run.roles.teacher, scheduler) as pipe:
-            grids[title] = sample_grid(pipe, prompts, steps=n, **told)
+            grids[title] = sample_grid(pipe, prompts, steps=n, call=call)
     return grids
 
 
@@ -641,7 +648,7 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
         license="apache-2.0" if config.teacher == "world" else None,
         steps=config.steps,
         times=[round(float(t), 3) for t in pipe.scheduler.timesteps],
-        call=backbone.student_call,
+        call=backbone.student_call | told_size(backbone, config.sizes()[0]),
         guidance=config.matching.guidance,
         rewards=rewards_in_words(config, trainer.weights.now()),
         updates=trainer.update,
@@ -853,10 +860,14 @@ def sample_command(arguments: list[str]) -> int:
     from fewstep import models
 
     models.quiet_libraries()
-    from fewstep.evaluate.protocol import generate, open_pipeline
+    from fewstep.evaluate.protocol import generate
 
-    call = models.family(str(options.folder)).student_call
-    images, _ = generate(open_pipeline(options.folder, "cpu"), [options.prompt], options.n, steps=steps, seed=options.seed, call=call)
+    try:
+        backbone = models.load(str(options.folder))
+    except models.UnsupportedTeacher as error:
+        raise UserError(str(error)) from error
+    call = backbone.student_call | told_size(backbone)
+    images, _ = generate(backbone.pipe, [options.prompt], options.n, steps=steps, seed=options.seed, call=call)
     output = options.output or options.folder / "pictures"
     output.mkdir(parents=True, exist_ok=True)
     with (output / "pictures.jsonl").open("a") as log:

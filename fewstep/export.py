@@ -49,15 +49,15 @@ def model_card(
         normalize, f"distribution matching, scale `{normalize}`"
     )
     grid = f"[{', '.join(f'{t:g}' for t in times)}]"
-    told = ", ".join(f"{key}={value:g}" for key, value in call.items())
+    told = ", ".join(f"{key}={value!r}" for key, value in call.items())
     text = f"""---
 {data.to_yaml()}
 ---
 
 # {steps}-step student of {teacher}
 
-Distilled with fewstep by {method}: {updates} updates, teacher guidance {guidance:g}, {rewards}. The guidance is distilled in: sample
-with `{told}`.
+Distilled with fewstep by {method}: {updates} updates, teacher guidance {guidance:g}, {rewards}. The guidance is distilled in: call
+the pipeline as below.
 
 ![rows: prompts; columns: teacher, teacher at {steps} steps, student](samples.png)
 

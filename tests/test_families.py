@@ -13,8 +13,6 @@ from fewstep import cli, models
 from fewstep.student import Student
 
 PROMPTS = ["a cat", "two red hats"]
-SIZE = (8, 16)  # pixels; the default of some pipelines is large, and edges of one length would hide which is which
-SIZED = {"height": SIZE[0], "width": SIZE[1]}
 every_family = pytest.mark.parametrize("name", PIPELINES)
 
 
@@ -31,11 +29,21 @@ def test_every_family_has_a_tiny_pipeline():
     assert list(PIPELINES) == list(models.FAMILIES)
 
 
+def size_of(backbone):
+    """Small: the default of some pipelines is large; edges of one length would hide which is which."""
+    edge = max(8, backbone.size_step())
+    return edge, 2 * edge
+
+
+def told(backbone):
+    return dict(zip(("height", "width"), size_of(backbone), strict=True))
+
+
 def noise_of(backbone, seed=0, n=2):
-    return torch.randn(n, *backbone.latent_shape(SIZE), generator=torch.Generator().manual_seed(seed))
+    return torch.randn(n, *backbone.latent_shape(size_of(backbone)), generator=torch.Generator().manual_seed(seed))
 
 
-def stock_steps(backbone, noise, **call):
+def stock_steps(backbone, noise, prompts=PROMPTS, **call):
     """(model output, timestep, sample) of each step of the teacher's stock pipeline, as its scheduler saw them."""
     pipe = backbone.pipe
     if not backbone.flow:  # Euler's scheduler holds its samples in another scale
@@ -47,7 +55,7 @@ def stock_steps(backbone, noise, **call):
         return step(output, t, sample, *args, **kwargs)
 
     with mock.patch.object(pipe.scheduler, "step", watched):
-        pipe(prompt=PROMPTS, num_inference_steps=3, latents=backbone.to_call(noise), output_type="latent", **SIZED, **call)
+        pipe(prompt=prompts, num_inference_steps=3, latents=backbone.to_call(noise), output_type="latent", **told(backbone), **call)
     return seen
 
 
@@ -57,6 +65,7 @@ def test_a_step_is_the_stock_pipelines_step(teachers, name):
     backbone = models.load(str(teachers / name))
     noise = noise_of(backbone)
     output, t, sample = stock_steps(backbone, noise, **backbone.student_call)[0]
+    assert backbone.flow == (backbone.pipe.scheduler.config.get("prediction_type", "flow_prediction") == "flow_prediction")
     torch.testing.assert_close(sample, backbone.to_pipeline(noise), rtol=0, atol=1e-6)
     network = backbone.roles(guidance=backbone.default_guidance).student.network
     with torch.no_grad():
@@ -79,9 +88,10 @@ def test_the_default_size_is_the_stock_pipelines(teachers, name):
         raise Stop
 
     with mock.patch.object(backbone.pipe, "prepare_latents", watched), pytest.raises(Stop):
-        backbone.pipe(prompt=PROMPTS)
+        backbone.pipe(prompt=PROMPTS, **backbone.student_call)
     latents = drawn[0] if isinstance(drawn[0], torch.Tensor) else drawn[0][0]  # some give the tokens' positions too
-    assert latents.shape == backbone.to_pipeline(torch.zeros(2, *backbone.latent_shape())).shape
+    size = (1024, 1024) if name == "SanaPipeline" else None  # which it draws of every model: fewstep's calls name the size
+    assert latents.shape == backbone.to_pipeline(torch.zeros(2, *backbone.latent_shape(size))).shape
 
 
 @every_family
@@ -117,6 +127,27 @@ def test_a_prompt_is_encoded_the_same_alone_and_in_company(teachers, name):
 
 
 @every_family
+def test_what_is_cut_is_what_the_text_encoder_does_not_read(teachers, name):
+    """To the token; and of a prompt that is too long, what the stock pipeline reads is read."""
+    backbone = models.load(str(teachers / name))
+    _, limit = backbone.longest_text()
+    n = next(n for n in range(4 * limit, 0, -1) if not backbone.cut(["x" * n]))  # letters: a token may hold several
+
+    def differ(one, other):
+        one, other = backbone.encode([one]), backbone.encode([other])
+        return any(one[key].shape != other[key].shape or bool((one[key] - other[key]).abs().max() > 1e-4) for key in one)
+
+    assert differ("x" * n, "x" * (n - 1) + "y")
+    reply = 16 if name == "Flux2KleinPipeline" else 0  # what follows a prompt in a chat is cut before it is
+    assert not differ("x" * (n + reply) + "y", "x" * (n + reply) + "z")
+    noise, prompts = noise_of(backbone), ["x" * n, "x" * n + "y"]
+    output, t, _ = stock_steps(backbone, noise, prompts, **backbone.student_call)[0]
+    with torch.no_grad():
+        mine = backbone.roles().student.network(noise, t.expand(2), backbone.encode(prompts))
+    torch.testing.assert_close(backbone.to_pipeline(mine), output, rtol=1e-4, atol=1e-4)
+
+
+@every_family
 @pytest.mark.parametrize("rank", [0, 2])
 def test_gradients_reach_the_trained_weights_and_no_others(teachers, name, rank):
     backbone = models.load(str(teachers / name))
@@ -149,7 +180,7 @@ def training_images(backbone, roles, steps=4):
     """What the student draws in training code, and the noise it drew with."""
     student = Student(roles.student, backbone.schedule(), backbone.times(steps))
     torch.manual_seed(7)
-    noises = [torch.randn(2, *backbone.latent_shape(SIZE)) for _ in range(steps)]
+    noises = [torch.randn(2, *backbone.latent_shape(size_of(backbone))) for _ in range(steps)]
     with mock.patch.object(torch, "randn", side_effect=noises[1:]):
         rollout = student.rollout(noises[0], backbone.encode(PROMPTS))
     with torch.no_grad():
@@ -177,7 +208,7 @@ def stock_images(pipe, latents, noise, call):
 
     modules = (scheduling_flow_match_euler_discrete, scheduling_lcm)
     with mock.patch.object(modules[0], "randn_tensor", draw), mock.patch.object(modules[1], "randn_tensor", draw):
-        return pipe(prompt=PROMPTS, num_inference_steps=len(noise) + 1, latents=latents, output_type="pt", **SIZED, **call).images
+        return pipe(prompt=PROMPTS, num_inference_steps=len(noise) + 1, latents=latents, output_type="pt", **call).images
 
 
 STOCK = """
@@ -226,7 +257,7 @@ def test_exported_folders_draw_in_a_fresh_process_what_training_drew(teachers, t
             with torch.no_grad():
                 teacher = backbone.decode(roles.teacher(noises[0], torch.ones(2), backbone.encode(PROMPTS)))
             assert (teacher - mine).abs().max() > 1e-3, name  # the student has moved, so equality says something
-            jobs.append((str(folder), PROMPTS, SIZED | backbone.student_call))
+            jobs.append((str(folder), PROMPTS, told(backbone) | backbone.student_call))
             expected[str(folder)] = (mine, backbone.schedule().timestep_of(backbone.times(4)))
     done = subprocess.run([sys.executable, "-c", STOCK, json.dumps(jobs), str(tmp_path / "images")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -252,25 +283,33 @@ def test_a_lora_file_gives_the_same_student_on_the_teacher(teachers, name, tmp_p
     with mock.patch("diffusers.loaders.peft.logger.warning") as missing:
         pipe.load_lora_weights(tmp_path)
     assert not missing.called, missing.call_args  # no missing or unexpected key
-    images = stock_images(pipe, **stock_noise(backbone, noises), call=backbone.student_call)
+    images = stock_images(pipe, **stock_noise(backbone, noises), call=told(backbone) | backbone.student_call)
     torch.testing.assert_close(images, mine, rtol=0, atol=1e-4)
 
 
 SMALL = ["--updates", "2", "--groups", "2", "--group-size", "2", "--fake.updates", "1", "--save-every", "1", "--sample-every", "0",
-         "--evaluate", "false", "--precision", "fp32", "--device", "cpu", "--size", "[8x16]"]  # fmt: skip
+         "--evaluate", "false", "--precision", "fp32", "--device", "cpu"]  # fmt: skip
 
 
 @every_family
 def test_distil_and_resume(teachers, name, prompt_file, tmp_path, capsys, monkeypatch):
-    """Two updates and their export through the command line; the same run stopped after one and resumed has the same weights."""
+    """Two updates and their export through the command line; the same run stopped after one and resumed has the same weights.
+
+    The code on the student's card draws a picture of the size that was trained at.
+    """
     from safetensors.torch import load_file
 
     monkeypatch.setattr("fewstep.world.TEACHER_STEPS", 2)  # a small samples.png
     monkeypatch.setattr(cli, "SAMPLES_PER_PROMPT", 1)
-    part = models.load(str(teachers / name)).part
+    backbone = models.load(str(teachers / name))
+    part, (height, width) = backbone.part, size_of(backbone)
     for output, stops in (("straight", (2,)), ("resumed", (1, 2))):
         for i, updates in enumerate(stops):
-            options = ["--resume"] if i else ["--teacher", str(teachers / name), "--prompts", str(prompt_file), *SMALL]
+            options = (
+                ["--resume"]
+                if i
+                else ["--teacher", str(teachers / name), "--prompts", str(prompt_file), *SMALL, "--size", f"[{height}x{width}]"]
+            )
             options += ["--student.decay", "0", "--fake.decay", "0"] if not i else []
             code = cli.main(["distill", *options, "--output", str(tmp_path / output), "--updates", str(updates)])
             assert code == 0, capsys.readouterr().err
@@ -279,3 +318,8 @@ def test_distil_and_resume(teachers, name, prompt_file, tmp_path, capsys, monkey
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert any(not torch.equal(weights[0][key], before[key]) for key in before)
     assert (tmp_path / "straight" / "samples.png").is_file()
+    snippet = (tmp_path / "straight" / "README.md").read_text().split("```python")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)  # it names the folder
+    drawn = {}
+    exec(snippet, drawn)
+    assert drawn["image"].size == (width, height)

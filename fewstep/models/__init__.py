@@ -16,6 +16,8 @@ FAMILIES = {
     "StableDiffusion3Pipeline": ("fewstep.models.sd3", "StableDiffusion3"),
     "FluxPipeline": ("fewstep.models.flux", "Flux1"),
     "Flux2KleinPipeline": ("fewstep.models.flux2", "Flux2Klein"),
+    "SanaPipeline": ("fewstep.models.sana", "Sana"),
+    "PixArtSigmaPipeline": ("fewstep.models.pixart", "PixArtSigma"),
 }
 
 

@@ -210,6 +210,12 @@ def flow_scheduler(config: dict[str, Any], steps: int) -> FlowMatchEulerDiscrete
     return scheduler
 
 
+def unpadded(text: Tensor, mask: Tensor) -> Cond:
+    """One prompt's text (1, n, width) and mask (1, n) without the padding, which a network with a mask does not see but computes."""
+    kept = mask[0].bool()
+    return {"prompt_embeds": text[:, kept], "mask": mask[:, kept]}
+
+
 class Backbone:
     """One teacher pipeline: encodes prompts, decodes latents, makes the three roles, exports the student."""
 

@@ -1,0 +1,54 @@
+"""Sana: a linear-attention transformer on Gemma 2's text and a deep-compression autoencoder (SanaPipeline)."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, ClassVar
+
+import torch
+from diffusers import SanaPipeline
+from torch import Tensor, nn
+
+from fewstep.denoiser import Cond
+from fewstep.models.backbone import Backbone, unpadded
+
+TOKENS = 300  # the stock pipeline's default
+INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+
+
+class Sana(Backbone):
+    pipeline = SanaPipeline
+    text_parts = ("text_encoder", "tokenizer")
+    time_module = "time_embed.emb"
+    # all but the depthwise convolutions (conv_depth): peft cannot merge an adapter of a grouped one
+    lora_targets: ClassVar[list[str]] = [
+        "to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point", "time_embed.linear", "linear_1", "linear_2",
+        "patch_embed.proj", "proj_out",
+    ]  # fmt: skip
+    default_guidance = 4.5
+    # as large as asked for: else the stock call draws at the nearest size of its table and resizes the picture
+    student_call: ClassVar[dict[str, Any]] = {"guidance_scale": 1.0, "use_resolution_binning": False}
+
+    def teacher_call(self, guidance: float) -> dict[str, Any]:
+        return {"guidance_scale": guidance, "use_resolution_binning": False}
+
+    @torch.no_grad()
+    def encode_one(self, prompt: str) -> Cond:
+        """A prompt follows the instruction of the stock call; the empty one, of guidance, stands alone."""
+        text, mask, _, _ = self.pipe.encode_prompt(
+            prompt, False, device=self.device, clean_caption=False, max_sequence_length=TOKENS,
+            complex_human_instruction=INSTRUCTION if prompt != self.empty else None,
+        )  # fmt: skip
+        return unpadded(text, mask)
+
+    def predict(self, model: nn.Module, xt: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
+        return model(
+            xt, encoder_hidden_states=cond["prompt_embeds"], encoder_attention_mask=cond["mask"],
+            timestep=timestep * model.config.timestep_scale, return_dict=False,
+        )[0]  # fmt: skip
+
+    def size_step(self) -> int:
+        return 32  # the stock call's rule, whatever the autoencoder
+
+    def longest_text(self) -> tuple[Any, int]:
+        return self.pipe.tokenizer, TOKENS
