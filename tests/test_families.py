@@ -95,6 +95,14 @@ def test_the_default_size_is_the_stock_pipelines(teachers, name):
 
 
 @every_family
+def test_random_conditions_are_shaped_as_a_long_prompts(teachers, name):
+    backbone = models.load(str(teachers / name))
+    _, limit = backbone.longest_text()
+    real, random = backbone.encode(["x " * 4 * limit]), backbone.random_conditions(1)
+    assert {key: (value.shape, value.dtype) for key, value in random.items()} == {key: (v.shape, v.dtype) for key, v in real.items()}
+
+
+@every_family
 def test_guidance_is_the_stock_pipelines(teachers, name):
     backbone = models.load(str(teachers / name))
     noise, w = noise_of(backbone), 2.5

@@ -262,6 +262,10 @@ class Backbone:
         """The conditions of one prompt as the stock pipeline makes them, each with a first dimension of 1."""
         raise NotImplementedError
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of one prompt's conditions, without the first dimension, for a prompt as long as is read: by configurations alone."""
+        raise NotImplementedError
+
     def predict(self, model: nn.Module, xt: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
         """One call of the network as the stock pipeline makes it: xt (B, C, H, W), native timestep (B,) -> prediction (B, C, H, W)."""
         raise NotImplementedError
@@ -356,6 +360,14 @@ class Backbone:
         """Text conditions, one row per prompt. Each prompt is encoded alone, so that its row does not depend on its batch."""
         rows = {prompt: {key: value.to(self.device) for key, value in self.embeddings[prompt].items()} for prompt in dict.fromkeys(prompts)}
         return join([rows[prompt] for prompt in prompts])
+
+    def random_conditions(self, n: int) -> Cond:
+        """Conditions as `encode` makes them of n long prompts, of random numbers: to measure with, without a text encoder."""
+        make = {True: torch.ones, False: torch.randn}
+        return {
+            key: make["mask" in key](n, *shape, device=self.device, dtype=torch.long if "mask" in key else self.dtype)
+            for key, shape in self.condition_shapes().items()
+        }
 
     def cut(self, prompts: list[str]) -> list[str]:
         """Those of the prompts that are longer than the text encoder reads."""

@@ -65,6 +65,10 @@ class Flux1(Flux):
         text, pooled, _ = self.pipe.encode_prompt(prompt, device=self.device, max_sequence_length=T5_TOKENS)
         return {"prompt_embeds": text, "pooled": pooled}
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.model.config
+        return {"prompt_embeds": (T5_TOKENS, config.joint_attention_dim), "pooled": (config.pooled_projection_dim,)}
+
     def predict(self, model: nn.Module, xt: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
         height, width = (n // 2 for n in xt.shape[-2:])
         text = cond["prompt_embeds"]

@@ -34,6 +34,9 @@ class Flux2Klein(Flux):
     def encode_one(self, prompt: str) -> Cond:
         return {"prompt_embeds": self.pipe.encode_prompt(prompt, self.device, max_sequence_length=QWEN_TOKENS)[0]}
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (QWEN_TOKENS, self.model.config.joint_attention_dim)}
+
     def predict(self, model: nn.Module, xt: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
         height, width = xt.shape[-2:]
         text = cond["prompt_embeds"]

@@ -50,6 +50,9 @@ class PixArtSigma(Backbone):
         text, mask, _, _ = self.pipe.encode_prompt(prompt, False, device=self.device, clean_caption=True, max_sequence_length=TOKENS)
         return unpadded(text, mask)
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (TOKENS, self.model.config.caption_channels), "mask": (TOKENS,)}
+
     def predict(self, model: nn.Module, xt: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
         """The noise. Its variance, in the other half of the channels, is no matter of the student's: it predicts x0 alone."""
         both = model(

@@ -41,6 +41,9 @@ class Sana(Backbone):
         )  # fmt: skip
         return unpadded(text, mask)
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (TOKENS, self.model.config.caption_channels), "mask": (TOKENS,)}
+
     def predict(self, model: nn.Module, xt: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
         return model(
             xt, encoder_hidden_states=cond["prompt_embeds"], encoder_attention_mask=cond["mask"],

@@ -42,6 +42,9 @@ class StableDiffusion(Backbone):
     def encode_one(self, prompt: str) -> Cond:
         return {"prompt_embeds": self.pipe.encode_prompt(prompt, self.device, 1, False)[0]}
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (self.pipe.tokenizer.model_max_length, self.model.config.cross_attention_dim)}
+
     def predict(self, model: nn.Module, xt: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
         with attention(xt):
             return model(xt, timestep, encoder_hidden_states=cond["prompt_embeds"], return_dict=False)[0]

@@ -31,6 +31,10 @@ class StableDiffusion3(Backbone):
         )
         return {"prompt_embeds": text, "pooled": pooled}
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        config, clip = self.model.config, self.pipe.tokenizer_max_length
+        return {"prompt_embeds": (clip + T5_TOKENS, config.joint_attention_dim), "pooled": (config.pooled_projection_dim,)}
+
     def predict(self, model: nn.Module, xt: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
         return model(
             hidden_states=xt, timestep=timestep, encoder_hidden_states=cond["prompt_embeds"], pooled_projections=cond["pooled"],

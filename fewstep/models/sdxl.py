@@ -31,6 +31,10 @@ class StableDiffusionXL(Backbone):
             text, pooled = torch.zeros_like(text), torch.zeros_like(pooled)
         return {"prompt_embeds": text, "text_embeds": pooled}
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        text = (self.pipe.tokenizer.model_max_length, self.model.config.cross_attention_dim)
+        return {"prompt_embeds": text, "text_embeds": (self.pipe.text_encoder_2.config.projection_dim,)}
+
     def predict(self, model: nn.Module, xt: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
         height, width = (n * self.scale() for n in xt.shape[-2:])
         # original size, crop, target size: an uncropped picture of the size it is drawn at
