@@ -265,9 +265,7 @@ def push(folder: Path, name: str, *, private: bool) -> str:
             advice = "; log in with `hf auth login` or set HF_TOKEN"
         elif status == 403:
             advice = "; the token may not write there"
-        elif isinstance(error, errors.OfflineModeIsEnabled):
-            advice = "; HF_HUB_OFFLINE is set"
-        reason = " ".join(str(error).split()) or "no reason given"
+        reason = " ".join(str(error).split()).rstrip(".") or "no reason given"
         raise CannotExport(f"--push {name}: {type(error).__name__}: {reason}{advice}. The export itself is in {folder}") from error
 
 

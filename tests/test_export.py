@@ -529,11 +529,11 @@ def http_error(status):
 
 
 @pytest.mark.parametrize("problem, words", [("401", "hf auth login"), ("403", "may not write"), ("token", "hf auth login"),
-                                            ("offline", "HF_HUB_OFFLINE is set"), ("network", "Name or service not known")])  # fmt: skip
+                                            ("offline", "OfflineModeIsEnabled: offline mode is enabled. "), ("network", "Name or service not known")])  # fmt: skip
 def test_what_fails_at_the_hub_is_one_line(runs, hub, tmp_path, capsys, problem, words):
     from huggingface_hub import errors
 
-    kinds = {"token": errors.LocalTokenNotFoundError("Token is required"), "offline": errors.OfflineModeIsEnabled("offline"),
+    kinds = {"token": errors.LocalTokenNotFoundError("Token is required"), "offline": errors.OfflineModeIsEnabled("offline mode is enabled."),
              "network": OSError("Name or service not known")}  # fmt: skip
     hub.error = kinds[problem] if problem in kinds else http_error(int(problem))
     line = refused(capsys, runs("StableDiffusionPipeline")[0], "--to", "lora", "--output", tmp_path / "out", "--push", "me/mine")
