@@ -528,13 +528,24 @@ def http_error(status):
     return HfHubHTTPError(f"{status} Client Error\nfor url", response=SimpleNamespace(headers={}, request=None, status_code=status))
 
 
-@pytest.mark.parametrize("problem, words", [("401", "hf auth login"), ("403", "may not write"), ("token", "hf auth login"),
-                                            ("offline", "OfflineModeIsEnabled: offline mode is enabled. "), ("network", "Name or service not known")])  # fmt: skip
+@pytest.mark.parametrize(
+    "problem, words",
+    [
+        ("401", "hf auth login"),
+        ("403", "may not write"),
+        ("token", "hf auth login"),
+        ("offline", "OfflineModeIsEnabled: offline mode is enabled. "),
+        ("network", "Name or service not known"),
+    ],
+)
 def test_what_fails_at_the_hub_is_one_line(runs, hub, tmp_path, capsys, problem, words):
     from huggingface_hub import errors
 
-    kinds = {"token": errors.LocalTokenNotFoundError("Token is required"), "offline": errors.OfflineModeIsEnabled("offline mode is enabled."),
-             "network": OSError("Name or service not known")}  # fmt: skip
+    kinds = {
+        "token": errors.LocalTokenNotFoundError("Token is required"),
+        "offline": errors.OfflineModeIsEnabled("offline mode is enabled."),
+        "network": OSError("Name or service not known"),
+    }
     hub.error = kinds[problem] if problem in kinds else http_error(int(problem))
     line = refused(capsys, runs("StableDiffusionPipeline")[0], "--to", "lora", "--output", tmp_path / "out", "--push", "me/mine")
     assert words in line and "me/mine" in line and f"The export itself is in {tmp_path / 'out'}" in line
