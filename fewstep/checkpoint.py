@@ -11,11 +11,13 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 FILES = ("state.safetensors", "state.json")
@@ -115,8 +117,10 @@ def checkpoints(root: str | Path) -> list[Path]:
     return sorted(path for path in Path(root).glob("step-*") if path.is_dir())
 
 
-def load(folder: str | Path) -> Any:
-    """Read one checkpoint. Raises DamagedCheckpoint when a file is missing, truncated or altered."""
+def load(folder: str | Path, *, only: Collection[str] | None = None) -> Any:
+    """Read one checkpoint, or some keys of it: the rest of it may be many times the student. Raises DamagedCheckpoint when a file is
+    missing, truncated or altered.
+    """
     folder = Path(folder)
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -131,11 +135,16 @@ def load(folder: str | Path) -> Any:
             raise DamagedCheckpoint(f"{path}: {path.stat().st_size} bytes, the manifest says {size}")
         if digest(path) != sha:
             raise DamagedCheckpoint(f"{path}: contents differ from the manifest's SHA-256")
-    return unpack(load_file(folder / FILES[0]), json.loads((folder / FILES[1]).read_text()))
+    value = json.loads((folder / FILES[1]).read_text())
+    if only is not None:
+        value = {key: value[key] for key in only}
+    with safe_open(folder / FILES[0], "pt") as file:
+        tensors = {path: file.get_tensor(path) for path in file.keys() if only is None or path.split("/")[1] in only}  # noqa: SIM118
+    return unpack(tensors, value)
 
 
-def newest(root: str | Path) -> tuple[Path, Any] | None:
-    """The newest *valid* checkpoint and its contents, or None when there is none at all.
+def newest(root: str | Path, *, only: Collection[str] | None = None) -> tuple[Path, Any] | None:
+    """The newest *valid* checkpoint and its contents (or those keys of it), or None when there is none at all.
 
     Damaged ones are skipped with a warning that names them; when every one is damaged that is an error, never a
     silent start from step 0.
@@ -146,7 +155,7 @@ def newest(root: str | Path) -> tuple[Path, Any] | None:
     problems = []
     for folder in reversed(found):
         try:
-            return folder, load(folder)
+            return folder, load(folder, only=only)
         except DamagedCheckpoint as error:
             problems.append(str(error))
             warnings.warn(f"skipped a damaged checkpoint: {error}", stacklevel=2)

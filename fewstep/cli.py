@@ -21,13 +21,14 @@ commands:
   distill [RECIPE]        make a few-step student; with no argument: the embedded teacher, GNDM, 4 steps;
                           RECIPE is a YAML file, or dmd, dmd2, gndm, dmdr, gndmr, gndm-is, gndmr-is
   sample FOLDER           draw pictures with a student
+  export FOLDER           write a student as a diffusers folder, a LoRA or a file for ComfyUI; push it to the hub
   evaluate FOLDER         measure a student beside its teacher
   compare                 recipes x seeds on the embedded world at equal network evaluations, as one table
 
 `fewstep COMMAND --help` lists a command's options; `fewstep --version` prints the version."""
 
 RUN_FILES = ("checkpoints", "samples", "tensorboard", "config.yaml", "metrics.jsonl", "samples.png", "evaluation.json", "README.md",
-             "model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "feature_extractor",
+             "export", "model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "feature_extractor",
              "pytorch_lora_weights.safetensors")  # fmt: skip
 # what may differ between a run and its continuation
 FREE_ON_RESUME = ("updates", "teacher_guidance", "save_every", "sample_every", "evaluate", "resume", "overwrite", "output", "device")
@@ -47,7 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(version("fewstep"))
         return 0
-    commands = {"distill": distill_command, "sample": sample_command, "evaluate": evaluate_command, "compare": compare_command}
+    commands = {
+        "distill": distill_command, "sample": sample_command, "export": export_command, "evaluate": evaluate_command,
+        "compare": compare_command,
+    }  # fmt: skip
     if arguments[0] not in commands:
         return complain(f"unknown command {arguments[0]!r}{nearest(arguments[0], commands)}")
     try:
@@ -272,9 +276,9 @@ def read_prompts(config: Config) -> list[str]:
 
 def resolve_teacher(name: str) -> str:
     """Folder or hub id of a teacher; `world` is the embedded one. Raises UserError, before torch is imported."""
-    from fewstep import models, world
+    from fewstep import export, models
 
-    source = str(world.TEACHER) if name == "world" else name
+    source = export.teacher_source(name)
     try:
         models.pipeline_class(source)
     except models.UnsupportedTeacher as error:
@@ -557,14 +561,6 @@ def train(run: Run, output: Path, prompts: list[str]) -> bool:
 SAMPLES_PER_PROMPT = 3
 
 
-def told_size(backbone: Any, size: tuple[int, int] | None = None) -> dict[str, int]:
-    """Height and width in pixels, as a stock pipeline is told them. size: (height, width), None for the teacher's own.
-
-    Always told: not every stock pipeline draws at its network's own size when it is not.
-    """
-    return dict(zip(("height", "width"), size or backbone.default_size(), strict=True))
-
-
 def sample_grid(pipe: Any, prompts: list[str], *, steps: int, call: dict[str, Any]) -> Any:
     """(P, N, 3, H, W) in [0, 1]: the grid's samples, N for each prompt, always with the same noise.
 
@@ -581,7 +577,7 @@ def student_grid(run: Run, prompts: list[str]) -> Any:
     backbone, steps = run.backbone, run.config.steps
     student = backbone.drawing(run.roles.student, backbone.scheduler(steps), run.trainer.averaged())
     with student as pipe:
-        return sample_grid(pipe, prompts, steps=steps, call=backbone.student_call | told_size(backbone, run.config.sizes()[0]))
+        return sample_grid(pipe, prompts, steps=steps, call=backbone.student_call | backbone.told_size(run.config.sizes()[0]))
 
 
 def teacher_grids(run: Run, prompts: list[str], best: str) -> dict[str, Any]:
@@ -590,7 +586,7 @@ def teacher_grids(run: Run, prompts: list[str], best: str) -> dict[str, Any]:
     from fewstep.evaluate import protocol
 
     backbone, steps = run.backbone, run.config.steps
-    call = backbone.teacher_call(run.config.teacher_guidance) | told_size(backbone, run.config.sizes()[0])
+    call = backbone.teacher_call(run.config.teacher_guidance) | backbone.told_size(run.config.sizes()[0])
     own = backbone.pipe.scheduler
     few = own if backbone.flow else protocol.solver(best, own.config)
     columns = {f"teacher, {world.TEACHER_STEPS} steps": (world.TEACHER_STEPS, own), f"teacher, {steps} steps ({best})": (steps, few)}
@@ -611,52 +607,28 @@ def draw_progress(run: Run, output: Path, prompts: list[str]) -> None:
     grid.save({title: images}, prompts, output / "samples" / f"update-{trainer.update:08d}.png")
 
 
-def rewards_in_words(config: Config, weights: dict[str, float]) -> str:
-    """What else pushed the student, for its card."""
-    if not config.reward:
-        return "no other reward"
-    parts = [
-        f"`{name}` ({weights[name]:.3g}{', by policy gradient' if config.via.get(name) == 'policy' else ''})" for name in config.reward
-    ]
-    return f"other rewards with {config.weights.mode} weights (at the end): {', '.join(parts)}"
-
-
 def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
     """Export the averaged student, measure it, draw it beside its teacher, write its card."""
     from fewstep import export
     from fewstep.report import grid
 
+    for name in ("evaluation.json", "samples.png", "README.md"):  # of an earlier student
+        (output / name).unlink(missing_ok=True)
     config, backbone, trainer = run.config, run.backbone, run.trainer
     weights = trainer.averaged()
     pipe = backbone.student_pipeline(run.roles, weights, config.steps)
-    backbone.save(pipe, output)
-    if config.lora_rank and backbone.saves_lora():
-        backbone.save_lora(weights, output, rank=config.lora_rank)
-    elif config.lora_rank:
-        print(f"no LoRA file: diffusers has no loader for a {backbone.pipeline.__name__}; the folder holds the merged weights")
+    student = export.Averaged(config, backbone, pipe, weights, trainer.update, trainer.weights.now())
+    export.write_diffusers(student, output)
     results, best = None, "DPM-Solver++" if not backbone.flow else "its own solver"
     if config.evaluate and config.teacher == "world":
         report = measure_student(output, source, config)
-        results, best = results_markdown(report), next(row["solver"] for row in report["rows"] if row["name"] == report["best_solver"])
+        results, best = export.results_markdown(report), next(r["solver"] for r in report["rows"] if r["name"] == report["best_solver"])
     elif config.evaluate:
         print("not measured: the embedded scorers know only the embedded teacher's pictures")
     shown = grid_prompts(config, prompts)
     columns = teacher_grids(run, shown, best) | {f"student, {config.steps} steps": student_grid(run, shown)}
     grid.save(columns, shown, output / "samples.png")
-    export.model_card(
-        teacher="the embedded emoji teacher of fewstep" if config.teacher == "world" else config.teacher,
-        license="apache-2.0" if config.teacher == "world" else None,
-        steps=config.steps,
-        times=[round(float(t), 3) for t in pipe.scheduler.timesteps],
-        call=backbone.student_call | told_size(backbone, config.sizes()[0]),
-        guidance=config.matching.guidance,
-        rewards=rewards_in_words(config, trainer.weights.now()),
-        updates=trainer.update,
-        normalize=config.matching.normalize,
-        folder=output.name,
-        prompt=shown[0],
-        results=results,
-    ).save(output / "README.md")
+    export.model_card(student, "diffusers", output, results=results).save(output / "README.md")
     print(f"student in {output}; look at {output / 'samples.png'}")
 
 
@@ -702,21 +674,6 @@ def measure_student(student: Path, teacher: str, config: Config, *, images_per_p
     return report
 
 
-def results_markdown(report: dict[str, Any]) -> str:
-    """The report as a Markdown table with what it was measured on."""
-    from fewstep import export
-    from fewstep.evaluate import protocol
-
-    stamp = report["protocol"]
-    table = export.markdown_table(["", *protocol.columns(report)], [[name, *cells] for name, cells in protocol.as_rows(report)])
-    seeds = ", ".join(f"{name} {seed}" for name, seed in stamp["seeds"].items())
-    return (
-        f"{table}\n\nMeasured on {stamp['n']} pictures a column ({stamp['images_per_prompt']} for each held-out prompt, seeds: {seeds}), "
-        f"{report['interval']['level']:.0%} bootstrap intervals over prompts, features of `{stamp['extractor']}`, on {stamp['device']}. "
-        "FD-clip is a Frechet distance of CLIP features, not an FID. Full protocol: `evaluation.json`."
-    )
-
-
 def simple_parser(name: str, description: str) -> Any:
     import argparse
 
@@ -738,8 +695,13 @@ def check_student(folder: Path) -> None:
 def run_config(folder: Path) -> Config:
     """The config a student was made with. Raises UserError when the folder holds no finished student."""
     check_student(folder)
+    return saved_config(folder)
+
+
+def saved_config(folder: Path) -> Config:
+    """The config of a run. Raises UserError when the folder holds none."""
     if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: not made by fewstep (no config.yaml), so its teacher is unknown")
+        raise UserError(f"{folder}: holds no run of fewstep (no config.yaml)")
     return parse_config([str(folder / "config.yaml")])
 
 
@@ -762,6 +724,31 @@ def evaluate_command(arguments: list[str]) -> int:
     except ValueError as error:
         raise UserError(str(error)) from error
     print(f"saved {options.folder / 'evaluation.json'}")
+    return 0
+
+
+# -- export ------------------------------------------------------------------------------------------------------------
+
+
+def export_command(arguments: list[str]) -> int:
+    parser = simple_parser("export", "Write a run's student in the form that other tools read; an unfinished run's newest checkpoint too.")
+    parser.add_argument(
+        "--to", required=True, choices=("diffusers", "lora", "kohya"),
+        help="a full pipeline folder; the LoRA file and its scheduler; one LoRA file for ComfyUI and the web UIs (SD 1.5, 2.1, SDXL)",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, default=None, help="an empty folder (default: FOLDER/export/FORM)")
+    parser.add_argument("--push", metavar="ORG/NAME", default=None, help="upload it to this repository of the Hugging Face hub")
+    parser.add_argument("--private", action="store_true", help="a private repository")
+    options = parser.parse_args(arguments)
+    config = saved_config(options.folder)
+    from fewstep import export, models
+
+    models.quiet_libraries()
+    told = {"to": options.to, "output": options.output, "repository": options.push, "private": options.private}
+    try:
+        export.export(options.folder, config, **told)
+    except export.CannotExport as error:
+        raise UserError(str(error)) from error
     return 0
 
 
@@ -866,7 +853,7 @@ def sample_command(arguments: list[str]) -> int:
         backbone = models.load(str(options.folder))
     except models.UnsupportedTeacher as error:
         raise UserError(str(error)) from error
-    call = backbone.student_call | told_size(backbone)
+    call = backbone.student_call | backbone.told_size()
     images, _ = generate(backbone.pipe, [options.prompt], options.n, steps=steps, seed=options.seed, call=call)
     output = options.output or options.folder / "pictures"
     output.mkdir(parents=True, exist_ok=True)

@@ -1,19 +1,331 @@
-"""The finished student: a diffusers folder that stock tools open, its LoRA file where it has one, its model card."""
+"""A run's averaged student in the forms that other tools read: a diffusers folder, a LoRA file, kohya's file; its card; the hub."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-USAGE = """```python
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fewstep.config import Config
+
+FORMS = ("diffusers", "lora", "kohya")
+
+USAGE = {
+    "diffusers": """```python
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{folder}")
-image = pipe(prompt="{prompt}", num_inference_steps={steps}, {call}).images[0]
-```"""
+image = pipe(prompt="your prompt", num_inference_steps={steps}, {call}).images[0]
+```""",
+    "lora": """```python
+from diffusers import DiffusionPipeline, {scheduler}
+
+pipe = DiffusionPipeline.from_pretrained("{teacher}")
+pipe.load_lora_weights("{folder}", adapter_name="student")
+pipe.scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")
+image = pipe(prompt="your prompt", num_inference_steps={steps}, {call}).images[0]
+```
+
+Beside another LoRA: `pipe.load_lora_weights(other, adapter_name="style")`, then `pipe.set_adapters(["student", "style"])`.""",
+    "kohya": """`{file}` is a LoRA for the teacher with kohya's keys, to be used at strength 1. In ComfyUI: {steps} steps, cfg 1, \
+sampler `lcm`, scheduler `sgm_uniform`, whose timesteps lie within one of those below (read in ComfyUI's source, not run in it). \
+For diffusers `fewstep export --to lora` brings the scheduler too.""",
+}
+
+
+class CannotExport(ValueError):
+    """What cannot be exported or pushed; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """The averaged student of a run at one update."""
+
+    config: Config
+    backbone: Any
+    pipe: Any  # a stock pipeline with the student's merged weights and the K-step scheduler
+    weights: dict[str, Tensor]  # its trained parameters by name; none where only the merged ones were found
+    update: int
+    rewards: dict[str, float]  # weights of the other rewards at this update, as far as they are known
+
+
+# -- reading a run -----------------------------------------------------------------------------------------------------
+
+
+def read(folder: Path, config: Config) -> tuple[Averaged, bool]:
+    """(the student of a run's newest checkpoint, or of its finished folder where the checkpoints are gone; whether what the run
+    measured was measured on it). Says which update it is. Raises CannotExport.
+    """
+    from fewstep import checkpoint, models
+
+    teacher = teacher_source(config.teacher)
+    finished = (folder / "model_index.json").is_file()
+    try:
+        found = checkpoint.newest(folder / "checkpoints", only=("update", "student", "ema"))
+        if found is None and not finished:
+            raise CannotExport(f"{folder}: no checkpoint was saved yet; let the run go on (save_every {config.save_every})")
+        backbone = models.load(str(folder) if found is None else teacher)
+    except checkpoint.DamagedCheckpoint as error:
+        raise CannotExport(" ".join(str(error).split())) from error
+    except models.UnsupportedTeacher as error:
+        raise CannotExport(f"{'' if found is None else 'teacher: '}{error}") from error
+    if found is None:
+        print(f"update {config.updates}: the student finished in {folder}")
+        weights = read_lora(folder, backbone.part) if config.lora_rank else {}
+        backbone.pipe.register_modules(scheduler=backbone.scheduler(config.steps))  # the stock pipeline has changed the one it read
+        return Averaged(config, backbone, backbone.pipe, weights, config.updates, logged_weights(folder, config)), True
+    path, state = found
+    update, finished = state["update"], finished and state["update"] == config.updates
+    print(f"update {update} of {config.updates}: the averaged student of {path.name}")
+    weights = dict(zip(state["student"], state["ema"]["shadow_params"], strict=True))
+    roles = backbone.roles(lora_rank=config.lora_rank, guidance=config.matching.guidance)
+    own = {name: p.shape for name, p in roles.student_parameters.items()}
+    if own != {name: value.shape for name, value in weights.items()}:
+        raise CannotExport(f"{path}: its student is another network than {teacher} (has the teacher changed since?)")
+    pipe = backbone.student_pipeline(roles, weights, config.steps)
+    return Averaged(config, backbone, pipe, weights, update, logged_weights(folder, config, update)), finished
+
+
+def read_lora(folder: Path, part: str) -> dict[str, Tensor]:
+    """The student's parameters, by the trainer's names, from a finished folder's LoRA file; none where it has no such file."""
+    from safetensors.torch import load_file
+
+    path = folder / "pytorch_lora_weights.safetensors"
+    layers = load_file(path) if path.is_file() else {}
+    return {f"model.{key.removeprefix(f'{part}.').replace('.weight', '.student.weight')}": value for key, value in layers.items()}
+
+
+def logged_weights(folder: Path, config: Config, update: int | None = None) -> dict[str, float]:
+    """The other rewards' weights as metrics.jsonl last had them, up to an update; without the file those that are fixed."""
+    path = folder / "metrics.jsonl"
+    known = {} if config.weights.mode == "adaptive" else dict(config.reward)
+    for line in path.read_text().splitlines() if path.is_file() and config.reward else ():
+        try:
+            logs = json.loads(line)
+        except ValueError:  # a line cut by a kill
+            continue
+        if update is None or logs["update"] <= update:
+            known |= {name: logs[f"{name}/weight"] for name in config.reward if f"{name}/weight" in logs}
+    return known
+
+
+# -- writing it --------------------------------------------------------------------------------------------------------
+
+
+def write_diffusers(student: Averaged, folder: Path) -> None:
+    """A folder that stock `DiffusionPipeline.from_pretrained` opens, and the LoRA file beside where there is one."""
+    backbone, rank = student.backbone, student.config.lora_rank
+    backbone.save(student.pipe, folder)
+    if rank and not backbone.saves_lora():
+        print(f"no LoRA file: diffusers has no loader for a {backbone.pipeline.__name__}; the folder holds the merged weights")
+    elif student.weights and rank:
+        backbone.save_lora(student.weights, folder, rank=rank)
+
+
+def write_lora(student: Averaged, folder: Path) -> None:
+    """The LoRA file, and the scheduler that belongs to it."""
+    student.backbone.save_lora(student.weights, folder, rank=student.config.lora_rank)
+    student.pipe.scheduler.save_pretrained(folder / "scheduler")
+
+
+def check_form(config: Config, family: Any, to: str) -> None:
+    """Raises CannotExport for a form that this student does not have."""
+    if to == "diffusers":
+        return
+    if config.lora_rank == 0:
+        raise CannotExport(f"--to {to}: this run trained full weights (lora_rank 0), there is no LoRA; use --to diffusers")
+    if to == "lora" and not family.saves_lora():
+        raise CannotExport(f"--to lora: diffusers has no LoRA loader for a {family.pipeline.__name__}; use --to diffusers")
+    if to == "kohya" and family.kohya is None:
+        other = "lora" if family.saves_lora() else "diffusers"
+        raise CannotExport(f"--to kohya: there is no such format for a {family.pipeline.__name__}; use --to {other}")
+
+
+def check_folder(output: Path) -> None:
+    """Raises CannotExport unless it is an empty folder or none yet."""
+    if output.exists() and not output.is_dir():
+        raise CannotExport(f"--output: {output} is a file; name a folder")
+    if output.is_dir() and any(output.iterdir()):
+        raise CannotExport(f"--output: {output} is not empty; name another folder or empty it")
+
+
+def export(
+    folder: Path, config: Config, *, to: str, output: Path | None = None, repository: str | None = None, private: bool = False
+) -> Path:
+    """Write a run's student in one of FORMS, with its card, and push it to a hub repository when one is named. Returns its folder.
+
+    output: an empty folder, None: `export/FORM` in the run's. Raises CannotExport.
+    """
+    from safetensors import SafetensorError
+
+    from fewstep import models
+
+    if private and repository is None:
+        raise CannotExport("--private is for --push ORG/NAME")
+    if repository is not None:
+        check_repository(repository)
+    output = output or folder / "export" / to
+    check_folder(output)
+    try:
+        check_form(config, models.family(family_source(folder, config)), to)
+    except models.UnsupportedTeacher as error:
+        raise CannotExport(f"teacher: {error}") from error
+    student, measured = read(folder, config)
+    if to != "diffusers" and not student.weights:
+        raise CannotExport(f"{folder}: neither a checkpoint nor pytorch_lora_weights.safetensors there: the LoRA is gone")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write(student, to, output, name=folder.resolve().name)
+        results = None
+        if measured and (folder / "evaluation.json").is_file():
+            results = results_markdown(json.loads((folder / "evaluation.json").read_text()))
+            shutil.copy(folder / "evaluation.json", output)
+        if measured and (folder / "samples.png").is_file():
+            shutil.copy(folder / "samples.png", output)
+        model_card(student, to, output, name=repository, results=results).save(output / "README.md")
+    except (OSError, SafetensorError) as error:
+        raise CannotExport(f"--output: cannot write to {output} ({error})") from error
+    print(f"exported to {output}")
+    if repository is not None:
+        print(push(output, repository, private=private))
+    return output
+
+
+def write(student: Averaged, to: str, folder: Path, *, name: str) -> None:
+    """One of FORMS into a folder; name: of kohya's file. Raises CannotExport for a LoRA that kohya's format cannot hold."""
+    if to == "diffusers":
+        write_diffusers(student, folder)
+    elif to == "lora":
+        write_lora(student, folder)
+    else:
+        from fewstep.models import kohya
+
+        rank, config = student.config.lora_rank, student.config
+        try:
+            kohya.save(student.backbone, student.weights, folder / f"{name}.safetensors", rank=rank, title=title(config))
+        except ValueError as error:
+            raise CannotExport(f"--to kohya: {error}") from error
+
+
+def family_source(folder: Path, config: Config) -> str:
+    """Where the student's family is written: in the run's folder once it is finished, else with the teacher."""
+    return str(folder) if (folder / "model_index.json").is_file() else teacher_source(config.teacher)
+
+
+def teacher_source(teacher: str) -> str:
+    """Folder or hub id of a teacher; `world` is the embedded one."""
+    from fewstep import world
+
+    return str(world.TEACHER) if teacher == "world" else teacher
+
+
+# -- the hub -----------------------------------------------------------------------------------------------------------
+
+
+def check_repository(name: str) -> None:
+    """Raises CannotExport when it is not ORG/NAME as the hub has them."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise CannotExport(f"--push: {error}") from error
+    if name.count("/") != 1:
+        raise CannotExport(f"--push: {name!r} is not ORG/NAME")
+
+
+def push(folder: Path, name: str, *, private: bool) -> str:
+    """Upload a folder, all of it and nothing else, to a model repository, made where there is none. Returns the commit's address.
+
+    Raises CannotExport, also when a repository that should be private is there already and public.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    api = hub.HfApi()
+    try:
+        api.create_repo(name, private=private or None, exist_ok=True)
+        if private and not api.model_info(name).private:  # create_repo leaves one that is there as it is
+            raise CannotExport(f"--private: {name} is there already and public; nothing was uploaded, the export is in {folder}")
+        return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Student exported by fewstep"))
+    except CannotExport:
+        raise
+    except Exception as error:  # the hub's client raises many kinds: its own, the HTTP library's, the system's
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        advice = ""
+        if isinstance(error, errors.LocalTokenNotFoundError) or status == 401:
+            advice = "; log in with `hf auth login` or set HF_TOKEN"
+        elif status == 403:
+            advice = "; the token may not write there"
+        reason = " ".join(str(error).split()).rstrip(".") or "no reason given"
+        raise CannotExport(f"--push {name}: {type(error).__name__}: {reason}{advice}. The export itself is in {folder}") from error
+
+
+# -- the card ----------------------------------------------------------------------------------------------------------
+
+
+def teacher_licence(teacher: str) -> tuple[dict[str, Any], str]:
+    """(license, license_name, license_link of the teacher's card, as far as it has them; why there are none).
+
+    teacher: `world`, a folder, whose README.md is its card, or a hub id.
+    """
+    if teacher == "world":
+        return {"license": "apache-2.0"}, ""
+    path = Path(teacher) / "README.md"
+    if not on_hub(teacher) and not path.is_file():
+        return {}, f"no README.md in {teacher_in_words(teacher)}"
+    try:
+        data = ModelCard.load(teacher if on_hub(teacher) else path).data.to_dict()
+    except Exception as error:  # no card, no network, not YAML: of many kinds; each means that it is not known
+        return {}, f"its card cannot be read ({type(error).__name__}: {' '.join(str(error).split())})"
+    fields = {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
+    if "license" not in fields:
+        return {}, "its card names none"
+    link = fields.get("license_link", "")
+    if link and on_hub(teacher) and "://" not in link:  # a file of the teacher's repository
+        fields["license_link"] = f"https://huggingface.co/{teacher}/blob/main/{link}"
+    return fields, ""
+
+
+def licence_in_words(fields: dict[str, Any], why: str) -> str:
+    if not fields:
+        return f"Licence not found ({why}): look at the teacher's page."
+    name = fields.get("license_name", fields["license"])
+    where = f" ({fields['license_link']})" if "license_link" in fields else ""
+    return f"The teacher's licence: `{name if isinstance(name, str) else ', '.join(name)}`{where}."
+
+
+def on_hub(teacher: str) -> bool:
+    return teacher.count("/") == 1 and not teacher.startswith((".", "/", "~")) and not Path(teacher).exists()
+
+
+def teacher_in_words(teacher: str) -> str:
+    """A teacher as a card names it: of a folder the last part, for the way to it is of one machine."""
+    return "the embedded emoji teacher of fewstep" if teacher == "world" else teacher if on_hub(teacher) else Path(teacher).name
+
+
+def title(config: Config) -> str:
+    return f"{config.steps}-step student of {teacher_in_words(config.teacher)}"
+
+
+def rewards_in_words(config: Config, weights: dict[str, float]) -> str:
+    """What else pushed the student, for its card."""
+    if not config.reward:
+        return "no other reward"
+    parts = []
+    for name in config.reward:
+        known = [f"{weights[name]:.3g}"] if name in weights else []
+        notes = ", ".join(known + ["by policy gradient"] * (config.via.get(name) == "policy"))
+        parts.append(f"`{name}`{f' ({notes})' if notes else ''}")
+    return f"other rewards with {config.weights.mode} weights (at the end): {', '.join(parts)}"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -21,55 +333,79 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def model_card(
-    *,
-    teacher: str,
-    license: str | None,
-    steps: int,
-    times: list[float],
-    call: dict[str, Any],
-    guidance: float,
-    rewards: str,
-    updates: int,
-    normalize: str,
-    folder: str,
-    prompt: str,
-    results: str | None,
-) -> ModelCard:
-    """The card that goes into the student's folder. `results`: measured numbers and their protocol, as Markdown."""
-    on_hub = teacher.count("/") == 1 and not Path(teacher).exists()
+def results_markdown(report: dict[str, Any]) -> str:
+    """An evaluation's report as a Markdown table with what it was measured on."""
+    from fewstep.evaluate import protocol
+
+    stamp = report["protocol"]
+    table = markdown_table(["", *protocol.columns(report)], [[name, *cells] for name, cells in protocol.as_rows(report)])
+    seeds = ", ".join(f"{name} {seed}" for name, seed in stamp["seeds"].items())
+    return (
+        f"{table}\n\nMeasured on {stamp['n']} pictures a column ({stamp['images_per_prompt']} for each held-out prompt, seeds: {seeds}), "
+        f"{report['interval']['level']:.0%} bootstrap intervals over prompts, features of `{stamp['extractor']}`, on {stamp['device']}. "
+        "FD-clip is a Frechet distance of CLIP features, not an FID. Full protocol: `evaluation.json`."
+    )
+
+
+def model_card(student: Averaged, to: str, folder: Path, *, name: str | None = None, results: str | None = None) -> ModelCard:
+    """The card that goes into `folder`, which holds one of FORMS and, where there is one, samples.png.
+
+    name: of the folder where others find it (default: its own); results: measured numbers and their protocol, as Markdown.
+    """
+    config, backbone, steps = student.config, student.backbone, student.config.steps
+    fields, why = teacher_licence(config.teacher)
+    licence = licence_in_words(fields, why)
+    if not fields:
+        print(licence)
+    relation = {"base_model": config.teacher, "base_model_relation": "finetune" if to == "diffusers" else "adapter"}
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        license=license,
-        base_model=teacher if on_hub else None,
-        tags=["fewstep", "distillation", "few-step"],
+        tags=["fewstep", "distillation", "few-step", *(["lora"] if to != "diffusers" else [])],
+        **fields,
+        **(relation if on_hub(config.teacher) else {}),
     )
+    normalize, guidance = config.matching.normalize, config.matching.guidance
     method = {"group": "GNDM (group-normalised distribution matching)", "sample": "DMD"}.get(
         normalize, f"distribution matching, scale `{normalize}`"
     )
-    grid = f"[{', '.join(f'{t:g}' for t in times)}]"
-    told = ", ".join(f"{key}={value!r}" for key, value in call.items())
+    scheduler = backbone.scheduler(steps)
+    grid = f"[{', '.join(f'{round(float(t), 3):g}' for t in scheduler.timesteps)}]"
+    guided = ", ".join(f"{key}={value!r}" for key, value in backbone.student_call.items())
+    size = ", ".join(f"{key}={value}" for key, value in backbone.told_size(config.sizes()[0]).items())
+    place = {"world": "path/to/fewstep/world/assets/teacher"}.get(config.teacher, f"path/to/{teacher_in_words(config.teacher)}")
+    usage = USAGE[to].format(
+        folder=name or folder.name, teacher=config.teacher if on_hub(config.teacher) else place, scheduler=type(scheduler).__name__,
+        steps=steps, call=f"{guided}, {size}", file=", ".join(path.name for path in folder.glob("*.safetensors")),
+    )  # fmt: skip
+    picture = f"\n![rows: prompts; columns: teacher, teacher at {steps} steps, student](samples.png)\n"
     text = f"""---
 {data.to_yaml()}
 ---
 
-# {steps}-step student of {teacher}
+# {title(config)}
 
-Distilled with fewstep by {method}: {updates} updates, teacher guidance {guidance:g}, {rewards}. The guidance is distilled in: call
-the pipeline as below.
+Distilled with fewstep by {method}: {student.update} updates{f" of {config.updates}" * (student.update < config.updates)}, \
+teacher guidance {guidance:g}, {rewards_in_words(config, student.rewards)}.
 
-![rows: prompts; columns: teacher, teacher at {steps} steps, student](samples.png)
-
+{licence}
+{picture if (folder / "samples.png").is_file() else ""}
 ## Use
 
-{USAGE.format(folder=folder, prompt=prompt, steps=steps, call=told)}
+{usage}
 
-The scheduler in this folder carries the grid the student was trained on, timesteps {grid}; with another number of steps
-or another scheduler it is no longer the model that was measured.
+{"This is" if to == "kohya" else "The scheduler in this folder carries"} the grid the student was trained on, timesteps {grid}; \
+with another number of steps or another scheduler it is no longer the model that was trained. In image-to-image pipelines \
+`strength=j/{steps}` runs the last j of these timesteps; a strength between two such values is rounded to one of them.
+
+## Guidance
+
+The student was held to its teacher under guidance {guidance:g}, at every noise level. That is distilled in and fixed: another \
+guidance takes another distillation (`--matching.guidance`). Sample with `{guided}`: the pipeline then adds no guidance of its own, \
+and a negative prompt has no effect.
 
 ## Numbers
 
-{results or "Not measured (`evaluate: false`)."}
+{results or "Not measured."}
 """
     return ModelCard(text)

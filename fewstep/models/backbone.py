@@ -230,6 +230,7 @@ class Backbone:
     empty: ClassVar[str] = ""  # the prompt of classifier-free guidance
     default_guidance: ClassVar[float]  # of the teacher's own pictures, as its model card has it
     student_call: ClassVar[dict[str, Any]] = {"guidance_scale": 1.0}  # what the stock pipeline needs to be told for no more guidance
+    kohya: ClassVar[str | None] = None  # whose layer names kohya's LoRA format has for the family, "diffusers" or "sgm"; None: no format
 
     def __init__(self, pipe: DiffusionPipeline, source: str, *, cache: Path | None = None, device: torch.device | str = "cpu"):
         self.pipe, self.source, self.device = pipe, source, torch.device(device)
@@ -299,6 +300,13 @@ class Backbone:
         size = self.model.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.scale(), width * self.scale()
+
+    def told_size(self, size: tuple[int, int] | None = None) -> dict[str, int]:
+        """Height and width in pixels, as the stock pipeline is told them. size: (height, width), None for the teacher's own.
+
+        Always told: not every stock pipeline draws at its network's own size when it is not.
+        """
+        return dict(zip(("height", "width"), size or self.default_size(), strict=True))
 
     def decode(self, x0: Tensor) -> Tensor:
         """Latents -> images (B, 3, H, W) in [0, 1], as the stock pipeline does; differentiable."""
@@ -515,9 +523,18 @@ class Backbone:
             for name, value in before.items():
                 own[name].data = value
 
-    def saves_lora(self) -> bool:
+    @classmethod
+    def saves_lora(cls) -> bool:
         """Whether the stock pipeline reads LoRA files."""
-        return hasattr(self.pipeline, "save_lora_weights")
+        return hasattr(cls.pipeline, "save_lora_weights")
+
+    def kohya_version(self) -> str | None:
+        """What kohya's trainer calls the base model; None for one that it does not know."""
+        return None
+
+    def lora_layers(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The student's LoRA weights by the names of a saved adapter, `LAYER.lora_A.weight` and `LAYER.lora_B.weight`."""
+        return {name.removeprefix("model.").replace(".student.", "."): value for name, value in weights.items()}
 
     def save_lora(self, weights: dict[str, Tensor], folder: Path, *, rank: int) -> None:
         """pytorch_lora_weights.safetensors with adapter metadata, for `load_lora_weights` on the teacher's pipeline.
@@ -526,9 +543,9 @@ class Backbone:
         """
         if not self.saves_lora():
             raise ValueError(f"{self.pipeline.__name__} has no LoRA loader in diffusers: export the full folder")
-        layers = {name.removeprefix("model.").replace(".student.", "."): value for name, value in weights.items()}
+        adapter = self.lora_config(rank).to_dict()
         self.pipeline.save_lora_weights(
-            folder, **{f"{self.part}_lora_layers": layers, f"{self.part}_lora_adapter_metadata": self.lora_config(rank).to_dict()}
+            folder, **{f"{self.part}_lora_layers": self.lora_layers(weights), f"{self.part}_lora_adapter_metadata": adapter}
         )
 
     def save(self, pipe: Any, folder: Path) -> None:

@@ -37,6 +37,7 @@ class StableDiffusion(Backbone):
     lora_targets = UNET_LORA_TARGETS
     flow = False
     default_guidance = 7.5
+    kohya = "diffusers"
 
     @torch.no_grad()
     def encode_one(self, prompt: str) -> Cond:
@@ -51,3 +52,7 @@ class StableDiffusion(Backbone):
 
     def middle(self, model: nn.Module) -> nn.Module:
         return model.mid_block
+
+    def kohya_version(self) -> str | None:
+        version = {768: "sd_v1", 1024: "sd_v2"}.get(self.model.config.cross_attention_dim)
+        return version and version + ("_v" if self.prediction == "v_prediction" else "")

@@ -22,6 +22,7 @@ class StableDiffusionXL(Backbone):
     lora_targets = UNET_LORA_TARGETS
     flow = False
     default_guidance = 5.0
+    kohya = "sgm"
 
     @torch.no_grad()
     def encode_one(self, prompt: str) -> Cond:
@@ -47,3 +48,6 @@ class StableDiffusionXL(Backbone):
 
     def middle(self, model: nn.Module) -> nn.Module:
         return model.mid_block
+
+    def kohya_version(self) -> str:
+        return "sdxl_base_v1-0"
