@@ -14,6 +14,8 @@ FAMILIES = {
     "StableDiffusionPipeline": ("fewstep.models.sd", "StableDiffusion"),
     "StableDiffusionXLPipeline": ("fewstep.models.sdxl", "StableDiffusionXL"),
     "StableDiffusion3Pipeline": ("fewstep.models.sd3", "StableDiffusion3"),
+    "ZImagePipeline": ("fewstep.models.z_image", "ZImage"),
+    "QwenImagePipeline": ("fewstep.models.qwen_image", "QwenImage"),
 }
 
 

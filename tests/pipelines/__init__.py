@@ -1,10 +1,14 @@
 """Tiny random pipelines of every family, made offline, tokenizers included. A family is one file and one line here."""
 
-from pipelines import sd, sd3, sdxl
+from pipelines import qwen_image, sd, sd3, sdxl, z_image
 
 # pipeline class -> maker
 PIPELINES = {
     "StableDiffusionPipeline": sd.pipeline,
     "StableDiffusionXLPipeline": sdxl.pipeline,
     "StableDiffusion3Pipeline": sd3.pipeline,
+    "ZImagePipeline": z_image.pipeline,
+    "QwenImagePipeline": qwen_image.pipeline,
 }
+# pipeline class -> how it combines (conditional, unconditional, guidance) in its own layout, where that is not plain guidance
+GUIDED = {"QwenImagePipeline": qwen_image.guided}
