@@ -39,9 +39,9 @@ class QwenImage(Backbone):
 
     @torch.no_grad()
     def encode_one(self, prompt: str) -> Cond:
-        """Prompts differ in length: `mask` (1, n) is true where there is text."""
+        """Prompts differ in length: `mask` (1, n) is one where there is text."""
         text, _ = self.pipe.encode_prompt(prompt, device=self.device, max_sequence_length=TOKENS)
-        return {"prompt_embeds": text, "mask": torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)}
+        return {"prompt_embeds": text, "mask": torch.ones(text.shape[:2], dtype=torch.long, device=text.device)}
 
     def predict(self, model: nn.Module, xt: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
         height, width = (n // 2 for n in xt.shape[-2:])

@@ -35,9 +35,9 @@ class ZImage(Backbone):
 
     @torch.no_grad()
     def encode_one(self, prompt: str) -> Cond:
-        """Prompts differ in length: `mask` (1, n) is true where there is text."""
+        """Prompts differ in length: `mask` (1, n) is one where there is text."""
         (text,), _ = self.pipe.encode_prompt(prompt, self.device, do_classifier_free_guidance=False, max_sequence_length=TOKENS)
-        return {"prompt_embeds": text[None], "mask": torch.ones(1, len(text), dtype=torch.bool, device=text.device)}
+        return {"prompt_embeds": text[None], "mask": torch.ones(1, len(text), dtype=torch.long, device=text.device)}
 
     def predict(self, model: nn.Module, xt: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
         # each text in its own length: the network fills it up to a multiple of 32 with a learned token, and attends to that
