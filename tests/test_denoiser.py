@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler
 
-from fewstep.denoiser import Denoiser, guide, score, target, to_x0
+from fewstep.denoiser import Denoiser, guide, join, score, target, to_x0
 from fewstep.schedule import DDPM, Flow
 
 KINDS = ["epsilon", "v_prediction", "sample", "flow"]
@@ -110,3 +110,17 @@ def test_guidance_identities():
     torch.testing.assert_close(denoiser(x, t, same, guidance=7.0), denoiser(x, t, same))
     with pytest.raises(ValueError, match="uncond"):
         Denoiser(network, Flow(), "sample")(x, t, cond, guidance=2.0)
+
+
+def test_conditions_of_different_lengths_are_filled_and_their_masks_say_so():
+    def cond(n):
+        mask = torch.ones(1, n, dtype=torch.bool)
+        return {"text": torch.ones(1, n, 3), "mask": mask, "pooled": torch.full((1, 2), float(n)), "step": torch.tensor([n])}
+
+    short, long = cond(2), cond(4)
+    joined = join([short, long])
+    assert joined["mask"].tolist() == [[True, True, False, False], [True] * 4]
+    assert torch.equal(joined["text"], joined["mask"].unsqueeze(-1).expand(2, 4, 3).float())
+    assert joined["pooled"].tolist() == [[2, 2], [4, 4]] and joined["step"].tolist() == [2, 4]
+    for i, cond in enumerate((short, long)):
+        assert torch.equal(joined["text"][i][joined["mask"][i]], cond["text"][0])

@@ -107,26 +107,6 @@ def test_a_size_is_a_whole_number_of_tokens(backbone):
         backbone.latent_shape((10, 8))
 
 
-@pytest.mark.parametrize("backbone", ["klein base"], indirect=True)
-def test_a_prompt_is_cut_when_its_chat_is_longer_than_the_pipeline_reads(backbone):
-    """The longest whole prompt, found in what the text encoder is handed: padding is left where it ends, and the reply still opens."""
-    _, limit = backbone.longest_text()
-    seen, forward = [], backbone.pipe.text_encoder.forward
-
-    def watched(*args, **kwargs):
-        seen.append(kwargs)
-        return forward(*args, **kwargs)
-
-    prompts = ["x" * (limit - 1), "x" * limit, "x" * (limit + 1)]
-    assert backbone.cut(prompts) == prompts[2:]
-    with mock.patch.object(backbone.pipe.text_encoder, "forward", watched):
-        for prompt in prompts:
-            backbone.encode_one(prompt)
-    read = [int(call["attention_mask"].sum()) for call in seen]
-    ends = [call["input_ids"][0, n - 2 : n].tolist() for call, n in zip(seen, read, strict=True)]
-    assert read == [511, 512, 512] and ends[0] == ends[1] != ends[2]
-
-
 @two_kinds
 def test_lora_adapts_every_projection_of_both_kinds_of_blocks(backbone):
     linear = {name for name, module in backbone.model.named_modules() if isinstance(module, nn.Linear)}

@@ -18,6 +18,8 @@ FAMILIES = {
     "Flux2KleinPipeline": ("fewstep.models.flux2", "Flux2Klein"),
     "SanaPipeline": ("fewstep.models.sana", "Sana"),
     "PixArtSigmaPipeline": ("fewstep.models.pixart", "PixArtSigma"),
+    "ZImagePipeline": ("fewstep.models.z_image", "ZImage"),
+    "QwenImagePipeline": ("fewstep.models.qwen_image", "QwenImage"),
 }
 
 

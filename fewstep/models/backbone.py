@@ -216,6 +216,18 @@ def unpadded(text: Tensor, mask: Tensor) -> Cond:
     return {"prompt_embeds": text[:, kept], "mask": mask[:, kept]}
 
 
+def chat_opening(tokenizer: Any, **options: Any) -> int:
+    """Tokens of the chat template from its beginning to where the user's prompt stands. options: of the template."""
+    mark = "PROMPT"
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True, **options)
+    return len(tokenizer(chat[: chat.index(mark)]).input_ids)
+
+
+def filled(mask: Tensor) -> bool:
+    """Whether a mask (B, n) leaves out anything; one without numbers, on the meta device, does not."""
+    return mask.device.type != "meta" and not bool(mask.all())
+
+
 class Backbone:
     """One teacher pipeline: encodes prompts, decodes latents, makes the three roles, exports the student."""
 

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from fewstep.denoiser import Cond
-from fewstep.models.backbone import Roles
+from fewstep.models.backbone import Roles, chat_opening
 from fewstep.models.flux import Flux, picture, positions, tokens
 
 QWEN_TOKENS = 512  # the stock pipeline's default, the chat template's own tokens included
@@ -52,11 +52,7 @@ class Flux2Klein(Flux):
         return picture(super().image_part(output, xt)[:, -xt.shape[-2:].numel() :], *xt.shape[-2:])
 
     def longest_text(self) -> tuple[Any, int]:
-        tokenizer = self.pipe.tokenizer
-        template = tokenizer.apply_chat_template(
-            [{"role": "user", "content": ""}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        return tokenizer, QWEN_TOKENS - len(tokenizer(template).input_ids)
+        return self.pipe.tokenizer, QWEN_TOKENS - chat_opening(self.pipe.tokenizer, enable_thinking=False)
 
     def scale(self) -> int:
         return 2 * self.pipe.vae_scale_factor

@@ -1,6 +1,6 @@
 """Tiny random pipelines of every family, made offline, tokenizers included. A family is one file and one line here."""
 
-from pipelines import flux, flux2, pixart, sana, sd, sd3, sdxl
+from pipelines import flux, flux2, pixart, qwen_image, sana, sd, sd3, sdxl, z_image
 
 # pipeline class -> maker
 PIPELINES = {
@@ -11,4 +11,8 @@ PIPELINES = {
     "Flux2KleinPipeline": flux2.pipeline,
     "SanaPipeline": sana.pipeline,
     "PixArtSigmaPipeline": pixart.pipeline,
+    "ZImagePipeline": z_image.pipeline,
+    "QwenImagePipeline": qwen_image.pipeline,
 }
+# pipeline class -> how it combines (conditional, unconditional, guidance) in its own layout, where that is not plain guidance
+GUIDED = {"QwenImagePipeline": qwen_image.guided}

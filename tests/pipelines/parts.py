@@ -30,6 +30,18 @@ def t5_tokenizer(length=512):
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=length)
 
 
+def qwen_tokenizer():
+    from transformers import Qwen2Tokenizer
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab = {token: i for i, token in enumerate([*special, *CHARACTERS, "Ġ", "Ċ"])}  # the last two: space and line break
+    template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\nSay {{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}{% if not enable_thinking %}<think>{% endif %}"
+    )
+    return Qwen2Tokenizer(vocab=vocab, merges=[], extra_special_tokens=special[1:], chat_template=template)
+
+
 def clip_text(seed=0, *, width=16, projected=False, length=16):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
