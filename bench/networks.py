@@ -170,7 +170,8 @@ def backbone(name: str, *, reduced: bool, device: str = "cpu", dtype: torch.dtyp
     finally:
         torch.set_default_dtype(usual)
     pipe = family.pipeline(network)
-    network.to(dtype), pipe.vae.to(dtype)
+    if dtype != torch.float32:  # some of their tables are float32 whatever the default is
+        network.to(dtype), pipe.vae.to(dtype)
     made = family.adapter(pipe, name, device=device)
     return with_random_conditions(made, held)
 

@@ -21,6 +21,8 @@ reference does not reuse anything, so in every mode it is the same.
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import json
 import platform
 import statistics
@@ -43,7 +45,7 @@ SMALL = ["--groups", "2", '--size=["256x256"]']
 # device -> family -> (modes, flags of all of them)
 CASES = {
     "cuda": {
-        "sdxl": (["lora", "lora-u4", "full"], ["--groups", "4", *PARTS, "--memory.optimizer", "adamw8bit"]),
+        "sdxl": (["lora", "lora-u4", "full"], ["--groups", "4", *PARTS]),
         "sd3.5-medium": (["lora", "lora-u4", "full"], ["--groups", "4", *PARTS]),
         "flux.1-dev": (["lora", "lora-u4"], ["--groups", "2", *PARTS]),
     },
@@ -54,7 +56,13 @@ CASES = {
         "flux.1-dev": (["lora", "lora-u4"], SMALL),
     },
 }
-RANK = {"cuda": "64", "cpu": "8"}  # of the LoRA modes
+WEIGHTS = {
+    "cuda": {
+        "lora": ["--lora-rank", "64"],
+        "full": ["--memory.optimizer", "adamw8bit"],
+    },  # with AdamW, full weights fill more than the card
+    "cpu": {"lora": ["--lora-rank", "8"], "full": []},
+}
 MODES = [weights + reuse for weights in ("full", "lora") for reuse in REUSE]
 WARM_UP = 2  # cycles
 ROUNDS = 2  # processes of either kind, where they cannot live at once
@@ -73,8 +81,7 @@ PEAK = {
 
 def flags(device: str, family: str, mode: str) -> list[str]:
     weights, dash, reuse = mode.partition("-")
-    lora = ["--lora-rank", RANK[device]] if weights == "lora" else []
-    return [*CASES[device][family][1], *lora, *REUSE[dash + reuse], "--device", device]
+    return [*CASES[device][family][1], *WEIGHTS[device][weights], *REUSE[dash + reuse], "--device", device]
 
 
 # -- the two systems ---------------------------------------------------------------------------------------------------
@@ -91,9 +98,10 @@ def teacher(family: str, device: str, dtype: Any, *, reduced: bool) -> Any:
     return networks.backbone(family, reduced=reduced, device=device, dtype=dtype)
 
 
-def inside_guidance(config: Any, backbone: Any) -> float:
-    """Scale of classifier-free guidance; a guidance-distilled teacher is told its scale instead."""
-    return config.matching.guidance if backbone.embedded_guidance is None else 1.0
+def of_optimizer(optimizer: Any) -> list[Any]:
+    import torch
+
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
 
 
 class Ours:
@@ -115,6 +123,10 @@ class Ours:
         self.config, self.trainer = self.run.config, self.run.trainer
         self.denoisers = dict(zip(("teacher", "student", "fake"), self.run.roles, strict=False))
 
+    def warm_up(self, meter: Meter) -> None:
+        for _ in range(WARM_UP):
+            self.cycle(meter)
+
     def cycle(self, meter: Meter) -> tuple[int, int]:
         """A rollout and all the updates it feeds; returns (student updates, fake updates)."""
         trainer, reuse = self.trainer, self.config.reuse
@@ -131,6 +143,11 @@ class Ours:
             for _ in range(updates):
                 trainer.step()
         return updates, fakes
+
+    def state(self) -> list[Any]:
+        """What lies in memory between cycles beside the networks."""
+        held = [value for optimizer in (self.trainer.optimizer, *self.trainer.online.values()) for value in of_optimizer(optimizer)]
+        return [*held, *self.trainer.ema.shadow_params]
 
 
 class Plain:
@@ -152,9 +169,15 @@ class Plain:
         roles = copies(backbone, lora_rank=config.lora_rank, checkpointing=config.memory.checkpointing, guidance=config.matching.guidance)
         self.reference = Reference(
             roles, backbone.schedule(), backbone.times(config.steps), Batches(prompts, config.groups, config.group_size, seed=config.seed),
-            encode=backbone.encode, latent_shape=backbone.latent_shape(config.sizes()[0]), config=config, guidance=inside_guidance(config, backbone),
+            encode=backbone.encode, latent_shape=backbone.latent_shape(config.sizes()[0]), config=config,
+            guidance=config.matching.guidance if backbone.embedded_guidance is None else 1.0,
         )  # fmt: skip
         self.denoisers = dict(zip(("teacher", "student", "fake"), roles, strict=False))
+
+    def warm_up(self, meter: Meter) -> None:
+        for _ in range(WARM_UP):
+            self.cycle(meter)
+        self.reference.deck.clear()  # what is measured starts with whole rounds of the steps
 
     def cycle(self, meter: Meter) -> tuple[int, int]:
         """As many updates of either kind as ours makes in a cycle."""
@@ -167,6 +190,9 @@ class Plain:
                 for _ in range(fakes):
                     self.reference.fake_update()
         return updates, updates * fakes
+
+    def state(self) -> list[Any]:
+        return [*of_optimizer(self.reference.student_optimizer), *of_optimizer(self.reference.fake_optimizer)]
 
 
 SYSTEMS = {"ours": Ours, "reference": Plain}
@@ -266,6 +292,8 @@ def worker(task: dict[str, Any]) -> None:
     from fewstep import models
 
     models.quiet_libraries()
+    for module in ("networks", "reference", "fewstep.cli"):  # what is imported does not count as what is measured
+        importlib.import_module(module)
     device = task["device"]
 
     def answer(**said: Any) -> None:
@@ -274,8 +302,7 @@ def worker(task: dict[str, Any]) -> None:
     try:
         meter = Meter(device)
         system = SYSTEMS[task["system"]](task["family"], task["options"])
-        for _ in range(WARM_UP):
-            system.cycle(meter)
+        system.warm_up(meter)
         precision = system.config.precision
         answer(precision=precision, threads=torch.get_num_threads(), peak_flops=measured_peak(device, precision))
         for _ in sys.stdin:
@@ -294,7 +321,7 @@ class Process:
 
     def __init__(self, task: dict[str, Any]):
         command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(task)]
-        self.complaints = tempfile.TemporaryFile("w+")
+        self.complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed on exit)
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.complaints, text=True)
         self.ready = self.listen()
 
@@ -311,7 +338,10 @@ class Process:
             return self.ready
         self.process.stdin.write("cycle\n")
         self.process.stdin.flush()
-        return self.listen()
+        said = self.listen()
+        if "out_of_memory" in said:
+            self.ready = said
+        return said
 
     def __enter__(self) -> Process:
         return self
@@ -326,49 +356,80 @@ class Process:
 # -- one case ----------------------------------------------------------------------------------------------------------
 
 
-def flops_of_passes(family: str, device: str, config: Any) -> dict[str, tuple[int, int]]:
-    """Role -> (forward, backward) floating-point operations of one sample, for the parameters that are trained."""
+Flops = dict[str, tuple[int, int]]  # role -> of a forward pass of one sample, and of its backward pass
+
+
+@functools.cache
+def flops_of_passes(family: str, device: str, mode: str) -> Flops:
+    """Role -> (forward, backward) floating-point operations of one sample at the size of a device, for the parameters that are trained."""
     import networks
     import torch
 
+    from fewstep import cli
     from fewstep.cost import flops
 
+    config = cli.parse_config(flags(device, family, mode))
     made = networks.with_random_conditions(teacher(family, "meta", torch.float32, reduced=device != "cuda"), 2)
     roles = made.roles(lora_rank=config.lora_rank)
     x, t = torch.zeros(1, *made.latent_shape(config.sizes()[0]), device="meta"), torch.zeros(1, device="meta")
-    found = {}
-    for role, denoiser in zip(("teacher", "student", "fake"), roles, strict=False):
 
-        def forward(denoiser: Any = denoiser) -> torch.Tensor:
+    def count(denoiser: Any, trained: bool) -> tuple[int, int]:
+        def forward() -> torch.Tensor:
             return denoiser.network(x, t, made.encode([""]))
 
-        def both(forward: Callable[[], torch.Tensor] = forward) -> None:
+        def both() -> None:
             with torch.enable_grad():
                 forward().sum().backward()
 
         once = flops(forward)
-        found[role] = (once, 0 if role == "teacher" else flops(both) - once)
-    return found
+        return once, flops(both) - once if trained else 0
+
+    return {"teacher": count(roles.teacher, False), "student": count(roles.student, True), "fake": count(roles.fake, True)}
 
 
-def summary(cycles: list[dict[str, Any]], unit: dict[str, tuple[int, int]], batch: int) -> dict[str, Any]:
-    """Medians over cycles, for one student update and its share of the fake's; passes are of one sample of the batch."""
+def summary(cycles: list[dict[str, Any]], unit: Flops, real: Flops | None, batch: int) -> dict[str, Any]:
+    """Medians over cycles, for one student update and its share of the fake's; passes and `real_flops` (of a pass at the real size) are
+    of one sample of the batch."""
     failed = [cycle["out_of_memory"] for cycle in cycles if "out_of_memory" in cycle]
     if failed:
         return {"out_of_memory": failed[0]}
-    updates, fakes = cycles[0]["updates"], cycles[0]["fake_updates"]
-    seconds = {name: [cycle["seconds"][name] for cycle in cycles] for name in ("student", "fake")}
-    each = [sum(both) / updates for both in zip(*seconds.values(), strict=True)]
-    of_all = {role: [sum(cycle["passes"][role][i] for cycle in cycles) / (len(cycles) * updates) for i in (0, 1)] for role in unit}
+    updates = cycles[0]["updates"]
+    each = [sum(cycle["seconds"].values()) / updates for cycle in cycles]
+    per_sample = len(cycles) * updates * batch
+    counted = {role: [sum(cycle["passes"][role][i] for cycle in cycles) / per_sample for i in (0, 1)] for role in unit}
+
+    def cost(of_a_pass: Flops) -> float:
+        return sum(n * each for role in counted for n, each in zip(counted[role], of_a_pass[role], strict=True))
+
     return {
         "seconds": statistics.median(each),
         "seconds_of_cycles": each,
-        "student_seconds": statistics.median(seconds["student"]) / updates,
-        "fake_seconds": statistics.median(seconds["fake"]) / fakes,
+        "student_seconds": statistics.median(cycle["seconds"]["student"] / updates for cycle in cycles),
+        "fake_seconds": statistics.median(cycle["seconds"]["fake"] / cycle["fake_updates"] for cycle in cycles),
         "peak_bytes": {name: max(cycle["peak"][name] for cycle in cycles) for name in ("student", "fake")},
-        "passes": {role: [count / batch for count in counts] for role, counts in of_all.items()},
-        "flops": sum(count * cost for role in unit for count, cost in zip(of_all[role], unit[role], strict=True)),
+        "passes": counted,
+        "flops": batch * cost(unit),
+        **({"real_flops": cost(real)} if real else {}),
     }
+
+
+def take_turns(device: str, family: str, mode: str, repeat: int) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
+    """(cycles of either system, what the workers said of themselves)."""
+    tasks = {name: {"system": name, "family": family, "options": flags(device, family, mode), "device": device} for name in SYSTEMS}
+    cycles: dict[str, list[dict[str, Any]]] = {name: [] for name in tasks}
+    if device == "cuda":
+        for _ in range(ROUNDS):
+            for name, task in tasks.items():
+                with Process(task) as process:
+                    cycles[name] += [process.ask() for _ in range(repeat)]
+                    ready = process.ready
+        return cycles, ready
+    with ExitStack() as stack:
+        processes = {name: stack.enter_context(Process(task)) for name, task in tasks.items()}
+        for _ in range(repeat):
+            for name, process in processes.items():
+                cycles[name].append(process.ask())
+        return cycles, max((process.ready for process in processes.values()), key=lambda ready: ready["peak_flops"])
 
 
 def measure(device: str, family: str, mode: str, repeat: int) -> dict[str, Any]:
@@ -378,25 +439,11 @@ def measure(device: str, family: str, mode: str, repeat: int) -> dict[str, Any]:
     from fewstep import cli
 
     options = flags(device, family, mode)
-    tasks = {name: {"system": name, "family": family, "options": options, "device": device} for name in SYSTEMS}
-    cycles: dict[str, list[dict[str, Any]]] = {name: [] for name in tasks}
-    ready: dict[str, Any] = {}
-    if device == "cuda":
-        for _ in range(ROUNDS):
-            for name, task in tasks.items():
-                with Process(task) as process:
-                    ready |= process.ready
-                    cycles[name] += [process.ask() for _ in range(repeat)]
-    else:
-        with ExitStack() as stack:
-            processes = {name: stack.enter_context(Process(task)) for name, task in tasks.items()}
-            for _ in range(repeat):
-                for name, process in processes.items():
-                    ready |= process.ready
-                    cycles[name].append(process.ask())
     config = cli.parse_config(options)
-    unit = flops_of_passes(family, device, config)
-    found = {name: summary(of_one, unit, config.groups * config.group_size) for name, of_one in cycles.items()}
+    cycles, ready = take_turns(device, family, mode, repeat)
+    unit = flops_of_passes(family, device, mode)
+    real = flops_of_passes(family, "cuda", mode) if family in CASES["cuda"] else None
+    found = {name: summary(of_one, unit, real, config.groups * config.group_size) for name, of_one in cycles.items()}
     known = known_peak(torch.cuda.get_device_name()) if device == "cuda" else None
     peak = known or ready.get("peak_flops")
     for one in found.values():
@@ -409,16 +456,15 @@ def measure(device: str, family: str, mode: str, repeat: int) -> dict[str, Any]:
         "precision": ready.get("precision"),
         "threads": ready.get("threads"),
         "flops_of_a_pass": unit,
+        "flops_of_a_real_pass": real,
         "peak_flops": peak,
         "peak_flops_from": "data sheet" if known else "a product of large matrices, measured in this run",
         **found,
     }
     if all("seconds" in one for one in found.values()):
-        row["ratio"] = {
-            "seconds": found["ours"]["seconds"] / found["reference"]["seconds"],
-            "peak_bytes": highest(found["ours"]) / highest(found["reference"]),
-            "flops": found["ours"]["flops"] / found["reference"]["flops"],
-        }
+        shared = [key for key in ("seconds", "flops", "real_flops") if key in found["ours"]]
+        row["ratio"] = {key: found["ours"][key] / found["reference"][key] for key in shared}
+        row["ratio"]["peak_bytes"] = highest(found["ours"]) / highest(found["reference"])
     return row
 
 
@@ -438,7 +484,7 @@ def profile(device: str, family: str, mode: str) -> str:
 
     system = Ours(family, flags(device, family, mode))
     trainer, meter = system.trainer, Meter(device)
-    system.cycle(meter)
+    system.warm_up(meter)
 
     def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -466,7 +512,7 @@ def profile(device: str, family: str, mode: str) -> str:
 # -- what is printed ---------------------------------------------------------------------------------------------------
 
 COLUMNS = ("family", "mode", "", "batch", "s / student update", "s / fake update", "s / both", "peak, GB", "forward + backward",
-           "TFLOP", "utilisation")  # fmt: skip
+           "TFLOP", "utilisation", "TFLOP, real sample")  # fmt: skip
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -476,20 +522,34 @@ def table(rows: list[dict[str, Any]]) -> str:
         for name in SYSTEMS:
             lines.append("| " + " | ".join([row["family"], row["mode"], name, batch_of(row["options"]), *cells(row[name])]) + " |")
         if "ratio" in row:
-            share = {key: f"**{value:.2f}**" for key, value in row["ratio"].items()}
-            line = [row["family"], row["mode"], "ratio", "", "", "", share["seconds"], share["peak_bytes"], "", share["flops"], ""]
+            share = {"real_flops": ""} | {key: f"**{value:.2f}**" for key, value in row["ratio"].items()}
+            line = [
+                row["family"],
+                row["mode"],
+                "ratio",
+                "",
+                "",
+                "",
+                share["seconds"],
+                share["peak_bytes"],
+                "",
+                share["flops"],
+                "",
+                share["real_flops"],
+            ]
             lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines)
 
 
 def cells(found: dict[str, Any]) -> list[str]:
     if "out_of_memory" in found:
-        return ["", "", "", "out of memory", "", "", ""]
+        return ["", "", "", "out of memory", "", "", "", ""]
     forwards, backwards = (sum(counts[i] for counts in found["passes"].values()) for i in (0, 1))
     peaks = " / ".join(f"{found['peak_bytes'][name] / 1e9:.2f}" for name in ("student", "fake"))
     return [
         f"{found['student_seconds']:.3g}", f"{found['fake_seconds']:.3g}", f"{found['seconds']:.3g}", peaks,
         f"{forwards:.2f} + {backwards:.2f}", f"{found['flops'] / 1e12:.3g}", f"{found['utilisation']:.0%}",
+        f"{found['real_flops'] / 1e12:.0f}" if "real_flops" in found else "",
     ]  # fmt: skip
 
 
@@ -509,7 +569,8 @@ def machine(device: str) -> dict[str, str]:
     from fewstep.compare import commit
     from fewstep.evaluate.protocol import device_name
 
-    processor = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")), "")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return {
         "device": device_name(device),
         "processor": processor or platform.machine(),
@@ -525,8 +586,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", nargs="+", choices=[*CASES[device]], default=[*CASES[device]], help="which networks; default: all")
-    parser.add_argument("--mode", nargs="+", choices=MODES, help="what is trained, and how often a rollout (U) and an evaluation (M) serve; "
-                        "default: the family's own list")  # fmt: skip
+    parser.add_argument("--mode", nargs="+", choices=MODES, help="what is trained and what is reused; default: the family's own list")
     parser.add_argument(
         "--repeat", type=int, default=4, help="cycles measured of either system after the warm-up (on a GPU: in each process)"
     )
