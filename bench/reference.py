@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fewstep.config import Config
 from fewstep.denoiser import Cond, target
-from fewstep.models.backbone import Backbone, Network, Roles
+from fewstep.models.backbone import Backbone, Network, Roles, recompute
 from fewstep.prompts import Batches
 from fewstep.schedule import Schedule, bcast
 from fewstep.trainer import optimizer_class
@@ -37,7 +37,7 @@ def copies(backbone: Backbone, *, lora_rank: int, checkpointing: bool, guidance:
             if ".lora_" in name:
                 parameter.data = parameter.data.float()
         if checkpointing:
-            model.enable_gradient_checkpointing()
+            model.enable_gradient_checkpointing(recompute(None))  # each is its own network: no adapter to switch back
     scales = (guidance if own is not None else None, own, own)
     networks = [Network(backbone, model, guidance=scale).to(backbone.device) for model, scale in zip(models, scales, strict=True)]
     trained = [{name: p for name, p in network.named_parameters() if p.requires_grad} for network in networks[1:]]

@@ -124,6 +124,23 @@ def test_the_reference_holds_three_networks_and_ours_one(pair):
     assert trained == [sum(p.numel() for p in own.values()) for own in plain.reference.roles[3:]]
 
 
+@pytest.mark.parametrize("family", networks.FAMILIES)
+def test_a_gpus_options_train_reduced_networks(family):
+    """What a GPU would be asked for, in its numbers: frozen weights made in bf16, parts of the batch, checkpointing."""
+    numbers = ["--groups", "2", '--size=["64x64"]', "--device", "cpu", "--precision", "bf16", "--memory.frozen", "bf16"]
+    options = [*step.flags("cuda", family, "lora"), *numbers, "--lora-rank", "2", "--fake.updates", "1"]
+    for made in (system(family, options) for system in step.SYSTEMS.values()):
+        before = {role: [p.detach().clone() for p in denoiser.parameters()] for role, denoiser in made.denoisers.items()}
+        made.cycle(step.Meter("cpu"))
+        for role, denoiser in made.denoisers.items():
+            now = list(denoiser.parameters())
+            assert {p.dtype for p in now if not p.requires_grad} == {torch.bfloat16}
+            assert all(torch.isfinite(p).all() for p in now)
+            changed = [not torch.equal(p, q) for p, q in zip(now, before[role], strict=True)]
+            assert any(changed) or role == "teacher"
+            assert not any(moved for moved, p in zip(changed, now, strict=True) if not p.requires_grad)
+
+
 def test_a_phase_owns_its_seconds_and_its_bytes(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(step.time, "perf_counter", lambda: clock[0])
