@@ -21,6 +21,7 @@ commands:
   distill [RECIPE]        make a few-step student; with no argument: the embedded teacher, GNDM, 4 steps;
                           RECIPE is a YAML file, or dmd, dmd2, gndm, dmdr, gndmr, gndm-is, gndmr-is
   sample FOLDER           draw pictures with a student
+  models                  list the model families and what each supports
   export FOLDER           write a student as a diffusers folder, a LoRA or a file for ComfyUI; push it to the hub
   evaluate FOLDER         measure a student beside its teacher
   compare                 recipes x seeds on the embedded world at equal network evaluations, as one table
@@ -28,10 +29,11 @@ commands:
 `fewstep COMMAND --help` lists a command's options; `fewstep --version` prints the version."""
 
 RUN_FILES = ("checkpoints", "samples", "tensorboard", "config.yaml", "metrics.jsonl", "samples.png", "evaluation.json", "README.md",
-             "export", "model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "feature_extractor",
-             "pytorch_lora_weights.safetensors")  # fmt: skip
+             "export", "model_index.json", "unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer",
+             "tokenizer_2", "tokenizer_3", "scheduler", "feature_extractor", "pytorch_lora_weights.safetensors")  # fmt: skip
 # what may differ between a run and its continuation
-FREE_ON_RESUME = ("updates", "teacher_guidance", "save_every", "sample_every", "evaluate", "resume", "overwrite", "output", "device")
+FREE_ON_RESUME = ("updates", "teacher_guidance", "save_every", "sample_every", "evaluate", "resume", "overwrite", "dry_run", "output",
+                  "device")  # fmt: skip
 
 
 class UserError(Exception):
@@ -50,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     commands = {
         "distill": distill_command, "sample": sample_command, "export": export_command, "evaluate": evaluate_command,
-        "compare": compare_command,
+        "compare": compare_command, "models": models_command,
     }  # fmt: skip
     if arguments[0] not in commands:
         return complain(f"unknown command {arguments[0]!r}{nearest(arguments[0], commands)}")
@@ -249,7 +251,10 @@ def check_output(config: Config) -> None:
 def check_same_run(config: Config, path: Path) -> None:
     import yaml
 
-    before, now = yaml.safe_load(path.read_text()), as_plain(config)
+    from fewstep.config import Config
+
+    # a field that an earlier version did not have is as it is by default
+    before, now = as_plain(Config()) | yaml.safe_load(path.read_text()), as_plain(config)
     changed = [key for key in now if key not in FREE_ON_RESUME and before.get(key) != now[key]]
     if changed:
         was, free = before.get(changed[0]), ", ".join(FREE_ON_RESUME[:4])
@@ -469,6 +474,8 @@ def distill(config: Config, functions: dict[str, Any] | None = None) -> int:
     prompts = read_prompts(config)
     check_rewards(config, functions or {})
     source = resolve_teacher(config.teacher)
+    if config.dry_run:
+        return dry_run(config, source, len(prompts))
     check_output(config)
     import yaml
 
@@ -504,6 +511,20 @@ def distill(config: Config, functions: dict[str, Any] | None = None) -> int:
     if not train(run, output, prompts):
         return 130
     finish(run, output, source, prompts)
+    return 0
+
+
+def dry_run(config: Config, source: str, prompts: int) -> int:
+    """Print what the run would need. Nothing is read but configurations, nothing is written."""
+    from fewstep import models
+
+    models.quiet_libraries()
+    from fewstep import needs
+
+    try:
+        print(needs.report(source, resolve_hardware(config), prompts))
+    except ValueError as error:
+        raise UserError(f"teacher: {error}") from error
     return 0
 
 
@@ -630,6 +651,24 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
     grid.save(columns, shown, output / "samples.png")
     export.model_card(student, "diffusers", output, results=results).save(output / "README.md")
     print(f"student in {output}; look at {output / 'samples.png'}")
+
+
+def models_command(arguments: list[str]) -> int:
+    """Print the families and what each supports."""
+    if arguments:
+        if arguments[0] not in ("-h", "--help"):
+            raise UserError(f"models: takes no arguments, got {arguments[0]!r}")
+        print("usage: fewstep models\n\nList the model families and what each supports.")
+        return 0
+    from fewstep import models
+
+    models.quiet_libraries()
+    rows = [models.SUPPORT, *models.support()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("\nA teacher is a diffusers folder or a hub id of one of these pipelines; how to add one: docs/new-family.md")
+    return 0
 
 
 # -- evaluate ----------------------------------------------------------------------------------------------------------

@@ -162,6 +162,8 @@ class Config:
     """Go on from the newest checkpoint in the output folder."""
     overwrite: bool = False
     """Delete what the output folder holds and start anew."""
+    dry_run: bool = False
+    """Print what the run will need (memory, operations, disk) and what to change if it does not fit; read no weights, write nothing."""
     student: StudentConfig = field(default_factory=StudentConfig)
     """The student's optimizer."""
     fake: FakeConfig = field(default_factory=FakeConfig)
