@@ -91,9 +91,10 @@ def test_hps_resizes_floats_and_keeps_the_published_centre():
     expected = (whole[:, :, left : left + 24] - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     assert (hps.preprocess(images, size=24, mean=mean, std=std)[0] - expected).abs().max() < 1e-4
     for margin, left in ((1, 0), (3, 2), (5, 2), (7, 4), (4, 2)):  # halves go to the even number
-        columns = torch.arange(24.0 + margin).expand(1, 3, 24, -1)
-        assert hps.preprocess(columns, size=24, mean=(0,) * 3, std=(1,) * 3)[0, 0, 0, 0] == left
-        assert Preprocess(24, (24, 24), (0,) * 3, (1,) * 3)(columns)[0, 0, 0, 0] == margin // 2  # transformers rounds them down
+        columns, plain = torch.arange(24.0 + margin).expand(1, 3, 24, -1), {"mean": (0,) * 3, "std": (1,) * 3}
+        assert hps.preprocess(columns, size=24, **plain)[0, 0, 0, 0] == left
+        assert Preprocess(24, (24, 24), **plain, halves="even")(columns)[0, 0, 0, 0] == left
+        assert Preprocess(24, (24, 24), **plain)(columns)[0, 0, 0, 0] == margin // 2  # transformers rounds them down
 
 
 @pytest.mark.parametrize(
@@ -298,6 +299,7 @@ def test_the_aesthetic_score_is_the_published_head_on_unit_features(tmp_path):
     arguments = ["convert-reward", "aesthetic", str(tmp_path / "head.pth"), "--output", str(tmp_path / "made"), "--clip", str(clip)]
     assert cli.main(arguments) == 0
     scorer, images = Aesthetic.load(tmp_path / "made"), noise(5, 20, 20)
+    assert scorer.preprocess == CLIPScore.load(clip).preprocess._replace(halves="even")
     published = torch.nn.Sequential(
         torch.nn.Linear(8, 10), torch.nn.Dropout(0.2), torch.nn.Linear(10, 6), torch.nn.Dropout(0.2), torch.nn.Linear(6, 5),
         torch.nn.Dropout(0.1), torch.nn.Linear(5, 4), torch.nn.Linear(4, 1),
@@ -356,7 +358,7 @@ def test_what_cannot_be_converted_is_named(tmp_path, capsys):
 
     assert "holds no state dict of tensors" in convert("hps", {"state_dict": {"x": 3}})
     assert "holds no state dict of tensors" in convert("hps", [torch.zeros(1)])
-    assert "not an open_clip CLIP: it has 'layers.0.weight'" in convert("hps", tiny_head())
+    assert "not an open_clip CLIP: it has 'layers.0.bias'" in convert("hps", tiny_head())
     short = open_clip_state()
     del short["ln_final.bias"]
     assert "missing or unknown text_model.final_layer_norm.bias" in convert("hps", short)

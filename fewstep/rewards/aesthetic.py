@@ -46,7 +46,7 @@ class Aesthetic:
         size = int(read_config(clip / "config.json").get("vision_config", {}).get("image_size", 224))
         check_safetensors(folder)
         head = load_file(Path(folder) / "model.safetensors")
-        preprocess = CLIPScore.read_preprocess(clip, size)
+        preprocess = CLIPScore.read_preprocess(clip, size)._replace(halves="even")  # it was published with torchvision's centre
         check_safetensors(clip)
         vision = CLIPVisionModelWithProjection.from_pretrained(clip, use_safetensors=True).to(device)
         return cls(vision, head, preprocess)

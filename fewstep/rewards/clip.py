@@ -55,7 +55,7 @@ class CLIPScore:
         return cls(model, transformers.AutoTokenizer.from_pretrained(with_words), preprocess)
 
     @classmethod
-    def read_preprocess(cls, folder: Path, size: int) -> Preprocess | Callable[[Tensor], Tensor]:
+    def read_preprocess(cls, folder: Path, size: int) -> Any:
         """What the folder's image processor does. size: the edge of the pictures that the model reads."""
         path = folder / "processor_config.json"
         if not path.is_file():

@@ -8,20 +8,18 @@ from pathlib import Path
 from torch import Tensor
 
 from fewstep.rewards.clip import CLIPScore
-from fewstep.rewards.pixels import Preprocess, normalise, resize_float, shorter_edge
+from fewstep.rewards.pixels import Preprocess, centre, normalise, resize_float, shorter_edge
 
 
 def preprocess(images: Tensor, *, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """(B, 3, H, W) in [0, 1] -> (B, 3, size, size), as the published code does it with torchvision of 0.17 or later.
 
-    It turns the picture into floats first, so that the resize is neither rounded nor clipped, and rounds half of an odd margin to
-    the even number.
+    It turns the picture into floats first, so that the resize is neither rounded nor clipped.
     """
     height, width = shorter_edge(*images.shape[2:], size)
     if (height, width) != images.shape[2:]:
         images = resize_float(images, height, width)
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    return normalise(images[:, :, top : top + size, left : left + size], mean, std)
+    return normalise(centre(images, size, size, halves="even"), mean, std)
 
 
 class HPS(CLIPScore):

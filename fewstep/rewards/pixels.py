@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ class Preprocess(NamedTuple):
     mean: tuple[float, ...]  # of the pixels in [0, 1]
     std: tuple[float, ...]
     resample: str = "bicubic"
+    halves: Literal["down", "even"] = "down"  # which way the centre goes when it falls between two pixels
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, 3, h, w), normalised."""
@@ -28,7 +29,7 @@ class Preprocess(NamedTuple):
         if (height, width) != images.shape[2:]:
             images = resize_8bit(images, height, width, self.resample)
         if self.crop is not None:
-            images = centre(images, *self.crop)
+            images = centre(images, *self.crop, halves=self.halves)
         return normalise(images, self.mean, self.std)
 
 
@@ -60,9 +61,10 @@ def shorter_edge(height: int, width: int, size: int) -> tuple[int, int]:
     return height * size // short, width * size // short
 
 
-def centre(images: Tensor, height: int, width: int) -> Tensor:
-    """The middle of (B, C, H, W), rounded up and left where it falls between two pixels."""
-    top, left = (images.shape[2] - height) // 2, (images.shape[3] - width) // 2
+def centre(images: Tensor, height: int, width: int, *, halves: Literal["down", "even"] = "down") -> Tensor:
+    """The middle of (B, C, H, W). Half of an odd margin is rounded down, as transformers does, or to the even number, as torchvision."""
+    half = {"down": lambda margin: margin // 2, "even": lambda margin: round(margin / 2)}[halves]
+    top, left = half(images.shape[2] - height), half(images.shape[3] - width)
     if top < 0 or left < 0:
         raise ValueError(f"cannot crop {height}x{width} from the middle of {images.shape[2]}x{images.shape[3]}")
     return images[:, :, top : top + height, left : left + width]
