@@ -219,7 +219,7 @@ def parse_config(arguments: list[str]) -> Config:
     config = Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
     for name, value in config.scorer.items():
         if is_code(value) and flag_values(arguments).get(f"--scorer.{name}") != value:  # however a recipe may have spelt it
-            raise UserError(f"scorer.{name} names code, {value}; {ONLY_BY_FLAG.format(name, value)}")
+            raise UserError(f"{', '.join(recipes)}: scorer.{name} names code, {value}; {ONLY_BY_FLAG.format(name, value)}")
     try:
         config = settle_via(config)
     except ValueError as error:
@@ -361,6 +361,13 @@ class Run:
     trainer: Any
 
 
+def assets(config: Config) -> Path | None:
+    """The embedded world's, for a run on its teacher: its rewards know no other pictures."""
+    from fewstep import world
+
+    return world.ASSETS if config.teacher == "world" else None
+
+
 def check_rewards(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
     """The caller's functions with those that flags name and with the servers, which are asked who they are.
 
@@ -381,7 +388,7 @@ def check_rewards(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
 
                 found[name] = Remote(scorer, name).connect()
             elif name in REWARDS:
-                located = sources.locate(name, scorer, world=config.teacher == "world")
+                located = sources.locate(name, scorer, assets=assets(config))
                 if scorer is not None:
                     config.scorer[name] = located
             else:
@@ -436,7 +443,7 @@ def make_terms(config: Config, roles: Any, functions: dict[str, Any]) -> dict[st
             )  # fmt: skip
         else:
             try:
-                source = sources.locate(name, config.scorer.get(name), world=config.teacher == "world")
+                source = sources.locate(name, config.scorer.get(name), assets=assets(config))
                 scorer = sources.build(name, source, device=config.device)
             except (OSError, ValueError) as error:
                 raise UserError(f"scorer.{name}: {error}") from error
@@ -558,7 +565,7 @@ def distill(config: Config, functions: dict[str, Any] | None = None) -> int:
             raise UserError(f"resume: {error}") from error
     kept = as_plain(config) | {"resume": False, "overwrite": False}  # of this call, not of the run
     (output / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False))
-    told = sources.records(config.reward, config.scorer, functions, world=config.teacher == "world")
+    told = sources.records(config.reward, config.scorer, functions, assets=assets(config))
     for line in sources.write_records(output / "rewards.json", told, run.trainer.update):
         print(line)
     if not train(run, output, prompts):

@@ -167,18 +167,23 @@ def request(method: str, url: str, *, body: bytes | None = None, kind: str | Non
         connection = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=timeout, context=context)
     else:
         connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout)
-    late = threading.Event()
+    late, line = threading.Event(), None
 
     def hang_up() -> None:  # a server that sends a byte now and then never runs into the socket's own time limit
         late.set()
-        if connection.sock is not None:
+        open_line = line or connection.sock  # the connection lets go of its socket when the answer begins
+        if open_line is not None:
             with suppress(OSError):
-                connection.sock.shutdown(socket.SHUT_RDWR)
+                open_line.shutdown(socket.SHUT_RDWR)
 
     watch = threading.Timer(timeout, hang_up)
     watch.daemon = True
     watch.start()
     try:
+        connection.connect()
+        line = connection.sock
+        if late.is_set():
+            raise TimeoutError
         headers = {"Connection": "close", "Accept": "application/json"} | ({"Content-Type": kind} if kind else {})
         connection.request(method, parts.path, body=body, headers=headers)
         response = connection.getresponse()

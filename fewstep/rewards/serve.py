@@ -41,7 +41,7 @@ def load(what: str, scorer: str | None, device: str) -> tuple[str, str, Score]:
         from importlib.metadata import version
 
         return what, f"{package}-{version(package)}", make(device)
-    source = sources.locate(what, scorer, world=True)
+    source = sources.locate(what, scorer, flag="--scorer")
     built = sources.build(what, source, device=device)
     return what, f"weights-{sources.version(source)}", built.score
 

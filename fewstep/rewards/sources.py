@@ -112,18 +112,16 @@ def convert_hint(name: str, path: str | Path) -> str:
     return f"{path} is a pickle, which is never loaded. Convert it once: fewstep convert-reward {name} {path} --output FOLDER"
 
 
-def locate(name: str, source: str | None, *, world: bool = False) -> str:
+def locate(name: str, source: str | None, *, assets: Path | None = None, flag: str | None = None) -> str:
     """The folder, or the hub id with its commit, that a named reward is read from; a hub id without a commit gets its newest.
 
-    world: take the embedded world's own where no source is named. Raises ValueError.
+    assets: the embedded world's, where no source is named; flag: how a source is named. Raises ValueError.
     """
     row = REWARDS[name]
-    if source is None and world and row.asset:
-        from fewstep.world import ASSETS
-
-        return str(ASSETS / row.asset)
+    if source is None and assets is not None and row.asset:
+        return str(assets / row.asset)
     if source is None and row.model is None:
-        raise ValueError(missing(name, row))
+        raise ValueError(missing(name, row, flag or f"--scorer.{name}"))
     source = source or row.model
     assert source is not None
     path, hub = Path(source).expanduser(), HUB.fullmatch(source)
@@ -144,15 +142,13 @@ def locate(name: str, source: str | None, *, world: bool = False) -> str:
     return f"{hub[1]}@{commit}"
 
 
-def missing(name: str, row: Named) -> str:
+def missing(name: str, row: Named, flag: str) -> str:
     """What to give a reward that has no model of its own."""
     if row.built_by is None:
-        return (
-            f"runs in an environment of its own: start `fewstep serve-reward {name}` there and give --scorer.{name} http://127.0.0.1:PORT"
-        )
+        return f"runs in an environment of its own: start `fewstep serve-reward {name}` there and give {flag} http://127.0.0.1:PORT"
     if name in ("hps", "aesthetic"):
-        return f"give the folder that `fewstep convert-reward {name}` made of the published weights, --scorer.{name} FOLDER"
-    return f"give the folder or hub id of its model, --scorer.{name} FOLDER (only the embedded world brings its own)"
+        return f"give the folder that `fewstep convert-reward {name}` made of the published weights, {flag} FOLDER"
+    return f"give the folder or hub id of its model, {flag} FOLDER (only the embedded world brings its own)"
 
 
 def fetch(source: str, *, weights: bool = True) -> Path:
@@ -185,7 +181,7 @@ def build(name: str, source: str, *, device: Any = "cpu") -> Any:
     """A named reward from a located source. Raises ValueError or OSError."""
     row = REWARDS[name]
     if row.built_by is None:
-        raise ValueError(missing(name, row))
+        raise ValueError(missing(name, row, f"--scorer.{name}"))
     module, kind = row.built_by
     options = {"processor": fetch(row.processor, weights=False)} if row.processor and source == row.model else {}
     return getattr(importlib.import_module(module), kind).load(fetch(source), device=device, **options)
@@ -208,7 +204,9 @@ def version(source: str) -> str:
     return digest.hexdigest()[:12]
 
 
-def records(rewards: Iterable[str], scorers: dict[str, str], functions: dict[str, Any], *, world: bool) -> dict[str, dict[str, str]]:
+def records(
+    rewards: Iterable[str], scorers: dict[str, str], functions: dict[str, Any], *, assets: Path | None
+) -> dict[str, dict[str, str]]:
     """Name -> where each reward of a run comes from and in which version, as `rewards.json` keeps it."""
     told: dict[str, dict[str, str]] = {}
     for name in rewards:
@@ -220,7 +218,7 @@ def records(rewards: Iterable[str], scorers: dict[str, str], functions: dict[str
         elif function is not None:
             told[name] = {"source": "a function of the caller's own"}
         elif name in REWARDS:
-            source = locate(name, scorer, world=world)
+            source = locate(name, scorer, assets=assets)
             told[name] = {"source": source, "version": version(source)}
     return told
 
