@@ -219,7 +219,7 @@ def parse_config(arguments: list[str]) -> Config:
     config = Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
     for name, value in config.scorer.items():
         if is_code(value) and flag_values(arguments).get(f"--scorer.{name}") != value:  # however a recipe may have spelt it
-            raise UserError(f"{', '.join(recipes)}: scorer.{name} names code, {value}; {ONLY_BY_FLAG.format(name, value)}")
+            raise UserError(f"{', '.join(recipes) or '--scorer'}: scorer.{name} names code, {value}; {ONLY_BY_FLAG.format(name, value)}")
     try:
         config = settle_via(config)
     except ValueError as error:

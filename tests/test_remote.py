@@ -616,6 +616,8 @@ def test_a_run_stops_when_too_much_cannot_be_scored(faulty, teacher_folder, prom
         (["--reward.mine", "URL", "--via.mine", "pathwise"], "via.mine: pathwise needs a gradient"),
         (["--reward.mine", "URL", "--steps", "1"], "a one-step student has no stochastic step"),
         (["--reward.mine", "URL", "--weights.mode", "sum"], "policy is for fixed and adaptive weights"),
+        (["--reward.image-reward", "1"], "start `fewstep serve-reward image-reward` there and give --scorer.image-reward http://"),
+        (["--reward.mine", "1", "--scorer", '{"mine": "a.py:f"}'], "--scorer: scorer.mine names code, a.py:f"),
         (["--reward.hps3", "1"], "start `fewstep serve-reward hps3` there and give --scorer.hps3 http://127.0.0.1:PORT"),
         (["--reward.hps", "1"], "`fewstep convert-reward hps` made of the published weights, --scorer.hps FOLDER"),
     ],

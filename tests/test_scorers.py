@@ -159,6 +159,16 @@ def test_a_model_without_tokenizer_takes_the_published_processors(tmp_path):
         PickScore.load(bare)
 
 
+def test_a_folders_own_code_is_not_run(tmp_path):
+    folder, mark = save_clip(tmp_path / "clip"), tmp_path / "executed"
+    (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
+    for name, key in (("config.json", "AutoModel"), ("tokenizer_config.json", "AutoTokenizer")):
+        held = json.loads((folder / name).read_text()) | {"auto_map": {key: ["evil.Evil", None] if key == "AutoTokenizer" else "evil.Evil"}}
+        (folder / name).write_text(json.dumps(held))
+    assert bool(torch.isfinite(CLIPScore.load(folder).score(noise(1, 16, 16), ["cat"])).all())
+    assert not mark.exists()
+
+
 def test_a_folder_of_another_kind_of_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match=r"holds a 'bert' model; this reward needs one of clip, siglip"):

@@ -52,7 +52,7 @@ class CLIPScore:
         check_safetensors(folder)
         model = getattr(transformers, FAMILIES[config["model_type"]]).from_pretrained(folder, use_safetensors=True).to(device)
         with_words = folder if any(Path(folder).glob("tokenizer*")) else beside
-        return cls(model, transformers.AutoTokenizer.from_pretrained(with_words), preprocess)
+        return cls(model, transformers.AutoTokenizer.from_pretrained(with_words, trust_remote_code=False), preprocess)
 
     @classmethod
     def read_preprocess(cls, folder: Path, size: int) -> Any:

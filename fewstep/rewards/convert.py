@@ -52,7 +52,12 @@ def convert(name: str, file: Path, output: Path, *, clip: str | None = None) -> 
     if output.exists():
         raise ValueError(f"{output}: exists already; name a folder to make")
     source = sources.locate("clip", clip or REWARDS[name].clip)
-    with tempfile.TemporaryDirectory() as folder:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        beside = tempfile.TemporaryDirectory(dir=output.parent)  # on its file system: made whole, then renamed
+    except OSError as error:
+        raise ValueError(f"{output}: cannot be written ({error.strerror})") from error
+    with beside as folder:
         held = Path(folder) / "state.safetensors"
         done = subprocess.run([sys.executable, "-I", "-c", OPEN, str(file), str(held)], capture_output=True, text=True)
         if done.returncode != 0:
@@ -66,12 +71,7 @@ def convert(name: str, file: Path, output: Path, *, clip: str | None = None) -> 
             (write_aesthetic if name == "aesthetic" else write_clip)(name, state, source, made)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(made, output)
-        except OSError as error:
-            shutil.rmtree(output, ignore_errors=True)
-            raise ValueError(f"{output}: cannot be written ({error.strerror})") from error
+        made.rename(output)
 
 
 def write_aesthetic(name: str, state: dict[str, Any], source: str, folder: Path) -> None:
@@ -91,7 +91,7 @@ def write_clip(name: str, state: dict[str, Any], source: str, folder: Path) -> N
     from fewstep.rewards.hps import from_open_clip
 
     words = sources.fetch(source, weights=False)
-    model = AutoModel.from_config(AutoConfig.from_pretrained(words))
+    model = AutoModel.from_config(AutoConfig.from_pretrained(words, trust_remote_code=False), trust_remote_code=False)
     state = from_open_clip(state) if name == "hps" else state
     try:
         report = model.load_state_dict(state, strict=False)
