@@ -25,12 +25,17 @@ commands:
   export FOLDER           write a student as a diffusers folder, a LoRA or a file for ComfyUI; push it to the hub
   evaluate FOLDER         measure a student beside its teacher
   compare                 recipes x seeds on the embedded world at equal network evaluations, as one table
+  rewards                 the named rewards: what they score, licences, range, memory
+  serve-reward NAME       one reward behind HTTP, for an environment or a GPU of its own
+  convert-reward NAME     a reward's published pickle into safetensors, once
 
 `fewstep COMMAND --help` lists a command's options; `fewstep --version` prints the version."""
 
-RUN_FILES = ("checkpoints", "samples", "tensorboard", "config.yaml", "metrics.jsonl", "samples.png", "evaluation.json", "README.md",
-             "export", "model_index.json", "unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer",
-             "tokenizer_2", "tokenizer_3", "scheduler", "feature_extractor", "pytorch_lora_weights.safetensors")  # fmt: skip
+RUN_FILES = (
+    "checkpoints", "samples", "tensorboard", "config.yaml", "rewards.json", "metrics.jsonl", "samples.png", "evaluation.json", "README.md",
+    "export", "model_index.json", "unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer",
+    "tokenizer_2", "tokenizer_3", "scheduler", "feature_extractor", "pytorch_lora_weights.safetensors",
+)  # fmt: skip
 # what may differ between a run and its continuation
 FREE_ON_RESUME = ("updates", "teacher_guidance", "save_every", "sample_every", "evaluate", "resume", "overwrite", "dry_run", "output",
                   "device")  # fmt: skip
@@ -52,7 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     commands = {
         "distill": distill_command, "sample": sample_command, "export": export_command, "evaluate": evaluate_command,
-        "compare": compare_command, "models": models_command,
+        "compare": compare_command, "models": models_command, "rewards": rewards_command, "serve-reward": serve_reward_command,
+        "convert-reward": convert_reward_command,
     }  # fmt: skip
     if arguments[0] not in commands:
         return complain(f"unknown command {arguments[0]!r}{nearest(arguments[0], commands)}")
@@ -97,6 +103,7 @@ def field_names(config: type, prefix: str = "") -> dict[str, type]:
 
 # fields that are tables: the user names their keys
 TABLES = ("reward", "via", "scorer")
+ONLY_BY_FLAG = "a file runs no code here: leave it out and give your own flag, --scorer.{} {}"
 
 
 def in_table(name: str) -> bool:
@@ -107,6 +114,7 @@ def in_table(name: str) -> bool:
 def normalise(arguments: list[str], names: dict[str, type]) -> list[str]:
     """Flags as the parser knows them: underscores, `--config` before a recipe, a value for a bare switch; unknown ones are refused."""
     out: list[str] = []
+    arguments = spell_out(arguments)
     for i, argument in enumerate(arguments):
         if not argument.startswith("--"):
             is_value = i > 0 and arguments[i - 1].startswith("--") and "=" not in arguments[i - 1]
@@ -125,6 +133,24 @@ def normalise(arguments: list[str], names: dict[str, type]) -> list[str]:
     return out
 
 
+def spell_out(arguments: list[str]) -> list[str]:
+    """`--reward.NAME path/to/file.py:function` or a server's address as what it is short for: weight 1, and the scorer."""
+    from fewstep.rewards.sources import is_code, is_remote
+
+    out: list[str] = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if not argument.startswith("--") and out and out[-1].startswith("--reward.") and "=" not in out[-1]:
+            flag, equals, value = out.pop(), "=", argument
+            argument = f"{flag}={value}"
+        if flag.startswith("--reward.") and equals and (is_code(value) or is_remote(value)):
+            name = flag.removeprefix("--reward.")
+            out += [f"--reward.{name}=1", f"--scorer.{name}={value}"]
+        else:
+            out.append(argument)
+    return out
+
+
 def recipe_names() -> list[str]:
     return sorted(path.stem for path in (Path(__file__).parent / "recipes").glob("*.yaml"))
 
@@ -140,8 +166,10 @@ def recipe_path(argument: str) -> str:
 
 
 def check_recipe(path: Path, names: dict[str, type]) -> None:
-    """Unknown keys of a YAML recipe, by file and key, before anything else is parsed."""
+    """Unknown keys of a YAML recipe, and code in it, by file and key, before anything else is parsed."""
     import yaml
+
+    from fewstep.rewards.sources import is_code
 
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -159,6 +187,8 @@ def check_recipe(path: Path, names: dict[str, type]) -> None:
             name = f"{prefix}{key}"
             if name not in names and not in_table(name):
                 raise UserError(f"{path}: unknown key {name!r}{nearest(name, names)}")
+            if in_table(name) and is_code(value):
+                raise UserError(f"{path}: {name} names code, {value}; {ONLY_BY_FLAG.format(name.partition('.')[2], value)}")
             if isinstance(value, dict):
                 walk(value, f"{name}.")
 
@@ -170,6 +200,7 @@ def parse_config(arguments: list[str]) -> Config:
     import jsonargparse
 
     from fewstep.config import Config
+    from fewstep.rewards.sources import is_code, settle_via
 
     class Parser(jsonargparse.ArgumentParser):
         def error(self, message: str, ex: Exception | None = None):
@@ -192,6 +223,13 @@ def parse_config(arguments: list[str]) -> Config:
             raise UserError(f"{recipe}: {error}") from error
     parsed = parser.instantiate(parser.parse_args(arguments))
     config = Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
+    for name, value in config.scorer.items():
+        if is_code(value) and flag_values(arguments).get(f"--scorer.{name}") != value:  # however a recipe may have spelt it
+            raise UserError(f"{', '.join(recipes) or '--scorer'}: scorer.{name} names code, {value}; {ONLY_BY_FLAG.format(name, value)}")
+    try:
+        config = settle_via(config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     problems = config.problems()
     if problems:
         raise UserError("; ".join(problems))
@@ -202,9 +240,13 @@ def saved_recipe(arguments: list[str]) -> list[str]:
     """A run that goes on starts from its own saved config; flags given now come after it."""
     if "--resume" not in arguments and "--resume=true" not in arguments:
         return []
-    flags = dict(pair for pair in zip(arguments, [*arguments[1:], ""], strict=True)) | dict(a.split("=", 1) for a in arguments if "=" in a)
-    path = Path(flags.get("--output", "out")) / "config.yaml"
+    path = Path(flag_values(arguments).get("--output", "out")) / "config.yaml"
     return ["--config", str(path)] if path.is_file() else []
+
+
+def flag_values(arguments: list[str]) -> dict[str, str]:
+    """What follows each flag, the last one winning."""
+    return dict(pair for pair in zip(arguments, [*arguments[1:], ""], strict=True)) | dict(a.split("=", 1) for a in arguments if "=" in a)
 
 
 def as_arguments(values: dict[str, Any], prefix: str = "") -> list[str]:
@@ -252,9 +294,12 @@ def check_same_run(config: Config, path: Path) -> None:
     import yaml
 
     from fewstep.config import Config
+    from fewstep.rewards.sources import is_remote
 
     # a field that an earlier version did not have is as it is by default
     before, now = as_plain(Config()) | yaml.safe_load(path.read_text()), as_plain(config)
+    for held in (before, now):  # a server may have moved; its version is what counts, and `rewards.json` has it
+        held["scorer"] = {name: "a server" if is_remote(value) else value for name, value in (held.get("scorer") or {}).items()}
     changed = [key for key in now if key not in FREE_ON_RESUME and before.get(key) != now[key]]
     if changed:
         was, free = before.get(changed[0]), ", ".join(FREE_ON_RESUME[:4])
@@ -262,8 +307,11 @@ def check_same_run(config: Config, path: Path) -> None:
 
 
 def as_plain(config: Config) -> dict[str, Any]:
-    """The config as YAML and JSON hold it."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """The config as YAML and JSON hold it: without the code that it named, which no file may."""
+    from fewstep.rewards.sources import is_code
+
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain | {"scorer": {name: value for name, value in config.scorer.items() if not is_code(value)}}
 
 
 def read_prompts(config: Config) -> list[str]:
@@ -321,21 +369,41 @@ class Run:
     trainer: Any
 
 
-def check_rewards(config: Config, functions: dict[str, Any]) -> None:
-    """Raises UserError, before anything slow, for a reward that nobody can make."""
-    from fewstep.rewards import REWARDS
+def assets(config: Config) -> Path | None:
+    """The embedded world's, for a run on its teacher: its rewards know no other pictures."""
+    from fewstep import world
 
+    return world.ASSETS if config.teacher == "world" else None
+
+
+def check_rewards(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
+    """The caller's functions with those that flags name and with the servers, which are asked who they are.
+
+    Raises UserError, before anything slow, for a reward that nobody can make; hub ids in `config.scorer` get their commit.
+    """
+    from fewstep.rewards import REWARDS, sources
+
+    found = dict(functions)
     for name in config.reward:
+        scorer = config.scorer.get(name)
         if name in functions or name == "discriminator":
             continue
-        if name not in REWARDS:
-            known = [*REWARDS, "discriminator"]
-            raise UserError(
-                f"reward.{name}: unknown reward{nearest(name, known)}. "
-                f"A function of your own comes by fewstep.distill(rewards={{{name!r}: f}})"
-            )
-        if config.teacher != "world" and name not in config.scorer:
-            raise UserError(f"reward.{name}: give the folder of its model, --scorer.{name} FOLDER (only the embedded world brings its own)")
+        try:
+            if sources.is_code(scorer):
+                found[name] = sources.load_function(scorer)
+            elif sources.is_remote(scorer):
+                from fewstep.rewards.remote import Remote
+
+                found[name] = Remote(scorer, name).connect()
+            elif name in REWARDS:
+                located = sources.locate(name, scorer, assets=assets(config))
+                if scorer is not None:
+                    config.scorer[name] = located
+            else:
+                known = [*REWARDS, "discriminator"]
+                raise UserError(f"reward.{name}: unknown reward{nearest(name, known)}. {sources.own_hint(name, resume=config.resume)}")
+        except ValueError as error:
+            raise UserError(f"{'reward' if scorer is None else 'scorer'}.{name}: {error}") from error
     latents = config.discriminator.latents
     if "discriminator" in config.reward and (latents is None and config.teacher != "world"):
         raise UserError(
@@ -343,17 +411,16 @@ def check_rewards(config: Config, functions: dict[str, Any]) -> None:
         )
     if latents is not None and not Path(latents).is_file():
         raise UserError(f"discriminator.latents: {latents}: no such file")
+    return found
 
 
 def make_terms(config: Config, roles: Any, functions: dict[str, Any]) -> dict[str, Any]:
     """The reward terms beside R_dm, by name."""
-    import importlib
-
     import torch
 
     from fewstep import world
     from fewstep.cost import Counted
-    from fewstep.rewards import REWARDS
+    from fewstep.rewards import sources
     from fewstep.rewards.base import as_reward
     from fewstep.trainer import Term
 
@@ -383,10 +450,9 @@ def make_terms(config: Config, roles: Any, functions: dict[str, Any]) -> dict[st
                 betas=own.betas, updates=own.updates, max_norm=own.max_norm,
             )  # fmt: skip
         else:
-            module, kind, asset = REWARDS[name]
-            folder = config.scorer.get(name) or world.ASSETS / asset
             try:
-                scorer = getattr(importlib.import_module(module), kind).load(folder, device=config.device)
+                source = sources.locate(name, config.scorer.get(name), assets=assets(config))
+                scorer = sources.build(name, source, device=config.device)
             except (OSError, ValueError) as error:
                 raise UserError(f"scorer.{name}: {error}") from error
             terms[name] = Term(Counted(scorer), via=via)
@@ -472,7 +538,7 @@ def distill_command(arguments: list[str]) -> int:
 def distill(config: Config, functions: dict[str, Any] | None = None) -> int:
     """Check, train, export, measure. functions: rewards of the caller's own. Returns the exit code."""
     prompts = read_prompts(config)
-    check_rewards(config, functions or {})
+    functions = check_rewards(config, functions or {})
     source = resolve_teacher(config.teacher)
     if config.dry_run:
         return dry_run(config, source, len(prompts))
@@ -481,6 +547,7 @@ def distill(config: Config, functions: dict[str, Any] | None = None) -> int:
 
     output = Path(config.output)
     from fewstep import checkpoint, models
+    from fewstep.rewards import sources
 
     models.quiet_libraries()
 
@@ -508,6 +575,9 @@ def distill(config: Config, functions: dict[str, Any] | None = None) -> int:
             raise UserError(f"resume: {error}") from error
     kept = as_plain(config) | {"resume": False, "overwrite": False}  # of this call, not of the run
     (output / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False))
+    told = sources.records(config.reward, config.scorer, functions, assets=assets(config))
+    for line in sources.write_records(output / "rewards.json", told, run.trainer.update):
+        print(line)
     if not train(run, output, prompts):
         return 130
     finish(run, output, source, prompts)
@@ -849,6 +919,45 @@ def compare_command(arguments: list[str]) -> int:
         table.plot_pareto(summary, options.output / "pareto.png")
     print((options.output / "compare.md").read_text())
     return 0
+
+
+# -- rewards -----------------------------------------------------------------------------------------------------------
+
+
+def rewards_command(arguments: list[str]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fewstep.rewards import rows
+
+    if arguments:
+        raise UserError(f"rewards: takes no arguments, got {arguments[0]!r}")
+    header, *body = rows()
+    table = Table(*header, show_lines=True)
+    for row in body:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 240).print(table)
+    return 0
+
+
+def serve_reward_command(arguments: list[str]) -> int:
+    from fewstep.rewards import serve
+
+    try:
+        return serve.command(arguments)
+    except ValueError as error:
+        raise UserError(f"serve-reward: {error}") from error
+
+
+def convert_reward_command(arguments: list[str]) -> int:
+    from fewstep import models
+    from fewstep.rewards import convert
+
+    models.quiet_libraries()
+    try:
+        return convert.command(arguments)
+    except ValueError as error:
+        raise UserError(f"convert-reward: {error}") from error
 
 
 # -- sample ------------------------------------------------------------------------------------------------------------
