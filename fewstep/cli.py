@@ -19,7 +19,8 @@ Distil a diffusion model into a few-step generator, with distribution matching a
 
 commands:
   distill [RECIPE]        make a few-step student; with no argument: the embedded teacher, GNDM, 4 steps;
-                          RECIPE is a YAML file, or dmd, dmd2, gndm, dmdr, gndmr, gndm-is, gndmr-is
+                          RECIPE is a YAML file, or a method: dmd, dmd2, gndm, dmdr, gndmr, gndm-is, gndmr-is,
+                          or a family's teacher: sd, sdxl, sd3, flux, flux2, sana, pixart, z_image, qwen_image
   sample FOLDER           draw pictures with a student
   models                  list the model families and what each supports
   export FOLDER           write a student as a diffusers folder, a LoRA or a file for ComfyUI; push it to the hub
