@@ -357,6 +357,8 @@ def resolve_hardware(config: Config) -> Config:
     memory = config.memory
     if memory.frozen == "auto":
         memory = dataclasses.replace(memory, frozen="bf16" if precision == "bf16" and torch.device(device).type == "cuda" else "fp32")
+    if memory.frozen == "bf16" and precision != "bf16":
+        raise UserError(f"memory.frozen: bf16 is for arithmetic in bf16, and precision is {precision}")
     return dataclasses.replace(config, device=device, precision=precision, memory=memory)
 
 

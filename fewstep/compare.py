@@ -453,7 +453,7 @@ def stamp_of(plan: Plan, row: str, seed: int) -> dict[str, Any]:
     config, student = config_of(plan, row, seed), EVERY_ROW.get(row)
     recipe = "teacher"
     if config is not None:
-        plain, untouched = cli.as_plain(config) | {"output": ""}, cli.as_plain(Config())
+        plain, untouched = (cli.as_plain(at) | {"output": ""} for at in (config, cli.resolve_hardware(Config(device="cpu"))))
         recipe = protocol.sha256({key: value for key, value in plain.items() if key not in LATER or value != untouched[key]})
     return {
         "config": recipe,

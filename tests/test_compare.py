@@ -1,6 +1,7 @@
 """The comparison: its statistics, what it keeps, and that a second call makes only what is missing."""
 
 import concurrent.futures
+import dataclasses
 import json
 import math
 import os
@@ -235,3 +236,12 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
         time.sleep(0.05)
     os.kill(worker, 9)
     raise AssertionError("the worker outlived its parent by 30 s")
+
+
+def test_fields_that_came_after_the_first_cells_leave_their_stamps_alone(tmp_path):
+    plan = compare.Plan(tmp_path, 100, 2, 4, 1)
+    plain = cli.as_plain(compare.cell_config(plan, compare.EVERY_ROW["GNDM"], 100)) | {"output": ""}
+    first = {key: value for key, value in plain.items() if key not in compare.LATER}
+    assert compare.stamp_of(plan, "GNDM", 100)["config"] == compare.protocol.sha256(first)
+    turned = dataclasses.replace(plan, options=(*plan.options, "--memory.checkpointing"))
+    assert compare.stamp_of(turned, "GNDM", 100)["config"] != compare.protocol.sha256(first)
