@@ -27,8 +27,8 @@ commands:
 
 `fewstep COMMAND --help` lists a command's options; `fewstep --version` prints the version."""
 
-RUN_FILES = ("checkpoints", "samples", "tensorboard", "config.yaml", "metrics.jsonl", "samples.png", "evaluation.json", "README.md",
-             "export", "model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "feature_extractor",
+RUN_FILES = ("checkpoints", "samples", "tensorboard", "config.yaml", "metrics.jsonl", "samples.png", "evaluation.json", "evaluation",
+             "README.md", "export", "model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "feature_extractor",
              "pytorch_lora_weights.safetensors")  # fmt: skip
 # what may differ between a run and its continuation
 FREE_ON_RESUME = ("updates", "teacher_guidance", "save_every", "sample_every", "evaluate", "resume", "overwrite", "output", "device")
@@ -795,8 +795,6 @@ def share_of(text: str | None) -> tuple[int, int]:
 
 
 def evaluate_command(arguments: list[str]) -> int:
-    from fewstep.config import Config
-
     tables, arguments = table_flags(arguments, ("extractor", "judge"))
     parser = simple_parser(
         "evaluate",

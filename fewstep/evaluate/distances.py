@@ -27,8 +27,9 @@ class Matrix(Protocol):
     def __getitem__(self, rows: slice | Tensor) -> Tensor: ...
 
 
-def chunks(matrix: Matrix, size: int = CHUNK) -> Iterator[tuple[int, Tensor]]:
-    """(number of the first row, the rows) of each part of a matrix."""
+def chunks(matrix: Matrix, size: int | None = None) -> Iterator[tuple[int, Tensor]]:
+    """(number of the first row, the rows) of each part of a matrix. size: rows of a part (None: CHUNK)."""
+    size = size or CHUNK
     for first in range(0, len(matrix), size):
         yield first, matrix[first : first + size]
 

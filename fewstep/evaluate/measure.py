@@ -148,9 +148,8 @@ def measure(
         against = {"data": real.get(e.name), "teacher": other.get(e.name)}
         for what, features in against.items():
             if features is not None:
-                distances_of(
-                    e, observed[f"features/{e.name}"], features, what, rows, add, out, left_out, draws=draws, seed=seed, device=device
-                )
+                mine = observed[f"features/{e.name}"]
+                distances_of(e, mine, features, what, rows, add, out, left_out, seed=seed, device=device)
     for name, scorer in scorers.items():
         own, above = caption_scores(observed[f"features/{name}"], scorer, prompts, group)
         add_mean(name, own)
@@ -201,7 +200,7 @@ def as_distances_take(e: Extractor, features: Matrix) -> Matrix:
 
 def distances_of(
     e: Extractor, features: Matrix, other: Matrix, what: str, rows: Tensor, add: Any, out: Measured, left_out: dict[str, str], *,
-    draws: int, seed: int, device: str | torch.device,
+    seed: int, device: str | torch.device,
 ) -> None:  # fmt: skip
     """The Frechet and the kernel distance of a sample, features (N, d) as they were kept, to `other`, features as distances take them.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewstep.evaluate.features import Extractor
 from fewstep.evaluate.sets import import_datasets
-from fewstep.evaluate.store import SHARD, Rows, Shards, my_share, sha256
+from fewstep.evaluate.store import SHARD, Rows, Shards, my_share
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::([\w.-]+))?")  # owner/name, perhaps @revision, perhaps :split
@@ -124,11 +124,11 @@ def features(
     What is kept there from before, of the same pictures by the same extractor, is not computed again.
     """
     notes = {name: {"data": pictures.identity, "weights": e.weights, "resize": e.resize} for name, e in extractors.items()}
-    kept = {name: Shards(folder, note, pictures.n) for name, note in notes.items()}
+    kept = {name: Shards(folder, note, pictures.n, size=SHARD) for name, note in notes.items()}
     missing = {name: shards.missing() for name, shards in kept.items()}
     wanted = my_share(sorted({i for parts in missing.values() for i in parts}), share)
     for i in track(wanted, "real pictures", disable=not (progress and wanted)):
-        images = [pictures.get(row) for row in range(i * SHARD, min((i + 1) * SHARD, pictures.n))]
+        images = [pictures.get(row) for row in next(iter(kept.values())).pictures(i)]
         for name, extractor in extractors.items():
             if i in missing[name]:
                 kept[name].save(i, {f"features/{name}": extract(images, extractor, batch=batch, device=device)})
@@ -136,8 +136,3 @@ def features(
         return None
     found = {name: kept[name].open()[f"features/{name}"] for name in extractors}
     return {name: rows.times(rows.shape[1] ** 0.5) if extractors[name].unit else rows for name, rows in found.items()}
-
-
-def stamp(pictures: Pictures) -> dict[str, Any]:
-    """What the pictures are, for a report's stamp."""
-    return pictures.identity | {"sha256": pictures.identity.get("sha256") or sha256(pictures.identity)}

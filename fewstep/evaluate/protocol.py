@@ -689,12 +689,10 @@ def evaluate(
             assert seen is not None
             sights = {name: values for name, values in seen.items() if name.startswith(("features/", "score/", "utility"))}
             metrics = measure(sights, texts, group, scorers, **compared, draws=draws, left_out=left_out)
-            made = (
-                float(seen["evaluations"][:].sum()) / drawing.n
-                if "evaluations" in seen
-                else network_evaluations(row["steps"], row["guidance"])
-            )
-            rows.append(row | {"n": protocol.n, "metrics": metrics | measure_cost(seen["seconds"][:], float(made), draws=draws)})
+            made = float(network_evaluations(row["steps"], row["guidance"]))
+            if "evaluations" in seen:  # those of every part, as they were made
+                made = float(seen["evaluations"][:].sum()) / drawing.n
+            rows.append(row | {"n": protocol.n, "metrics": metrics | measure_cost(seen["seconds"][:], made, draws=draws)})
     best = min(rows[2:], key=lambda row: nearness(row["metrics"])) if len(rows) > 2 else None
     by_blocks = jackknifed(protocol.n, used, list(rows[0]["metrics"]))
     return {
@@ -778,14 +776,12 @@ def as_table(report: dict[str, Any]) -> Table:
 def differences(stamp: Any, other: Any, prefix: str = "") -> list[str]:
     """Every field in which two stamps differ, as `field: this / other`, hashes cut to eight digits."""
     if isinstance(stamp, dict) and isinstance(other, dict):
-        return [
-            line for key in {**stamp, **other} for line in differences(stamp.get(key), other.get(key), f"{prefix}.{key}" if prefix else key)
-        ]
+        names = {key: f"{prefix}.{key}" if prefix else key for key in {**stamp, **other}}
+        return [line for key, name in names.items() for line in differences(stamp.get(key), other.get(key), name)]
     if stamp == other:
         return []
-    return [
-        f"{prefix}: " + " / ".join(value[:8] if isinstance(value, str) and len(value) == 64 else str(value) for value in (stamp, other))
-    ]
+    shown = [value[:8] if isinstance(value, str) and len(value) == 64 else str(value) for value in (stamp, other)]
+    return [f"{prefix}: {shown[0]} / {shown[1]}"]
 
 
 def beside(reports: Mapping[str, dict[str, Any]]) -> Table:

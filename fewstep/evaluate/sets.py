@@ -72,7 +72,7 @@ def read(path: Path, *, name: str | None = None) -> PromptSet:
         return PromptSet(name or path.name, [prompt for part in parts for prompt in part.prompts])
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        return PromptSet(name or path.name, prompts.read(path))
+        return PromptSet(name or path.name, prompts.read(path, repeats=True))
     try:
         entries = reader(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
