@@ -679,8 +679,8 @@ def source_of(name: str, size: tuple[int, int] | None, *, device: str, precision
 
 
 def measure_student(student: str | Path, teacher: str | None, config: Config | None, *, output: Path, **told: Any) -> dict[str, Any] | None:
-    """Measure a student as `protocol.evaluate` is told; saves the report, prints its table and returns it, or None while other shares
-    are missing. config: of the student's run, where there is one; told: what the caller gives beside the embedded world's own."""
+    """Measure a student as `protocol.evaluate` is told; saves the report, prints its table and returns it, or None where only a share was
+    drawn. config: of the student's run, where there is one; told: what the caller gives beside the embedded world's own."""
     from rich.console import Console
 
     from fewstep.evaluate import protocol
@@ -874,7 +874,7 @@ def evaluate_command(arguments: list[str]) -> int:
         told["scorers"] = scorers
         output = options.output or (folder if own else Path()) / "evaluation.json"
         report = measure_student(folder, teacher, config, output=output, share=share, progress=share[0] == 0 or not launched, **told)
-        if report is None and launched:
+        if launched and share[1] > 1:
             await_others()
             if share[0] == 0:
                 report = measure_student(folder, teacher, config, output=output, **told)

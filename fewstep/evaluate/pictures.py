@@ -119,7 +119,7 @@ def features(
     share: tuple[int, int] = (0, 1),
     progress: bool = True,
 ) -> dict[str, Rows] | None:
-    """Each extractor's features of all pictures, kept in `folder` part by part; None while other processes' parts are missing.
+    """Each extractor's features of all pictures, kept in `folder` part by part; None where only a share of them was looked at.
 
     What is kept there from before, of the same pictures by the same extractor, is not computed again.
     """
@@ -132,7 +132,7 @@ def features(
         for name, extractor in extractors.items():
             if i in missing[name]:
                 kept[name].save(i, {f"features/{name}": extract(images, extractor, batch=batch, device=device)})
-    if any(shards.missing() for shards in kept.values()):
+    if share != (0, 1):
         return None
     found = {name: kept[name].open()[f"features/{name}"] for name in extractors}
     return {name: rows.times(rows.shape[1] ** 0.5) if extractors[name].unit else rows for name, rows in found.items()}

@@ -579,8 +579,8 @@ def evaluate(
     neighbours: k of precision and recall. noise: a picture's own, or, as samples that ship were drawn, that of its batch.
     work, cache: folders that keep what was seen of the student's and of the teacher's pictures, and of real ones, by the content of
     pipeline, scorers and protocol; their use is said. A sample that is there in part is gone on with. shipped: a folder that `ship`
-    filled: a sample found there is not drawn, only timed over a few batches. share (i, n): draw the i-th of n shares of every sample
-    and return None while the other shares are missing. keep_images: a folder for the pictures themselves.
+    filled: a sample found there is not drawn, only timed over a few batches. share (i, n): draw the i-th of n shares of every sample,
+    measure nothing and return None. keep_images: a folder for the pictures themselves.
 
     Returns {"protocol", "interval", "student", "teacher", "rows", "best_solver", "left_out"}: each row has name, solver, steps, guidance,
     seed, n, sample (drawn, kept or shipped), device and metrics (see `measure`); best_solver names the few-step teacher nearest to the
@@ -626,7 +626,7 @@ def evaluate(
     common = protocol.stamp() | {"data": None, "neighbours": None, "device": None, "extractor": None}
 
     def collect(source: Source, row: dict[str, Any], identity: dict[str, str], folder: Path) -> tuple[dict[str, Any], Seen | None]:
-        """(the row, saying where its sample came from; what was seen of it, or None while parts are missing that others draw)."""
+        """(the row, saying where its sample came from; what was seen of it, or None where only a share was drawn)."""
         note = {**identity, "protocol": common, "row": row, "call": source.call(row["guidance"])}
         shards = Shards(folder, note, drawing.n, size=drawing.part_size())
         missing = unfinished(shards, row, drawing)
@@ -635,7 +635,7 @@ def evaluate(
         draw_parts(source, row, shards, my_share(missing, share), drawing)
         if not missing:
             say(f"{row['name']}: read from {shards.path(0)}" + (f" and {shards.count - 1} more" if shards.count > 1 else ""))
-        elif unfinished(shards, row, drawing):
+        if share != (0, 1):
             return row, None
         seen: dict[str, Matrix] = dict(shards.open())
         return row | {"sample": "drawn" if missing else "kept", "device": ", ".join(shards.devices())}, seen
@@ -676,9 +676,8 @@ def evaluate(
         if isinstance(data, Pictures):
             by_name = {e.name: e for e in used}
             real = features_of(data, by_name, folder, batch=batch, device=device, share=share, progress=progress)
-        lacking = [row["name"] for row, seen in samples if seen is None]
-        if lacking or (teacher is not None and reference is None) or (isinstance(data, Pictures) and real is None):
-            say(f"share {share[0]} of {share[1]} is done; others are missing. When all are, the same call without a share measures")
+        if share != (0, 1):
+            say(f"share {share[0]} of {share[1]} is drawn. When all are, the same call without a share measures")
             return None
         group = torch.arange(len(texts)).repeat_interleave(images_per_prompt)
         compared = {"extractor": used, "data": real, "neighbours": neighbours, "repeats": named is not None, "device": device}
