@@ -744,7 +744,7 @@ def as_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
 
 
 def label(name: str) -> str:
-    return LABELS.get(name, "  above shuffled captions ↑" if name.endswith("_over_shuffled") else name)
+    return LABELS.get(name, "  above shuffled captions ↑" if name.endswith("_over_shuffled") else f"{name} ↑")  # judges are named freely
 
 
 def notes(report: dict[str, Any]) -> list[str]:
