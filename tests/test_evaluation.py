@@ -19,7 +19,7 @@ from test_evaluate import tiny_pipeline as other_pipeline
 from fewstep import cli
 from fewstep.evaluate import measure as measuring
 from fewstep.evaluate import protocol, store
-from fewstep.evaluate.distances import frechet, kernel_distance, polynomial, precision_recall
+from fewstep.evaluate.distances import frechet, jackknife, kernel_distance, polynomial, precision_recall
 from fewstep.evaluate.features import Extractor
 from fewstep.evaluate.measure import measure
 from fewstep.evaluate.sets import PromptSet
@@ -122,6 +122,20 @@ def test_the_teachers_prompts_are_left_out_with_the_students(monkeypatch):
         found = [measuring.jackknifed_frechet(mine, theirs, rows, paired=paired, seed=s) for s in range(8)]
         widths.append(np.mean([entry["high"] - entry["value"] for entry in found]))
     assert widths[0] < 0.5 * widths[1]
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_a_kernel_distances_interval_leaves_prompts_out(paired):
+    """Of the sample, and of the teacher's with it: as if the pictures had never been there."""
+    mine, theirs, rows = normal(80, 4, seed=1), normal(80, 4, seed=2) + 0.3, torch.arange(80).view(40, 2)
+    found = measuring.jackknifed_kernel("kid", mine, theirs, rows, paired=paired, seed=3, device="cpu")
+    block, without = measuring.blocks_of(40, 3), []
+    assert block.bincount().tolist() == [2] * 20
+    for g in range(20):
+        left = rows[block != g].flatten()
+        without.append(kernel_distance(mine[left], theirs[left] if paired else theirs, polynomial, unbiased=True))
+    expected = jackknife(kernel_distance(mine, theirs, polynomial, unbiased=True), without)
+    assert (found["low"], found["high"]) == pytest.approx(expected, abs=1e-9)
 
 
 def test_what_cannot_be_measured_is_left_out_and_said(sample):
@@ -342,6 +356,10 @@ def test_shares_are_the_whole_to_the_bit(tmp_path, noise, request):
     assert shared["rows"][0]["sample"] == "kept"
     assert without_times(shared) == without_times(whole)
     assert_same(kept(tmp_path / "three"), kept(tmp_path / "one"))
+    if noise == "batch":  # as `fewstep sample` and the samples that ship with the world are drawn
+        images, _ = protocol.generate(pipe, options["prompts"].prompts, 2, steps=3, seed=0, batch=3)
+        found = [store.read(path)["features/flat"] for path in sorted((tmp_path / "one").glob("*.safetensors"))]
+        assert torch.equal(torch.cat(found), FLAT.function(images))
 
 
 def test_what_was_drawn_otherwise_is_never_taken(tmp_path):

@@ -62,6 +62,11 @@ def test_the_stamped_resize_comes_before_the_network_but_not_before_the_crop(inc
     assert torch.equal(small[0], torch.from_numpy(np.array(expected)).permute(2, 0, 1))
 
 
+def test_pictures_are_rounded_as_a_file_holds_them():
+    levels = torch.tensor([0.0, 0.4, 0.6, 254.4, 254.6, 255.0, -3.0, 258.0]) / 255
+    assert to_bytes(levels).tolist() == [0, 0, 1, 254, 255, 255, 0, 255]
+
+
 def test_small_pictures_are_not_cropped_and_squares_of_the_size_are_left_alone():
     images = to_bytes(pictures(1, 300, 298))
     assert torch.equal(crop(images, 299), images)
