@@ -688,7 +688,8 @@ def measure_student(student: str | Path, teacher: str | None, config: Config | N
     device, precision = told.setdefault("device", evaluation_device()), told.setdefault("precision", "fp32")
     size = config.sizes()[0] if config else None
     opening = {"device": device, "precision": precision}
-    told = (world_instruments(device) if teacher == str(resolve_teacher("world")) else {"noise": "picture", "scorers": {}}) | told
+    own = world_instruments(device) if teacher == str(resolve_teacher("world")) else {"noise": "picture", "scorers": {}}
+    told = own | told | {"scorers": own["scorers"] | told.get("scorers", {})}
     report = protocol.evaluate(
         source_of(str(student), size, student=True, **opening),
         teacher=source_of(teacher, size, student=False, **opening) if teacher else None,
@@ -866,12 +867,7 @@ def evaluate_command(arguments: list[str]) -> int:
         if options.data is not None:
             told["data"] = pictures.open_pictures(options.data)
         told["extractors"] = features.make_extractors(tables["extractor"].items(), resize=options.resize, device=device)
-        scorers, told["judges"] = load_judges(tables["judge"], device=device, in_world=against == "world")
-        if against == "world":
-            from fewstep import world
-
-            scorers = world.load_scorers(device=device) | scorers
-        told["scorers"] = scorers
+        told["scorers"], told["judges"] = load_judges(tables["judge"], device=device, in_world=against == "world")
         output = options.output or (folder if own else Path()) / "evaluation.json"
         report = measure_student(folder, teacher, config, output=output, share=share, progress=share[0] == 0 or not launched, **told)
         if launched and share[1] > 1:

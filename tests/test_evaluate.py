@@ -407,7 +407,8 @@ def test_shipped_samples_stand_for_drawn_ones_and_are_timed_here(folders, scorer
         for name in ("fd_clip_teacher", "fd_clip_data", "clip", "utility", "diversity"):
             assert b["metrics"][name]["value"] == pytest.approx(a["metrics"][name]["value"], rel=2e-2, abs=2e-3), name  # float16
     # another seed, teacher or number of pictures is another sample
-    for change in ({"seed": 5}, {"images_per_prompt": 4}, {"teacher": folders / "student"}):
+    others = ({"judges": {"bright": lambda images, prompts: brightness(images)}}, {"noise": "picture"}, {"precision": "bf16"})
+    for change in ({"seed": 5}, {"images_per_prompt": 4}, {"teacher": folders / "student"}, *others):
         assert all(row["sample"] == "drawn" for row in run(folders, scorer, monkeypatch, shipped=tmp_path, **change)["rows"])
 
 

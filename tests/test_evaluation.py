@@ -677,6 +677,6 @@ def test_inception_measures_what_a_few_pictures_allow(command, student, tmp_path
     metrics = report["rows"][0]["metrics"]
     assert "kid_data" in metrics and "fid_data" not in metrics and "patch_fid_data" not in metrics
     assert report["left_out"]["fid_data"] == "10 pictures, but the covariance of 2048 features needs more than 2048"
-    assert report["left_out"]["patch_fid"] == "pictures of 8 x 8 hold no crop of 299 pixels"
+    assert report["left_out"]["patch-FID"] == "pictures of 8 x 8 hold no crop of 299 pixels"
     assert report["protocol"]["extractors"]["inception"]["weights"] == store.fingerprint(network)
     assert "no FID to data: 10 pictures" in " ".join(capsys.readouterr().out.split())

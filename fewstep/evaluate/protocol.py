@@ -593,8 +593,10 @@ def evaluate(
     left_out: dict[str, str] = {}
     used = ([of_scorer(extractor, scorers[extractor])] if extractor else []) + list(extractors)
     if min(own.size) < PATCH and any(e.frechet == "patch_fid" for e in used):
-        left_out["patch_fid"] = f"pictures of {own.size[0]} x {own.size[1]} hold no crop of {PATCH} pixels"
+        left_out["patch-FID"] = f"pictures of {own.size[0]} x {own.size[1]} hold no crop of {PATCH} pixels"
         used = [e for e in used if e.frechet != "patch_fid"]
+    if extractors or judges or noise != "batch" or precision != "fp32":
+        shipped = None  # what ships was drawn and seen without these
     packages = ["torch", "diffusers", "transformers", "fewstep"] + (["torch-fidelity", "pillow"] if extractors else [])
     protocol = Protocol(
         prompts=sha256(texts),
