@@ -33,9 +33,9 @@ commands:
 `fewstep COMMAND --help` lists a command's options; `fewstep --version` prints the version."""
 
 RUN_FILES = (
-    "checkpoints", "samples", "tensorboard", "config.yaml", "rewards.json", "metrics.jsonl", "samples.png", "evaluation.json", "README.md",
-    "export", "model_index.json", "unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer",
-    "tokenizer_2", "tokenizer_3", "scheduler", "feature_extractor", "pytorch_lora_weights.safetensors",
+    "checkpoints", "samples", "tensorboard", "config.yaml", "rewards.json", "metrics.jsonl", "samples.png", "evaluation.json",
+    "evaluation", "README.md", "export", "model_index.json", "unet", "transformer", "vae", "text_encoder", "text_encoder_2",
+    "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler", "feature_extractor", "pytorch_lora_weights.safetensors",
 )  # fmt: skip
 # what may differ between a run and its continuation
 FREE_ON_RESUME = ("updates", "teacher_guidance", "save_every", "sample_every", "evaluate", "resume", "overwrite", "dry_run", "output",
@@ -715,10 +715,13 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
     export.write_diffusers(student, output)
     results, best = None, "DPM-Solver++" if not backbone.flow else "its own solver"
     if config.evaluate and config.teacher == "world":
-        report = measure_student(output, source, config)
+        report = measure_student(
+            output, source, config, output=output / "evaluation.json", steps=config.steps, guidance=config.teacher_guidance
+        )
+        assert report is not None
         results, best = export.results_markdown(report), next(r["solver"] for r in report["rows"] if r["name"] == report["best_solver"])
     elif config.evaluate:
-        print("not measured: the embedded scorers know only the embedded teacher's pictures")
+        print(f"not measured: fewstep evaluate {output} --prompts FILE, with --extractor.NAME and --judge.NAME")
     shown = grid_prompts(config, prompts)
     columns = teacher_grids(run, shown, best) | {f"student, {config.steps} steps": student_grid(run, shown)}
     grid.save(columns, shown, output / "samples.png")
@@ -753,37 +756,71 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep" / "evaluate"
 
 
-def measure_student(student: Path, teacher: str, config: Config, *, images_per_prompt: int | None = None, seed: int = 0) -> dict[str, Any]:
-    """Measure on the embedded world's held-out prompts with its scorers; saves evaluation.json and prints the table."""
-    import torch
-    from rich.console import Console
+def world_instruments(device: str) -> dict[str, Any]:
+    """What `protocol.evaluate` is told where the teacher is the embedded one: its scorers, prompts, data, and its samples that ship."""
     from safetensors.torch import load_file
 
     from fewstep import world
-    from fewstep.evaluate import protocol
     from fewstep.world.utility import gold_utility
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        "prompts": world.prompts("evaluate"), "images_per_prompt": world.IMAGES_PER_PROMPT, "scorers": world.load_scorers(device=device),
+        "extractor": "clip-heldout", "utility": gold_utility, "data": load_file(world.ASSETS / "features.safetensors")["heldout"].float(),
+        "neighbours": world.NEIGHBOURS, "noise": "batch", "shipped": world.SAMPLES,
+    }  # fmt: skip
+
+
+def source_of(name: str, size: tuple[int, int] | None, *, device: str, precision: str, student: bool) -> Any:
+    """What opens a pipeline to draw with, through its family: a student without guidance, a teacher with it."""
+
+    def opened() -> Any:
+        import torch
+
+        from fewstep import models
+        from fewstep.evaluate.protocol import Source
+
+        backbone = models.load(name, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+        told = backbone.told_size(size)
+
+        def call(guidance: float) -> dict[str, Any]:
+            return (backbone.student_call if student else backbone.teacher_call(guidance)) | told
+
+        return Source(backbone.pipe.to(device), call, (told["height"], told["width"]))
+
+    return opened
+
+
+def measure_student(student: str | Path, teacher: str | None, config: Config | None, *, output: Path, **told: Any) -> dict[str, Any] | None:
+    """Measure a student as `protocol.evaluate` is told; saves the report, prints its table and returns it, or None where only a share was
+    drawn. config: of the student's run, where there is one; told: what the caller gives beside the embedded world's own."""
+    from rich.console import Console
+
+    from fewstep.evaluate import protocol
+
+    device, precision = told.setdefault("device", evaluation_device()), told.setdefault("precision", "fp32")
+    size = config.sizes()[0] if config else None
+    opening = {"device": device, "precision": precision}
+    own = world_instruments(device) if teacher == str(resolve_teacher("world")) else {"noise": "picture", "scorers": {}}
+    told = own | told | {"scorers": own["scorers"] | told.get("scorers", {})}
     report = protocol.evaluate(
-        student,
-        teacher=teacher,
-        prompts=world.prompts("evaluate"),
-        scorers=world.load_scorers(device=device),
-        extractor="clip-heldout",
-        utility=gold_utility,
-        data=load_file(world.ASSETS / "features.safetensors")["heldout"].float(),
-        neighbours=world.NEIGHBOURS,
-        steps=config.steps,
-        guidance=config.teacher_guidance,
-        images_per_prompt=images_per_prompt or world.IMAGES_PER_PROMPT,
-        seed=seed,
-        device=device,
+        source_of(str(student), size, student=True, **opening),
+        teacher=source_of(teacher, size, student=False, **opening) if teacher else None,
         cache=cache_folder(),
-        shipped=world.SAMPLES,
+        **told,
     )
-    protocol.save(report, student / "evaluation.json")
-    Console(width=None if sys.stdout.isatty() else 200).print(protocol.as_table(report))
+    if report is not None:
+        protocol.save(report, output)
+        Console(width=None if sys.stdout.isatty() else 200).print(protocol.as_table(report))
     return report
+
+
+def evaluation_device() -> str:
+    """A GPU, each process of a torchrun its own, or the CPU."""
+    import os
+
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def simple_parser(name: str, description: str) -> Any:
@@ -817,26 +854,168 @@ def saved_config(folder: Path) -> Config:
     return parse_config([str(folder / "config.yaml")])
 
 
+def table_flags(arguments: list[str], tables: tuple[str, ...]) -> tuple[dict[str, dict[str, str | None]], list[str]]:
+    """(table -> key -> value of every --TABLE.KEY [VALUE], the other arguments)."""
+    found: dict[str, dict[str, str | None]] = {table: {} for table in tables}
+    rest, left = [], list(arguments)
+    while left:
+        argument = left.pop(0)
+        flag, equals, value = argument.partition("=")
+        table, _, key = flag.removeprefix("--").partition(".")
+        if not (flag.startswith("--") and table in found and key):
+            rest.append(argument)
+            continue
+        found[table][key] = value if equals else left.pop(0) if left and not left[0].startswith("--") else None
+    return found, rest
+
+
+def load_judges(named: dict[str, str | None], *, device: str, in_world: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(judges that are a CLIP, by name; any other rewards as functions of pictures and prompts). Raises UserError naming the flag."""
+    from fewstep import world
+    from fewstep.rewards import REWARDS, sources
+    from fewstep.rewards.clip import CLIPScore
+
+    scorers, others = {}, {}
+    for name, source in named.items():
+        if name not in REWARDS and not (sources.is_code(source) or sources.is_remote(source)):
+            hint = f"One of your own: --judge.{name} path/to/file.py:function, or a server's address"
+            raise UserError(f"judge.{name}: unknown reward{nearest(name, REWARDS)}. {hint}")
+        try:
+            judge = sources.open_judge(name, source, assets=world.ASSETS if in_world else None, device=device)
+        except (OSError, ValueError) as error:
+            raise UserError(f"judge.{name}: {error}") from error
+        if isinstance(judge, CLIPScore):
+            scorers[name] = judge
+        else:
+            others[name] = getattr(judge, "score", judge)
+    return scorers, others
+
+
+def share_of(text: str | None) -> tuple[int, int]:
+    """(i, n) of --shard i/n, or of a torchrun's processes. Raises UserError."""
+    import os
+
+    if text is None:
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    i, slash, n = text.partition("/")
+    if not (slash and i.isdecimal() and n.isdecimal() and int(i) < int(n)):
+        raise UserError(f"--shard: i/n, the i-th of n shares counted from 0, as 0/4; got {text!r}")
+    return int(i), int(n)
+
+
 def evaluate_command(arguments: list[str]) -> int:
-    parser = simple_parser("evaluate", "Measure a student beside its teacher.")
-    parser.add_argument("--images-per-prompt", type=int, default=8, help="pictures for each of the 128 held-out prompts (default 8)")
+    tables, arguments = table_flags(arguments, ("extractor", "judge"))
+    parser = simple_parser(
+        "evaluate",
+        "Measure a student beside its teacher: distances of features (--extractor.NAME [WEIGHTS]: inception, clip), "
+        "rewards as judges (--judge.NAME [SOURCE]), cost. See docs/evaluation.md.",
+    )
+    parser.add_argument(
+        "--against", metavar="TEACHER", help="a diffusers folder, a hub id, world, or none (default: the run's own teacher)"
+    )
+    parser.add_argument("--data", metavar="FOLDER", help="real pictures: a folder, or owner/name[@revision][:split] on the hub")
+    parser.add_argument("--prompts", metavar="FILE", help="prompts, one a line or as a set was published; a set's NAME; NAME=FILE")
+    parser.add_argument("--images-per-prompt", type=int, help="pictures for each prompt (default: the set's; 8 in the embedded world)")
+    parser.add_argument("--steps", type=int, help="the student's steps (default: those it was made for)")
+    parser.add_argument("--teacher-steps", type=int, help="the teacher's own steps (default 28)")
+    parser.add_argument("--guidance", type=float, help="the teacher's guidance scale (default: the run's, or its family's)")
+    parser.add_argument("--resize", type=int, metavar="PIXELS", help="bring pictures to this square before an extractor sees them")
     parser.add_argument("--seed", type=int, default=0, help="seed of the rows; the teacher's reference sample uses the next")
+    parser.add_argument("--batch", type=int, default=16, help="pictures drawn at a time (default 16)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of the pipelines")
+    parser.add_argument("--shard", metavar="I/N", help="draw only this share; a last call without it measures (torchrun does both)")
+    parser.add_argument("--keep-images", type=Path, metavar="FOLDER", help="keep the pictures themselves too")
+    parser.add_argument("--beside", type=Path, nargs="+", default=[], metavar="REPORT", help="show other reports in one table")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the report (default: evaluation.json in the student's folder)")
     options = parser.parse_args(arguments)
-    config = run_config(options.folder)
-    if config.teacher != "world":
-        raise UserError(
-            f"{options.folder}: its teacher is {config.teacher}; the embedded scorers know only the embedded teacher's pictures"
-        )
-    source = resolve_teacher(config.teacher)
+    folder, own = options.folder, options.folder.is_dir()
+    if own:
+        check_student(folder)
+    elif folder.exists() or len(folder.parts) != 2 or not str(folder)[0].isalnum():
+        raise UserError(f"{folder}: no such folder, and not a hub id (owner/name)")
+    config: Config | None = saved_config(folder) if (folder / "config.yaml").is_file() else None
+    for name in ("images_per_prompt", "steps", "teacher_steps", "resize", "batch"):
+        if (getattr(options, name) or 1) < 1 or getattr(options, name) == 0:
+            raise UserError(f"--{name.replace('_', '-')}: must be at least 1, got {getattr(options, name)}")
+    against = options.against or (config.teacher if config else "none")
+    teacher = None if against == "none" else resolve_teacher(against)
+    steps = options.steps or (config.steps if config else steps_of(folder) if own else None)
+    if steps is None:
+        raise UserError("--steps: missing; the student does not say how many steps it was made for")
+    share, launched = share_of(options.shard), options.shard is None
+    others = {str(path): read_report(path) for path in options.beside}
+    if options.prompts is None and against != "world":
+        raise UserError("--prompts: missing; give a file, or the name of a set (only the embedded world brings its own)")
+    if against != "world" and not (tables["extractor"] or tables["judge"]):
+        raise UserError("nothing to measure with: give --extractor.NAME or --judge.NAME, as --extractor.inception or --judge.clip FOLDER")
+    if options.data and against != "world" and not tables["extractor"]:
+        raise UserError("--data: nothing to compare pictures by; give --extractor.NAME, as --extractor.inception")
+
     from fewstep import models
+    from fewstep.evaluate import features, pictures, sets
 
     models.quiet_libraries()
+    device = evaluation_device()
+    told: dict[str, Any] = {"steps": steps, "seed": options.seed, "batch": options.batch, "device": device, "precision": options.precision}
+    told |= {
+        "teacher_steps": options.teacher_steps,
+        "keep_images": options.keep_images,
+        "work": folder / "evaluation" if own else cache_folder(),
+    }
     try:
-        measure_student(options.folder, source, config, images_per_prompt=options.images_per_prompt, seed=options.seed)
+        if teacher is not None:
+            default = config.teacher_guidance if config else models.family(teacher).default_guidance
+            told["guidance"] = default if options.guidance is None else options.guidance
+        if options.prompts is not None:
+            told["prompts"] = sets.load(options.prompts)
+            known = sets.SETS.get(told["prompts"].name)
+            told["images_per_prompt"] = known.images_per_prompt if known else 1
+        if options.images_per_prompt is not None:
+            told["images_per_prompt"] = options.images_per_prompt
+        if options.data is not None:
+            told["data"] = pictures.open_pictures(options.data)
+        told["extractors"] = features.make_extractors(tables["extractor"].items(), resize=options.resize, device=device)
+        told["scorers"], told["judges"] = load_judges(tables["judge"], device=device, in_world=against == "world")
+        output = options.output or (folder if own else Path()) / "evaluation.json"
+        report = measure_student(folder, teacher, config, output=output, share=share, progress=share[0] == 0 or not launched, **told)
+        if launched and share[1] > 1:
+            await_others()
+            if share[0] == 0:
+                report = measure_student(folder, teacher, config, output=output, **told)
     except ValueError as error:
         raise UserError(str(error)) from error
-    print(f"saved {options.folder / 'evaluation.json'}")
+    if report is None:
+        return 0
+    if others:
+        from rich.console import Console
+
+        from fewstep.evaluate import protocol
+
+        Console(width=None if sys.stdout.isatty() else 200).print(protocol.beside({str(output): report} | others))
+    print(f"saved {output}")
     return 0
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A report that `fewstep evaluate` saved. Raises UserError."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if not {"protocol", "rows", "interval"} <= report.keys():
+            raise ValueError("it has no protocol, rows and interval")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"--beside: {path}: not a report of fewstep evaluate ({error})") from error
+    return report
+
+
+def await_others() -> None:
+    """Wait until every process of a torchrun has come here."""
+    import datetime
+
+    import torch.distributed as processes
+
+    processes.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    processes.barrier()
+    processes.destroy_process_group()
 
 
 # -- export ------------------------------------------------------------------------------------------------------------

@@ -35,3 +35,23 @@ def test_the_worked_example_of_a_remote_reward_scores(monkeypatch):
     prompt = 'a sign that says "open 24 hours"'
     scores = names["spelling"](torch.rand(4, 3, 8, 8), [prompt, "a cat", prompt, prompt])
     assert scores[0] == 1 and math.isnan(scores[1]) and 0.7 < scores[2] < 1 and scores[3] == 0
+
+
+def test_the_page_on_evaluation_knows_every_flag_set_and_extractor(capsys):
+    import pytest
+
+    from fewstep import cli
+    from fewstep.evaluate import features, protocol, sets
+
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--help"])
+    flags = {word.strip("[],") for word in capsys.readouterr().out.split() if word.strip("[],").startswith("--")}
+    told = {"--seed", "--guidance", "--batch", "--precision", "--images-per-prompt"}  # the help says all there is to say
+    assert not {flag for flag in flags - told if flag not in page and not flag.startswith(("--help", "--extractor.NAME"))}
+    assert all(
+        f"`{name}` | {f'{known.count:,}'.replace(',', ' ') if known.count > 9999 else known.count}" in page
+        for name, known in sets.SETS.items()
+    )
+    assert all(f"--extractor.{name}" in page for name in features.EXTRACTORS)
+    assert all(name in page for name in protocol.SOLVERS)

@@ -10,6 +10,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 from fewstep.evaluate import protocol
 from fewstep.evaluate.distances import diversity, frechet, precision_recall
 from fewstep.evaluate.features import clip_features, in_batches, scaled
+from fewstep.evaluate.measure import caption_scores
 from fewstep.rewards.base import Reward
 from fewstep.rewards.clip import CLIPScore, PickScore
 from fewstep.rewards.pixels import Preprocess
@@ -221,7 +222,7 @@ def test_a_flow_schedule_is_refused():
 
 def test_caption_scores_by_hand(scorer):
     features, group = scorer.image_features(pictures(6)), torch.tensor([0, 0, 1, 1, 2, 2])
-    own, above = protocol.caption_scores(features, scorer, PROMPTS[:3], group)
+    own, above = caption_scores(features, scorer, PROMPTS[:3], group)
     assert torch.allclose(own.float(), scorer.score(pictures(6), [PROMPTS[i] for i in group]), atol=1e-4)
     # every shuffle that maps no picture to its own prompt, averaged
     others = [scorer.score(pictures(6), [PROMPTS[(i + k) % 3] for i in group.tolist()]) for k in (1, 2)]
@@ -383,7 +384,8 @@ def test_shipped_samples_stand_for_drawn_ones_and_are_timed_here(folders, scorer
         for name in ("fd_clip_teacher", "fd_clip_data", "clip", "utility", "diversity"):
             assert b["metrics"][name]["value"] == pytest.approx(a["metrics"][name]["value"], rel=2e-2, abs=2e-3), name  # float16
     # another seed, teacher or number of pictures is another sample
-    for change in ({"seed": 5}, {"images_per_prompt": 4}, {"teacher": folders / "student"}):
+    others = ({"judges": {"bright": lambda images, prompts: brightness(images)}}, {"noise": "picture"}, {"precision": "bf16"})
+    for change in ({"seed": 5}, {"images_per_prompt": 4}, {"teacher": folders / "student"}, *others):
         assert all(row["sample"] == "drawn" for row in run(folders, scorer, monkeypatch, shipped=tmp_path, **change)["rows"])
 
 
@@ -405,7 +407,7 @@ def check_showing(report, folder):
     [
         ({"prompts": ["cat", "dog", "cat"]}, "'cat' is repeated"),
         ({"prompts": ["cat"]}, "at least two"),
-        ({"images_per_prompt": 1}, "at least 2"),
+        ({"images_per_prompt": 0}, "at least 1"),
         ({"prompts": PROMPTS[:2], "images_per_prompt": 4}, "more than 8"),
         ({"extractor": "inception"}, "'inception' is not among the scorers: clip"),
         ({"data": torch.zeros(8, 8)}, "more than 8"),

@@ -187,6 +187,20 @@ def build(name: str, source: str, *, device: Any = "cpu") -> Any:
     return getattr(importlib.import_module(module), kind).load(fetch(source), device=device, **options)
 
 
+def open_judge(name: str, source: str | None, *, assets: Path | None = None, device: Any = "cpu") -> Any:
+    """A reward to score with and never to train on: a named one from a folder or the hub, a function in a file, a server.
+
+    A function of (images (B, 3, H, W), prompts) -> (B,), or an object whose `score` is one. Raises ValueError or OSError.
+    """
+    if is_code(source):
+        return load_function(str(source))
+    if is_remote(source):
+        from fewstep.rewards.remote import Remote
+
+        return Remote(str(source), name).connect().ask
+    return build(name, locate(name, source, assets=assets, flag=f"--judge.{name}"), device=device)
+
+
 def version(source: str) -> str:
     """What tells two versions of a source apart: a hub id's commit, or a digest of what the folder or the file holds."""
     code = CODE.fullmatch(source)
