@@ -169,6 +169,7 @@ def test_a_cell_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
     assert "| GNDM | 1 |" in (tmp_path / "compare.md").read_text() and "FAILED" in capsys.readouterr().out
 
 
+@pytest.mark.timeout(600)  # a minute and a half of one quiet core
 def test_a_quick_comparison_from_end_to_end_and_again(tmp_path, capsys):
     folder = tmp_path / "compare"
     assert cli.main(["compare", "--quick", "--output", str(folder)]) == 0
