@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from test_evaluate import MEAN, STD, tiny_clip, tiny_tokenizer
+from test_evaluate import MEAN, PREPROCESS, STD, tiny_clip, tiny_tokenizer
 from test_evaluate import tiny_pipeline as other_pipeline
+from test_remote import served
 
 from fewstep import cli
 from fewstep.evaluate import measure as measuring
@@ -155,7 +156,7 @@ def test_what_cannot_be_measured_is_left_out_and_said(sample):
 
 
 def test_repeated_captions_are_no_other_captions():
-    scorer = CLIPScore(tiny_clip(), tiny_tokenizer(), MEAN, STD)
+    scorer = CLIPScore(tiny_clip(), tiny_tokenizer(), PREPROCESS)
     features = torch.nn.functional.normalize(normal(3, 8), dim=1)
     prompts = ["cat", "dog", "cat"]
     own, above = measuring.caption_scores(features, scorer, prompts, torch.arange(3))
@@ -419,6 +420,18 @@ def test_pictures_are_kept_when_asked_for(tmp_path):
     assert pipe.calls == 9 * 4 and (folder / "000005.png").is_file()
 
 
+def test_a_function_in_a_file_and_a_server_judge_as_well(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def dark(images, prompts):\n    return 1 - images.flatten(1).mean(1)\n")
+    images = (torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 255).round() / 255  # a server is sent 8 bits
+    with served(f"{file}:dark") as url:
+        scorers, judges = cli.load_judges({"mine": f"{file}:dark", "far": url}, device="cpu", in_world=False)
+        seen = protocol.observe(images, scorers, prompts=["a", "b", "c"], judges=judges)
+        identities = {protocol.identity_of(judge) for judge in judges.values()}
+    assert not scorers and len(identities) == 2
+    assert torch.equal(seen["score/mine"], 1 - images.flatten(1).mean(1)) and torch.equal(seen["score/far"], seen["score/mine"])
+
+
 def test_a_judge_is_told_apart_by_what_it_holds(tmp_path):
     class Judge:
         def __init__(self, seed):
@@ -625,7 +638,7 @@ def free_port():
         ({"--batch": "0"}, "--batch: must be at least 1"),
         ({"--beside": "CAPTIONS"}, "not a report of fewstep evaluate"),
         ({"--judge.clpi": "x"}, "judge.clpi: unknown reward; did you mean 'clip'"),
-        ({"--judge.preference": None}, "judge.preference: give the folder of its model"),
+        ({"--judge.preference": None}, "judge.preference: give the folder or hub id of its model, --judge.preference FOLDER"),
         ({"--judge.preference": "nowhere"}, "judge.preference: nowhere"),
         ({"--extractor.inceptoin": "x"}, "extractor.inceptoin: unknown"),
         ({"--extractor.clip": None, "drop": True}, "--data: nothing to compare pictures by"),
