@@ -23,7 +23,8 @@ def distill(
     """Distil `teacher` into a `steps`-step student; returns its folder, which stock diffusers opens.
 
     teacher: a diffusers pipeline folder, a hub id, or "world" (embedded); prompts: a text file, one prompt a line.
-    rewards: name -> weight of a named reward, a function of (images, prompts) or a Reward (weight 1), or (function, weight).
+    rewards: name -> weight of a named reward; or a function of (images, prompts), a Reward, "path/to/file.py:function" or a server's
+    address (weight 1); or a pair of one of these and its weight.
     config: any other field of `fewstep.config.Config`; groups as dicts, `student={"lr": 1e-4}`.
     Raises fewstep.cli.UserError for what `fewstep distill` would refuse, KeyboardInterrupt when it was stopped early.
     """
@@ -33,11 +34,14 @@ def distill(
 
     weights: dict[str, float] = {}
     functions: dict[str, Any] = {}
+    scorers: dict[str, str] = config.pop("scorer", {})
     for name, value in (rewards or {}).items():
         given, weights[name] = value if isinstance(value, tuple) else (None, value) if isinstance(value, (int, float)) else (value, 1.0)
-        if given is not None:
+        if isinstance(given, str):
+            scorers = {**scorers, name: given}
+        elif given is not None:
             functions[name] = given
-    own = {"teacher": teacher, "prompts": prompts, "steps": steps, "output": output, "reward": weights, **config}
+    own = {"teacher": teacher, "prompts": prompts, "steps": steps, "output": output, "reward": weights, "scorer": scorers, **config}
     if cli.distill(cli.parse_config(cli.as_arguments(own)), functions) != 0:
         raise KeyboardInterrupt(f"stopped early; the run in {output} can be resumed")
     return Path(output)

@@ -19,19 +19,27 @@ Distil a diffusion model into a few-step generator, with distribution matching a
 
 commands:
   distill [RECIPE]        make a few-step student; with no argument: the embedded teacher, GNDM, 4 steps;
-                          RECIPE is a YAML file, or dmd, dmd2, gndm, dmdr, gndmr, gndm-is, gndmr-is
+                          RECIPE is a YAML file, or a method: dmd, dmd2, gndm, dmdr, gndmr, gndm-is, gndmr-is,
+                          or a family's teacher: sd, sdxl, sd3, flux, flux2, sana, pixart, z_image, qwen_image
   sample FOLDER           draw pictures with a student
+  models                  list the model families and what each supports
   export FOLDER           write a student as a diffusers folder, a LoRA or a file for ComfyUI; push it to the hub
   evaluate FOLDER         measure a student beside its teacher
   compare                 recipes x seeds on the embedded world at equal network evaluations, as one table
+  rewards                 the named rewards: what they score, licences, range, memory
+  serve-reward NAME       one reward behind HTTP, for an environment or a GPU of its own
+  convert-reward NAME     a reward's published pickle into safetensors, once
 
 `fewstep COMMAND --help` lists a command's options; `fewstep --version` prints the version."""
 
-RUN_FILES = ("checkpoints", "samples", "tensorboard", "config.yaml", "metrics.jsonl", "samples.png", "evaluation.json", "README.md",
-             "export", "model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "feature_extractor",
-             "pytorch_lora_weights.safetensors")  # fmt: skip
+RUN_FILES = (
+    "checkpoints", "samples", "tensorboard", "config.yaml", "rewards.json", "metrics.jsonl", "samples.png", "evaluation.json",
+    "evaluation", "README.md", "export", "model_index.json", "unet", "transformer", "vae", "text_encoder", "text_encoder_2",
+    "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler", "feature_extractor", "pytorch_lora_weights.safetensors",
+)  # fmt: skip
 # what may differ between a run and its continuation
-FREE_ON_RESUME = ("updates", "teacher_guidance", "save_every", "sample_every", "evaluate", "resume", "overwrite", "output", "device")
+FREE_ON_RESUME = ("updates", "teacher_guidance", "save_every", "sample_every", "evaluate", "resume", "overwrite", "dry_run", "output",
+                  "device")  # fmt: skip
 
 
 class UserError(Exception):
@@ -50,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     commands = {
         "distill": distill_command, "sample": sample_command, "export": export_command, "evaluate": evaluate_command,
-        "compare": compare_command,
+        "compare": compare_command, "models": models_command, "rewards": rewards_command, "serve-reward": serve_reward_command,
+        "convert-reward": convert_reward_command,
     }  # fmt: skip
     if arguments[0] not in commands:
         return complain(f"unknown command {arguments[0]!r}{nearest(arguments[0], commands)}")
@@ -95,6 +104,7 @@ def field_names(config: type, prefix: str = "") -> dict[str, type]:
 
 # fields that are tables: the user names their keys
 TABLES = ("reward", "via", "scorer")
+ONLY_BY_FLAG = "a file runs no code here: leave it out and give your own flag, --scorer.{} {}"
 
 
 def in_table(name: str) -> bool:
@@ -105,6 +115,7 @@ def in_table(name: str) -> bool:
 def normalise(arguments: list[str], names: dict[str, type]) -> list[str]:
     """Flags as the parser knows them: underscores, `--config` before a recipe, a value for a bare switch; unknown ones are refused."""
     out: list[str] = []
+    arguments = spell_out(arguments)
     for i, argument in enumerate(arguments):
         if not argument.startswith("--"):
             is_value = i > 0 and arguments[i - 1].startswith("--") and "=" not in arguments[i - 1]
@@ -123,6 +134,24 @@ def normalise(arguments: list[str], names: dict[str, type]) -> list[str]:
     return out
 
 
+def spell_out(arguments: list[str]) -> list[str]:
+    """`--reward.NAME path/to/file.py:function` or a server's address as what it is short for: weight 1, and the scorer."""
+    from fewstep.rewards.sources import is_code, is_remote
+
+    out: list[str] = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if not argument.startswith("--") and out and out[-1].startswith("--reward.") and "=" not in out[-1]:
+            flag, equals, value = out.pop(), "=", argument
+            argument = f"{flag}={value}"
+        if flag.startswith("--reward.") and equals and (is_code(value) or is_remote(value)):
+            name = flag.removeprefix("--reward.")
+            out += [f"--reward.{name}=1", f"--scorer.{name}={value}"]
+        else:
+            out.append(argument)
+    return out
+
+
 def recipe_names() -> list[str]:
     return sorted(path.stem for path in (Path(__file__).parent / "recipes").glob("*.yaml"))
 
@@ -138,8 +167,10 @@ def recipe_path(argument: str) -> str:
 
 
 def check_recipe(path: Path, names: dict[str, type]) -> None:
-    """Unknown keys of a YAML recipe, by file and key, before anything else is parsed."""
+    """Unknown keys of a YAML recipe, and code in it, by file and key, before anything else is parsed."""
     import yaml
+
+    from fewstep.rewards.sources import is_code
 
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -157,6 +188,8 @@ def check_recipe(path: Path, names: dict[str, type]) -> None:
             name = f"{prefix}{key}"
             if name not in names and not in_table(name):
                 raise UserError(f"{path}: unknown key {name!r}{nearest(name, names)}")
+            if in_table(name) and is_code(value):
+                raise UserError(f"{path}: {name} names code, {value}; {ONLY_BY_FLAG.format(name.partition('.')[2], value)}")
             if isinstance(value, dict):
                 walk(value, f"{name}.")
 
@@ -168,6 +201,7 @@ def parse_config(arguments: list[str]) -> Config:
     import jsonargparse
 
     from fewstep.config import Config
+    from fewstep.rewards.sources import is_code, settle_via
 
     class Parser(jsonargparse.ArgumentParser):
         def error(self, message: str, ex: Exception | None = None):
@@ -190,6 +224,13 @@ def parse_config(arguments: list[str]) -> Config:
             raise UserError(f"{recipe}: {error}") from error
     parsed = parser.instantiate(parser.parse_args(arguments))
     config = Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
+    for name, value in config.scorer.items():
+        if is_code(value) and flag_values(arguments).get(f"--scorer.{name}") != value:  # however a recipe may have spelt it
+            raise UserError(f"{', '.join(recipes) or '--scorer'}: scorer.{name} names code, {value}; {ONLY_BY_FLAG.format(name, value)}")
+    try:
+        config = settle_via(config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     problems = config.problems()
     if problems:
         raise UserError("; ".join(problems))
@@ -200,9 +241,13 @@ def saved_recipe(arguments: list[str]) -> list[str]:
     """A run that goes on starts from its own saved config; flags given now come after it."""
     if "--resume" not in arguments and "--resume=true" not in arguments:
         return []
-    flags = dict(pair for pair in zip(arguments, [*arguments[1:], ""], strict=True)) | dict(a.split("=", 1) for a in arguments if "=" in a)
-    path = Path(flags.get("--output", "out")) / "config.yaml"
+    path = Path(flag_values(arguments).get("--output", "out")) / "config.yaml"
     return ["--config", str(path)] if path.is_file() else []
+
+
+def flag_values(arguments: list[str]) -> dict[str, str]:
+    """What follows each flag, the last one winning."""
+    return dict(pair for pair in zip(arguments, [*arguments[1:], ""], strict=True)) | dict(a.split("=", 1) for a in arguments if "=" in a)
 
 
 def as_arguments(values: dict[str, Any], prefix: str = "") -> list[str]:
@@ -249,7 +294,13 @@ def check_output(config: Config) -> None:
 def check_same_run(config: Config, path: Path) -> None:
     import yaml
 
-    before, now = yaml.safe_load(path.read_text()), as_plain(config)
+    from fewstep.config import Config
+    from fewstep.rewards.sources import is_remote
+
+    # a field that an earlier version did not have is as it is by default
+    before, now = as_plain(Config()) | yaml.safe_load(path.read_text()), as_plain(config)
+    for held in (before, now):  # a server may have moved; its version is what counts, and `rewards.json` has it
+        held["scorer"] = {name: "a server" if is_remote(value) else value for name, value in (held.get("scorer") or {}).items()}
     changed = [key for key in now if key not in FREE_ON_RESUME and before.get(key) != now[key]]
     if changed:
         was, free = before.get(changed[0]), ", ".join(FREE_ON_RESUME[:4])
@@ -257,8 +308,11 @@ def check_same_run(config: Config, path: Path) -> None:
 
 
 def as_plain(config: Config) -> dict[str, Any]:
-    """The config as YAML and JSON hold it."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """The config as YAML and JSON hold it: without the code that it named, which no file may."""
+    from fewstep.rewards.sources import is_code
+
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain | {"scorer": {name: value for name, value in config.scorer.items() if not is_code(value)}}
 
 
 def read_prompts(config: Config) -> list[str]:
@@ -303,6 +357,8 @@ def resolve_hardware(config: Config) -> Config:
     memory = config.memory
     if memory.frozen == "auto":
         memory = dataclasses.replace(memory, frozen="bf16" if precision == "bf16" and torch.device(device).type == "cuda" else "fp32")
+    if memory.frozen == "bf16" and precision != "bf16":
+        raise UserError(f"memory.frozen: bf16 is for arithmetic in bf16, and precision is {precision}")
     return dataclasses.replace(config, device=device, precision=precision, memory=memory)
 
 
@@ -316,21 +372,41 @@ class Run:
     trainer: Any
 
 
-def check_rewards(config: Config, functions: dict[str, Any]) -> None:
-    """Raises UserError, before anything slow, for a reward that nobody can make."""
-    from fewstep.rewards import REWARDS
+def assets(config: Config) -> Path | None:
+    """The embedded world's, for a run on its teacher: its rewards know no other pictures."""
+    from fewstep import world
 
+    return world.ASSETS if config.teacher == "world" else None
+
+
+def check_rewards(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
+    """The caller's functions with those that flags name and with the servers, which are asked who they are.
+
+    Raises UserError, before anything slow, for a reward that nobody can make; hub ids in `config.scorer` get their commit.
+    """
+    from fewstep.rewards import REWARDS, sources
+
+    found = dict(functions)
     for name in config.reward:
+        scorer = config.scorer.get(name)
         if name in functions or name == "discriminator":
             continue
-        if name not in REWARDS:
-            known = [*REWARDS, "discriminator"]
-            raise UserError(
-                f"reward.{name}: unknown reward{nearest(name, known)}. "
-                f"A function of your own comes by fewstep.distill(rewards={{{name!r}: f}})"
-            )
-        if config.teacher != "world" and name not in config.scorer:
-            raise UserError(f"reward.{name}: give the folder of its model, --scorer.{name} FOLDER (only the embedded world brings its own)")
+        try:
+            if sources.is_code(scorer):
+                found[name] = sources.load_function(scorer)
+            elif sources.is_remote(scorer):
+                from fewstep.rewards.remote import Remote
+
+                found[name] = Remote(scorer, name).connect()
+            elif name in REWARDS:
+                located = sources.locate(name, scorer, assets=assets(config))
+                if scorer is not None:
+                    config.scorer[name] = located
+            else:
+                known = [*REWARDS, "discriminator"]
+                raise UserError(f"reward.{name}: unknown reward{nearest(name, known)}. {sources.own_hint(name, resume=config.resume)}")
+        except ValueError as error:
+            raise UserError(f"{'reward' if scorer is None else 'scorer'}.{name}: {error}") from error
     latents = config.discriminator.latents
     if "discriminator" in config.reward and (latents is None and config.teacher != "world"):
         raise UserError(
@@ -338,17 +414,16 @@ def check_rewards(config: Config, functions: dict[str, Any]) -> None:
         )
     if latents is not None and not Path(latents).is_file():
         raise UserError(f"discriminator.latents: {latents}: no such file")
+    return found
 
 
 def make_terms(config: Config, roles: Any, functions: dict[str, Any]) -> dict[str, Any]:
     """The reward terms beside R_dm, by name."""
-    import importlib
-
     import torch
 
     from fewstep import world
     from fewstep.cost import Counted
-    from fewstep.rewards import REWARDS
+    from fewstep.rewards import sources
     from fewstep.rewards.base import as_reward
     from fewstep.trainer import Term
 
@@ -378,10 +453,9 @@ def make_terms(config: Config, roles: Any, functions: dict[str, Any]) -> dict[st
                 betas=own.betas, updates=own.updates, max_norm=own.max_norm,
             )  # fmt: skip
         else:
-            module, kind, asset = REWARDS[name]
-            folder = config.scorer.get(name) or world.ASSETS / asset
             try:
-                scorer = getattr(importlib.import_module(module), kind).load(folder, device=config.device)
+                source = sources.locate(name, config.scorer.get(name), assets=assets(config))
+                scorer = sources.build(name, source, device=config.device)
             except (OSError, ValueError) as error:
                 raise UserError(f"scorer.{name}: {error}") from error
             terms[name] = Term(Counted(scorer), via=via)
@@ -467,13 +541,16 @@ def distill_command(arguments: list[str]) -> int:
 def distill(config: Config, functions: dict[str, Any] | None = None) -> int:
     """Check, train, export, measure. functions: rewards of the caller's own. Returns the exit code."""
     prompts = read_prompts(config)
-    check_rewards(config, functions or {})
+    functions = check_rewards(config, functions or {})
     source = resolve_teacher(config.teacher)
+    if config.dry_run:
+        return dry_run(config, source, len(prompts))
     check_output(config)
     import yaml
 
     output = Path(config.output)
     from fewstep import checkpoint, models
+    from fewstep.rewards import sources
 
     models.quiet_libraries()
 
@@ -501,9 +578,26 @@ def distill(config: Config, functions: dict[str, Any] | None = None) -> int:
             raise UserError(f"resume: {error}") from error
     kept = as_plain(config) | {"resume": False, "overwrite": False}  # of this call, not of the run
     (output / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False))
+    told = sources.records(config.reward, config.scorer, functions, assets=assets(config))
+    for line in sources.write_records(output / "rewards.json", told, run.trainer.update):
+        print(line)
     if not train(run, output, prompts):
         return 130
     finish(run, output, source, prompts)
+    return 0
+
+
+def dry_run(config: Config, source: str, prompts: int) -> int:
+    """Print what the run would need. Nothing is read but configurations, nothing is written."""
+    from fewstep import models
+
+    models.quiet_libraries()
+    from fewstep import needs
+
+    try:
+        print(needs.report(source, resolve_hardware(config), prompts))
+    except ValueError as error:
+        raise UserError(f"teacher: {error}") from error
     return 0
 
 
@@ -621,15 +715,36 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
     export.write_diffusers(student, output)
     results, best = None, "DPM-Solver++" if not backbone.flow else "its own solver"
     if config.evaluate and config.teacher == "world":
-        report = measure_student(output, source, config)
+        report = measure_student(
+            output, source, config, output=output / "evaluation.json", steps=config.steps, guidance=config.teacher_guidance
+        )
+        assert report is not None
         results, best = export.results_markdown(report), next(r["solver"] for r in report["rows"] if r["name"] == report["best_solver"])
     elif config.evaluate:
-        print("not measured: the embedded scorers know only the embedded teacher's pictures")
+        print(f"not measured: fewstep evaluate {output} --prompts FILE, with --extractor.NAME and --judge.NAME")
     shown = grid_prompts(config, prompts)
     columns = teacher_grids(run, shown, best) | {f"student, {config.steps} steps": student_grid(run, shown)}
     grid.save(columns, shown, output / "samples.png")
     export.model_card(student, "diffusers", output, results=results).save(output / "README.md")
     print(f"student in {output}; look at {output / 'samples.png'}")
+
+
+def models_command(arguments: list[str]) -> int:
+    """Print the families and what each supports."""
+    if arguments:
+        if arguments[0] not in ("-h", "--help"):
+            raise UserError(f"models: takes no arguments, got {arguments[0]!r}")
+        print("usage: fewstep models\n\nList the model families and what each supports.")
+        return 0
+    from fewstep import models
+
+    models.quiet_libraries()
+    rows = [models.SUPPORT, *models.support()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("\nA teacher is a diffusers folder or a hub id of one of these pipelines; how to add one: docs/new-family.md")
+    return 0
 
 
 # -- evaluate ----------------------------------------------------------------------------------------------------------
@@ -641,37 +756,71 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep" / "evaluate"
 
 
-def measure_student(student: Path, teacher: str, config: Config, *, images_per_prompt: int | None = None, seed: int = 0) -> dict[str, Any]:
-    """Measure on the embedded world's held-out prompts with its scorers; saves evaluation.json and prints the table."""
-    import torch
-    from rich.console import Console
+def world_instruments(device: str) -> dict[str, Any]:
+    """What `protocol.evaluate` is told where the teacher is the embedded one: its scorers, prompts, data, and its samples that ship."""
     from safetensors.torch import load_file
 
     from fewstep import world
-    from fewstep.evaluate import protocol
     from fewstep.world.utility import gold_utility
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        "prompts": world.prompts("evaluate"), "images_per_prompt": world.IMAGES_PER_PROMPT, "scorers": world.load_scorers(device=device),
+        "extractor": "clip-heldout", "utility": gold_utility, "data": load_file(world.ASSETS / "features.safetensors")["heldout"].float(),
+        "neighbours": world.NEIGHBOURS, "noise": "batch", "shipped": world.SAMPLES,
+    }  # fmt: skip
+
+
+def source_of(name: str, size: tuple[int, int] | None, *, device: str, precision: str, student: bool) -> Any:
+    """What opens a pipeline to draw with, through its family: a student without guidance, a teacher with it."""
+
+    def opened() -> Any:
+        import torch
+
+        from fewstep import models
+        from fewstep.evaluate.protocol import Source
+
+        backbone = models.load(name, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+        told = backbone.told_size(size)
+
+        def call(guidance: float) -> dict[str, Any]:
+            return (backbone.student_call if student else backbone.teacher_call(guidance)) | told
+
+        return Source(backbone.pipe.to(device), call, (told["height"], told["width"]))
+
+    return opened
+
+
+def measure_student(student: str | Path, teacher: str | None, config: Config | None, *, output: Path, **told: Any) -> dict[str, Any] | None:
+    """Measure a student as `protocol.evaluate` is told; saves the report, prints its table and returns it, or None where only a share was
+    drawn. config: of the student's run, where there is one; told: what the caller gives beside the embedded world's own."""
+    from rich.console import Console
+
+    from fewstep.evaluate import protocol
+
+    device, precision = told.setdefault("device", evaluation_device()), told.setdefault("precision", "fp32")
+    size = config.sizes()[0] if config else None
+    opening = {"device": device, "precision": precision}
+    own = world_instruments(device) if teacher == str(resolve_teacher("world")) else {"noise": "picture", "scorers": {}}
+    told = own | told | {"scorers": own["scorers"] | told.get("scorers", {})}
     report = protocol.evaluate(
-        student,
-        teacher=teacher,
-        prompts=world.prompts("evaluate"),
-        scorers=world.load_scorers(device=device),
-        extractor="clip-heldout",
-        utility=gold_utility,
-        data=load_file(world.ASSETS / "features.safetensors")["heldout"].float(),
-        neighbours=world.NEIGHBOURS,
-        steps=config.steps,
-        guidance=config.teacher_guidance,
-        images_per_prompt=images_per_prompt or world.IMAGES_PER_PROMPT,
-        seed=seed,
-        device=device,
+        source_of(str(student), size, student=True, **opening),
+        teacher=source_of(teacher, size, student=False, **opening) if teacher else None,
         cache=cache_folder(),
-        shipped=world.SAMPLES,
+        **told,
     )
-    protocol.save(report, student / "evaluation.json")
-    Console(width=None if sys.stdout.isatty() else 200).print(protocol.as_table(report))
+    if report is not None:
+        protocol.save(report, output)
+        Console(width=None if sys.stdout.isatty() else 200).print(protocol.as_table(report))
     return report
+
+
+def evaluation_device() -> str:
+    """A GPU, each process of a torchrun its own, or the CPU."""
+    import os
+
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def simple_parser(name: str, description: str) -> Any:
@@ -705,26 +854,168 @@ def saved_config(folder: Path) -> Config:
     return parse_config([str(folder / "config.yaml")])
 
 
+def table_flags(arguments: list[str], tables: tuple[str, ...]) -> tuple[dict[str, dict[str, str | None]], list[str]]:
+    """(table -> key -> value of every --TABLE.KEY [VALUE], the other arguments)."""
+    found: dict[str, dict[str, str | None]] = {table: {} for table in tables}
+    rest, left = [], list(arguments)
+    while left:
+        argument = left.pop(0)
+        flag, equals, value = argument.partition("=")
+        table, _, key = flag.removeprefix("--").partition(".")
+        if not (flag.startswith("--") and table in found and key):
+            rest.append(argument)
+            continue
+        found[table][key] = value if equals else left.pop(0) if left and not left[0].startswith("--") else None
+    return found, rest
+
+
+def load_judges(named: dict[str, str | None], *, device: str, in_world: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(judges that are a CLIP, by name; any other rewards as functions of pictures and prompts). Raises UserError naming the flag."""
+    from fewstep import world
+    from fewstep.rewards import REWARDS, sources
+    from fewstep.rewards.clip import CLIPScore
+
+    scorers, others = {}, {}
+    for name, source in named.items():
+        if name not in REWARDS and not (sources.is_code(source) or sources.is_remote(source)):
+            hint = f"One of your own: --judge.{name} path/to/file.py:function, or a server's address"
+            raise UserError(f"judge.{name}: unknown reward{nearest(name, REWARDS)}. {hint}")
+        try:
+            judge = sources.open_judge(name, source, assets=world.ASSETS if in_world else None, device=device)
+        except (OSError, ValueError) as error:
+            raise UserError(f"judge.{name}: {error}") from error
+        if isinstance(judge, CLIPScore):
+            scorers[name] = judge
+        else:
+            others[name] = getattr(judge, "score", judge)
+    return scorers, others
+
+
+def share_of(text: str | None) -> tuple[int, int]:
+    """(i, n) of --shard i/n, or of a torchrun's processes. Raises UserError."""
+    import os
+
+    if text is None:
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    i, slash, n = text.partition("/")
+    if not (slash and i.isdecimal() and n.isdecimal() and int(i) < int(n)):
+        raise UserError(f"--shard: i/n, the i-th of n shares counted from 0, as 0/4; got {text!r}")
+    return int(i), int(n)
+
+
 def evaluate_command(arguments: list[str]) -> int:
-    parser = simple_parser("evaluate", "Measure a student beside its teacher.")
-    parser.add_argument("--images-per-prompt", type=int, default=8, help="pictures for each of the 128 held-out prompts (default 8)")
+    tables, arguments = table_flags(arguments, ("extractor", "judge"))
+    parser = simple_parser(
+        "evaluate",
+        "Measure a student beside its teacher: distances of features (--extractor.NAME [WEIGHTS]: inception, clip), "
+        "rewards as judges (--judge.NAME [SOURCE]), cost. See docs/evaluation.md.",
+    )
+    parser.add_argument(
+        "--against", metavar="TEACHER", help="a diffusers folder, a hub id, world, or none (default: the run's own teacher)"
+    )
+    parser.add_argument("--data", metavar="FOLDER", help="real pictures: a folder, or owner/name[@revision][:split] on the hub")
+    parser.add_argument("--prompts", metavar="FILE", help="prompts, one a line or as a set was published; a set's NAME; NAME=FILE")
+    parser.add_argument("--images-per-prompt", type=int, help="pictures for each prompt (default: the set's; 8 in the embedded world)")
+    parser.add_argument("--steps", type=int, help="the student's steps (default: those it was made for)")
+    parser.add_argument("--teacher-steps", type=int, help="the teacher's own steps (default 28)")
+    parser.add_argument("--guidance", type=float, help="the teacher's guidance scale (default: the run's, or its family's)")
+    parser.add_argument("--resize", type=int, metavar="PIXELS", help="bring pictures to this square before an extractor sees them")
     parser.add_argument("--seed", type=int, default=0, help="seed of the rows; the teacher's reference sample uses the next")
+    parser.add_argument("--batch", type=int, default=16, help="pictures drawn at a time (default 16)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of the pipelines")
+    parser.add_argument("--shard", metavar="I/N", help="draw only this share; a last call without it measures (torchrun does both)")
+    parser.add_argument("--keep-images", type=Path, metavar="FOLDER", help="keep the pictures themselves too")
+    parser.add_argument("--beside", type=Path, nargs="+", default=[], metavar="REPORT", help="show other reports in one table")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the report (default: evaluation.json in the student's folder)")
     options = parser.parse_args(arguments)
-    config = run_config(options.folder)
-    if config.teacher != "world":
-        raise UserError(
-            f"{options.folder}: its teacher is {config.teacher}; the embedded scorers know only the embedded teacher's pictures"
-        )
-    source = resolve_teacher(config.teacher)
+    folder, own = options.folder, options.folder.is_dir()
+    if own:
+        check_student(folder)
+    elif folder.exists() or len(folder.parts) != 2 or not str(folder)[0].isalnum():
+        raise UserError(f"{folder}: no such folder, and not a hub id (owner/name)")
+    config: Config | None = saved_config(folder) if (folder / "config.yaml").is_file() else None
+    for name in ("images_per_prompt", "steps", "teacher_steps", "resize", "batch"):
+        if (getattr(options, name) or 1) < 1 or getattr(options, name) == 0:
+            raise UserError(f"--{name.replace('_', '-')}: must be at least 1, got {getattr(options, name)}")
+    against = options.against or (config.teacher if config else "none")
+    teacher = None if against == "none" else resolve_teacher(against)
+    steps = options.steps or (config.steps if config else steps_of(folder) if own else None)
+    if steps is None:
+        raise UserError("--steps: missing; the student does not say how many steps it was made for")
+    share, launched = share_of(options.shard), options.shard is None
+    others = {str(path): read_report(path) for path in options.beside}
+    if options.prompts is None and against != "world":
+        raise UserError("--prompts: missing; give a file, or the name of a set (only the embedded world brings its own)")
+    if against != "world" and not (tables["extractor"] or tables["judge"]):
+        raise UserError("nothing to measure with: give --extractor.NAME or --judge.NAME, as --extractor.inception or --judge.clip FOLDER")
+    if options.data and against != "world" and not tables["extractor"]:
+        raise UserError("--data: nothing to compare pictures by; give --extractor.NAME, as --extractor.inception")
+
     from fewstep import models
+    from fewstep.evaluate import features, pictures, sets
 
     models.quiet_libraries()
+    device = evaluation_device()
+    told: dict[str, Any] = {"steps": steps, "seed": options.seed, "batch": options.batch, "device": device, "precision": options.precision}
+    told |= {
+        "teacher_steps": options.teacher_steps,
+        "keep_images": options.keep_images,
+        "work": folder / "evaluation" if own else cache_folder(),
+    }
     try:
-        measure_student(options.folder, source, config, images_per_prompt=options.images_per_prompt, seed=options.seed)
+        if teacher is not None:
+            default = config.teacher_guidance if config else models.family(teacher).default_guidance
+            told["guidance"] = default if options.guidance is None else options.guidance
+        if options.prompts is not None:
+            told["prompts"] = sets.load(options.prompts)
+            known = sets.SETS.get(told["prompts"].name)
+            told["images_per_prompt"] = known.images_per_prompt if known else 1
+        if options.images_per_prompt is not None:
+            told["images_per_prompt"] = options.images_per_prompt
+        if options.data is not None:
+            told["data"] = pictures.open_pictures(options.data)
+        told["extractors"] = features.make_extractors(tables["extractor"].items(), resize=options.resize, device=device)
+        told["scorers"], told["judges"] = load_judges(tables["judge"], device=device, in_world=against == "world")
+        output = options.output or (folder if own else Path()) / "evaluation.json"
+        report = measure_student(folder, teacher, config, output=output, share=share, progress=share[0] == 0 or not launched, **told)
+        if launched and share[1] > 1:
+            await_others()
+            if share[0] == 0:
+                report = measure_student(folder, teacher, config, output=output, **told)
     except ValueError as error:
         raise UserError(str(error)) from error
-    print(f"saved {options.folder / 'evaluation.json'}")
+    if report is None:
+        return 0
+    if others:
+        from rich.console import Console
+
+        from fewstep.evaluate import protocol
+
+        Console(width=None if sys.stdout.isatty() else 200).print(protocol.beside({str(output): report} | others))
+    print(f"saved {output}")
     return 0
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A report that `fewstep evaluate` saved. Raises UserError."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if not {"protocol", "rows", "interval"} <= report.keys():
+            raise ValueError("it has no protocol, rows and interval")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"--beside: {path}: not a report of fewstep evaluate ({error})") from error
+    return report
+
+
+def await_others() -> None:
+    """Wait until every process of a torchrun has come here."""
+    import datetime
+
+    import torch.distributed as processes
+
+    processes.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    processes.barrier()
+    processes.destroy_process_group()
 
 
 # -- export ------------------------------------------------------------------------------------------------------------
@@ -810,6 +1101,45 @@ def compare_command(arguments: list[str]) -> int:
         table.plot_pareto(summary, options.output / "pareto.png")
     print((options.output / "compare.md").read_text())
     return 0
+
+
+# -- rewards -----------------------------------------------------------------------------------------------------------
+
+
+def rewards_command(arguments: list[str]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fewstep.rewards import rows
+
+    if arguments:
+        raise UserError(f"rewards: takes no arguments, got {arguments[0]!r}")
+    header, *body = rows()
+    table = Table(*header, show_lines=True)
+    for row in body:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 240).print(table)
+    return 0
+
+
+def serve_reward_command(arguments: list[str]) -> int:
+    from fewstep.rewards import serve
+
+    try:
+        return serve.command(arguments)
+    except ValueError as error:
+        raise UserError(f"serve-reward: {error}") from error
+
+
+def convert_reward_command(arguments: list[str]) -> int:
+    from fewstep import models
+    from fewstep.rewards import convert
+
+    models.quiet_libraries()
+    try:
+        return convert.command(arguments)
+    except ValueError as error:
+        raise UserError(f"convert-reward: {error}") from error
 
 
 # -- sample ------------------------------------------------------------------------------------------------------------

@@ -27,11 +27,7 @@ METRICS = ("fd_clip_data", "fd_clip_teacher", "clip", "clip-heldout", "preferenc
 DISTANCES = ("fd_clip_data", "fd_clip_teacher")
 MAIN_SEEDS, OTHER_SEEDS = 5, 3
 TRACED = ("/score", "/lag", "/ess", "/cosine")  # of what an update logs, what a cell keeps
-LATER = (
-    "size",
-    "memory",
-    "compile",
-)  # fields that came after the first cells; as they are by default, not in a stamp
+LATER = ("size", "memory", "compile", "dry_run")  # fields that came after the first cells: in a stamp when not as they are by default
 NETWORKS = ("student", "teacher", "fake")  # one evaluation of each costs the same: the budget of a cell
 
 
@@ -457,7 +453,7 @@ def stamp_of(plan: Plan, row: str, seed: int) -> dict[str, Any]:
     config, student = config_of(plan, row, seed), EVERY_ROW.get(row)
     recipe = "teacher"
     if config is not None:
-        plain, untouched = cli.as_plain(config) | {"output": ""}, cli.as_plain(Config())
+        plain, untouched = (cli.as_plain(at) | {"output": ""} for at in (config, cli.resolve_hardware(Config(device="cpu"))))
         recipe = protocol.sha256({key: value for key, value in plain.items() if key not in LATER or value != untouched[key]})
     return {
         "config": recipe,

@@ -162,6 +162,8 @@ class Config:
     """Go on from the newest checkpoint in the output folder."""
     overwrite: bool = False
     """Delete what the output folder holds and start anew."""
+    dry_run: bool = False
+    """Print what the run will need (memory, operations, disk) and what to change if it does not fit; read no weights, write nothing."""
     student: StudentConfig = field(default_factory=StudentConfig)
     """The student's optimizer."""
     fake: FakeConfig = field(default_factory=FakeConfig)
@@ -169,11 +171,13 @@ class Config:
     matching: MatchingConfig = field(default_factory=MatchingConfig)
     """R_dm, distribution matching as a reward."""
     reward: dict[str, float] = field(default_factory=dict)
-    """Other rewards: name -> weight (or share, when adaptive), as `--reward.clip 0.3`."""
+    """Other rewards: name -> weight (or share, when adaptive), as `--reward.clip 0.3`; `fewstep rewards` lists the named ones."""
     via: dict[str, Literal["pathwise", "policy"]] = field(default_factory=dict)
-    """How a reward reaches the student: its gradient through the decoder, or its score by clipped policy gradient."""
+    """How a reward reaches the student: its gradient through the decoder (pathwise, the default in process), or its score by clipped
+    policy gradient (the default of a server, which has no gradient)."""
     scorer: dict[str, str] = field(default_factory=dict)
-    """Folder with the weights of a named reward; the world brings its own."""
+    """Where a reward comes from: a folder or a hub id (owner/name@commit) with the weights of a named one (the world brings its own),
+    path/to/file.py:function (by your own flag, never from a recipe), or a server's address."""
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     """How the other rewards join R_dm."""
     reuse: ReuseConfig = field(default_factory=ReuseConfig)

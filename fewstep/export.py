@@ -340,9 +340,12 @@ def results_markdown(report: dict[str, Any]) -> str:
     stamp = report["protocol"]
     table = markdown_table(["", *protocol.columns(report)], [[name, *cells] for name, cells in protocol.as_rows(report)])
     seeds = ", ".join(f"{name} {seed}" for name, seed in stamp["seeds"].items())
+    prompts = f"prompt of {stamp['set']}" if stamp.get("set") else "held-out prompt"
+    features = f"features of `{stamp['extractor']}`, " if stamp["extractor"] else ""
+    said = "".join(f"{note[0].upper()}{note[1:]}. " for note in protocol.notes(report))
     return (
-        f"{table}\n\nMeasured on {stamp['n']} pictures a column ({stamp['images_per_prompt']} for each held-out prompt, seeds: {seeds}), "
-        f"{report['interval']['level']:.0%} bootstrap intervals over prompts, features of `{stamp['extractor']}`, on {stamp['device']}. "
+        f"{table}\n\nMeasured on {stamp['n']} pictures a column ({stamp['images_per_prompt']} for each {prompts}, seeds: {seeds}), "
+        f"{report['interval']['level']:.0%} bootstrap intervals over prompts, {features}on {stamp['device']}. {said}"
         "FD-clip is a Frechet distance of CLIP features, not an FID. Full protocol: `evaluation.json`."
     )
 

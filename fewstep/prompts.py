@@ -13,14 +13,14 @@ class BadPrompts(ValueError):
     """A prompt file that cannot be used; the message names the file and the line."""
 
 
-def read(path: str | Path) -> list[str]:
-    """Prompts of a UTF-8 text file, one a line; blank lines and repeats are dropped. Raises BadPrompts."""
+def read(path: str | Path, *, repeats: bool = False) -> list[str]:
+    """Prompts of a UTF-8 text file, one a line; blank lines are dropped, and repeats too unless they are wanted. Raises BadPrompts."""
     path = Path(path)
     try:
         data = path.read_bytes()
     except OSError as error:
         raise BadPrompts(f"{path}: cannot be read ({error.strerror})") from error
-    prompts: dict[str, None] = {}
+    prompts: list[str] = []
     for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
         try:
             line = raw.decode("utf-8").strip()
@@ -31,10 +31,10 @@ def read(path: str | Path) -> list[str]:
         if len(line) > LONGEST:
             raise BadPrompts(f"{path}, line {number}: {len(line)} characters; a prompt has {LONGEST} at most")
         if line:
-            prompts[line] = None
+            prompts.append(line)
     if not prompts:
         raise BadPrompts(f"{path}: holds no prompt; write one a line")
-    return list(prompts)
+    return prompts if repeats else list(dict.fromkeys(prompts))
 
 
 class Batches:

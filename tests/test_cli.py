@@ -14,7 +14,7 @@ import torch
 import yaml
 
 import fewstep
-from fewstep import cli
+from fewstep import cli, models
 
 ROOT = Path(fewstep.__file__).parents[1]
 SMALL = ["--groups", "2", "--group-size", "2", "--save-every", "2", "--sample-every", "0"]
@@ -119,8 +119,13 @@ def test_bad_recipes_name_the_file(capsys, tmp_path, text, words):
 
 def test_every_recipe_is_read_and_is_what_its_name_says(tmp_path):
     configs = {name: cli.parse_config([name, "--output", str(tmp_path)]) for name in cli.recipe_names()}
-    assert set(configs) == {"dmd", "dmd2", "gndm", "dmdr", "gndmr", "gndm-is", "gndmr-is"}
+    families = {module.rpartition(".")[2] for module, _ in models.FAMILIES.values()}
+    assert set(configs) == {"dmd", "dmd2", "gndm", "dmdr", "gndmr", "gndm-is", "gndmr-is"} | families
     assert all(name in cli.HELP for name in configs)
+    for family in families:
+        config, text = configs.pop(family), Path(cli.recipe_path(family)).read_text()
+        assert config.teacher.count("/") == 1 and config.lora_rank and config.sizes()[0] in ((512, 512), (1024, 1024))
+        assert "NOT MEASURED" in text and "hours of one H100" in text
     for config in configs.values():
         cli.check_rewards(config, {})
     assert configs["gndm"] == cli.parse_config(["--output", str(tmp_path)])  # the defaults

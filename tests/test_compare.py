@@ -1,6 +1,7 @@
 """The comparison: its statistics, what it keeps, and that a second call makes only what is missing."""
 
 import concurrent.futures
+import dataclasses
 import json
 import math
 import os
@@ -168,6 +169,7 @@ def test_a_cell_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
     assert "| GNDM | 1 |" in (tmp_path / "compare.md").read_text() and "FAILED" in capsys.readouterr().out
 
 
+@pytest.mark.timeout(600)  # a minute and a half of one quiet core
 def test_a_quick_comparison_from_end_to_end_and_again(tmp_path, capsys):
     folder = tmp_path / "compare"
     assert cli.main(["compare", "--quick", "--output", str(folder)]) == 0
@@ -235,3 +237,12 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
         time.sleep(0.05)
     os.kill(worker, 9)
     raise AssertionError("the worker outlived its parent by 30 s")
+
+
+def test_fields_that_came_after_the_first_cells_leave_their_stamps_alone(tmp_path):
+    plan = compare.Plan(tmp_path, 100, 2, 4, 1)
+    plain = cli.as_plain(compare.cell_config(plan, compare.EVERY_ROW["GNDM"], 100)) | {"output": ""}
+    first = {key: value for key, value in plain.items() if key not in compare.LATER}
+    assert compare.stamp_of(plan, "GNDM", 100)["config"] == compare.protocol.sha256(first)
+    turned = dataclasses.replace(plan, options=(*plan.options, "--memory.checkpointing"))
+    assert compare.stamp_of(turned, "GNDM", 100)["config"] != compare.protocol.sha256(first)

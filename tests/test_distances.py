@@ -1,11 +1,27 @@
 import math
 
+import fidelity
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 
-from fewstep.evaluate.distances import bootstrap, diversity, frechet, frechet_distance, moments, precision_recall
+from fewstep.evaluate import distances
+from fewstep.evaluate.distances import (
+    Moments,
+    bootstrap,
+    diversity,
+    frechet,
+    frechet_distance,
+    gaussian,
+    jackknife,
+    kernel_distance,
+    moments,
+    polynomial,
+    precision_recall,
+    running_moments,
+)
 
 
 def generator(seed=0):
@@ -99,6 +115,107 @@ def test_sets_of_different_dimension_are_refused():
         frechet(normal(20, 4), normal(20, 5))
     with pytest.raises(ValueError, match="must be"):
         frechet(normal(20), normal(20, 4))
+
+
+def test_running_moments_are_those_of_the_whole(monkeypatch):
+    x = normal(57, 6, seed=1) + 1e4  # far from zero
+    expected = moments(x)
+    for size in (1, 10, 57, 1000):
+        monkeypatch.setattr(distances, "CHUNK", size)
+        mean, cov = running_moments(x).finish()
+        torch.testing.assert_close(mean, expected[0], rtol=1e-14, atol=0)
+        torch.testing.assert_close(cov, expected[1], rtol=1e-9, atol=1e-9)
+    total = running_moments(x, about=x[0])
+    rest = total.without(Moments(x[0]).add(x[:20]))
+    assert rest.n == 37
+    for found, wanted in zip(rest.finish(), moments(x[20:]), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+# The same numbers as torch-fidelity's
+
+
+@pytest.mark.parametrize("n, m", [(400, 400), (300, 450)])
+def test_frechet_is_that_of_torch_fidelity(n, m):
+    fidelity.load()
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+
+    x = normal(n, 96, seed=1) @ covariance(96, 3)
+    y = normal(m, 96, seed=2) @ covariance(96, 4) + 0.1
+    theirs = fid_statistics_to_metric(fid_features_to_statistics(x), fid_features_to_statistics(y), verbose=False)[KEY_METRIC_FID]
+    assert frechet(x, y) == pytest.approx(theirs, abs=1e-6)
+    ours = frechet_distance(*running_moments(x).finish(), *running_moments(y).finish())
+    assert ours == pytest.approx(theirs, abs=1e-6) and theirs > 1
+
+
+def test_kid_is_that_of_torch_fidelity_over_all_pairs():
+    fidelity.load()
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+
+    x, y = normal(120, 24, seed=1), 1.1 * normal(120, 24, seed=2) + 0.2
+    # one subset that holds every picture; its own means are over such subsets of 1000
+    theirs = kid_features_to_metric(x, y, kid_subsets=1, kid_subset_size=120, verbose=False)[KEY_METRIC_KID_MEAN]
+    assert kernel_distance(x, y, polynomial, unbiased=True) == pytest.approx(theirs, abs=1e-6)
+    subsets = kid_features_to_metric(x, y, kid_subsets=400, kid_subset_size=60, verbose=False)[KEY_METRIC_KID_MEAN]
+    assert subsets == pytest.approx(theirs, rel=0.1) and theirs > 0.05
+
+
+def test_precision_and_recall_are_those_of_torch_fidelity():
+    fidelity.load()
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+    real, drawn = normal(90, 5, seed=1), 0.8 * normal(70, 5, seed=2) + 0.9
+    theirs = prc_features_to_metric(drawn, real, prc_neighborhood=3, verbose=False)
+    ours = precision_recall(real, drawn, k=3)
+    assert ours == pytest.approx((theirs[KEY_METRIC_PRECISION], theirs[KEY_METRIC_RECALL]), abs=1e-6)
+    assert 0 < ours[0] < 1 and 0 < ours[1] < 1
+
+
+# Kernel distances
+
+
+def test_kid_of_shifted_gaussians_is_the_closed_form():
+    """k = (x.y / d + 1)^3 of N(a, I) and N(b, I) in one dimension: E k(X, Y) = 1 + 3 ab + 3 (a^2 + 1)(b^2 + 1) + E X^3 E Y^3."""
+
+    def mean(a, b):
+        return 1 + 3 * a * b + 3 * (a * a + 1) * (b * b + 1) + (a**3 + 3 * a) * (b**3 + 3 * b)
+
+    a, b = 0.2, 0.9
+    expected = mean(a, a) + mean(b, b) - 2 * mean(a, b)
+    found = [
+        kernel_distance(a + normal(400, 1, seed=2 * seed), b + normal(400, 1, seed=2 * seed + 1), polynomial, unbiased=True)
+        for seed in range(60)
+    ]
+    assert np.mean(found) == pytest.approx(expected, abs=3 * np.std(found) / 60**0.5)
+    same = [kernel_distance(normal(30, 2, seed=2 * s), normal(30, 2, seed=2 * s + 1), polynomial, unbiased=True) for s in range(200)]
+    assert abs(np.mean(same)) < 3 * np.std(same) / 200**0.5  # unbiased: zero on average, and below it half of the time
+    assert min(same) < 0
+
+
+def test_cmmd_is_its_definition():
+    """1000 x the biased MMD^2 of unit features under exp(-|u - v|^2 / 200), written out."""
+    u, v = (torch.nn.functional.normalize(normal(n, 16, seed=n) + shift, dim=1) for n, shift in ((30, 0), (40, 0.5)))
+
+    def k(a, b):
+        return torch.exp(-torch.cdist(a, b).square() / 200).mean()
+
+    expected = float(1000 * (k(u, u) + k(v, v) - 2 * k(u, v)))
+    ours = 1000 * kernel_distance(4 * u, 4 * v, gaussian, unbiased=False)  # distances take unit features times sqrt(d)
+    assert ours == pytest.approx(expected, abs=1e-9) and expected > 1
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_blocks_left_out_of_a_kernels_sums_are_rows_left_out(monkeypatch, unbiased):
+    monkeypatch.setattr(distances, "CHUNK", 7)
+    x, y = normal(20, 3, seed=1), normal(25, 3, seed=2) + 0.5
+    bx, by = torch.arange(20) % 4, torch.arange(25) % 3
+    pairs = ((x, x, bx, bx), (x, y, bx, by), (y, y, by, by))
+    sums = [distances.block_sums(a, b, polynomial, i, j) for a, b, i, j in pairs]
+    diagonals = [distances.diagonal_sums(z, polynomial, b) for z, b in ((x, bx), (y, by))]
+    whole = distances.KernelSums(*sums, *diagonals, bx.bincount().double(), by.bincount().double())
+    left_x, left_y = torch.tensor([1.0, 0, 1, 1]).double(), torch.tensor([1.0, 1, 0]).double()
+    expected = kernel_distance(x[bx != 1], y[by != 2], polynomial, unbiased=unbiased)
+    assert distances.mmd(whole, left_x, left_y, unbiased=unbiased) == pytest.approx(expected, abs=1e-12)
 
 
 # Precision and recall
@@ -213,3 +330,16 @@ def test_centred_bootstrap_of_the_frechet_distance():
     assert 0.85 <= covered / len(samples) <= 1
     plain = bootstrap(lambda index: value(samples[0][index]), n, draws=60, seed=0)
     assert plain[0] > value(samples[0])
+
+
+# Jackknife
+
+
+def test_the_jackknife_of_a_mean_is_its_t_interval():
+    x = normal(24)
+    without = [float(torch.cat([x[:i], x[i + 1 :]]).mean()) for i in range(24)]
+    low, high = jackknife(float(x.mean()), without)
+    half = scipy.stats.t.ppf(0.975, 23) * float(x.std()) / 24**0.5
+    assert (low, high) == pytest.approx((float(x.mean()) - half, float(x.mean()) + half), abs=1e-12)
+    with pytest.raises(ValueError, match="at least two groups"):
+        jackknife(1.0, [1.0])

@@ -1,7 +1,16 @@
-"""The README says what the committed results say."""
+"""The README says what the committed results say; the other pages what the code says."""
 
+import math
+import re
 import runpy
+import sys
+import types
 from pathlib import Path
+
+import torch
+
+from fewstep.export import markdown_table
+from fewstep.rewards import rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -10,3 +19,39 @@ def test_the_readmes_tables_are_the_committed_results():
     readme = (ROOT / "README.md").read_text()
     tables = runpy.run_path(str(ROOT / "docs" / "readme_table.py"))
     assert tables["written"](readme) == readme
+
+
+def test_the_page_of_rewards_has_the_table_of_the_code():
+    assert markdown_table(rows()[0], rows()[1:]) in (ROOT / "docs" / "rewards.md").read_text()
+
+
+def test_the_worked_example_of_a_remote_reward_scores(monkeypatch):
+    page = (ROOT / "docs" / "rewards.md").read_text()
+    (code,) = re.findall(r"```python\n(# ocr\.py.*?)```", page, re.DOTALL)
+    read = iter(["Open  24\nhours\n", "open 24 hoots", ""])
+    monkeypatch.setitem(sys.modules, "pytesseract", types.SimpleNamespace(image_to_string=lambda picture: next(read)))
+    names = {}
+    exec(compile(code, "ocr.py", "exec"), names)
+    prompt = 'a sign that says "open 24 hours"'
+    scores = names["spelling"](torch.rand(4, 3, 8, 8), [prompt, "a cat", prompt, prompt])
+    assert scores[0] == 1 and math.isnan(scores[1]) and 0.7 < scores[2] < 1 and scores[3] == 0
+
+
+def test_the_page_on_evaluation_knows_every_flag_set_and_extractor(capsys):
+    import pytest
+
+    from fewstep import cli
+    from fewstep.evaluate import features, protocol, sets
+
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--help"])
+    flags = {word.strip("[],") for word in capsys.readouterr().out.split() if word.strip("[],").startswith("--")}
+    told = {"--seed", "--guidance", "--batch", "--precision", "--images-per-prompt"}  # the help says all there is to say
+    assert not {flag for flag in flags - told if flag not in page and not flag.startswith(("--help", "--extractor.NAME"))}
+    assert all(
+        f"`{name}` | {f'{known.count:,}'.replace(',', ' ') if known.count > 9999 else known.count}" in page
+        for name, known in sets.SETS.items()
+    )
+    assert all(f"--extractor.{name}" in page for name in features.EXTRACTORS)
+    assert all(name in page for name in protocol.SOLVERS)

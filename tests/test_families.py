@@ -333,3 +333,24 @@ def test_distil_and_resume(teachers, name, prompt_file, tmp_path, capsys, monkey
     drawn = {}
     exec(snippet, drawn)
     assert drawn["image"].size == (width, height)
+
+
+def test_a_teacher_with_a_lora_merged_in_is_a_teacher(teachers, tmp_path):
+    """Distil my LoRA: fused and saved by stock diffusers, it is read as any folder, and is not the base."""
+    from diffusers import DiffusionPipeline
+
+    name = "StableDiffusionPipeline"
+    base = models.load(str(teachers / name))
+    roles, weights = moved_student(base, 2)
+    base.save_lora(weights, tmp_path / "lora", rank=2)
+    pipe = DiffusionPipeline.from_pretrained(teachers / name)
+    pipe.load_lora_weights(tmp_path / "lora")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "merged", safe_serialization=True)
+    merged = models.load(str(tmp_path / "merged"))
+    noise, t, cond = noise_of(base), torch.full((2,), 0.5), base.encode(PROMPTS)
+    with torch.no_grad():
+        teacher, student = merged.roles().teacher(noise, t, cond), roles.student(noise, t, cond)
+        torch.testing.assert_close(teacher, student, rtol=0, atol=1e-4)
+        assert (teacher - roles.teacher(noise, t, cond)).abs().max() > 1e-2

@@ -230,3 +230,20 @@ def test_bfloat16_where_nothing_is_trained(teacher_folder, prompt_file):
     assert all(torch.isfinite(torch.tensor(value)) for value in logs.values())
     pipe = run.backbone.student_pipeline(run.roles, run.trainer.averaged(), 4)
     assert {p.dtype for p in pipe.unet.parameters()} == {torch.bfloat16}
+
+
+def test_compiled_blocks_give_the_same_update(teacher_folder, prompt_file, plain_descent, monkeypatch):
+    """Traced, and run by torch itself: with LoRA, a graph must not outlive the switch to another role's adapter."""
+    options = ("--lora-rank", "2", "--reuse.rollout", "1")
+    start, _ = weights_after(teacher_folder, prompt_file, *options, updates=0)
+    plain, _ = weights_after(teacher_folder, prompt_file, *options, updates=2)
+    real, traced = torch.compile, []
+
+    def compile_eagerly(model, **settings):
+        traced.append(model)
+        return real(model, **settings | {"backend": "eager"})
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    compiled, _ = weights_after(teacher_folder, prompt_file, *options, "--compile", updates=2)
+    assert traced
+    assert distance(plain, compiled) < 1e-3 * distance(start, plain)

@@ -1,27 +1,94 @@
-"""Distances between sets of pictures, given as features (N, d), and bootstrap intervals. Pure; float64 inside."""
+"""Distances between sets of pictures, given as features (N, d), and their intervals. Pure; float64 inside.
+
+Sets too large for memory come as a `Matrix`, whose rows are read some at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+CHUNK = 1024  # rows of a Matrix that are looked at together
+AT_ONCE = 2**23  # numbers of a matrix of distances or kernels that are held together: 64 MB
+
+
+class Matrix(Protocol):
+    """(N, d), in memory (a Tensor) or on disk: rows by a slice or by their numbers, as a Tensor."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor: ...
+
+
+def chunks(matrix: Matrix, size: int | None = None) -> Iterator[tuple[int, Tensor]]:
+    """(number of the first row, the rows) of each part of a matrix. size: rows of a part (None: CHUNK)."""
+    size = size or CHUNK
+    for first in range(0, len(matrix), size):
+        yield first, matrix[first : first + size]
+
+
+def check_finite(matrix: Matrix, name: str) -> None:
+    """Raises ValueError unless a matrix is (N, d) and finite."""
+    if len(matrix.shape) != 2:
+        raise ValueError(f"{name} features must be (N, d), got {tuple(matrix.shape)}")
+    bad = sum(int((~torch.isfinite(rows)).any(1).sum()) for _, rows in chunks(matrix))
+    if bad:
+        raise ValueError(f"{bad} of {len(matrix)} {name} features hold NaN or inf")
+
 
 def checked(features: Tensor, name: str) -> Tensor:
     """`features` as float64. Raises ValueError unless it is (N, d) and finite."""
-    if features.ndim != 2:
-        raise ValueError(f"{name} features must be (N, d), got {tuple(features.shape)}")
-    bad = int((~torch.isfinite(features)).any(1).sum())
-    if bad:
-        raise ValueError(f"{bad} of {len(features)} {name} features hold NaN or inf")
+    check_finite(features, name)
     return features.double()
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (d,) and unbiased covariance (d, d) of features (N, d)."""
     return features.mean(0), torch.cov(features.T).reshape(features.shape[1], features.shape[1])
+
+
+class Moments:
+    """Mean and covariance of features that come some at a time: their number, sum and outer products, about a point near them.
+
+    about (d,): without it the outer products of features far from zero would lose the digits that the covariance is made of.
+    """
+
+    def __init__(self, about: Tensor):
+        self.about, self.n = about.double(), 0
+        self.sum, self.outer = torch.zeros_like(self.about), torch.zeros(len(about), len(about), dtype=torch.float64)
+
+    def add(self, features: Tensor) -> Moments:
+        """Take in features (B, d)."""
+        x = features.double() - self.about
+        self.n, self.sum = self.n + len(x), self.sum + x.sum(0)
+        self.outer.addmm_(x.T, x)
+        return self
+
+    def without(self, part: Moments) -> Moments:
+        """The moments of those that are not in `part`, which was taken about the same point."""
+        rest = Moments(self.about)
+        rest.n, rest.sum, rest.outer = self.n - part.n, self.sum - part.sum, self.outer - part.outer
+        return rest
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Mean (d,) and unbiased covariance (d, d)."""
+        mean = self.sum / self.n
+        return mean + self.about, (self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)
+
+
+def running_moments(features: Matrix, about: Tensor | None = None) -> Moments:
+    """Moments of a matrix, read in parts. about: by default the mean of its first rows."""
+    total = Moments(features[:CHUNK].double().mean(0) if about is None else about)
+    for _, rows in chunks(features):
+        total.add(rows)
+    return total
 
 
 def root(matrix: Tensor) -> Tensor:
@@ -59,19 +126,126 @@ def frechet(features_a: Tensor, features_b: Tensor) -> float:
     return frechet_distance(*fitted)
 
 
+# Kernel distances
+
+
+def polynomial(x: Tensor, y: Tensor) -> Tensor:
+    """KID's kernel (Binkowski et al., arXiv 1801.01401): (x.y / d + 1)^3. (N, d), (M, d) -> (N, M)."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
+
+
+def gaussian(x: Tensor, y: Tensor) -> Tensor:
+    """CMMD's kernel (Jayasumana et al., arXiv 2401.09603): exp(-|u - v|^2 / (2 sigma^2)) of unit features u, v.
+
+    x, y: unit features times sqrt(d), as every distance here takes them. (N, d), (M, d) -> (N, M).
+    """
+    square = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T
+    return torch.exp(-square / (2 * CMMD_SIGMA**2 * x.shape[1]))
+
+
+Kernel = Callable[[Tensor, Tensor], Tensor]
+
+
+class KernelSums(NamedTuple):
+    """Sums of a kernel over all pairs of rows, by the blocks that the rows belong to: any block can be left out afterwards."""
+
+    xx: Tensor  # (G, G)
+    xy: Tensor  # (G, H)
+    yy: Tensor  # (H, H)
+    diagonal_x: Tensor  # (G,): of rows with themselves
+    diagonal_y: Tensor  # (H,)
+    n: Tensor  # (G,) rows of x in each block
+    m: Tensor  # (H,)
+
+
+def block_sums(x: Matrix, y: Matrix, kernel: Kernel, block_x: Tensor, block_y: Tensor, *, device: str | torch.device = "cpu") -> Tensor:
+    """Sum of the kernel over the pairs of each block of x with each of y, (G, H) float64. block_x (N,), block_y (M,) int64."""
+    one_hot = [torch.nn.functional.one_hot(block).double().to(device) for block in (block_x, block_y)]
+    total = torch.zeros(one_hot[0].shape[1], one_hot[1].shape[1], dtype=torch.float64, device=device)
+    for i, rows in chunks(x):
+        rows, left = rows.to(device).double(), one_hot[0][i : i + CHUNK].T
+        for j, others in chunks(y):
+            total += left @ kernel(rows, others.to(device).double()) @ one_hot[1][j : j + CHUNK]
+    return total.cpu()
+
+
+def diagonal_sums(x: Matrix, kernel: Kernel, block: Tensor) -> Tensor:
+    """Sum of the kernel of each row with itself over each block, (G,) float64."""
+    own = torch.cat([torch.cat([kernel(row[None], row[None])[0] for row in rows.double()]) for _, rows in chunks(x)])
+    return torch.zeros(int(block.max()) + 1, dtype=torch.float64).index_add_(0, block, own)
+
+
+def mmd(sums: KernelSums, keep_x: Tensor, keep_y: Tensor, *, unbiased: bool) -> float:
+    """Squared maximum mean discrepancy of the blocks that are kept. keep_x (G,), keep_y (H,) float64, 0 or 1.
+
+    unbiased: without the pairs of a row with itself (KID); CMMD is defined with them.
+    """
+    n, m = keep_x @ sums.n, keep_y @ sums.m
+    xx, xy, yy = keep_x @ sums.xx @ keep_x, keep_x @ sums.xy @ keep_y, keep_y @ sums.yy @ keep_y
+    if unbiased:
+        xx, yy = (xx - keep_x @ sums.diagonal_x) / (n * (n - 1)), (yy - keep_y @ sums.diagonal_y) / (m * (m - 1))
+    else:
+        xx, yy = xx / n**2, yy / m**2
+    return float(xx + yy - 2 * xy / (n * m))
+
+
+def kernel_distance(x: Matrix, y: Matrix, kernel: Kernel, *, unbiased: bool) -> float:
+    """Squared maximum mean discrepancy of two sets, (N, d) and (M, d), over all pairs."""
+    none = [torch.zeros(len(matrix), dtype=torch.long) for matrix in (x, y)]
+    pairs = [(x, x, none[0], none[0]), (x, y, *none), (y, y, none[1], none[1])]
+    sums = [block_sums(a, b, kernel, i, j) for a, b, i, j in pairs]
+    diagonals = [diagonal_sums(matrix, kernel, block) for matrix, block in zip((x, y), none, strict=True)]
+    counts = [torch.tensor([float(len(matrix))], dtype=torch.float64) for matrix in (x, y)]
+    one = torch.ones(1, dtype=torch.float64)
+    return mmd(KernelSums(*sums, *diagonals, *counts), one, one, unbiased=unbiased)
+
+
+# Precision, recall, diversity
+
+
+def euclidean(a: Tensor, b: Tensor) -> Tensor:
+    """Distances (N, M) of float64 rows (N, d), (M, d); exact for points that coincide where d is at most 256.
+
+    Wider rows go through a matrix product, twenty times as fast; points that coincide are then some 1e-7 of their length apart.
+    """
+    exact = a.shape[1] <= 256
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist" if exact else "use_mm_for_euclid_dist")
+
+
+def distances(points: Matrix, centres: Matrix) -> Iterator[tuple[int, Tensor]]:
+    """(number of the first point, its and the next points' distances to all centres) of each part of `points`."""
+    size = max(1, min(CHUNK, AT_ONCE // max(1, len(centres))))
+    for first, rows in chunks(points, size):
+        rows = rows.double()
+        yield first, torch.cat([euclidean(rows, others.double()) for _, others in chunks(centres)], 1)
+
+
+def radii(centres: Matrix, k: int) -> Tensor:
+    """Each centre's distance to its k-th nearest other centre, (C,). Raises ValueError when there are not more than k centres."""
+    if len(centres) <= k:
+        raise ValueError(f"{len(centres)} features have no {k}-th nearest neighbour; use more than {k}")
+    # the nearest is the centre itself
+    return torch.cat([distance.kthvalue(k + 1, dim=1).values for _, distance in distances(centres, centres)])
+
+
+def covering(points: Matrix, centres: Matrix, radius: Tensor, block: Tensor) -> Tensor:
+    """Which block has a centre whose ball holds which point, (P, G) bool. radius (C,), block (C,) int64."""
+    found = torch.zeros(len(points), int(block.max()) + 1, dtype=torch.bool)
+    for first, distance in distances(points, centres):
+        point, centre = (distance <= radius).nonzero(as_tuple=True)
+        found[first + point, block[centre]] = True
+    return found
+
+
 def covered(points: Tensor, centres: Tensor, k: int) -> Tensor:
     """Which centre's ball holds which point, (P, C) bool: a ball's radius is the distance to its centre's k-th nearest other centre.
 
     Raises ValueError when there are not more than k centres.
     """
-    if len(centres) <= k:
-        raise ValueError(f"{len(centres)} features have no {k}-th nearest neighbour; use more than {k}")
-
-    def distance(a: Tensor, b: Tensor) -> Tensor:
-        return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")  # exact for points that coincide
-
-    radius = distance(centres, centres).kthvalue(k + 1, dim=1).values  # the first is the centre itself
-    return distance(points, centres) <= radius
+    return euclidean(points, centres) <= radii(centres, k)
 
 
 def precision_recall(reference: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
@@ -103,6 +277,9 @@ def diversity(features: Tensor, group: Tensor) -> float:
     return float(spread(features, group).mean())
 
 
+# Intervals
+
+
 def bootstrap(
     statistic: Callable[[Tensor], float], n: int, *, draws: int, seed: int, level: float = 0.95, centre: bool = False
 ) -> tuple[float, float]:
@@ -122,3 +299,20 @@ def bootstrap(
         values += statistic(torch.arange(n)) - values.mean()
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def jackknife(value: float, without: list[float], *, level: float = 0.95) -> tuple[float, float]:
+    """value +- t times the standard error of the delete-a-group jackknife. without: the statistic with each of G groups left out.
+
+    For statistics that cost too much to resample: G evaluations instead of hundreds. Its t-quantile has G - 1 degrees of freedom.
+    The bias of a statistic that depends on the number of rows is nearly the same in all G, and stays in the value.
+    """
+    from scipy.stats import t
+
+    left = np.array(without)
+    groups = len(left)
+    if groups < 2:
+        raise ValueError(f"an interval needs at least two groups, got {groups}")
+    error = float(np.sqrt((groups - 1) / groups * np.square(left - left.mean()).sum()))
+    half = float(t.ppf((1 + level) / 2, groups - 1)) * error
+    return value - half, value + half

@@ -1,50 +1,64 @@
 """What a number was measured on, and how: a student beside its teacher, in stock diffusers.
 
 Every row is a sample of the same prompts with the same seed, drawn through the pipeline's own call. Its distance to the
-teacher is taken to a second sample of the teacher (another seed, 28 steps), so the teacher's own row shows the floor.
+teacher is taken to a second sample of the teacher (another seed, as many steps), so the teacher's own row shows the floor.
+Samples are drawn part by part and only what is seen of them is kept, so that one of any size can be stopped, gone on with, and
+shared among processes.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
-import os
 import platform
 import statistics
+import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from rich.progress import track
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fewstep.evaluate.distances import bootstrap, checked, covered, frechet, frechet_distance, moments, spread
-from fewstep.evaluate.features import scaled
+from fewstep.evaluate.distances import Matrix, bootstrap
+from fewstep.evaluate.features import PATCH, Extractor, of_scorer, scaled, to_bytes
+from fewstep.evaluate.measure import BLOCKS, DRAWS, LEVEL, NEIGHBOURS, Measured, jackknifed, measure
+from fewstep.evaluate.pictures import Pictures
+from fewstep.evaluate.pictures import features as features_of
+from fewstep.evaluate.sets import PromptSet
+from fewstep.evaluate.store import SHARD, Shards, add_tensor, fingerprint, keep, my_share, read, replace, sha256
 from fewstep.rewards.clip import CLIPScore
 
 Utility = Callable[[Tensor], Tensor]  # (B, 3, H, W) in [0, 1] -> (B,)
-Measured = dict[str, dict[str, float]]  # metric -> value, low, high
+Judge = Callable[[Tensor, list[str]], Tensor]  # pictures (B, 3, H, W) in [0, 1] and their B prompts -> (B,), higher is better
+Noise = Literal["picture", "batch"]  # what has a generator of its own
+Seen = Mapping[str, Matrix]
 
 SOLVERS = {"DDIM": "DDIMScheduler", "DPM-Solver++": "DPMSolverMultistepScheduler", "UniPC": "UniPCMultistepScheduler"}
 TEACHER_STEPS = 28
-DRAWS, LEVEL = 200, 0.95  # of every bootstrap interval
-BATCH = 16  # pictures drawn at a time; with the seed it decides which picture gets which noise
+BATCH = 16  # pictures drawn at a time; where noise is a batch's, it decides with the seed which picture gets which noise
 TIMED = 4  # batches drawn to time a teacher whose sample came with it
-NEIGHBOURS = 3  # k of precision and recall, unless the data hold several copies of each picture
 
 LABELS = {
+    "fid_data": "FID to data ↓",
+    "fid_teacher": "FID to teacher (FID-SD) ↓",
+    "kid_data": "KID to data ↓",
+    "kid_teacher": "KID to teacher ↓",
+    "patch_fid_data": "patch-FID to data ↓",
+    "patch_fid_teacher": "patch-FID to teacher ↓",
     "fd_clip_data": "FD-clip to data ↓",
     "fd_clip_teacher": "FD-clip to teacher ↓",
+    "cmmd_data": "CMMD to data ↓",
+    "cmmd_teacher": "CMMD to teacher ↓",
     "clip": "CLIPScore, clip ↑",
     "clip_over_shuffled": "  above shuffled captions ↑",
     "clip-heldout": "CLIPScore, clip-heldout ↑",
@@ -65,35 +79,25 @@ class Protocol:
     """What a number was measured on. Two numbers compare when their protocols are equal."""
 
     prompts: str  # SHA-256 of the list of prompts
+    set: str | None  # name of the prompts' set or file
     n: int  # pictures of each row
     images_per_prompt: int
     seeds: dict[str, int]  # of the rows, and of the teacher's sample that they are compared to
-    batch: int  # decides, with the seed, which picture gets which noise
-    extractor: str  # whose image features FD-clip, precision, recall and diversity use
+    noise: Noise  # a picture's own, by its number, or that of its batch
+    batch: int | None  # decides, with the seed, which picture gets which noise; None where each has its own
+    extractor: str | None  # whose features FD-clip, precision, recall and diversity use
+    extractors: dict[str, dict[str, str]]  # name -> weights (SHA-256), resize
     scorers: dict[str, str]  # name -> SHA-256 of its weights
     utility: str | None  # SHA-256 of the source file that defines it
-    data: dict[str, Any] | None  # n and SHA-256 of the features of real pictures
+    data: dict[str, Any] | None  # of real pictures: n and SHA-256 of their features or files
     neighbours: int  # k of precision and recall
-    resolution: int
+    resolution: int | list[int]  # in pixels; [height, width] of pictures that are not square
+    precision: str  # arithmetic of the pipelines
     device: str  # with the number of threads: seconds per image belong to it
     versions: dict[str, str]
 
     def stamp(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def sha256(value: Any) -> str:
-    """SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over the names, shapes, types and bytes of a module's weights and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def pipeline_fingerprint(pipe: Any) -> str:
@@ -138,6 +142,51 @@ def noise_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]))
 
 
+def draw(pipe: Any, prompts: list[str], generators: torch.Generator | list[torch.Generator], **told: Any) -> tuple[Tensor, float]:
+    """Pictures (B, 3, H, W) in [0, 1] on the CPU, and the seconds per image, through the pipeline's own call.
+
+    generators: of the whole batch, or one a picture, whose noise is then its own whatever it is drawn with.
+    """
+    start = time.perf_counter()
+    first = generators[0] if isinstance(generators, list) else generators
+    with torch.random.fork_rng(), own_noise(pipe.scheduler, generators):
+        torch.manual_seed(
+            first.initial_seed()
+        )  # what a pipeline does not draw from the generator it is given: the noise of flow schedulers
+        images = pipe(prompt=prompts, generator=generators, output_type="pt", **told).images
+    return images.float().cpu(), (time.perf_counter() - start) / len(prompts)
+
+
+@contextmanager
+def own_noise(scheduler: Any, generators: torch.Generator | list[torch.Generator]) -> Iterator[None]:
+    """Hands each picture's generator to a scheduler that draws noise in its steps, where its pipeline does not (flow)."""
+    step = scheduler.step
+    if not isinstance(generators, list) or "generator" not in inspect.signature(step).parameters:
+        yield
+        return
+    scheduler.step = functools.wraps(step)(lambda *args, **kwargs: step(*args, **{"generator": generators} | kwargs))
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+@contextmanager
+def counted(pipe: Any) -> Iterator[list[int]]:
+    """A list that takes the number of samples of every call of the pipeline's network, for as long as this lasts."""
+    calls: list[int] = []
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(len(args[0] if args else next(iter(kwargs.values()))))
+
+    network = getattr(pipe, "unet", None) or pipe.transformer
+    handle = network.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
 def batches(
     pipe: Any,
     prompts: list[str],
@@ -152,21 +201,15 @@ def batches(
 ) -> Iterator[tuple[Tensor, float]]:
     """Pictures (B, 3, H, W) in [0, 1] on the CPU, batch by batch, each with its seconds per image.
 
-    Through the pipeline's own call, so encoding the prompts and decoding the latents are in the time. Picture i belongs to
-    prompt i // images_per_prompt. progress: the bar's name (None: no bar). call: what the pipeline is told instead of guidance_scale.
+    Encoding the prompts and decoding the latents are in the time. Picture i belongs to prompt i // images_per_prompt, and takes its
+    noise from its batch's generator. progress: the bar's name (None: no bar). call: what the pipeline is told instead of guidance_scale.
     """
     pipe.set_progress_bar_config(disable=True)
     rows = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+    told = {"guidance_scale": guidance} if call is None else call
     for index in track(range(-(-len(rows) // batch)), progress or "", disable=progress is None):
         chunk = rows[index * batch : (index + 1) * batch]
-        start = time.perf_counter()
-        told = {"guidance_scale": guidance} if call is None else call
-        generator = noise_generator(seed, index)
-        with torch.random.fork_rng():  # what a pipeline does not draw from the generator it is given: the noise of flow schedulers
-            torch.manual_seed(generator.initial_seed())
-            images = pipe(prompt=chunk, num_inference_steps=steps, generator=generator, output_type="pt", **told).images
-        images = images.float().cpu()
-        yield images, (time.perf_counter() - start) / len(chunk)
+        yield draw(pipe, chunk, noise_generator(seed, index), num_inference_steps=steps, **told)
 
 
 def generate(
@@ -190,14 +233,44 @@ def network_evaluations(steps: int, guidance: float) -> int:
     return steps * (2 if guidance > 1 else 1)
 
 
-# Measuring
+def measure_cost(seconds: Tensor, evaluations: float, *, draws: int = DRAWS, seed: int = 0) -> Measured:
+    """Network evaluations per image (exact) and seconds per image (median over batches, batches resampled); seconds (batches,)."""
+    value = float(seconds.quantile(0.5))
+    low, high = value, value
+    if len(seconds) > 1:
+        low, high = bootstrap(lambda index: float(seconds[index].quantile(0.5)), len(seconds), draws=draws, seed=seed, level=LEVEL)
+    return {
+        "network_evaluations": {"value": evaluations, "low": evaluations, "high": evaluations},
+        "seconds_per_image": {"value": value, "low": low, "high": high},
+    }
+
+
+# Observing
 
 
 @torch.no_grad()
-def observe(images: Tensor, scorers: Mapping[str, CLIPScore], utility: Utility | None = None) -> dict[str, Tensor]:
-    """All that the metrics need of pictures (B, 3, H, W): each scorer's unit image features (B, d) and the utility (B,)."""
+def observe(
+    images: Tensor,
+    scorers: Mapping[str, CLIPScore],
+    utility: Utility | None = None,
+    *,
+    prompts: list[str] | None = None,
+    judges: Mapping[str, Judge] | None = None,
+    extractors: Sequence[Extractor] = (),
+) -> dict[str, Tensor]:
+    """All that the metrics need of pictures (B, 3, H, W), on the CPU: each scorer's unit image features (B, d), the utility (B,), the
+    judges' scores of the pictures and their `prompts` (B,), and the features (B, d) of the extractors that are no scorers."""
     observed = {f"features/{name}": scorer.image_features(images).cpu() for name, scorer in scorers.items()}
-    return observed if utility is None else observed | {"utility": utility(images).cpu()}
+    if utility is not None:
+        observed["utility"] = utility(images).cpu()
+    for name, judge in (judges or {}).items():
+        assert prompts is not None
+        observed[f"score/{name}"] = torch.as_tensor(judge(images, prompts)).detach().float().cpu()
+    for extractor in extractors:
+        if extractor.name not in scorers:
+            assert extractor.function is not None
+            observed[f"features/{extractor.name}"] = extractor.function(images).float().cpu()
+    return observed
 
 
 def observe_sample(
@@ -218,163 +291,25 @@ def observe_sample(
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]} | {"seconds": torch.tensor(seconds)}
 
 
-def members(group: Tensor) -> Tensor:
-    """Row numbers of each group's pictures, (P, G); group (N,) int64. Raises ValueError when groups differ in size."""
-    count = torch.unique(group, return_counts=True)[1]
-    if len(count.unique()) != 1:
-        raise ValueError(f"every prompt needs the same number of pictures; found {int(count.min())} to {int(count.max())}")
-    return torch.argsort(group, stable=True).view(len(count), -1)
-
-
-def caption_scores(features: Tensor, scorer: CLIPScore, prompts: list[str], group: Tensor) -> tuple[Tensor, Tensor]:
-    """Score of each picture with its own prompt, and that score minus the mean over all other prompts, each (N,) float64.
-
-    The mean is the expectation of a shuffle that never hands a picture its own caption back, without the shuffle's noise.
-    features (N, d), unit; group (N,): the number of each picture's prompt.
-    """
-    scores = scorer.scale * (features.double() @ scorer.text_features(prompts).cpu().double().T)
-    own = scores.gather(1, group[:, None])[:, 0]
-    return own, own - (scores.sum(1) - own) / (len(prompts) - 1)
-
-
-def measure(
-    observed: dict[str, Tensor],
-    prompts: list[str],
-    group: Tensor,
-    scorers: Mapping[str, CLIPScore],
-    *,
-    extractor: str,
-    data: Tensor | None = None,
-    teacher: Tensor | None = None,
-    neighbours: int = NEIGHBOURS,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> Measured:
-    """Every metric of a sample with its bootstrap interval, {name: {value, low, high}}.
-
-    observed: what `observe` saw of N pictures; group (N,) int64: the number of each one's prompt among the P different
-    `prompts`; extractor: the scorer whose features FD-clip, precision, recall and diversity use; data (M, d): FD-clip features of
-    real pictures; teacher (N, d): those of the teacher's pictures of the same prompts, in the same order. Without them the
-    metrics that need them are left out.
-
-    Prompts are resampled, each with all its pictures, the teacher's too; data are held fixed. Raises ValueError for repeated
-    prompts, groups of unequal size or of one, not more pictures than dimensions, and non-finite features.
-    """
-    if len(set(prompts)) != len(prompts) or len(prompts) < 2:
-        raise ValueError(f"at least two prompts are needed, all different; got {len(set(prompts))} different of {len(prompts)}")
-    if group.unique().tolist() != list(range(len(prompts))):
-        raise ValueError(f"group must number the prompts 0 to {len(prompts) - 1}, each with at least one picture")
-    rows = members(group)
-    every = torch.arange(len(prompts))
-    out: Measured = {}
-
-    def add(name: str, statistic: Callable[[Tensor], float], *, centre: bool = False, bounds: tuple[float, float] = (-np.inf, np.inf)):
-        low, high = np.clip(bootstrap(statistic, len(prompts), draws=draws, seed=seed, level=LEVEL, centre=centre), *bounds)
-        out[name] = {"value": statistic(every), "low": float(low), "high": float(high)}
-
-    def add_mean(name: str, values: Tensor):
-        """values (N,): equal groups, so the mean over pictures is the mean over prompts of their means."""
-        means = values.double()[rows].mean(1)
-        add(name, lambda index: float(means[index].mean()))
-
-    features = scaled(checked(observed[f"features/{extractor}"], "generated"))
-    positive = (0, np.inf)
-    if data is not None:
-        frechet(data, features)  # refuses what has no covariance
-        real = moments(data.double())
-
-        def to_data(index: Tensor) -> float:
-            return frechet_distance(*real, *moments(features[rows[index].flatten()]))
-
-        add("fd_clip_data", to_data, centre=True, bounds=positive)
-    if teacher is not None:
-        if len(teacher) != len(features):
-            raise ValueError(f"the teacher's sample must be of the same prompts: it has {len(teacher)} pictures, not {len(features)}")
-        frechet(teacher, features)
-        teacher = teacher.double()
-
-        def to_teacher(index: Tensor) -> float:
-            taken = rows[index].flatten()  # the same prompts from both, so that which prompts were drawn is no difference
-            return frechet_distance(*moments(teacher[taken]), *moments(features[taken]))
-
-        add("fd_clip_teacher", to_teacher, centre=True, bounds=positive)
-    for name, scorer in scorers.items():
-        own, above = caption_scores(observed[f"features/{name}"], scorer, prompts, group)
-        add_mean(name, own)
-        add_mean(f"{name}_over_shuffled", above)
-    if "utility" in observed:
-        add_mean("utility", observed["utility"])
-    if data is not None:
-        reference = checked(data, "reference")
-        add_mean("precision", covered(features, reference, neighbours).any(1))
-        held = covered(reference, features, neighbours)  # (M, N); the balls keep their radii when prompts are resampled
-        add("recall", lambda index: float(held[:, rows[index].flatten()].any(1).double().mean()), centre=True, bounds=(0, 1))
-    within = spread(features, group)
-    add("diversity", lambda index: float(within[index].mean()))
-    return out
-
-
-def measure_cost(seconds: Tensor, steps: int, guidance: float, *, draws: int = DRAWS, seed: int = 0) -> Measured:
-    """Network evaluations (exact) and seconds per image (median over batches, batches resampled); seconds (batches,)."""
-    value = float(seconds.quantile(0.5))
-    low, high = value, value
-    if len(seconds) > 1:
-        low, high = bootstrap(lambda index: float(seconds[index].quantile(0.5)), len(seconds), draws=draws, seed=seed, level=LEVEL)
-    evaluations = float(network_evaluations(steps, guidance))
-    return {
-        "network_evaluations": {"value": evaluations, "low": evaluations, "high": evaluations},
-        "seconds_per_image": {"value": value, "low": low, "high": high},
-    }
-
-
-# The teacher's samples, kept
-
-
-def read(path: Path) -> dict[str, Tensor] | None:
-    """A kept sample, or None when there is none; a damaged one is passed over with a warning."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        warnings.warn(f"{path}: damaged, drawn again ({error})", stacklevel=2)
-        return None
-
-
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under a temporary name beside its own, then rename: a reader sees the old or the new, never a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def keep(path: Path, observed: dict[str, Tensor], note: dict[str, Any]) -> None:
-    """Keep a sample's features, scores and times at `path`, and beside it, in JSON, what they were measured on."""
-    replace(path.with_suffix(".json"), lambda temporary: temporary.write_text(json.dumps(note, indent=1)))
-    replace(path, lambda temporary: save_file({name: tensor.contiguous() for name, tensor in observed.items()}, temporary))
-
-
 # The samples that ship with a teacher
 
 
-def teacher_rows(steps: int, guidance: float, seed: int) -> list[dict[str, Any]]:
-    """The teacher's samples of an evaluation: many steps, `steps` with each of SOLVERS, and the one that distances are taken to."""
+def teacher_rows(
+    steps: int, guidance: float, seed: int, *, many: int | None = None, solvers: Sequence[str] = tuple(SOLVERS)
+) -> list[dict[str, Any]]:
+    """The teacher's samples of an evaluation: many steps, `steps` with each of the solvers, and the one that distances are taken to."""
     few = {"steps": steps, "guidance": guidance, "seed": seed}
-    many = few | {"steps": TEACHER_STEPS}
-    rows = [{"name": f"teacher, {TEACHER_STEPS} steps", "solver": "its own", **many}]
-    rows += [{"name": f"teacher, {steps} steps, {name}", "solver": name, **few} for name in SOLVERS]
-    return [*rows, {"name": f"teacher, {TEACHER_STEPS} steps, second sample", "solver": "its own", **many, "seed": seed + 1}]
+    all_of_them = few | {"steps": many or TEACHER_STEPS}
+    title = f"teacher, {many or TEACHER_STEPS} steps"
+    rows = [{"name": title, "solver": "its own", **all_of_them}]
+    rows += [{"name": f"teacher, {steps} steps, {name}", "solver": name, **few} for name in solvers]
+    return [*rows, {"name": f"{title}, second sample", "solver": "its own", **all_of_them, "seed": seed + 1}]
 
 
 def schedulers_of(pipe: Any) -> dict[str, Any]:
-    """A pipeline's own scheduler and each of SOLVERS on its schedule, by name."""
+    """A pipeline's own scheduler and each of SOLVERS on its schedule, by name; its own alone where the schedule has no betas (flow)."""
     schedule = dict(pipe.scheduler.config)
-    return {"its own": pipe.scheduler} | {name: solver(name, schedule) for name in SOLVERS}
+    return {"its own": pipe.scheduler} | ({name: solver(name, schedule) for name in SOLVERS} if "beta_schedule" in schedule else {})
 
 
 def shipped_path(folder: Path, row: dict[str, Any], content: dict[str, Any]) -> Path:
@@ -459,129 +394,333 @@ def open_pipeline(source: str | Path, device: str | torch.device) -> Any:
     return pipe.to(device)
 
 
-def check(prompts: list[str], images_per_prompt: int, scorers: Mapping[str, CLIPScore], extractor: str, data: Tensor | None) -> None:
+class Source(NamedTuple):
+    """A pipeline to draw with, and how its call is told what to draw."""
+
+    pipe: Any
+    call: Callable[[float], dict[str, Any]]  # guidance scale -> what the stock call is told
+    size: tuple[int, int]  # (height, width) of its pictures in pixels
+
+
+def opened(source: str | Path | Callable[[], Source], device: str | torch.device) -> Source:
+    """The source that a function opens, or a diffusers folder or hub id as it is."""
+    if callable(source):
+        return source()
+    pipe = open_pipeline(source, device)
+    return Source(pipe, lambda guidance: {"guidance_scale": guidance}, (resolution(pipe),) * 2)
+
+
+def check(
+    prompts: Sequence[str],
+    images_per_prompt: int,
+    scorers: Mapping[str, CLIPScore],
+    extractor: str | None,
+    data: Tensor | Any,
+    *,
+    repeats: bool,
+) -> None:
     """Raise ValueError, before anything slow, for what could only fail at the end."""
-    if extractor not in scorers:
+    if extractor is not None and extractor not in scorers:
         raise ValueError(f"extractor {extractor!r} is not among the scorers: {', '.join(scorers) or 'none given'}")
-    if len(prompts) < 2 or len(set(prompts)) != len(prompts):
+    if len(set(prompts)) < 2 or (len(set(prompts)) != len(prompts) and not repeats):
         repeated = "".join(f"; {prompt!r} is repeated" for prompt in list(dict.fromkeys(prompts)) if prompts.count(prompt) > 1)
         raise ValueError(f"evaluation needs at least two prompts, all different{repeated}")
-    if images_per_prompt < 2:
-        raise ValueError(f"images_per_prompt must be at least 2 (diversity compares pictures of one prompt), got {images_per_prompt}")
+    if images_per_prompt < 1:
+        raise ValueError(f"images_per_prompt must be at least 1, got {images_per_prompt}")
+    if extractor is None:
+        return
     width = scorers[extractor].model.config.projection_dim
     if len(prompts) * images_per_prompt <= width:
         raise ValueError(
             f"{len(prompts)} prompts x {images_per_prompt} pictures = {len(prompts) * images_per_prompt}, but the Frechet distance of "
             f"{width}-dimensional features needs more than {width}: more prompts or more images_per_prompt"
         )
-    if data is not None and (data.shape[1] != width or len(data) <= width):
+    if isinstance(data, Tensor) and (data.shape[1] != width or len(data) <= width):
         raise ValueError(f"features of real pictures must be (more than {width}, {width}) for {extractor!r}, got {tuple(data.shape)}")
 
 
+def identity_of(judge: Any) -> str:
+    """SHA-256 over all the weights that a judge holds, or what it says of its version, or the source file of a function."""
+    digest, found = hashlib.sha256(), False
+    holder = getattr(judge, "__self__", judge)
+    for name, value in sorted(vars(holder).items()) if hasattr(holder, "__dict__") else ():
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        for key, part in parts:
+            if isinstance(part, (nn.Module, Tensor)):
+                found = True
+                digest.update(f"{name}.{key} ".encode())
+                digest.update(fingerprint(part).encode()) if isinstance(part, nn.Module) else add_tensor(digest, "", part)
+    if found:
+        return digest.hexdigest()
+    version_of = getattr(holder, "version", None)
+    if isinstance(version_of, str):
+        return version_of
+    try:
+        return hashlib.sha256(Path(inspect.getfile(judge if inspect.isroutine(judge) else type(holder))).read_bytes()).hexdigest()
+    except (TypeError, OSError) as error:
+        raise ValueError(
+            f"judge {judge!r}: nothing tells which version it is; give an object with weights or a function in a file"
+        ) from error
+
+
+class Drawing(NamedTuple):
+    """What every part of a sample is drawn and looked at with."""
+
+    prompts: list[str]
+    ids: list[str] | None
+    images_per_prompt: int
+    noise: Noise
+    batch: int
+    see: Callable[[Tensor, list[str]], dict[str, Tensor]]
+    device: str | torch.device
+    keep_images: Path | None
+    progress: bool
+
+    @property
+    def n(self) -> int:
+        return len(self.prompts) * self.images_per_prompt
+
+    def part_size(self) -> int:
+        """Pictures of a part: whole batches, so that what a batch's noise belongs to does not depend on who draws which part."""
+        return max(1, SHARD // self.batch) * self.batch if self.noise == "batch" else SHARD
+
+    def generators(self, seed: int, first: int, end: int) -> torch.Generator | list[torch.Generator]:
+        if self.noise == "batch":
+            return noise_generator(seed, first // self.batch)
+        return [noise_generator(seed, i) for i in range(first, end)]
+
+    def picture_path(self, row: dict[str, Any], i: int) -> Path:
+        assert self.keep_images is not None
+        name = "".join(c if c.isalnum() else "-" for c in row["name"].lower())
+        return self.keep_images / name / f"{i:06d}.png"
+
+
+def draw_parts(source: Source, row: dict[str, Any], shards: Shards, wanted: list[int], drawing: Drawing) -> None:
+    """Draw the wanted parts of a row's sample and keep what is seen of each as soon as it is whole."""
+    batches = [(i, first) for i in wanted for first in range(shards.pictures(i).start, shards.pictures(i).stop, drawing.batch)]
+    told = source.call(row["guidance"]) | {"num_inference_steps": row["steps"]}
+    parts: list[dict[str, Tensor]] = []
+    source.pipe.set_progress_bar_config(disable=True)
+    with counted(source.pipe) as calls:
+        for i, first in track(batches, row["name"], disable=not drawing.progress):
+            pictures = shards.pictures(i)
+            end = min(first + drawing.batch, pictures.stop)
+            chunk = [drawing.prompts[p // drawing.images_per_prompt] for p in range(first, end)]
+            images, seconds = draw(source.pipe, chunk, drawing.generators(row["seed"], first, end), **told)
+            parts.append(drawing.see(images.to(drawing.device), chunk) | {"seconds": torch.tensor([seconds])})
+            if drawing.keep_images is not None:
+                save_pictures(drawing, row, images, first)
+            if end == pictures.stop:
+                whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                shards.save(i, whole | {"evaluations": torch.tensor([float(sum(calls))])}, device=device_name(drawing.device))
+                parts.clear()
+                calls.clear()
+
+
+def save_pictures(drawing: Drawing, row: dict[str, Any], images: Tensor, first: int) -> None:
+    """Pictures as PNG files named by their number, with a line each in pictures.jsonl."""
+    from PIL import Image
+
+    lines = []
+    for i, pixels in enumerate(to_bytes(images).permute(0, 2, 3, 1).numpy(), first):
+        path = drawing.picture_path(row, i)
+        replace(path, lambda temporary, pixels=pixels: Image.fromarray(pixels).save(temporary, format="PNG"))
+        prompt = i // drawing.images_per_prompt
+        line = {"file": path.name, "prompt": drawing.prompts[prompt], "seed": row["seed"], "picture": i}
+        lines.append(json.dumps(line | ({"id": drawing.ids[prompt]} if drawing.ids else {})))
+    with (drawing.picture_path(row, first).parent / "pictures.jsonl").open("a") as log:
+        log.write("\n".join(lines) + "\n")
+
+
+def unfinished(shards: Shards, row: dict[str, Any], drawing: Drawing) -> list[int]:
+    """Parts that are missing, or whose pictures are, when those are to be kept."""
+    missing = set(shards.missing())
+    if drawing.keep_images is not None:
+        missing |= {i for i in range(shards.count) if not all(drawing.picture_path(row, p).is_file() for p in shards.pictures(i))}
+    return sorted(missing)
+
+
 def evaluate(
-    student: str | Path,
+    student: str | Path | Callable[[], Source],
     *,
-    teacher: str | Path,
-    prompts: list[str],
+    teacher: str | Path | Callable[[], Source] | None = None,
+    prompts: list[str] | PromptSet,
     scorers: Mapping[str, CLIPScore],
-    extractor: str,
+    extractor: str | None = None,
+    extractors: Sequence[Extractor] = (),
+    judges: Mapping[str, Judge] | None = None,
     utility: Utility | None = None,
-    data: Tensor | None = None,
+    data: Tensor | Pictures | None = None,
     neighbours: int = NEIGHBOURS,
     steps: int = 4,
+    teacher_steps: int | None = None,
     guidance: float = 3.0,
     images_per_prompt: int = 4,
     seed: int = 0,
+    noise: Noise = "batch",
     batch: int = BATCH,
     device: str = "cpu",
+    precision: str = "fp32",
     draws: int = DRAWS,
+    work: str | Path | None = None,
     cache: str | Path | None = None,
     shipped: Path | None = None,
+    share: tuple[int, int] = (0, 1),
+    keep_images: Path | None = None,
     say: Callable[[str], None] = print,
     progress: bool = True,
-) -> dict[str, Any]:
-    """Measure a student of `steps` steps beside its teacher at 28 steps and at `steps` with each of SOLVERS.
+) -> dict[str, Any] | None:
+    """Measure a student of `steps` steps beside its teacher at many steps and at `steps` with each of SOLVERS.
 
-    student, teacher: diffusers folders or hub ids. guidance: the teacher's, in all its rows; the student has none (1).
-    scorers: name -> scorer; extractor: the one whose features FD-clip uses; utility: pictures -> (B,); data: FD-clip features
-    (M, d) of real pictures, without which the metrics that need them are left out;
-    neighbours: k of precision and recall. cache: a folder that keeps the teacher's
-    features, scores and times by the content of teacher, scorers and protocol; its use is said. shipped: a folder that `ship` filled:
-    a sample found there is not drawn, only timed over a few batches.
+    student, teacher: diffusers folders, hub ids, or functions that open a Source; without a teacher the student stands alone.
+    guidance: the teacher's, in all its rows; the student has none (1). prompts: a PromptSet's may come more than once.
+    scorers: name -> scorer; judges: name -> any other reward; utility: pictures -> (B,); extractor: the scorer whose features FD-clip
+    uses; extractors: others; data: real pictures, or their FD-clip features (M, d), without which the metrics that need them are left out;
+    neighbours: k of precision and recall. noise: a picture's own, or, as samples that ship were drawn, that of its batch.
+    work, cache: folders that keep what was seen of the student's and of the teacher's pictures, and of real ones, by the content of
+    pipeline, scorers and protocol; their use is said. A sample that is there in part is gone on with. shipped: a folder that `ship`
+    filled: a sample found there is not drawn, only timed over a few batches. share (i, n): draw the i-th of n shares of every sample,
+    measure nothing and return None. keep_images: a folder for the pictures themselves.
 
-    Returns {"protocol", "interval", "student", "teacher", "rows", "best_solver"}: each row has name, solver, steps, guidance, seed, n,
-    sample (drawn, kept or shipped) and metrics (see `measure`); best_solver names the few-step teacher nearest to the teacher.
+    Returns {"protocol", "interval", "student", "teacher", "rows", "best_solver", "left_out"}: each row has name, solver, steps, guidance,
+    seed, n, sample (drawn, kept or shipped), device and metrics (see `measure`); best_solver names the few-step teacher nearest to the
+    teacher; left_out says of metrics why there are none.
     """
-    check(prompts, images_per_prompt, scorers, extractor, data)
-    own, original = open_pipeline(student, device), open_pipeline(teacher, device)
-    schedulers = schedulers_of(original)
+    named = prompts if isinstance(prompts, PromptSet) else None
+    texts = named.prompts if named else list(prompts)
+    check(texts, images_per_prompt, scorers, extractor, data, repeats=named is not None)
+    own = opened(student, device)
+    left_out: dict[str, str] = {}
+    used = ([of_scorer(extractor, scorers[extractor])] if extractor else []) + list(extractors)
+    if min(own.size) < PATCH and any(e.frechet == "patch_fid" for e in used):
+        left_out["patch-FID"] = f"pictures of {own.size[0]} x {own.size[1]} hold no crop of {PATCH} pixels"
+        used = [e for e in used if e.frechet != "patch_fid"]
+    if extractors or judges or noise != "batch" or precision != "fp32":
+        shipped = None  # what ships was drawn and seen without these
+    packages = ["torch", "diffusers", "transformers", "fewstep"] + (["torch-fidelity", "pillow"] if extractors else [])
     protocol = Protocol(
-        prompts=sha256(prompts),
-        n=len(prompts) * images_per_prompt,
+        prompts=sha256(texts),
+        set=named.name if named else None,
+        n=len(texts) * images_per_prompt,
         images_per_prompt=images_per_prompt,
-        seeds={"rows": seed, "reference": seed + 1},
-        batch=batch,
-        extractor=extractor,
-        scorers={name: fingerprint(scorer.model) for name, scorer in scorers.items()},
+        seeds={"rows": seed, "reference": seed + 1} if teacher is not None else {"rows": seed},
+        noise=noise,
+        batch=batch if noise == "batch" else None,
+        extractor=used[0].name if used else None,
+        extractors={e.name: {"weights": e.weights, "resize": e.resize} for e in used},
+        scorers={name: fingerprint(scorer.model) for name, scorer in scorers.items()}
+        | {name: identity_of(judge) for name, judge in (judges or {}).items()},
         utility=utility_hash(utility),
-        data=None if data is None else {"n": len(data), "sha256": sha256(data.tolist())},
+        data=data.identity if isinstance(data, Pictures) else None if data is None else {"n": len(data), "sha256": sha256(data.tolist())},
         neighbours=neighbours,
-        resolution=resolution(original),
+        resolution=own.size[0] if own.size[0] == own.size[1] else list(own.size),
+        precision=precision,
         device=device_name(device),
-        versions={package: version(package) for package in ("torch", "diffusers", "transformers", "fewstep")},
+        versions={package: version(package) for package in packages},
     )
-    identity = {"student": pipeline_fingerprint(own), "teacher": pipeline_fingerprint(original)}
 
-    content = content_of(original, prompts, images_per_prompt, batch, scorers, utility)
+    def see(images: Tensor, some: list[str]) -> dict[str, Tensor]:
+        return observe(images, scorers, utility, prompts=some, judges=judges, extractors=used)
 
-    def draw(pipe: Any, row: dict[str, Any], some: list[str]) -> dict[str, Tensor]:
-        sampling = {key: row[key] for key in ("steps", "guidance", "seed")}
-        bar = row["name"] if progress else None
-        return observe_sample(pipe, some, images_per_prompt, scorers, utility, device=device, **sampling, batch=batch, progress=bar)
+    ids = named.ids if named else None
+    drawing = Drawing(texts, ids, images_per_prompt, noise, batch, see, device, keep_images, progress)
+    # neither real pictures nor the machine decide what is drawn
+    common = protocol.stamp() | {"data": None, "neighbours": None, "device": None, "extractor": None}
 
-    def teacher_sample(row: dict[str, Any], *, timed: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """(the row, saying where its sample came from; what was observed): shipped, kept from before, or drawn now."""
-        original.scheduler = schedulers[row["solver"]]
-        found = read(shipped_path(shipped, row, content)) if shipped else None
-        if found is not None:
-            seen = {name: value.float() for name, value in found.items()}
-            if timed:
-                seen["seconds"] = draw(original, row, prompts[: -(-TIMED * batch // images_per_prompt)])["seconds"]
-            return row | {"sample": "shipped"}, seen
-        # the features of real pictures play no part in a sample
-        note = {"teacher": identity["teacher"], "protocol": protocol.stamp() | {"data": None, "neighbours": None}, "row": row}
-        path = Path(cache) / f"{sha256(note)}.safetensors" if cache else None
-        kept = read(path) if path else None
-        if kept is not None:
-            say(f"{row['name']}: read from {path}")
-            return row | {"sample": "kept"}, kept
-        seen = draw(original, row, prompts)
-        if path:
-            keep(path, seen, note)
-        return row | {"sample": "drawn"}, seen
+    def collect(source: Source, row: dict[str, Any], identity: dict[str, str], folder: Path) -> tuple[dict[str, Any], Seen | None]:
+        """(the row, saying where its sample came from; what was seen of it, or None where only a share was drawn)."""
+        note = {**identity, "protocol": common, "row": row, "call": source.call(row["guidance"])}
+        shards = Shards(folder, note, drawing.n, size=drawing.part_size())
+        missing = unfinished(shards, row, drawing)
+        if missing and len(missing) < shards.count and share == (0, 1):
+            say(f"{row['name']}: {shards.count - len(missing)} of {shards.count} parts are in {folder}, going on with the others")
+        draw_parts(source, row, shards, my_share(missing, share), drawing)
+        if not missing:
+            say(f"{row['name']}: read from {shards.path(0)}" + (f" and {shards.count - 1} more" if shards.count > 1 else ""))
+        if share != (0, 1):
+            return row, None
+        seen: dict[str, Matrix] = dict(shards.open())
+        return row | {"sample": "drawn" if missing else "kept", "device": ", ".join(shards.devices())}, seen
 
-    row = {"name": f"student, {steps} steps", "solver": "its own", "steps": steps, "guidance": 1.0, "seed": seed}
-    samples = [(row | {"sample": "drawn"}, draw(own, row, prompts))]
-    *shown, last = teacher_rows(steps, guidance, seed)
-    samples += [teacher_sample(row) for row in shown]
-    _, reference = teacher_sample(last, timed=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        own_folder, folder = Path(work or scratch), Path(cache or scratch)
+        identity = {"student": pipeline_fingerprint(own.pipe)}
+        row = {"name": f"student, {steps} steps", "solver": "its own", "steps": steps, "guidance": 1.0, "seed": seed}
+        samples = [collect(own, row, identity, own_folder)]
+        del own
+        reference: Seen | None = None
+        if teacher is not None:
+            original = opened(teacher, device)
+            schedulers = schedulers_of(original.pipe)
+            identity["teacher"] = pipeline_fingerprint(original.pipe)
+            content = content_of(original.pipe, texts, images_per_prompt, batch, scorers, utility) if shipped else {}
 
-    group = torch.arange(len(prompts)).repeat_interleave(images_per_prompt)
-    compared = {"extractor": extractor, "data": data, "neighbours": neighbours, "teacher": scaled(reference[f"features/{extractor}"])}
-    rows = []
-    for row, observed in samples:
-        metrics = measure(observed, prompts, group, scorers, **compared, draws=draws) | measure_cost(
-            observed["seconds"], row["steps"], row["guidance"], draws=draws
-        )
-        rows.append(row | {"n": protocol.n, "metrics": metrics})
-    best = min(rows[2:], key=lambda row: row["metrics"]["fd_clip_teacher"]["value"])
+            def teacher_sample(row: dict[str, Any], *, timed: bool = True) -> tuple[dict[str, Any], Seen | None]:
+                """As `collect`, of a row's solver; a shipped sample is timed here."""
+                original.pipe.scheduler = schedulers[row["solver"]]
+                found = read(shipped_path(shipped, row, content)) if shipped else None
+                if found is None:
+                    return collect(original, row, {"teacher": identity["teacher"]}, folder)
+                seen = {name: value.float() for name, value in found.items()}
+                if timed:
+                    few = texts[: -(-TIMED * batch // images_per_prompt)]
+                    sampling = {"steps": row["steps"], "guidance": row["guidance"], "seed": row["seed"], "batch": batch}
+                    told, bar = original.call(row["guidance"]), row["name"] if progress else None
+                    drawn = batches(original.pipe, few, images_per_prompt, **sampling, progress=bar, call=told)
+                    seen["seconds"] = torch.tensor([seconds for _, seconds in drawn])
+                return row | {"sample": "shipped", "device": protocol.device}, seen
+
+            few_step = [name for name in schedulers if name != "its own"] or ["its own"]
+            *shown, last = teacher_rows(steps, guidance, seed, many=teacher_steps, solvers=few_step)
+            samples += [teacher_sample(row) for row in shown]
+            _, reference = teacher_sample(last, timed=False)
+        real = data
+        if isinstance(data, Pictures):
+            by_name = {e.name: e for e in used}
+            real = features_of(data, by_name, folder, batch=batch, device=device, share=share, progress=progress)
+        if share != (0, 1):
+            say(f"share {share[0]} of {share[1]} is drawn. When all are, the same call without a share measures")
+            return None
+        group = torch.arange(len(texts)).repeat_interleave(images_per_prompt)
+        compared = {"extractor": used, "data": real, "neighbours": neighbours, "repeats": named is not None, "device": device}
+        if reference is not None:
+            compared["teacher"] = {e.name: as_teacher(e, reference) for e in used}
+        rows = []
+        for row, seen in samples:
+            assert seen is not None
+            sights = {name: values for name, values in seen.items() if name.startswith(("features/", "score/", "utility"))}
+            metrics = measure(sights, texts, group, scorers, **compared, draws=draws, left_out=left_out)
+            made = float(network_evaluations(row["steps"], row["guidance"]))
+            if "evaluations" in seen:  # those of every part, as they were made
+                made = float(seen["evaluations"][:].sum()) / drawing.n
+            rows.append(row | {"n": protocol.n, "metrics": metrics | measure_cost(seen["seconds"][:], made, draws=draws)})
+    best = min(rows[2:], key=lambda row: nearness(row["metrics"])) if len(rows) > 2 else None
+    by_blocks = jackknifed(protocol.n, used, list(rows[0]["metrics"]))
     return {
         "protocol": protocol.stamp(),
-        "interval": {"level": LEVEL, "draws": draws, "resampled": "prompts"},
+        "interval": {"level": LEVEL, "draws": draws, "resampled": "prompts"}
+        | ({"jackknife": {"blocks of prompts": BLOCKS, "metrics": by_blocks}} if by_blocks else {}),
         **identity,
         "rows": rows,
-        "best_solver": best["name"],
+        "best_solver": best["name"] if best else None,
+        "left_out": left_out,
     }
+
+
+def as_teacher(e: Extractor, reference: Seen) -> Matrix:
+    """The reference's features as distances take them."""
+    features: Any = reference[f"features/{e.name}"]
+    if not e.unit:
+        return features
+    return scaled(features) if isinstance(features, Tensor) else features.times(features.shape[1] ** 0.5)
+
+
+NEAREST = ("fid_teacher", "fd_clip_teacher", "kid_teacher", "cmmd_teacher")
+
+
+def nearness(metrics: Measured) -> float:
+    """The first distance to the teacher there is; 0 without any."""
+    return next((metrics[name]["value"] for name in NEAREST if name in metrics), 0.0)
 
 
 # Showing
@@ -603,17 +742,65 @@ def columns(report: dict[str, Any]) -> list[str]:
 def as_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
     """(metric, one cell for each of `columns`), in a fixed order."""
     names = list(report["rows"][0]["metrics"])
-    return [(LABELS.get(name, name), [cell(row["metrics"].get(name)) for row in report["rows"]]) for name in names]
+    return [(label(name), [cell(row["metrics"].get(name)) for row in report["rows"]]) for name in names]
+
+
+def label(name: str) -> str:
+    return LABELS.get(name, "  above shuffled captions ↑" if name.endswith("_over_shuffled") else f"{name} ↑")  # judges are named freely
+
+
+def notes(report: dict[str, Any]) -> list[str]:
+    """What has to be said beside the numbers: what was left out, intervals of another kind, machines that differ."""
+    said = [f"no {LABELS.get(name, name).removesuffix(' ↓').removesuffix(' ↑')}: {why}" for name, why in report.get("left_out", {}).items()]
+    other = report["interval"].get("jackknife")
+    if other:
+        said.append(f"intervals of {', '.join(other['metrics'])}: jackknife over {other['blocks of prompts']} blocks of prompts")
+    devices = {row["name"]: row["device"] for row in report["rows"] if row.get("device")}
+    if len(set(devices.values())) > 1:
+        said.append("seconds per image are of different machines: " + "; ".join(f"{name}: {device}" for name, device in devices.items()))
+    return said
 
 
 def as_table(report: dict[str, Any]) -> Table:
     """The report for a terminal."""
     protocol, level = report["protocol"], report["interval"]["level"]
-    seeds = f"seed {protocol['seeds']['rows']}, teacher's reference sample {protocol['seeds']['reference']}"
+    seeds = f"seed {protocol['seeds']['rows']}"
+    if "reference" in protocol["seeds"]:
+        seeds += f", teacher's reference sample {protocol['seeds']['reference']}"
     title = f"n = {protocol['n']} ({protocol['images_per_prompt']} per prompt), {seeds}, {level:.0%} intervals over prompts"
-    table = Table("", *columns(report), title=title)
+    table = Table("", *columns(report), title=title, caption="\n".join(notes(report)) or None)
     for name, cells in as_rows(report):
         table.add_row(name, *cells)
+    return table
+
+
+def differences(stamp: Any, other: Any, prefix: str = "") -> list[str]:
+    """Every field in which two stamps differ, as `field: this / other`, hashes cut to eight digits."""
+    if isinstance(stamp, dict) and isinstance(other, dict):
+        names = {key: f"{prefix}.{key}" if prefix else key for key in {**stamp, **other}}
+        return [line for key, name in names.items() for line in differences(stamp.get(key), other.get(key), name)]
+    if stamp == other:
+        return []
+    shown = [value[:8] if isinstance(value, str) and len(value) == 64 else str(value) for value in (stamp, other)]
+    return [f"{prefix}: {shown[0]} / {shown[1]}"]
+
+
+def beside(reports: Mapping[str, dict[str, Any]]) -> Table:
+    """Reports by name in one table. Every report whose stamp is not the first one's is marked, and what differs is said below."""
+    first, *others = reports
+    base = reports[first]
+    said = [f"{first}: {note}" for note in notes(base)]
+    marks = {first: ""}
+    for name in others:
+        found = differences(base["protocol"], reports[name]["protocol"])
+        marks[name] = " †" if found else ""
+        if found:
+            said.append(f"† {name} was measured otherwise than {first}, and its numbers do not compare: " + "; ".join(found))
+        said += [f"{name}: {note}" for note in notes(reports[name])]
+    samples = [(f"{name}: {row['name']}{marks[name]}", row["metrics"]) for name, report in reports.items() for row in report["rows"]]
+    table = Table("", *(title for title, _ in samples), caption="\n".join(said) or None)
+    for metric in dict.fromkeys(metric for _, metrics in samples for metric in metrics):
+        table.add_row(label(metric), *(cell(metrics.get(metric)) for _, metrics in samples))
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -53,7 +54,8 @@ def pipeline_class(source: str) -> str:
         raise UnsupportedTeacher(f"{index}: not a diffusers pipeline index ({error})") from error
     if name not in FAMILIES:
         raise UnsupportedTeacher(
-            f"{source} is a {name}; supported: {', '.join(FAMILIES)}. A family is one file in fewstep/models and one line in its table"
+            f"{source} is a {name}; supported: {', '.join(FAMILIES)}. A family is one file in fewstep/models and one line in its table: "
+            "docs/new-family.md"
         )
     return name
 
@@ -69,11 +71,28 @@ def load(source: str, **options: Any) -> Any:
     return family(source).load(source, **options)
 
 
+SUPPORT = ("pipeline", "recipe", "predicts", "guidance", "LoRA file", "kohya file")
+
+
+def support() -> list[tuple[str, ...]]:
+    """What each family supports, a row each, under the heads SUPPORT."""
+    rows = []
+    for pipeline, (module, name) in FAMILIES.items():
+        kind = getattr(importlib.import_module(module), name)
+        guidance = f"embedded, {kind.embedded_guidance:g}" if kind.embedded_guidance is not None else f"{kind.default_guidance:g}"
+        predicts = "flow" if kind.flow else "eps, v or x0"
+        files = ("yes" if can else "no" for can in (kind.saves_lora(), kind.kohya))
+        rows.append((pipeline, module.rpartition(".")[2], predicts, guidance, *files))
+    return rows
+
+
 def quiet_libraries() -> None:
     """Silence the model libraries' start-up remarks (missing torchvision, progress bars): they are no news to a user."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters on one base are meant
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # imported along by others
+        logging.getLogger(name).setLevel(logging.ERROR)
     for name in ("diffusers", "transformers"):
         library = importlib.import_module(f"{name}.utils.logging")
         library.disable_progress_bar()

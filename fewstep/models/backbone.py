@@ -369,7 +369,12 @@ class Backbone:
             return self.encode_one(prompt)
 
     def prepare(self, prompts: list[str]) -> None:
-        """Encode those of the prompts that the cache lacks, the empty one too, with the text encoders on the device meanwhile."""
+        """Encode those of the prompts that the cache lacks, the empty one too, with the text encoders on the device meanwhile.
+
+        On the CPU the encoders have nothing to make room for, and a prompt is encoded when it is first asked for.
+        """
+        if self.device.type == "cpu":
+            return
         missing = self.embeddings.missing([*prompts, self.empty])
         if missing:
             with self.text_encoders():

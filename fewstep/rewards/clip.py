@@ -1,8 +1,9 @@
-"""CLIPScore and PickScore: how well a picture fits its prompt, by a `transformers.CLIPModel`."""
+"""CLIPScore and PickScore: how well a picture fits its prompt, by a transformers CLIP or SigLIP."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,64 +12,64 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.rewards.base import PixelReward
+from fewstep.rewards.pixels import Preprocess, read_preprocess
+from fewstep.rewards.sources import check_safetensors
 from fewstep.types import Sample, Signal
 
 if TYPE_CHECKING:
-    from transformers import CLIPModel, PreTrainedTokenizerBase
+    from transformers import CLIPModel, PreTrainedTokenizerBase, SiglipModel
 
-RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as preprocessor_config.json keeps them
+FAMILIES = {"clip": "CLIPModel", "siglip": "SiglipModel"}  # model_type in config.json -> class in transformers
 
 
 class CLIPScore:
     """100 x cosine of image and text features (Hessel et al., arXiv 2104.08718), not clipped at zero: its gradient never dies.
 
-    model: frozen and put into float32 and eval mode. mean, std: three numbers each, of the pixels in [0, 1].
-    resample: how pictures of another size are brought to the model's.
+    model: frozen and put into float32 and eval mode. preprocess: pictures (B, 3, H, W) in [0, 1] -> what the model reads.
     """
 
     def __init__(
-        self, model: CLIPModel, tokenizer: PreTrainedTokenizerBase, mean: list[float], std: list[float], *, resample: str = "bilinear"
+        self, model: CLIPModel | SiglipModel, tokenizer: PreTrainedTokenizerBase, preprocess: Preprocess | Callable[[Tensor], Tensor]
     ):
         self.model = model.float().eval().requires_grad_(False)
-        self.tokenizer, self.resample = tokenizer, resample
-        self.size = int(model.config.vision_config.image_size)
-        self.mean, self.std = (torch.tensor(x, device=model.device).view(3, 1, 1) for x in (mean, std))
+        self.tokenizer, self.preprocess = tokenizer, preprocess
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> CLIPScore:
-        """Read a folder with a CLIPModel, its tokenizer and its preprocessing (preprocessor_config.json, or processor_config.json
-        as transformers 5 writes it). Raises ValueError naming what is missing."""
-        from transformers import AutoTokenizer, CLIPModel
+    def load(cls, folder: str | Path, *, processor: str | Path | None = None, device: str | torch.device = "cpu") -> CLIPScore:
+        """Read a folder with a CLIPModel or SiglipModel, its tokenizer and its preprocessing (preprocessor_config.json, or
+        processor_config.json as transformers 5 writes it). processor: a folder with the last two, for a model that lacks them.
 
-        path = Path(folder) / "processor_config.json"
+        Raises ValueError naming what is missing.
+        """
+        import transformers
+
+        config = read_config(Path(folder) / "config.json")
+        if config.get("model_type") not in FAMILIES:
+            raise ValueError(f"{folder} holds a {config.get('model_type')!r} model; this reward needs one of {', '.join(FAMILIES)}")
+        own = any((Path(folder) / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
+        beside = folder if own or processor is None else processor
+        preprocess = cls.read_preprocess(Path(beside), int(config.get("vision_config", {}).get("image_size", 224)))
+        check_safetensors(folder)
+        model = getattr(transformers, FAMILIES[config["model_type"]]).from_pretrained(folder, use_safetensors=True).to(device)
+        with_words = folder if any(Path(folder).glob("tokenizer*")) else beside
+        return cls(model, transformers.AutoTokenizer.from_pretrained(with_words, trust_remote_code=False), preprocess)
+
+    @classmethod
+    def read_preprocess(cls, folder: Path, size: int) -> Any:
+        """What the folder's image processor does. size: the edge of the pictures that the model reads."""
+        path = folder / "processor_config.json"
         if not path.is_file():
             path = path.with_name("preprocessor_config.json")
+        config = read_config(path)
         try:
-            config: dict[str, Any] = json.loads(path.read_text())
-            config = config.get("image_processor", config)
-            mean, std, resample = config["image_mean"], config["image_std"], RESAMPLE[config.get("resample", 2)]
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: cannot be read ({error})") from error
+            return read_preprocess(config.get("image_processor", config), size)
         except KeyError as error:
             raise ValueError(f"{path}: needs image_mean, image_std and a resample of 2 or 3 (or none); stumbled over {error}") from error
-        model = CLIPModel.from_pretrained(folder, use_safetensors=True).to(device)
-        return cls(model, AutoTokenizer.from_pretrained(folder), mean, std, resample=resample)
 
     @property
     def scale(self) -> float:
         """What the cosine is multiplied by."""
         return 100.0
-
-    def preprocess(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, 3, size, size), normalised: the shorter edge resized, the centre kept, as CLIP does."""
-        height, width = images.shape[2:]
-        short = min(height, width)
-        if short != self.size:
-            height, width = height * self.size // short, width * self.size // short
-            images = F.interpolate(images, (height, width), mode=self.resample, antialias=True, align_corners=False)
-            images = images.clamp(0, 1)  # bicubic overshoots; 8-bit pictures, which the model was trained on, cannot
-        top, left = (height - self.size) // 2, (width - self.size) // 2
-        return (images[:, :, top : top + self.size, left : left + self.size] - self.mean) / self.std
 
     def image_features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, d) of unit length, differentiable in the pixels."""
@@ -80,8 +81,12 @@ class CLIPScore:
         """B prompts -> (B, d) of unit length, without gradient. Each different prompt is encoded once."""
         unique = list(dict.fromkeys(prompts))
         length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(unique, padding=True, truncation=True, max_length=length, return_tensors="pt").to(self.model.device)
-        output = self.model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        # SigLIP was trained on padded texts, sees what pads them and reads the last place; CLIP looks no further than its text's end
+        padded = self.model.config.model_type == "siglip"
+        tokens = self.tokenizer(
+            unique, padding="max_length" if padded else True, truncation=True, max_length=length, return_tensors="pt"
+        ).to(self.model.device)
+        output = self.model.get_text_features(input_ids=tokens["input_ids"], attention_mask=None if padded else tokens["attention_mask"])
         number = {prompt: i for i, prompt in enumerate(unique)}
         return F.normalize(output.pooler_output, dim=1)[[number[prompt] for prompt in prompts]]
 
@@ -101,3 +106,14 @@ class PickScore(CLIPScore):
     @property
     def scale(self) -> float:
         return float(self.model.logit_scale.exp())
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError naming the file that cannot be read."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: cannot be read (not a JSON object)")
+    return config

@@ -1,0 +1,329 @@
+"""Every number of a sample with its interval. What is small is resampled in memory; what is large stays on disk and is jackknifed."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.evaluate.distances import (
+    CMMD_SCALE,
+    KernelSums,
+    Matrix,
+    Moments,
+    block_sums,
+    bootstrap,
+    check_finite,
+    checked,
+    chunks,
+    covering,
+    diagonal_sums,
+    frechet,
+    frechet_distance,
+    gaussian,
+    jackknife,
+    mmd,
+    moments,
+    polynomial,
+    radii,
+    running_moments,
+    spread,
+)
+from fewstep.evaluate.features import Extractor, scaled
+from fewstep.rewards.clip import CLIPScore
+
+Measured = dict[str, dict[str, float]]  # metric -> value, low, high
+Observed = Mapping[str, Matrix]
+
+DRAWS, LEVEL = 200, 0.95  # of every bootstrap interval
+BLOCKS = 20  # groups of prompts, at random, that a jackknife leaves out in turn
+SMALL = 2**20  # numbers of a sample's features, N d, up to which distances are resampled in memory
+NEIGHBOURS = 3  # k of precision and recall, unless the data hold several copies of each picture
+TEXTS = 256  # prompts encoded together
+
+# kernel distance -> kernel, whether pairs of a picture with itself are left out, what it is multiplied by
+KERNELS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool, float]] = {
+    "kid": (polynomial, True, 1.0),
+    "cmmd": (gaussian, False, CMMD_SCALE),
+}
+
+
+def members(group: Tensor) -> Tensor:
+    """Row numbers of each group's pictures, (P, G); group (N,) int64. Raises ValueError when groups differ in size."""
+    count = torch.unique(group, return_counts=True)[1]
+    if len(count.unique()) != 1:
+        raise ValueError(f"every prompt needs the same number of pictures; found {int(count.min())} to {int(count.max())}")
+    return torch.argsort(group, stable=True).view(len(count), -1)
+
+
+def text_features(scorer: CLIPScore, prompts: Sequence[str]) -> Tensor:
+    """Unit features of all prompts, (P, d) float64 on the CPU, some at a time."""
+    parts = [list(prompts[i : i + TEXTS]) for i in range(0, len(prompts), TEXTS)]
+    return torch.cat([scorer.text_features(part).cpu() for part in parts]).double()
+
+
+def caption_scores(features: Matrix, scorer: CLIPScore, prompts: Sequence[str], group: Tensor) -> tuple[Tensor, Tensor]:
+    """Score of each picture with its own prompt, and that score minus the mean over all other prompts, each (N,) float64.
+
+    The mean is the expectation of a shuffle that never hands a picture its own caption back, without the shuffle's noise.
+    features (N, d), unit; group (N,): the number of each picture's prompt. A prompt that comes again is no other prompt.
+    """
+    text, times = text_features(scorer, prompts), Counter(prompts)
+    same = torch.tensor([times[prompt] for prompt in prompts], dtype=torch.float64)[group]
+    whole = text.sum(0)  # the sum of the scores with all prompts is one product
+    own, every = [], []
+    for first, rows in chunks(features):
+        rows = rows.double()
+        own.append((rows * text[group[first : first + len(rows)]]).sum(1))
+        every.append(rows @ whole)
+    own, every = scorer.scale * torch.cat(own), scorer.scale * torch.cat(every)
+    return own, own - (every - same * own) / (len(prompts) - same)
+
+
+def blocks_of(prompts: int, seed: int) -> Tensor:
+    """A block for each prompt, (P,) int64, at random and nearly equal in size: published sets are sorted by subject."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(prompts, generator=generator) % min(BLOCKS, prompts)
+
+
+def measure(
+    observed: Observed,
+    prompts: Sequence[str],
+    group: Tensor,
+    scorers: Mapping[str, CLIPScore],
+    *,
+    extractor: str | Sequence[Extractor] = (),
+    data: Matrix | Mapping[str, Matrix] | None = None,
+    teacher: Matrix | Mapping[str, Matrix] | None = None,
+    neighbours: int = NEIGHBOURS,
+    draws: int = DRAWS,
+    seed: int = 0,
+    repeats: bool = False,
+    left_out: dict[str, str] | None = None,
+    device: str | torch.device = "cpu",
+) -> Measured:
+    """Every metric of a sample with its interval, {name: {value, low, high}}.
+
+    observed: what `observe` saw of N pictures; group (N,) int64: the number of each one's prompt among the P different
+    `prompts` (repeats: they need not differ, as in published sets); extractor: the scorer whose features FD-clip, precision, recall
+    and diversity use, or the extractors, the first of which the last three use; data: features (M, d) of real pictures as distances
+    take them; teacher: those (N, d) of the teacher's pictures of the same prompts, in the same order; both by extractor where there
+    are several. Without them the metrics that need them are left out. left_out: takes the name of a metric that the sample is too
+    small for, and why. device: where sums over all pairs of pictures are taken.
+
+    Prompts are resampled, each with all its pictures, the teacher's too; data are held fixed. Raises ValueError for repeated
+    prompts, groups of unequal size or of one, not more pictures than dimensions, and non-finite features.
+    """
+    if (len(set(prompts)) != len(prompts) and not repeats) or len(set(prompts)) < 2:
+        raise ValueError(f"at least two prompts are needed, all different; got {len(set(prompts))} different of {len(prompts)}")
+    if group.unique().tolist() != list(range(len(prompts))):
+        raise ValueError(f"group must number the prompts 0 to {len(prompts) - 1}, each with at least one picture")
+    rows = members(group)
+    if not torch.equal(rows.flatten(), torch.arange(len(group))):  # pictures of one prompt side by side, prompts in order
+        order = rows.flatten()
+        observed = {name: values[order] if len(values) == len(order) else values for name, values in observed.items()}
+        teacher = reordered(teacher, order)
+        group, rows = group[order], torch.arange(len(group)).view(rows.shape)
+    every = torch.arange(len(prompts))
+    out: Measured = {}
+    left_out = {} if left_out is None else left_out
+
+    def add(name: str, statistic: Callable[[Tensor], float], *, centre: bool = False, bounds: tuple[float, float] = (-np.inf, np.inf)):
+        low, high = np.clip(bootstrap(statistic, len(prompts), draws=draws, seed=seed, level=LEVEL, centre=centre), *bounds)
+        out[name] = {"value": statistic(every), "low": float(low), "high": float(high)}
+
+    def add_mean(name: str, values: Tensor):
+        """values (N,): equal groups, so the mean over pictures is the mean over prompts of their means."""
+        means = values.double()[rows].mean(1)
+        add(name, lambda index: float(means[index].mean()))
+
+    extractors = [Extractor(extractor, "fd_clip")] if isinstance(extractor, str) else list(extractor)
+    real, other = by_extractor(data, extractors), by_extractor(teacher, extractors)
+    for e in extractors:
+        against = {"data": real.get(e.name), "teacher": other.get(e.name)}
+        for what, features in against.items():
+            if features is not None:
+                mine = observed[f"features/{e.name}"]
+                distances_of(e, mine, features, what, rows, add, out, left_out, seed=seed, device=device)
+    for name, scorer in scorers.items():
+        own, above = caption_scores(observed[f"features/{name}"], scorer, prompts, group)
+        add_mean(name, own)
+        add_mean(f"{name}_over_shuffled", above)
+    for name in sorted(observed):
+        kind, _, judge = name.partition("/")
+        if kind in ("score", "utility"):
+            scores = observed[name][:]
+            unscored = int((~torch.isfinite(scores)).sum())
+            if unscored:  # a mean over the others would be of other pictures than every other number here
+                left_out[judge or kind] = f"{unscored} of {len(scores)} pictures got no score"
+            else:
+                add_mean(judge or kind, scores)
+    if extractors:
+        first = extractors[0]
+        features = observed[f"features/{first.name}"]
+        if first.name in real:
+            precision_and_recall(first, features, real[first.name], rows, neighbours, add, add_mean, out, seed=seed)
+        if rows.shape[1] > 1:
+            size = max(1, SMALL // features.shape[1] // rows.shape[1])
+            parts = [slice(i * rows.shape[1], (i + size) * rows.shape[1]) for i in range(0, len(prompts), size)]
+            within = torch.cat([spread(features[part], group[part]) for part in parts])
+            add("diversity", lambda index: float(within[index].mean()))
+        else:
+            left_out["diversity"] = "needs at least two pictures of every prompt"
+    return out
+
+
+def by_extractor(features: Matrix | Mapping[str, Matrix] | None, extractors: Sequence[Extractor]) -> dict[str, Matrix]:
+    """Features by the extractor's name; those that come alone are the first extractor's."""
+    if features is None:
+        return {}
+    return dict(features) if isinstance(features, Mapping) else {extractors[0].name: features}
+
+
+def reordered(features: Matrix | Mapping[str, Matrix] | None, order: Tensor) -> Any:
+    if isinstance(features, Mapping):
+        return {name: reordered(rows, order) for name, rows in features.items()}
+    return features[order] if features is not None and len(features) == len(order) else features
+
+
+def as_distances_take(e: Extractor, features: Matrix) -> Matrix:
+    """Unit features times sqrt(d), as they are read; others as they are."""
+    if not e.unit:
+        return features
+    return scaled(features.double()) if isinstance(features, Tensor) else features.times(features.shape[1] ** 0.5)  # type: ignore
+
+
+def distances_of(
+    e: Extractor, features: Matrix, other: Matrix, what: str, rows: Tensor, add: Any, out: Measured, left_out: dict[str, str], *,
+    seed: int, device: str | torch.device,
+) -> None:  # fmt: skip
+    """The Frechet and the kernel distance of a sample, features (N, d) as they were kept, to `other`, features as distances take them.
+
+    what: "data", which are held fixed, or "teacher", of which the same prompts are drawn or left out: which prompts were drawn is no
+    difference.
+    """
+    n, d = features.shape
+    paired = what == "teacher"
+    if paired and len(other) != n:
+        raise ValueError(f"the teacher's sample must be of the same prompts: it has {len(other)} pictures, not {n}")
+    name = f"{e.frechet}_{what}"
+    if n * d <= SMALL:
+        mine = scaled(checked(features[:], "generated")) if e.unit else checked(features[:], "generated")
+        theirs = other[:]
+    else:
+        check_finite(features, "generated")
+        mine, theirs = as_distances_take(e, features), other
+        check_finite(other, what)
+    if min(n, len(other)) <= d and e.kernel:
+        left_out[name] = f"{min(n, len(other))} pictures, but the covariance of {d} features needs more than {d}"
+    elif n * d <= SMALL:
+        frechet(theirs, mine)  # refuses what has no covariance
+        theirs = theirs.double()
+        if paired:
+
+            def distance(index: Tensor) -> float:
+                taken = rows[index].flatten()
+                return frechet_distance(*moments(theirs[taken]), *moments(mine[taken]))
+        else:
+            fixed = moments(theirs)
+
+            def distance(index: Tensor) -> float:
+                return frechet_distance(*fixed, *moments(mine[rows[index].flatten()]))
+
+        add(name, distance, centre=True, bounds=(0, np.inf))
+    else:
+        if min(n, len(other)) <= d:
+            raise ValueError(f"{min(n, len(other))} features of {d} dimensions: their covariance is singular; use more than {d} pictures")
+        out[name] = jackknifed_frechet(mine, theirs, rows, paired=paired, seed=seed)
+    if e.kernel:
+        out[f"{e.kernel}_{what}"] = jackknifed_kernel(e.kernel, mine, theirs, rows, paired=paired, seed=seed, device=device)
+
+
+def jackknifed_frechet(mine: Matrix, theirs: Matrix, rows: Tensor, *, paired: bool, seed: int) -> dict[str, float]:
+    """Frechet distance of features on disk, by running moments; blocks of prompts are left out by subtracting theirs."""
+    own, other = running_moments(mine), running_moments(theirs)
+    reference = other.finish()
+    block = blocks_of(len(rows), seed)
+    without = []
+    for g in range(int(block.max()) + 1):
+        taken = rows[block == g].flatten()
+        if paired:
+            reference = other.without(of_rows(theirs, taken, other.about)).finish()
+        without.append(frechet_distance(*reference, *own.without(of_rows(mine, taken, own.about)).finish()))
+    value = frechet_distance(*other.finish(), *own.finish())
+    low, high = jackknife(value, without, level=LEVEL)
+    return {"value": value, "low": max(0.0, low), "high": high}
+
+
+def of_rows(features: Matrix, taken: Tensor, about: Tensor) -> Moments:
+    found = Moments(about)
+    for part in taken.split(1024):
+        found.add(features[part])
+    return found
+
+
+def jackknifed_kernel(
+    kernel: str, mine: Matrix, theirs: Matrix, rows: Tensor, *, paired: bool, seed: int, device: str | torch.device
+) -> dict[str, float]:
+    """Kernel distance over all pairs of pictures; blocks of prompts are left out of the sums."""
+    function, unbiased, scale = KERNELS[kernel]
+    block = blocks_of(len(rows), seed)
+    of_mine = block.repeat_interleave(rows.shape[1])
+    of_theirs = of_mine if paired else torch.zeros(len(theirs), dtype=torch.long)
+    pairs = ((mine, mine, of_mine, of_mine), (mine, theirs, of_mine, of_theirs), (theirs, theirs, of_theirs, of_theirs))
+    xx, xy, yy = (block_sums(a, b, function, i, j, device=device) for a, b, i, j in pairs)
+    sums = KernelSums(
+        xx, xy, yy, diagonal_sums(mine, function, of_mine), diagonal_sums(theirs, function, of_theirs),
+        of_mine.bincount().double(), of_theirs.bincount().double(),
+    )  # fmt: skip
+    every, fixed = torch.ones(len(sums.n), dtype=torch.float64), torch.ones(len(sums.m), dtype=torch.float64)
+    value = scale * mmd(sums, every, fixed, unbiased=unbiased)
+    without = []
+    for g in range(len(sums.n)):
+        left = every.clone()
+        left[g] = 0
+        without.append(scale * mmd(sums, left, left if paired else fixed, unbiased=unbiased))
+    low, high = jackknife(value, without, level=LEVEL)
+    return {"value": value, "low": low, "high": high}
+
+
+def precision_and_recall(
+    e: Extractor, features: Matrix, data: Matrix, rows: Tensor, neighbours: int, add: Any, add_mean: Any, out: Measured, *, seed: int
+) -> None:
+    """Share of the pictures inside the data's balls, and of the data inside the pictures'; the balls keep their radii when resampled."""
+    n, d = features.shape
+    small = n * d <= SMALL and len(rows) * len(data) <= 32 * SMALL
+    mine = as_distances_take(e, features[:] if small else features)
+    theirs = checked(data[:], "reference") if small else data
+    one = torch.zeros(len(data), dtype=torch.long)
+    add_mean("precision", covering(mine, theirs, radii(theirs, neighbours), one)[:, 0])
+    block = torch.arange(len(rows)) if small else blocks_of(len(rows), seed)
+    held = covering(theirs, mine, radii(mine, neighbours), block.repeat_interleave(rows.shape[1]))  # (M, prompts or blocks)
+
+    def recall(index: Tensor) -> float:
+        return float(held[:, index].any(1).double().mean())
+
+    if small:
+        add("recall", recall, centre=True, bounds=(0, 1))
+        return
+    groups = range(held.shape[1])
+    without = [recall(torch.tensor([other for other in groups if other != g])) for g in groups]
+    value = recall(torch.tensor(list(groups)))
+    low, high = np.clip(jackknife(value, without, level=LEVEL), 0, 1)
+    out["recall"] = {"value": value, "low": float(low), "high": float(high)}
+
+
+def jackknifed(n: int, extractors: Sequence[Extractor], metrics: Sequence[str]) -> list[str]:
+    """Which of a report's metrics have jackknife intervals, for samples of n pictures."""
+    found = []
+    for e, what in itertools.product(extractors, ("data", "teacher")):
+        found += [f"{e.kernel}_{what}"] if e.kernel else []
+        found += [f"{e.frechet}_{what}"] if n * e.width > SMALL else []
+    if extractors and n * extractors[0].width > SMALL:
+        found.append("recall")
+    return [name for name in metrics if name in found]

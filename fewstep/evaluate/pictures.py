@@ -1,0 +1,138 @@
+"""Real pictures to measure against, from a folder or from a data set on the hub, one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.progress import track
+from torch import Tensor
+
+from fewstep.evaluate.features import Extractor
+from fewstep.evaluate.sets import import_datasets
+from fewstep.evaluate.store import SHARD, Rows, Shards, my_share
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::([\w.-]+))?")  # owner/name, perhaps @revision, perhaps :split
+
+
+class Pictures(NamedTuple):
+    """A set of real pictures."""
+
+    identity: dict[str, Any]  # n and a hash of the pictures' files, or the hub's commit, split and column
+    n: int
+    get: Callable[[int], Image.Image]  # by number
+
+
+def open_pictures(source: str) -> Pictures:
+    """A folder's pictures, recursively and in the order of their paths, or those of owner/name[@revision][:split] on the hub.
+
+    Raises ValueError.
+    """
+    if Path(source).is_dir():
+        return of_folder(Path(source))
+    hub = HUB.fullmatch(source)
+    if hub is None or Path(source).exists() or source.startswith((".", "/", "~")):
+        raise ValueError(f"{source}: no such folder, and not a data set of the hub (owner/name, owner/name:split)")
+    return of_hub(hub[1], hub[2], hub[3])
+
+
+def of_folder(folder: Path) -> Pictures:
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not paths:
+        raise ValueError(f"{folder}: holds no picture ({', '.join(SUFFIXES)})")
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+
+    def get(i: int) -> Image.Image:
+        try:
+            with Image.open(paths[i]) as image:
+                return image.convert("RGB")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{paths[i]}: cannot be read as a picture ({error})") from error
+
+    return Pictures({"n": len(paths), "sha256": digest.hexdigest()}, len(paths), get)
+
+
+def of_hub(name: str, revision: str | None, split: str | None) -> Pictures:
+    """The first column of pictures of a data set's split; kept on disk by `datasets`, never in memory as a whole."""
+    try:
+        datasets = import_datasets()
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    import huggingface_hub
+
+    try:
+        commit = huggingface_hub.HfApi().dataset_info(name, revision=revision).sha
+        parts = datasets.load_dataset(name, revision=commit)
+    except Exception as error:  # the hub's clients raise many kinds; each means that these pictures cannot be had
+        raise ValueError(f"{name}: cannot be read from the hub ({type(error).__name__}: {error})") from error
+    if split is None and len(parts) > 1:
+        raise ValueError(f"{name}: has the splits {', '.join(parts)}; name one, as {name}:{next(iter(parts))}")
+    if split is not None and split not in parts:
+        raise ValueError(f"{name}: has no split {split!r}; it has {', '.join(parts)}")
+    chosen = split or next(iter(parts))
+    rows = parts[chosen]
+    column = next((key for key, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
+    if column is None:
+        raise ValueError(f"{name}: split {chosen!r} has no column of pictures; it has {', '.join(rows.features)}")
+    identity = {"n": len(rows), "hub": name, "commit": commit, "split": chosen, "column": column}
+    return Pictures(identity, len(rows), lambda i: rows[i][column].convert("RGB"))
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    """(3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+@torch.no_grad()
+def extract(images: list[Image.Image], extractor: Extractor, *, batch: int, device: str | torch.device) -> Tensor:
+    """Features (N, d) of pictures of any sizes; those of one size go through the network together, `batch` at a time."""
+    assert extractor.function is not None
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for i, image in enumerate(images):
+        by_size.setdefault(image.size, []).append(i)
+    out = torch.empty(len(images), extractor.width)
+    for rows in by_size.values():
+        for first in range(0, len(rows), batch):
+            some = rows[first : first + batch]
+            stack = torch.stack([as_tensor(images[i]) for i in some]).to(device)
+            out[some] = extractor.function(stack).float().cpu()
+    return out
+
+
+def features(
+    pictures: Pictures,
+    extractors: Mapping[str, Extractor],
+    folder: Path,
+    *,
+    batch: int,
+    device: str | torch.device,
+    share: tuple[int, int] = (0, 1),
+    progress: bool = True,
+) -> dict[str, Rows] | None:
+    """Each extractor's features of all pictures, kept in `folder` part by part; None where only a share of them was looked at.
+
+    What is kept there from before, of the same pictures by the same extractor, is not computed again.
+    """
+    notes = {name: {"data": pictures.identity, "weights": e.weights, "resize": e.resize} for name, e in extractors.items()}
+    kept = {name: Shards(folder, note, pictures.n, size=SHARD) for name, note in notes.items()}
+    missing = {name: shards.missing() for name, shards in kept.items()}
+    wanted = my_share(sorted({i for parts in missing.values() for i in parts}), share)
+    for i in track(wanted, "real pictures", disable=not (progress and wanted)):
+        images = [pictures.get(row) for row in next(iter(kept.values())).pictures(i)]
+        for name, extractor in extractors.items():
+            if i in missing[name]:
+                kept[name].save(i, {f"features/{name}": extract(images, extractor, batch=batch, device=device)})
+    if share != (0, 1):
+        return None
+    found = {name: kept[name].open()[f"features/{name}"] for name in extractors}
+    return {name: rows.times(rows.shape[1] ** 0.5) if extractors[name].unit else rows for name, rows in found.items()}

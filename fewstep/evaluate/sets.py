@@ -1,0 +1,182 @@
+"""Prompt sets that models are measured on: local files in the forms they were published in, or the hub where they have a place there."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fewstep import prompts
+from fewstep.prompts import BadPrompts
+
+CAPTIONS = ("prompt", "prompts", "caption", "captions", "text")  # names of the column, or key, that holds what is drawn
+IDENTITIES = ("image_id", "uid", "id", "cocoid")  # of the picture that a caption belongs to
+
+
+class PromptSet(NamedTuple):
+    """Prompts in their published order. The same caption may come more than once; each entry is a unit of its own."""
+
+    name: str
+    prompts: list[str]
+    ids: list[str] | None = None  # of the pictures they describe
+
+
+class Published(NamedTuple):
+    """What is known of a set before it is read."""
+
+    count: int
+    images_per_prompt: int  # in its published protocol
+    hub: str | None = None  # data set on the hub, by `datasets`
+    files: tuple[str, ...] = ()  # of a data set on the hub, lists of prompts in JSON
+    where: str = ""  # to get the file when it is on no hub
+
+
+SETS = {
+    "drawbench": Published(200, 1, hub="sayakpaul/drawbench"),
+    "parti": Published(1632, 1, hub="nateraw/parti-prompts"),
+    "hpsv2": Published(
+        3200, 1, hub="zhwang/HPDv2", files=tuple(f"benchmark/{style}.json" for style in ("anime", "concept-art", "paintings", "photo"))
+    ),
+    "geneval": Published(553, 4, where="prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval"),
+    "coco-2014-30k": Published(30_000, 1, where="30 000 captions of COCO's val2014 (a csv with image_id and caption, or one a line)"),
+    "coco-10k": Published(10_000, 1, where="10 000 captions of COCO's val2014 (a csv with image_id and caption, or one a line)"),
+}
+
+
+def load(source: str) -> PromptSet:
+    """A set by NAME, by FILE, or by NAME=FILE. Raises BadPrompts naming the file, or the set and what to give for it.
+
+    NAME alone is read from the hub; with a file, or a folder of HPSv2's four, its number of prompts is checked.
+    """
+    name, equals, file = source.partition("=")
+    if name in SETS and equals:
+        found = read(Path(file), name=name)
+        if len(found.prompts) != SETS[name].count:
+            raise BadPrompts(f"{file}: holds {len(found.prompts)} prompts; {name} has {SETS[name].count}")
+        return found
+    if source in SETS:
+        return from_hub(source)
+    if not Path(source).exists() and Path(source).suffix == "":
+        raise BadPrompts(f"{source}: no such file, and none of the sets {', '.join(SETS)}")
+    return read(Path(source))
+
+
+def read(path: Path, *, name: str | None = None) -> PromptSet:
+    """A file by its suffix: .tsv and .csv with a header, .json, .jsonl, or text with a prompt a line; a folder of .json files."""
+    if path.is_dir():
+        parts = [read(part) for part in sorted(path.glob("*.json"))]
+        if not parts:
+            raise BadPrompts(f"{path}: holds no .json file of prompts")
+        return PromptSet(name or path.name, [prompt for part in parts for prompt in part.prompts])
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        return PromptSet(name or path.name, prompts.read(path, repeats=True))
+    try:
+        entries = reader(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise BadPrompts(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise BadPrompts(f"{path}: not UTF-8 text (byte {error.start + 1})") from error
+    except ValueError as error:
+        raise BadPrompts(f"{path}: {error}") from error
+    return as_set(entries, name or path.name, str(path))
+
+
+def as_set(entries: list[dict[str, Any]], name: str, where: str) -> PromptSet:
+    """Entries, each with a caption and perhaps its picture's id, as a set. Raises BadPrompts naming the entry."""
+    captions, ids = [], []
+    for number, entry in enumerate(entries, 1):
+        lower = {str(key).strip().lower(): value for key, value in entry.items()}
+        caption = next((lower[key] for key in CAPTIONS if lower.get(key) is not None), None)
+        if not isinstance(caption, str) or not caption.strip():
+            named = ", ".join(CAPTIONS)
+            raise BadPrompts(f"{where}, entry {number}: no text under any of the names {named}; it has {', '.join(lower) or 'nothing'}")
+        if "\0" in caption or len(caption) > prompts.LONGEST:
+            raise BadPrompts(f"{where}, entry {number}: holds a NUL character or more than {prompts.LONGEST} characters")
+        captions.append(caption.strip())
+        ids.append(next((str(lower[key]) for key in IDENTITIES if lower.get(key) is not None), None))
+    if not captions:
+        raise BadPrompts(f"{where}: holds no prompt")
+    known = [i for i in ids if i is not None]
+    return PromptSet(name, captions, known if len(known) == len(captions) else None)
+
+
+def table(delimiter: str) -> Callable[[str], list[dict[str, Any]]]:
+    """Reader of a table with a header: PartiPrompts.tsv, DrawBench's and COCO's csv. In a tsv quotes are part of the text."""
+
+    def rows(text: str) -> list[dict[str, Any]]:
+        quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+        csv.field_size_limit(2**20)
+        return list(csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter, quoting=quoting))
+
+    return rows
+
+
+def lines_of_json(text: str) -> list[dict[str, Any]]:
+    """GenEval's evaluation_metadata.jsonl: an object a line."""
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                found.append(as_entry(json.loads(line)))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+    return found
+
+
+def whole_json(text: str) -> list[dict[str, Any]]:
+    """HPSv2's lists of prompts, lists of objects, or COCO's captions_val2014.json with its list under `annotations`."""
+    value = json.loads(text)
+    if isinstance(value, dict) and isinstance(value.get("annotations"), list):
+        value = value["annotations"]
+    if not isinstance(value, list):
+        raise ValueError("a list of prompts, a list of objects, or COCO's annotations are read; this is neither")
+    return [as_entry(entry) for entry in value]
+
+
+def as_entry(value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        return {"prompt": value}
+    if not isinstance(value, dict):
+        raise ValueError(f"a prompt is a text or an object with one, not {type(value).__name__}")
+    return value
+
+
+READERS = {".tsv": table("\t"), ".csv": table(","), ".jsonl": lines_of_json, ".json": whole_json}
+
+
+def from_hub(name: str) -> PromptSet:
+    """A published set from its place on the hub. Raises BadPrompts."""
+    known = SETS[name]
+    if known.hub is None:
+        raise BadPrompts(f"{name}: on no hub; get {known.where} and give --prompts {name}=FILE")
+    try:
+        if known.files:
+            import huggingface_hub
+
+            paths = [Path(huggingface_hub.hf_hub_download(known.hub, file, repo_type="dataset")) for file in known.files]
+            found = PromptSet(name, [prompt for path in paths for prompt in read(path).prompts])
+        else:
+            datasets = import_datasets()
+            entries = [entry for part in datasets.load_dataset(known.hub).values() for entry in part]
+            found = as_set(entries, name, known.hub)
+    except (BadPrompts, ImportError) as error:
+        raise BadPrompts(f"{name}: {error}") from error
+    except Exception as error:  # the hub's clients raise many kinds; each means that this set cannot be had from there
+        raise BadPrompts(
+            f"{name}: cannot be read from {known.hub} on the hub ({type(error).__name__}: {error}); give --prompts {name}=FILE"
+        ) from error
+    if len(found.prompts) != known.count:
+        raise BadPrompts(f"{name}: {known.hub} on the hub holds {len(found.prompts)} prompts, not {known.count}")
+    return found
+
+
+def import_datasets() -> Any:
+    """The `datasets` package. Raises ImportError that says how to get it."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"data sets on the hub need the package datasets: pip install 'fewstep[data]' ({error})") from error
+    return datasets

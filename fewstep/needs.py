@@ -1,0 +1,304 @@
+"""What a run will need: memory by what holds it, floating-point operations, disk. From configurations alone: no weight is read."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fewstep.config import Config
+from fewstep.models import family
+from fewstep.models.backbone import Backbone, Roles
+
+GIB = 2**30
+CONFIGURATIONS = ["*.json", "*.txt", "*.model"]  # of a repository, everything but its weights
+
+
+class Needs(NamedTuple):
+    """Bytes, and floating-point operations of one update."""
+
+    networks: int  # teacher, student and fake, with what they train
+    decoder: int
+    text: int  # the text encoders, on the device only before the training
+    optimizer: int  # moments, and the student's running average
+    gradients: int
+    activations: int  # of the part of a batch that passes together, with what its backward pass needs
+    conditions: int  # of a batch's prompts
+    cached: int  # of all prompts, on disk
+    student_folder: int  # on disk
+    checkpoints: int  # on disk, the two that are kept
+    trained: int  # parameters of the student
+    parameters: int  # of the teacher's network
+    flops: float
+
+    @property
+    def training(self) -> int:
+        return self.networks + self.decoder + self.optimizer + self.gradients + self.activations + self.conditions
+
+    @property
+    def encoding(self) -> int:
+        return self.text + self.networks + self.decoder
+
+    @property
+    def device(self) -> int:
+        """The larger of the two."""
+        return max(self.training, self.encoding)
+
+
+def size(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def configurations(source: str) -> str:
+    """Folder with a teacher's configurations: the folder itself, or what the hub has beside the weights."""
+    if Path(source).is_dir():
+        return source
+    import huggingface_hub as hub
+
+    return hub.snapshot_download(source, allow_patterns=CONFIGURATIONS)
+
+
+def skeleton(source: str, dtype: torch.dtype) -> Backbone:
+    """A family's adapter whose modules have shapes and no numbers (the meta device). source: a folder with its configurations."""
+    import importlib
+    import json
+
+    import transformers
+
+    adapter = family(source)
+    folder = Path(configurations(source))
+    parts: dict[str, Any] = {}
+    for name, entry in json.loads((folder / "model_index.json").read_text()).items():
+        if name.startswith("_") or not isinstance(entry, list) or name in adapter.load_options:
+            continue
+        library, kind = entry
+        if library is None:
+            parts[name] = None
+            continue
+        cls = getattr(importlib.import_module(library), kind)
+        if issubclass(cls, transformers.PreTrainedModel):
+            with torch.device("meta"):
+                parts[name] = cls(transformers.AutoConfig.from_pretrained(folder / name)).to(dtype)
+        elif issubclass(cls, nn.Module):
+            with torch.device("meta"):
+                parts[name] = cls.from_config(cls.load_config(folder / name)).to(dtype)
+        else:
+            parts[name] = cls.from_pretrained(folder / name)
+    settings = {key: value for key, value in json.loads((folder / "model_index.json").read_text()).items() if isinstance(value, bool)}
+    backbone = adapter(adapter.pipeline(**parts, **settings | adapter.load_options), source, device="meta")
+    backbone.encode = lambda prompts: backbone.random_conditions(len(prompts))
+    return backbone
+
+
+class Attention(torch.autograd.Function):
+    """Attention that keeps what a fused kernel keeps, its inputs and its output; on tensors without numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        heads = query.shape[-3] // key.shape[-3]  # several heads of the query share one of the keys
+        keys, values = (x.repeat_interleave(heads, -3) if heads > 1 else x for x in (key, value))
+        output = query @ keys.transpose(-1, -2) @ values
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise NotImplementedError("nothing is computed here")
+
+
+@contextlib.contextmanager
+def fused_attention() -> Iterator[None]:
+    """scaled_dot_product_attention as a fused kernel keeps memory: the meta device's own keeps every score."""
+    from unittest import mock
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return Attention.apply(query, key, value)
+
+    with mock.patch("torch.nn.functional.scaled_dot_product_attention", attend):
+        yield
+
+
+class Kept:
+    """Bytes that autograd keeps of what is computed within, parameters apart; with checkpointing, what it keeps between blocks and the
+    most that one block keeps while it is computed again."""
+
+    def __init__(self, own: Iterable[Tensor]):
+        self.own = {tensor.untyped_storage()._cdata for tensor in own}
+        self.outside: dict[int, int] = {}
+        self.block: dict[int, int] | None = None
+        self.largest_block = 0
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.own:
+            (self.outside if self.block is None else self.block)[storage._cdata] = storage.nbytes()
+        return tensor
+
+    def checkpoint(self, block: Any, *args: Any) -> Any:
+        """In place of torch's: the block's inputs are kept, the rest is made again."""
+        for value in args:
+            if isinstance(value, Tensor):
+                self.keep(value)
+        if self.block is not None:  # inside another
+            return block(*args)
+        self.block = {}
+        output = block(*args)
+        self.largest_block = max(self.largest_block, sum(self.block.values()))
+        self.block = None
+        return output
+
+    def hooks(self) -> Any:
+        return torch.autograd.graph.saved_tensors_hooks(self.keep, lambda tensor: tensor)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.outside.values()) + self.largest_block
+
+
+def passes(config: Config, guided: bool) -> float:
+    """Forward passes of one sample through the network that an update costs for each of its samples (a backward counts two)."""
+    reuse, fake = config.reuse, config.fake.updates
+    trained = 3.0  # forward and backward
+    matching = (2 + guided) * config.matching.draws / reuse.evaluation  # teacher (twice when guided) and fake
+    if reuse.backward_simulation:  # a simulation stops at each of the K states equally often
+        simulated = (config.steps + 1) / 2
+        return simulated * (1 + fake) + matching + trained * (1 + fake)
+    return config.steps / (reuse.rollout * reuse.evaluation) + matching + trained * (1 + fake)
+
+
+def measure(source: str, config: Config, prompts: int) -> Needs:
+    """What a run of this config on this teacher needs. config: with its hardware resolved; prompts: how many there are.
+
+    Activations are those that the student's backward pass needs, in the arithmetic of the training; work space of kernels and the
+    allocator's reserve come on top, some tenths. The rewards' own models are not in it.
+    """
+    frozen = torch.bfloat16 if config.memory.frozen == "bf16" else torch.float32
+    backbone = skeleton(source, frozen)
+    batch = config.groups * config.group_size
+    together = min(config.memory.micro_groups * config.group_size or batch, batch)
+    text, decoder = (size(p for m in modules for p in m.parameters()) for modules in (backbone.text_modules(), [backbone.pipe.vae]))
+    parameters = sum(p.numel() for p in backbone.model.parameters())
+    guided = config.matching.guidance != 1 and backbone.embedded_guidance is None
+    roles = backbone.roles(lora_rank=config.lora_rank, fake_steps=config.steps, guidance=config.matching.guidance)
+    held = {id(p): p for role in roles[:3] for p in role.parameters()}
+    trained = {"student": [*roles.student_parameters.values()], "fake": [*roles.fake_parameters.values()]}
+    gradients = size(p for parameters in trained.values() for p in parameters)
+    moments = gradients // 2 if config.memory.optimizer == "adamw8bit" else 2 * gradients
+    averaged = size(trained["student"])
+    networks = size(held.values())
+    if config.memory.teacher == "int8":
+        networks -= round(size(roles.teacher.parameters()) * (1 - 1 / frozen.itemsize))
+    condition = size(backbone.random_conditions(1).values())
+    shapes = [backbone.latent_shape(at) for at in config.sizes()]
+    found = [activations(backbone, roles, config, shape, together) for shape in shapes]
+    return Needs(
+        networks=networks,
+        decoder=decoder,
+        text=text,
+        optimizer=moments + averaged,
+        gradients=gradients,
+        activations=max(kept for kept, _ in found),
+        conditions=condition * batch,
+        cached=condition * prompts,
+        student_folder=parameters * frozen.itemsize + decoder + text,
+        checkpoints=2 * (gradients + moments + averaged),
+        trained=sum(p.numel() for p in trained["student"]),
+        parameters=parameters,
+        flops=sum(flops for _, flops in found) / len(found) * batch * passes(config, guided),
+    )
+
+
+def activations(backbone: Backbone, roles: Roles, config: Config, shape: tuple[int, int, int], n: int) -> tuple[int, float]:
+    """(bytes kept for the student's backward pass of n samples, floating-point operations of one sample's forward pass)."""
+    network = roles.student.network
+    half = config.precision == "bf16"
+    before = {name: p.data for name, p in network.named_parameters()}
+    if half:  # autocast is not to be had without numbers: the network in its arithmetic stands for it
+        network.to(torch.bfloat16)
+    kept = Kept([*network.parameters(), *network.buffers()])
+    if config.memory.checkpointing:
+        network.model.enable_gradient_checkpointing(kept.checkpoint)
+    dtype = torch.bfloat16 if half else torch.float32
+    xt = torch.zeros(n, *shape, device="meta", dtype=dtype)
+    cond = {key: value.to(dtype) if value.is_floating_point() else value for key, value in backbone.random_conditions(n).items()}
+    with fused_attention(), kept.hooks(), FlopCounterMode(display=False) as counter:
+        network(xt, torch.full((n,), 500.0, device="meta", dtype=dtype), cond)
+    for name, parameter in network.named_parameters():
+        parameter.data = before[name]
+    network.model.disable_gradient_checkpointing()
+    return kept.bytes, counter.get_total_flops() / n
+
+
+# what can be turned, in the order in which it costs least
+SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("--memory.micro-groups 1", {"micro_groups": 1}),
+    ("--memory.frozen bf16", {"frozen": "bf16"}),
+    ("--memory.optimizer adamw8bit", {"optimizer": "adamw8bit"}),
+    ("--memory.checkpointing", {"checkpointing": True}),
+    ("--memory.teacher int8", {"teacher": "int8"}),
+)
+
+
+def savings(source: str, config: Config, prompts: int) -> list[tuple[str, int]]:
+    """(flag, bytes of the device's memory that a run with it needs) of what is not yet turned on, one at a time, then LoRA."""
+    found = []
+    for flag, change in SAVINGS:
+        memory = dataclasses.replace(config.memory, **change)
+        # frozen bf16 needs bf16 arithmetic, int8 full weights
+        fits = (memory.frozen == "fp32" or config.precision == "bf16") and (memory.teacher == "exact" or not config.lora_rank)
+        if memory != config.memory and fits:
+            found.append((flag, measure(source, dataclasses.replace(config, memory=memory), prompts).device))
+    if not config.lora_rank:
+        memory = dataclasses.replace(config.memory, teacher="exact")
+        found.append(("--lora-rank 64", measure(source, dataclasses.replace(config, lora_rank=64, memory=memory), prompts).device))
+    return found
+
+
+def capacity(device: str) -> tuple[int, str]:
+    """(bytes, name) of the memory that a run on this device has."""
+    if torch.device(device).type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return properties.total_memory, properties.name
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory"
+
+
+def report(source: str, config: Config, prompts: int) -> str:
+    """What `fewstep distill --dry-run` prints."""
+    needs = measure(source, config, prompts)
+    total, name = capacity(config.device)
+
+    def gib(value: int) -> str:
+        return f"{value / GIB:8.2f} GiB"
+
+    student = "full weights" if not config.lora_rank else f"LoRA of rank {config.lora_rank}"
+    lines = [
+        f"{config.teacher}: {needs.parameters / 1e6:,.1f} M parameters; {student}, {needs.trained / 1e6:,.1f} M trained for the student",
+        f"on {config.device} in {config.precision}, frozen parts in {config.memory.frozen}:",
+        f"  {gib(needs.networks)}  teacher, student and fake",
+        f"  {gib(needs.optimizer)}  optimizers' moments and the student's average",
+        f"  {gib(needs.gradients)}  gradients",
+        f"  {gib(needs.activations)}  activations (estimate: kernels' work space and the allocator's reserve come on top)",
+        f"  {gib(needs.decoder)}  decoder",
+        f"  {gib(needs.conditions)}  conditions of a batch",
+        f"  {gib(needs.training)}  in training",
+        f"  {gib(needs.encoding)}  before it, while prompts are encoded ({gib(needs.text).strip()} text encoders)",
+        f"{needs.flops * config.updates / 1e15:,.2f} PFLOP in {config.updates} updates, rewards and decoder apart",
+        f"on disk: {gib(needs.student_folder).strip()} student, {gib(needs.checkpoints).strip()} checkpoints, "
+        f"{gib(needs.cached).strip()} conditions of {prompts} prompts",
+    ]
+    if config.reward:
+        lines.append(f"not counted: the models of {', '.join(config.reward)}, and pictures with their gradient")
+    fits = needs.device <= 0.9 * total
+    lines.append(f"{'fits' if fits else 'DOES NOT FIT'}: {name} has {gib(total).strip()}")
+    if not fits:
+        for flag, bytes_ in savings(source, config, prompts):
+            lines.append(f"  {gib(bytes_)} with {flag}")
+    return "\n".join(lines)

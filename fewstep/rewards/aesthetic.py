@@ -1,0 +1,72 @@
+"""LAION's aesthetic predictor: a linear head on the image features of CLIP ViT-L/14; prompts play no part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewstep.rewards.base import PixelReward
+from fewstep.rewards.clip import CLIPScore, read_config
+from fewstep.rewards.pixels import Preprocess
+from fewstep.rewards.sources import check_safetensors, fetch
+from fewstep.types import Sample, Signal
+
+if TYPE_CHECKING:
+    from transformers import CLIPVisionModelWithProjection
+
+LAYERS = (0, 2, 4, 6, 7)  # the linear ones of the published Sequential; dropout stands between them, no nonlinearity
+
+
+class Aesthetic:
+    """The published `sac+logos+ava1-l14-linearMSE` head on image features of unit length; about 1 .. 10.
+
+    head: its tensors, `layers.N.weight` and `layers.N.bias`.
+    """
+
+    def __init__(self, vision: CLIPVisionModelWithProjection, head: dict[str, Tensor], preprocess: Preprocess):
+        self.vision = vision.float().eval().requires_grad_(False)
+        self.head = {name: value.to(vision.device, torch.float32) for name, value in check_head(head).items()}
+        self.preprocess = preprocess
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Aesthetic:
+        """Read the folder that `fewstep convert-reward aesthetic` made, and the CLIP that it names.
+
+        Raises ValueError naming what is missing.
+        """
+        from safetensors.torch import load_file
+        from transformers import CLIPVisionModelWithProjection
+
+        path = Path(folder) / "reward.json"
+        clip = fetch(str(read_config(path).get("clip")))
+        size = int(read_config(clip / "config.json").get("vision_config", {}).get("image_size", 224))
+        check_safetensors(folder)
+        head = load_file(Path(folder) / "model.safetensors")
+        preprocess = CLIPScore.read_preprocess(clip, size)._replace(halves="even")  # it was published with torchvision's centre
+        check_safetensors(clip)
+        vision = CLIPVisionModelWithProjection.from_pretrained(clip, use_safetensors=True).to(device)
+        return cls(vision, head, preprocess)
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """(B,), differentiable in the pixels (B, 3, H, W)."""
+        images = images.to(self.vision.device, torch.float32)
+        features = F.normalize(self.vision(pixel_values=self.preprocess(images)).image_embeds, dim=1)
+        for n in LAYERS:
+            features = F.linear(features, self.head[f"layers.{n}.weight"], self.head[f"layers.{n}.bias"])
+        return features[:, 0]
+
+    def __call__(self, sample: Sample) -> Signal:
+        return PixelReward(self.score, "Aesthetic")(sample)
+
+
+def check_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The head's tensors as they are. Raises ValueError when they are of another head."""
+    wanted = {f"layers.{n}.{kind}" for n in LAYERS for kind in ("weight", "bias")}
+    if state.keys() != wanted:
+        odd = ", ".join(sorted(state.keys() ^ wanted)[:4])
+        raise ValueError(f"not the linear head (layers {', '.join(map(str, LAYERS))} of weight and bias): missing or unknown {odd}")
+    return state

@@ -1,0 +1,89 @@
+"""HPSv2 and HPSv2.1: human preference by a CLIP ViT-H/14 (Wu et al., arXiv 2306.09341)."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from fewstep.rewards.clip import CLIPScore
+from fewstep.rewards.pixels import Preprocess, centre, normalise, resize_float, shorter_edge
+
+
+def preprocess(images: Tensor, *, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """(B, 3, H, W) in [0, 1] -> (B, 3, size, size), as the published code does it with torchvision of 0.17 or later.
+
+    It turns the picture into floats first, so that the resize is neither rounded nor clipped.
+    """
+    height, width = shorter_edge(*images.shape[2:], size)
+    if (height, width) != images.shape[2:]:
+        images = resize_float(images, height, width)
+    return normalise(centre(images, size, size, halves="even"), mean, std)
+
+
+class HPS(CLIPScore):
+    """The cosine itself, as the published `score` returns it; its tables show 100 times that.
+
+    Read from the folder that `fewstep convert-reward hps` makes of the published open_clip state dict.
+    """
+
+    @property
+    def scale(self) -> float:
+        return 1.0
+
+    @classmethod
+    def read_preprocess(cls, folder: Path, size: int) -> partial[Tensor]:
+        published = super().read_preprocess(folder, size)
+        assert isinstance(published, Preprocess)
+        return partial(preprocess, size=size, mean=published.mean, std=published.std)
+
+
+def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of an open_clip CLIP with the names and layout of a transformers CLIPModel.
+
+    Raises ValueError for a tensor that has no place there.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if name == "attn_mask":  # the causal mask, which old versions kept
+            continue
+        tower, inside = ("vision_model", name.removeprefix("visual.")) if name.startswith("visual.") else ("text_model", name)
+        if inside in TRANSPOSED:
+            renamed[TRANSPOSED[inside]] = value.T.contiguous()
+        elif (tower, inside) in WHOLE:
+            renamed[WHOLE[tower, inside]] = value
+        elif inside.startswith("transformer.resblocks."):
+            layer, _, part = inside.removeprefix("transformer.resblocks.").partition(".")
+            block, _, kind = part.replace("in_proj_", "in_proj.").rpartition(".")
+            if block == "attn.in_proj":
+                for which, third in zip("qkv", value.chunk(3), strict=True):
+                    renamed[f"{tower}.encoder.layers.{layer}.self_attn.{which}_proj.{kind}"] = third.contiguous()
+            elif block in BLOCK:
+                renamed[f"{tower}.encoder.layers.{layer}.{BLOCK[block]}.{kind}"] = value
+            else:
+                raise ValueError(f"not an open_clip CLIP: it has {name!r}")
+        else:
+            raise ValueError(f"not an open_clip CLIP: it has {name!r}")
+    return renamed
+
+
+# open_clip's names -> CLIPModel's
+TRANSPOSED = {"proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
+WHOLE = {
+    ("text_model", "logit_scale"): "logit_scale",
+    ("text_model", "positional_embedding"): "text_model.embeddings.position_embedding.weight",
+    ("text_model", "token_embedding.weight"): "text_model.embeddings.token_embedding.weight",
+    ("text_model", "ln_final.weight"): "text_model.final_layer_norm.weight",
+    ("text_model", "ln_final.bias"): "text_model.final_layer_norm.bias",
+    ("vision_model", "positional_embedding"): "vision_model.embeddings.position_embedding.weight",
+    ("vision_model", "class_embedding"): "vision_model.embeddings.class_embedding",
+    ("vision_model", "conv1.weight"): "vision_model.embeddings.patch_embedding.weight",
+    ("vision_model", "ln_pre.weight"): "vision_model.pre_layrnorm.weight",  # transformers' spelling
+    ("vision_model", "ln_pre.bias"): "vision_model.pre_layrnorm.bias",
+    ("vision_model", "ln_post.weight"): "vision_model.post_layernorm.weight",
+    ("vision_model", "ln_post.bias"): "vision_model.post_layernorm.bias",
+}
+BLOCK = {
+    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.out_proj",
+}  # fmt: skip

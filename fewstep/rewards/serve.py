@@ -1,0 +1,243 @@
+"""`fewstep serve-reward NAME`: one reward behind HTTP on this machine, for an environment or a GPU of its own.
+
+Needs starlette, uvicorn and python-multipart, and of fewstep no more than this folder: the rewards that keep an environment of
+their own are imported only where they are served. The protocol is described in remote.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fewstep.rewards import REWARDS, sources
+
+PROTOCOL = 1
+HOST = "127.0.0.1"  # another machine reaches it through a tunnel or a TLS proxy
+MAX_BODY = 64 * 2**20  # bytes
+MAX_PIXELS = 4096 * 4096  # of one picture
+SPEC = "FEWSTEP_SERVE_REWARD"  # what the worker processes are told, as JSON
+
+Score = Callable[[Any, list[str]], Any]  # images (B, 3, H, W) in [0, 1] as a torch tensor, B prompts -> B numbers
+
+
+# -- what is served ----------------------------------------------------------------------------------------------------
+
+
+def load(what: str, scorer: str | None, device: str) -> tuple[str, str, Score]:
+    """(name, version, function) of a named reward or of path/to/file.py:function. Raises ValueError or ImportError."""
+    if sources.is_code(what):
+        return what.rpartition(":")[2], f"file-{sources.version(what)}", sources.load_function(what)
+    if what not in REWARDS:
+        raise ValueError(f"unknown reward {what!r}; known: {', '.join(REWARDS)}, or path/to/file.py:function")
+    if what in OWN:
+        package, make = OWN[what]
+        from importlib.metadata import version
+
+        return what, f"{package}-{version(package)}", make(device)
+    source = sources.locate(what, scorer, flag="--scorer")
+    built = sources.build(what, source, device=device)
+    return what, f"weights-{sources.version(source)}", built.score
+
+
+def image_reward(device: str) -> Score:
+    import ImageReward
+
+    model = ImageReward.load("ImageReward-v1.0", device=device)
+    return lambda images, prompts: [model.score(prompt, picture) for prompt, picture in zip(prompts, to_pil(images), strict=True)]
+
+
+def hps3(device: str) -> Score:
+    from hpsv3 import HPSv3RewardInferencer
+
+    model = HPSv3RewardInferencer(device=device)
+    # it gives mean and spread of the score of each picture
+    return lambda images, prompts: [float(row[0]) for row in model.reward(prompts=prompts, image_paths=to_pil(images))]
+
+
+OWN = {"image-reward": ("image-reward", image_reward), "hps3": ("hpsv3", hps3)}
+
+
+def to_pil(images: Any) -> list[Any]:
+    """(B, 3, H, W) in [0, 1] as PIL pictures, for scorers that want those."""
+    from PIL import Image
+
+    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in pixels]
+
+
+# -- the application ---------------------------------------------------------------------------------------------------
+
+
+class Refused(Exception):
+    """A request that is not as it must be; answered with its status and message."""
+
+    def __init__(self, message: str, status: int = 400):
+        super().__init__(message)
+        self.status = status
+
+
+def application(name: str, version: str, score: Score, *, batch: int = 16, workers: int = 1, device: str = "cpu") -> Any:
+    """The ASGI application. One batch is scored at a time in each worker; the model sees at most `batch` pictures at once."""
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.exceptions import HTTPException
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+
+    one_at_a_time = threading.Lock()
+
+    def scored(images: Any, prompts: list[str]) -> list[float | None]:
+        with one_at_a_time:
+            found: list[float | None] = []
+            for i in range(0, len(prompts), batch):
+                found += as_numbers(score(images[i : i + batch].to(device), prompts[i : i + batch]), len(prompts[i : i + batch]))
+            return found
+
+    async def health(request: Request) -> JSONResponse:
+        return JSONResponse({"protocol": PROTOCOL, "name": name, "version": version, "batch": batch, "workers": workers})
+
+    async def answer(request: Request) -> JSONResponse:
+        length = request.headers.get("content-length", "")
+        if not length.isdecimal():
+            raise Refused("the request must state its Content-Length", 411)
+        if int(length) > MAX_BODY:
+            raise Refused(f"the request is longer than {MAX_BODY} bytes: send fewer pictures at a time", 413)
+        async with request.form(max_files=1024, max_fields=8) as form:
+            uploads = form.getlist("images")
+            if any(isinstance(upload, str) for upload in uploads):
+                raise Refused("images: must be files")
+            held = [(await upload.read(), upload.content_type) for upload in uploads]  # type: ignore[union-attr]
+            texts = {key: form.get(key) for key in ("prompts", "shape")}
+        prompts = read_list(texts["prompts"], "prompts", str)
+        if len(prompts) != len(held) or not held:
+            raise Refused(f"{len(prompts)} prompts for {len(held)} images")
+        images = await run_in_threadpool(read_images, held, texts["shape"])
+        try:
+            scores = await run_in_threadpool(scored, images, prompts)
+        except Exception as error:
+            traceback.print_exc()
+            return JSONResponse({"error": f"{type(error).__name__}: {error}"[:500], "version": version}, status_code=500)
+        return JSONResponse({"scores": scores, "name": name, "version": version})
+
+    async def refuse(request: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, Refused):
+            return JSONResponse({"error": str(error)}, status_code=error.status)
+        assert isinstance(error, HTTPException)
+        return JSONResponse({"error": error.detail}, status_code=error.status_code)
+
+    routes = [Route("/health", health), Route("/score", answer, methods=["POST"])]
+    return Starlette(routes=routes, exception_handlers={Refused: refuse, HTTPException: refuse})
+
+
+def read_list(text: Any, what: str, kind: type) -> list[Any]:
+    """A JSON list of one kind. Raises Refused."""
+    try:
+        held = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Refused(f"{what}: must be a JSON list") from error
+    if not isinstance(held, list) or not all(type(value) is kind for value in held):
+        raise Refused(f"{what}: must be a JSON list of {kind.__name__}")
+    return held
+
+
+def read_images(held: Sequence[tuple[bytes, str | None]], shape: Any) -> Any:
+    """(B, 3, H, W) in [0, 1] from the files of a request. Raises Refused."""
+    import numpy as np
+    import torch
+
+    pictures = []
+    for i, (content, kind) in enumerate(held):
+        if kind == "image/png":
+            pictures.append(np.asarray(read_png(content, i)))
+        elif kind == "application/octet-stream":
+            size = read_list(shape, "shape", int)
+            if len(size) != 2 or min(size) < 1 or size[0] * size[1] > MAX_PIXELS or len(content) != size[0] * size[1] * 3:
+                raise Refused(f"images[{i}]: {len(content)} bytes are not H x W x 3 for the shape {size}")
+            pictures.append(np.frombuffer(content, np.uint8).reshape(*size, 3))
+        else:
+            raise Refused(f"images[{i}]: must be image/png or application/octet-stream, is {kind!r}", 415)
+    if len({picture.shape for picture in pictures}) > 1:
+        raise Refused("images: all of one request must have the same size")
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
+
+
+def read_png(content: bytes, i: int) -> Any:
+    from PIL import Image
+
+    try:
+        picture = Image.open(io.BytesIO(content), formats=["PNG"])
+        if picture.width * picture.height > MAX_PIXELS:
+            raise Refused(f"images[{i}]: more than {MAX_PIXELS} pixels")
+        return picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise Refused(f"images[{i}]: not a PNG file ({type(error).__name__})") from error
+
+
+def as_numbers(scores: Any, count: int) -> list[float | None]:
+    """What a reward returned, as JSON holds it: null where it is not finite. Raises ValueError unless it is one number a picture."""
+    listed = scores.tolist() if hasattr(scores, "tolist") else list(scores)
+    if len(listed) != count:
+        raise ValueError(f"the reward returned {len(listed)} scores for {count} pictures")
+    values = [None if value is None else float(value) for value in listed]
+    return [value if value is not None and math.isfinite(value) else None for value in values]
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ValueError(message)
+
+
+def factory() -> Any:
+    """The application in a worker process, from what `command` left in its environment."""
+    spec = json.loads(os.environ[SPEC])
+    name, version, score = load(spec["what"], spec["scorer"], spec["device"])
+    return application(name, version, score, batch=spec["batch"], workers=spec["workers"], device=spec["device"])
+
+
+def command(arguments: list[str]) -> int:
+    """`fewstep serve-reward`. Raises ValueError for what it cannot serve."""
+    parser = Parser(prog="fewstep serve-reward", description="Serve one reward on this machine.", allow_abbrev=False)
+    parser.add_argument("what", metavar="NAME", help=f"{', '.join(REWARDS)}, or path/to/file.py:function")
+    parser.add_argument("--scorer", default=None, help="folder or hub id of its model (default: as `fewstep rewards` says)")
+    parser.add_argument("--port", type=int, default=8765, help="port on 127.0.0.1 (default 8765)")
+    parser.add_argument("--workers", type=int, default=1, help="processes, each with the whole model (default 1)")
+    parser.add_argument("--batch", type=int, default=16, help="pictures that the model sees at once, and in one request (default 16)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    options = parser.parse_args(arguments)
+    for key, low, high in (("port", 1, 65535), ("workers", 1, 64), ("batch", 1, 1024)):
+        if not low <= getattr(options, key) <= high:
+            raise ValueError(f"--{key}: must be {low} .. {high}, got {getattr(options, key)}")
+    try:
+        import python_multipart  # noqa: F401
+        import starlette  # noqa: F401
+        import torch
+        import uvicorn
+    except ImportError as error:
+        raise ValueError(f"the server needs {error.name}: pip install 'fewstep[serve]'") from error
+    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        name, version, score = load(options.what, options.scorer, device)
+    except (ImportError, OSError) as error:
+        raise ValueError(f"{options.what}: cannot be built here ({type(error).__name__}: {error})") from error
+    print(f"{name} ({version}) on http://{HOST}:{options.port}, {options.workers} worker(s) on {device}", flush=True)
+    settings = {"host": HOST, "port": options.port, "log_level": "warning", "access_log": False, "server_header": False}
+    if options.workers == 1:
+        uvicorn.run(application(name, version, score, batch=options.batch, device=device), **settings)
+        return 0
+    del score  # it was built to see that it can be; each worker builds its own
+    spec = {"what": options.what, "scorer": options.scorer, "device": device, "batch": options.batch, "workers": options.workers}
+    os.environ[SPEC] = json.dumps(spec)
+    # a worker whose model keeps the interpreter busy is not to be taken for a dead one
+    uvicorn.run("fewstep.rewards.serve:factory", factory=True, workers=options.workers, timeout_worker_healthcheck=600, **settings)
+    return 0

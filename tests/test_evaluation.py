@@ -1,0 +1,695 @@
+"""Evaluation of any model: drawn part by part, stopped and gone on with, shared among processes, with a stamp on every number."""
+
+import json
+import os
+import subprocess
+import sys
+import weakref
+from types import SimpleNamespace
+
+import fidelity
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from test_evaluate import MEAN, PREPROCESS, STD, tiny_clip, tiny_tokenizer
+from test_evaluate import tiny_pipeline as other_pipeline
+from test_remote import served
+
+from fewstep import cli
+from fewstep.evaluate import measure as measuring
+from fewstep.evaluate import protocol, store
+from fewstep.evaluate.distances import frechet, jackknife, kernel_distance, polynomial, precision_recall
+from fewstep.evaluate.features import Extractor
+from fewstep.evaluate.measure import measure
+from fewstep.evaluate.sets import PromptSet
+from fewstep.evaluate.store import Rows
+from fewstep.rewards.clip import CLIPScore
+
+# Measuring what lies on disk
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+NET = Extractor("net", "fid", "kid", False, None, 12)
+UNIT = Extractor("unit", "fd_clip", "cmmd", True, None, 8)
+
+
+@pytest.fixture
+def sample():
+    """60 prompts with 2 pictures each: what was seen, and real and teacher's features as distances take them."""
+    unit = torch.nn.functional.normalize(normal(120, 8, seed=2), dim=1)
+    seen = {
+        "features/net": normal(120, 12, seed=1) * 0.8,
+        "features/unit": unit,
+        "score/bright": normal(120, seed=3),
+        "utility": normal(120),
+    }
+    data = {"net": normal(90, 12, seed=4) + 0.4, "unit": torch.nn.functional.normalize(normal(90, 8, seed=5) + 0.3, dim=1) * 8**0.5}
+    teacher = {"net": normal(120, 12, seed=6), "unit": torch.nn.functional.normalize(normal(120, 8, seed=7), dim=1) * 8**0.5}
+    return seen, data, teacher
+
+
+def on_disk(folder, name, tensor, size=17):
+    """The same tensor in parts of 17 rows."""
+    paths = [folder / f"{name.replace('/', '-')}-{i}.safetensors" for i in range(-(-len(tensor) // size))]
+    for path, part in zip(paths, tensor.split(size), strict=True):
+        save_file({name: part.contiguous()}, path)
+    return Rows(paths, name)
+
+
+PROMPTS = [f"p{i // 2}" for i in range(60)]  # every caption twice, as in COCO
+GROUP = torch.arange(60).repeat_interleave(2)
+
+
+def measured(seen, data, teacher, **options):
+    return measure(seen, PROMPTS, GROUP, {}, extractor=[NET, UNIT], data=data, teacher=teacher, draws=20, repeats=True, **options)
+
+
+def test_on_disk_is_in_memory(sample, tmp_path, monkeypatch):
+    """Streamed and jackknifed or in memory and resampled, the values are the same; they are the textbook's."""
+    seen, data, teacher = sample
+    small = measured(seen, data, teacher)
+    stored = [{name: on_disk(tmp_path, f"{i}/{name}", x) for name, x in part.items()} for i, part in enumerate(sample)]
+    monkeypatch.setattr(measuring, "SMALL", 0)
+    large = measured(*stored)
+    assert list(large) == list(small) == [
+        "fid_data", "kid_data", "fid_teacher", "kid_teacher", "fd_clip_data", "cmmd_data", "fd_clip_teacher", "cmmd_teacher",
+        "bright", "utility", "precision", "recall", "diversity",
+    ]  # fmt: skip
+    for name in small:
+        assert large[name]["value"] == pytest.approx(small[name]["value"], abs=1e-6), name
+        assert large[name]["low"] < large[name]["value"] < large[name]["high"], name
+    assert small["fid_data"]["value"] == pytest.approx(frechet(data["net"], seen["features/net"]), abs=1e-9)
+    assert small["fd_clip_teacher"]["value"] == pytest.approx(frechet(teacher["unit"], seen["features/unit"] * 8**0.5), abs=1e-5)
+    assert small["kid_data"]["value"] == pytest.approx(
+        kernel_distance(seen["features/net"], data["net"], polynomial, unbiased=True), abs=1e-9
+    )
+    both = small["precision"]["value"], small["recall"]["value"]
+    assert both == pytest.approx(precision_recall(data["net"], seen["features/net"]))
+    assert small["bright"]["value"] == pytest.approx(float(seen["score/bright"].mean()), abs=1e-6)
+
+
+def test_which_intervals_are_jackknifed_is_told(monkeypatch):
+    metrics = ["fid_data", "kid_data", "kid_teacher", "fd_clip_data", "cmmd_data", "clip", "recall"]
+    assert measuring.jackknifed(120, [NET, UNIT], metrics) == ["kid_data", "kid_teacher", "cmmd_data"]
+    monkeypatch.setattr(measuring, "SMALL", 120 * 12 - 1)
+    assert measuring.jackknifed(120, [NET, UNIT], metrics) == ["fid_data", "kid_data", "kid_teacher", "cmmd_data", "recall"]
+
+
+def test_the_jackknife_interval_covers_the_frechet_distance_of_that_size(monkeypatch):
+    """Over samples of one size, 95% intervals hold the mean of their values four times out of five at least."""
+    monkeypatch.setattr(measuring, "SMALL", 0)
+    data, rows = normal(400, 6, seed=1), torch.arange(200)[:, None]
+    found = [measuring.jackknifed_frechet(0.2 + 0.9 * normal(200, 6, seed=s), data, rows, paired=False, seed=s) for s in range(10, 70)]
+    mean = np.mean([entry["value"] for entry in found])
+    held = np.mean([entry["low"] < mean < entry["high"] for entry in found])
+    widths = np.mean([entry["high"] - entry["low"] for entry in found])
+    assert held >= 0.85
+    assert widths < 3 * (2 * 1.96 * np.std([entry["value"] for entry in found]))  # and not by being wide
+
+
+def test_the_teachers_prompts_are_left_out_with_the_students(monkeypatch):
+    """Prompts far apart, student and teacher near each other: which prompts were drawn is no part of the difference."""
+    monkeypatch.setattr(measuring, "SMALL", 0)
+    subject = 3 * normal(60, 6, seed=1).repeat_interleave(2, 0)
+    mine, theirs = subject + 0.3 * normal(120, 6, seed=2), subject + 0.3 * normal(120, 6, seed=3)
+    rows = torch.arange(120).view(60, 2)
+    widths = []
+    for paired in (True, False):
+        found = [measuring.jackknifed_frechet(mine, theirs, rows, paired=paired, seed=s) for s in range(8)]
+        widths.append(np.mean([entry["high"] - entry["value"] for entry in found]))
+    assert widths[0] < 0.5 * widths[1]
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_a_kernel_distances_interval_leaves_prompts_out(paired):
+    """Of the sample, and of the teacher's with it: as if the pictures had never been there."""
+    mine, theirs, rows = normal(80, 4, seed=1), normal(80, 4, seed=2) + 0.3, torch.arange(80).view(40, 2)
+    found = measuring.jackknifed_kernel("kid", mine, theirs, rows, paired=paired, seed=3, device="cpu")
+    block, without = measuring.blocks_of(40, 3), []
+    assert block.bincount().tolist() == [2] * 20
+    for g in range(20):
+        left = rows[block != g].flatten()
+        without.append(kernel_distance(mine[left], theirs[left] if paired else theirs, polynomial, unbiased=True))
+    expected = jackknife(kernel_distance(mine, theirs, polynomial, unbiased=True), without)
+    assert (found["low"], found["high"]) == pytest.approx(expected, abs=1e-9)
+
+
+def test_what_cannot_be_measured_is_left_out_and_said(sample):
+    seen, data, teacher = sample
+    few = {name: values[:12] for name, values in seen.items()} | {"score/bright": torch.tensor([1.0] * 11 + [torch.nan])}
+    said = {}
+    options = {"extractor": [NET, UNIT], "data": data, "draws": 5, "repeats": True, "left_out": said}
+    found = measure(few, PROMPTS[:12], torch.arange(12), {}, **options)
+    assert said == {
+        "fid_data": "12 pictures, but the covariance of 12 features needs more than 12",
+        "bright": "1 of 12 pictures got no score",
+        "diversity": "needs at least two pictures of every prompt",
+    }
+    assert {"kid_data", "fd_clip_data", "cmmd_data", "precision", "utility"} <= found.keys() and not said.keys() & found.keys()
+    with pytest.raises(ValueError, match="it has 120 pictures, not 12"):
+        measure(few, PROMPTS[:12], torch.arange(12), {}, **options, teacher=teacher)
+
+
+def test_repeated_captions_are_no_other_captions():
+    scorer = CLIPScore(tiny_clip(), tiny_tokenizer(), PREPROCESS)
+    features = torch.nn.functional.normalize(normal(3, 8), dim=1)
+    prompts = ["cat", "dog", "cat"]
+    own, above = measuring.caption_scores(features, scorer, prompts, torch.arange(3))
+    cosine = 100 * features.double() @ scorer.text_features(["cat", "dog"]).double().T
+    torch.testing.assert_close(own, torch.stack([cosine[0, 0], cosine[1, 1], cosine[2, 0]]))
+    torch.testing.assert_close(above, torch.stack([cosine[0, 0] - cosine[0, 1], cosine[1, 1] - cosine[1, 0], cosine[2, 0] - cosine[2, 1]]))
+
+
+# Sampling: a picture's noise is its own
+
+
+@pytest.fixture(scope="module")
+def flow_pipe():
+    """A stochastic flow student: its pipeline hands its scheduler no generator."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from pipelines import sd3
+
+    pipe = sd3.pipeline()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, shift_terminal=1 / 3, stochastic_sampling=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def diffusion_pipe():
+    """A student of a DDPM schedule: LCM draws noise in its steps, from the generator it is given."""
+    from diffusers import LCMScheduler
+
+    pipe = other_pipeline()
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=3)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("kind", ["flow_pipe", "diffusion_pipe"])
+def test_a_pictures_noise_does_not_depend_on_what_it_is_drawn_with(kind, request):
+    pipe = request.getfixturevalue(kind)
+    prompts = ["a cat", "a dog", "pie", "a cat"]
+
+    def drawn(rows):
+        generators = [protocol.noise_generator(5, i) for i in rows]
+        return protocol.draw(pipe, [prompts[i] for i in rows], generators, num_inference_steps=3, guidance_scale=1.0)[0]
+
+    together = drawn([0, 1, 2, 3])
+    for rows in ([2], [1, 3], [3, 2, 1]):
+        torch.testing.assert_close(drawn(rows), together[rows], atol=2e-5, rtol=0)
+    assert (together[0] - together[3]).abs().max() > 0.01  # the same prompt under other noise
+    assert "step" not in vars(pipe.scheduler)  # left as it was
+
+
+def test_the_networks_calls_are_counted(diffusion_pipe, flow_pipe):
+    for pipe, guidance, expected in ((diffusion_pipe, 1.0, 3), (diffusion_pipe, 4.0, 6), (flow_pipe, 1.0, 3), (flow_pipe, 4.0, 6)):
+        with protocol.counted(pipe) as calls:
+            generators = [protocol.noise_generator(0, i) for i in range(2)]
+            protocol.draw(pipe, ["cat", "dog"], generators, num_inference_steps=3, guidance_scale=guidance)
+        assert sum(calls) / 2 == expected
+
+
+# The whole evaluation
+
+
+class Network(torch.nn.Module):
+    def __init__(self, tilt):
+        super().__init__()
+        self.tilt = torch.nn.Parameter(torch.tensor(tilt))
+
+    def forward(self, x):
+        return x * self.tilt
+
+
+class Pipe:
+    """Draws a picture from its generator at next to no cost."""
+
+    def __init__(self, tilt=1.0):
+        self.unet = Network(tilt)
+        self.components, self.scheduler = {"unet": self.unet}, SimpleNamespace(step=lambda x: x, config={"_class_name": "Flow"})
+        self.calls = 0
+
+    def set_progress_bar_config(self, **options):
+        pass
+
+    def __call__(self, prompt, generator, output_type, num_inference_steps, guidance_scale):
+        self.calls += 1
+        with torch.no_grad():
+            return SimpleNamespace(images=self.unet(torch.stack([torch.rand(3, 4, 4, generator=g) for g in generator])))
+
+
+def opener(pipe):
+    return lambda: protocol.Source(pipe, lambda guidance: {"guidance_scale": guidance}, (4, 4))
+
+
+FLAT = Extractor("flat", "fid", "kid", False, lambda x: x.flatten(1)[:, :5].clone(), 5, "weights", "none")
+MANY = PromptSet("many", [f"p{i}" for i in range(40)])
+
+
+def bright(images, prompts):
+    return images.mean((1, 2, 3)) + torch.tensor([float(len(prompt)) for prompt in prompts])
+
+
+def evaluated(pipe, folder, *, teacher=None, **changes):
+    options = {
+        "prompts": MANY, "scorers": {}, "judges": {"bright": bright}, "extractors": [FLAT], "images_per_prompt": 2, "noise": "picture",
+        "batch": 3, "draws": 20, "progress": False, "work": folder, "cache": folder, "say": lambda line: None, "steps": 4,
+    }  # fmt: skip
+    return protocol.evaluate(opener(pipe), teacher=opener(teacher) if teacher else None, **options | changes)
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(protocol, "SHARD", 10)
+
+
+def without_times(report):
+    """A report's numbers, less the seconds, which no two runs share."""
+    report = json.loads(json.dumps(report))
+    for row in report["rows"]:
+        del row["metrics"]["seconds_per_image"]
+        del row["sample"]
+    return report
+
+
+def kept(folder):
+    """What the parts in a folder hold, less the seconds."""
+    return {
+        (path.name, name): value
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, value in store.read(path).items()
+        if name != "seconds"
+    }
+
+
+def assert_same(one, two):
+    assert one.keys() == two.keys() and one
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_the_report_is_what_a_plain_loop_measures(tmp_path):
+    student, teacher = Pipe(0.8), Pipe(1.0)
+    report = evaluated(student, tmp_path, teacher=teacher)
+    names = ["student, 4 steps", "teacher, 28 steps", "teacher, 4 steps, its own"]
+    assert [row["name"] for row in report["rows"]] == names and report["best_solver"] == names[2]
+    pictures = {seed: torch.stack([torch.rand(3, 4, 4, generator=protocol.noise_generator(seed, i)) for i in range(80)]) for seed in (0, 1)}
+    flat = {seed: x.flatten(1)[:, :5] for seed, x in pictures.items()}
+    metrics = report["rows"][0]["metrics"]
+    assert metrics["fid_teacher"]["value"] == pytest.approx(frechet(flat[1], 0.8 * flat[0]), abs=1e-6)
+    assert report["rows"][1]["metrics"]["fid_teacher"]["value"] == pytest.approx(frechet(flat[1], flat[0]), abs=1e-6)
+    lengths = np.mean([len(p) for p in MANY.prompts])
+    assert metrics["bright"]["value"] == pytest.approx(0.8 * float(pictures[0].mean()) + lengths, abs=1e-5)
+    assert metrics["network_evaluations"]["value"] == 1  # as counted, whatever the steps
+    stamp = report["protocol"]
+    assert stamp["prompts"] == store.sha256(MANY.prompts) and stamp["set"] == "many" and stamp["n"] == 80 and stamp["noise"] == "picture"
+    assert stamp["extractors"] == {"flat": {"weights": "weights", "resize": "none"}} and stamp["seeds"] == {"rows": 0, "reference": 1}
+    assert stamp["batch"] is None and stamp["resolution"] == 4 and stamp["precision"] == "fp32"
+    assert set(stamp["versions"]) == {"torch", "diffusers", "transformers", "fewstep", "torch-fidelity", "pillow"}
+    assert len(stamp["scorers"]["bright"]) == 64  # of the file that defines it
+    assert report["interval"]["jackknife"] == {"blocks of prompts": 20, "metrics": ["kid_teacher"]}
+    assert teacher.calls == 3 * 8 * 4  # three samples of eight parts, each of ten pictures in batches of three
+
+
+def test_a_resumed_evaluation_is_an_unbroken_one(tmp_path):
+    class Stop(BaseException):
+        pass
+
+    broken, calls = Pipe(), []
+
+    def tired(images, prompts):
+        calls.append(len(images))
+        if len(calls) == 11:  # in the middle of the third part
+            raise Stop
+        return bright(images, prompts)
+
+    whole = evaluated(Pipe(), tmp_path / "whole")
+    tired.__module__ = bright.__module__
+    with pytest.raises(Stop):
+        evaluated(broken, tmp_path / "broken", judges={"bright": tired})
+    assert len(list((tmp_path / "broken").glob("*.safetensors"))) == 2
+    said, before = [], broken.calls
+    resumed = evaluated(broken, tmp_path / "broken", say=said.append)
+    assert broken.calls - before == 6 * 4  # six of eight parts, four batches each
+    assert said == [f"student, 4 steps: 2 of 8 parts are in {tmp_path / 'broken'}, going on with the others"]
+    assert without_times(resumed) == without_times(whole)
+    assert_same(kept(tmp_path / "broken"), kept(tmp_path / "whole"))
+    # and once more, from what is there
+    again = evaluated(broken, tmp_path / "broken", say=said.append)
+    assert broken.calls - before == 24 and again["rows"][0]["sample"] == "kept" and "read from" in said[1]
+    assert without_times(again) == without_times(whole)
+
+
+@pytest.mark.parametrize("noise", ["picture", "batch"])
+def test_shares_are_the_whole_to_the_bit(tmp_path, noise, request):
+    """Also where a batch shares its noise: its number does not depend on who draws it."""
+    pipe = Pipe() if noise == "picture" else request.getfixturevalue("diffusion_pipe")
+    options = {"noise": noise} | ({} if noise == "picture" else {"steps": 3, "prompts": PromptSet("few", MANY.prompts[:13])})
+    whole = evaluated(pipe, tmp_path / "one", **options)
+    for i in (2, 0, 1):
+        assert evaluated(pipe, tmp_path / "three", share=(i, 3), **options) is None
+    shared = evaluated(pipe, tmp_path / "three", **options)
+    assert shared["rows"][0]["sample"] == "kept"
+    assert without_times(shared) == without_times(whole)
+    assert_same(kept(tmp_path / "three"), kept(tmp_path / "one"))
+    if noise == "batch":  # as `fewstep sample` and the samples that ship with the world are drawn
+        images, _ = protocol.generate(pipe, options["prompts"].prompts, 2, steps=3, seed=0, batch=3)
+        found = [store.read(path)["features/flat"] for path in sorted((tmp_path / "one").glob("*.safetensors"))]
+        assert torch.equal(torch.cat(found), FLAT.function(images))
+
+
+def test_what_was_drawn_otherwise_is_never_taken(tmp_path):
+    """Another seed, student, prompt, number of steps, judge or extractor is another sample; another batch or set of real data is not."""
+    evaluated(Pipe(), tmp_path)
+    changes = [
+        {"seed": 1}, {"steps": 2}, {"prompts": PromptSet("many", ["other", *MANY.prompts[1:]])}, {"images_per_prompt": 3},
+        {"judges": {}}, {"precision": "bf16"},
+        {"extractors": [FLAT._replace(weights="others")]}, {"extractors": [FLAT._replace(resize="to 3")]},
+    ]  # fmt: skip
+    for change in changes:
+        assert evaluated(Pipe(), tmp_path, **change)["rows"][0]["sample"] == "drawn", change
+    assert evaluated(Pipe(0.5), tmp_path)["rows"][0]["sample"] == "drawn"
+    assert evaluated(Pipe(), tmp_path, batch=4)["rows"][0]["sample"] == "kept"
+    assert evaluated(Pipe(), tmp_path, neighbours=5)["rows"][0]["sample"] == "kept"
+
+
+def test_a_damaged_part_is_drawn_again(tmp_path):
+    whole = evaluated(Pipe(), tmp_path)
+    path = sorted(tmp_path.glob("*.safetensors"))[3]
+    path.write_bytes(path.read_bytes()[:-8])
+    pipe = Pipe()
+    with pytest.warns(UserWarning, match=f"{path.name}: damaged, drawn again"):
+        mended = evaluated(pipe, tmp_path)
+    assert pipe.calls == 4 and without_times(mended) == without_times(whole)
+
+
+def test_no_more_pictures_are_held_than_a_batch_or_two(tmp_path):
+    """However many are drawn: what is kept of each is its features and scores."""
+    alive, most = weakref.WeakSet(), []
+
+    class Watched(Pipe):
+        def __call__(self, **options):
+            out = super().__call__(**options)
+            alive.add(out.images)
+            most.append(sum(len(images) for images in alive))
+            return out
+
+    evaluated(Watched(), tmp_path, prompts=PromptSet("more", [f"p{i}" for i in range(200)]))
+    assert len(most) == 40 * 4 and max(most) <= 2 * 3
+
+
+def test_pictures_are_kept_when_asked_for(tmp_path):
+    evaluated(Pipe(), tmp_path / "work")
+    pipe, ids = Pipe(), [f"coco{i}" for i in range(40)]
+    options = {"keep_images": tmp_path / "pictures", "prompts": MANY._replace(ids=ids)}
+    evaluated(pipe, tmp_path / "work", **options)
+    assert pipe.calls == 8 * 4  # they were not kept the first time
+    folder = tmp_path / "pictures" / "student--4-steps"
+    assert len(list(folder.glob("*.png"))) == 80
+    expected = protocol.to_bytes(torch.rand(1, 3, 4, 4, generator=protocol.noise_generator(0, 79)))
+    assert np.array_equal(np.asarray(Image.open(folder / "000079.png")), expected[0].permute(1, 2, 0).numpy())
+    lines = [json.loads(line) for line in (folder / "pictures.jsonl").read_text().splitlines()]
+    assert lines[79] == {"file": "000079.png", "prompt": "p39", "seed": 0, "picture": 79, "id": "coco39"}
+    (folder / "000005.png").unlink()
+    evaluated(pipe, tmp_path / "work", **options)
+    assert pipe.calls == 9 * 4 and (folder / "000005.png").is_file()
+
+
+def test_a_function_in_a_file_and_a_server_judge_as_well(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def dark(images, prompts):\n    return 1 - images.flatten(1).mean(1)\n")
+    images = (torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 255).round() / 255  # a server is sent 8 bits
+    with served(f"{file}:dark") as url:
+        scorers, judges = cli.load_judges({"mine": f"{file}:dark", "far": url}, device="cpu", in_world=False)
+        seen = protocol.observe(images, scorers, prompts=["a", "b", "c"], judges=judges)
+        identities = {protocol.identity_of(judge) for judge in judges.values()}
+    assert not scorers and len(identities) == 2
+    assert torch.equal(seen["score/mine"], 1 - images.flatten(1).mean(1)) and torch.equal(seen["score/far"], seen["score/mine"])
+
+
+def test_a_judge_is_told_apart_by_what_it_holds(tmp_path):
+    class Judge:
+        def __init__(self, seed):
+            self.head = {"weight": normal(3, seed=seed)}
+            self.body = torch.nn.Linear(2, 2)
+            torch.nn.init.constant_(self.body.weight, 1.0)
+            torch.nn.init.constant_(self.body.bias, 0.0)
+
+        def score(self, images, prompts):
+            return images.mean((1, 2, 3))
+
+    assert protocol.identity_of(Judge(0).score) == protocol.identity_of(Judge(0)) != protocol.identity_of(Judge(1).score)
+    assert protocol.identity_of(SimpleNamespace(version="1.2")) == "1.2"
+    assert protocol.identity_of(bright) == protocol.identity_of(bright)
+    with pytest.raises(ValueError, match="nothing tells which version"):
+        protocol.identity_of(len)
+
+
+def test_a_flow_teacher_has_its_own_solver_and_ddpm_teachers_the_others(diffusion_pipe, flow_pipe):
+    assert list(protocol.schedulers_of(flow_pipe)) == ["its own"]
+    assert list(protocol.schedulers_of(diffusion_pipe)) == ["its own", "DDIM", "DPM-Solver++", "UniPC"]
+
+
+# Showing: numbers of different stamps
+
+
+def text_of(table):
+    from rich.console import Console
+
+    console = Console(width=400, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(table)
+    return console.export_text()
+
+
+def test_numbers_of_other_stamps_are_marked_and_what_differs_is_said(tmp_path):
+    one, same = evaluated(Pipe(), tmp_path), evaluated(Pipe(0.9), tmp_path)
+    other = evaluated(Pipe(), tmp_path, seed=7, extractors=[FLAT._replace(resize="to 3")])
+    text = text_of(protocol.beside({"a": one, "b": same, "c": other}))
+    assert "a: student, 4 steps " in text and "b: student, 4 steps " in text and "c: student, 4 steps †" in text
+    assert (
+        "† c was measured otherwise than a, and its numbers do not compare: seeds.rows: 0 / 7; extractors.flat.resize: none / to 3" in text
+    )
+    assert text.count("†") == 2 and "a, and" in text and "b was measured" not in text
+    assert protocol.differences(one["protocol"], same["protocol"]) == []
+    moved = one["protocol"] | {"prompts": "0" * 64, "data": {"n": 3}}
+    assert protocol.differences(one["protocol"], moved) == [
+        f"prompts: {one['protocol']['prompts'][:8]} / 00000000", "data: None / {'n': 3}",
+    ]  # fmt: skip
+
+
+def test_what_was_left_out_stands_below_the_table(tmp_path):
+    report = evaluated(Pipe(), tmp_path, images_per_prompt=1)
+    report["rows"].append(report["rows"][0] | {"name": "elsewhere", "device": "another machine"})
+    text = " ".join(text_of(protocol.as_table(report)).split())
+    assert "no diversity within a prompt: needs at least two pictures of every prompt" in text
+    assert "seconds per image are of different machines" in text and "elsewhere: another machine" in text
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    tiny_clip().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD, "resample": 3}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory, teacher_folder):
+    """A student's folder as another tool may have left it: a pipeline, no run."""
+    import shutil
+
+    from diffusers import DiffusionPipeline, LCMScheduler
+
+    folder = tmp_path_factory.mktemp("student") / "pipeline"
+    shutil.copytree(teacher_folder, folder)
+    pipe = DiffusionPipeline.from_pretrained(teacher_folder)
+    LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=2).save_pretrained(folder / "scheduler")
+    return folder
+
+
+@pytest.fixture
+def command(student, teacher_folder, clip_folder, tmp_path, monkeypatch):
+    """The arguments of an evaluation of the student against its teacher and twelve real pictures."""
+    (tmp_path / "real").mkdir()
+    for i in range(12):
+        Image.fromarray((normal(9, 11, 3, seed=i) * 60 + 128).clamp(0, 255).byte().numpy()).save(tmp_path / "real" / f"{i}.png")
+    (tmp_path / "captions.csv").write_text(
+        "image_id,caption\n" + "".join(f"{i},a {w}\n" for i, w in enumerate(["cat", "dog", "pie", "cat", "hat"]))
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(protocol, "TEACHER_STEPS", 3)
+    return [
+        "evaluate", str(student), "--against", str(teacher_folder),
+        "--data", str(tmp_path / "real"), "--prompts", str(tmp_path / "captions.csv"), "--images-per-prompt", "2",
+        "--extractor.clip", str(clip_folder), f"--judge.clip={clip_folder}", "--judge.preference", str(clip_folder),
+        "--output", str(tmp_path / "report.json"), "--batch", "3",
+    ]  # fmt: skip
+
+
+def clear(student):
+    import shutil
+
+    shutil.rmtree(student / "evaluation", ignore_errors=True)
+
+
+def test_the_command_measures_any_model(command, student, tmp_path, capsys):
+    clear(student)
+    assert cli.main(command) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["name"] for row in report["rows"]] == [
+        "student, 2 steps", "teacher, 3 steps", *(f"teacher, 2 steps, {name}" for name in protocol.SOLVERS),
+    ]  # fmt: skip
+    assert list(report["rows"][0]["metrics"]) == [
+        "fd_clip_data", "cmmd_data", "fd_clip_teacher", "cmmd_teacher",
+        "clip", "clip_over_shuffled", "preference", "preference_over_shuffled",
+        "precision", "recall", "diversity", "network_evaluations", "seconds_per_image",
+    ]  # fmt: skip
+    assert [row["metrics"]["network_evaluations"]["value"] for row in report["rows"]] == [2, 6, 4, 4, 4]
+    stamp = report["protocol"]
+    assert stamp["set"] == "captions.csv" and stamp["n"] == 10 and stamp["data"]["n"] == 12 and stamp["noise"] == "picture"
+    assert list(stamp["extractors"]) == ["extractor-clip"] and set(stamp["scorers"]) == {"clip", "preference"}
+    assert [row["guidance"] for row in report["rows"][:2]] == [1.0, 7.5]  # the family's own
+    out = capsys.readouterr().out
+    assert "CMMD to data ↓" in out and f"saved {tmp_path / 'report.json'}" in out
+    # the same call again draws nothing; beside another, what differs is said
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(json.dumps(report))
+    assert cli.main([*command, "--seed", "3", "--beside", str(earlier)]) == 0
+    assert "seeds.rows: 3 / 0" in capsys.readouterr().out
+    assert cli.main(command) == 0
+    assert "student, 2 steps: read from" in capsys.readouterr().out
+
+
+def test_two_shares_of_the_command_are_one(command, student, tmp_path, capsys):
+    clear(student)
+    assert cli.main(command) == 0
+    whole = json.loads((tmp_path / "report.json").read_text())
+    one = kept(student / "evaluation")
+    clear(student)
+    import shutil
+
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "report.json").unlink()
+    capsys.readouterr()
+    for share in ("1/2", "0/2"):
+        assert cli.main([*command, "--shard", share]) == 0
+        if share == "1/2":
+            assert "share 1 of 2 is drawn. When all are, the same call without a share measures" in capsys.readouterr().out
+            assert not (tmp_path / "report.json").exists()
+    assert cli.main(command) == 0
+    assert without_times(json.loads((tmp_path / "report.json").read_text())) == without_times(whole)
+    assert_same(kept(student / "evaluation"), one)
+
+
+def test_two_processes_of_a_torchrun_are_one(command, student, tmp_path):
+    """Each draws its share in a process of its own; the first measures when both have done."""
+    clear(student)
+    environment = os.environ | {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    start = "import sys; from fewstep import cli; from fewstep.evaluate import protocol; protocol.TEACHER_STEPS = 3; protocol.SHARD = 10; "
+    workers = [
+        subprocess.Popen([sys.executable, "-c", f"{start} sys.exit(cli.main({command!r}))"], env=environment | {"RANK": str(rank)},
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in (0, 1)
+    ]  # fmt: skip
+    said = [worker.communicate(timeout=150)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], said
+    shared = json.loads((tmp_path / "report.json").read_text())
+    parts = kept(student / "evaluation")
+    clear(student)
+    import shutil
+
+    shutil.rmtree(tmp_path / "cache")
+    assert cli.main(command) == 0
+    assert without_times(json.loads((tmp_path / "report.json").read_text())) == without_times(shared)
+    assert_same(kept(student / "evaluation"), parts)
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"--prompts": None}, "--prompts: missing"),
+        ({"--prompts": "nowhere.csv"}, "nowhere.csv: cannot be read"),
+        ({"--prompts": "drawbench=CAPTIONS"}, "holds 5 prompts; drawbench has 200"),
+        ({"--data": "nowhere"}, "nowhere: no such folder, and not a data set"),
+        ({"--against": "./nowhere"}, "./nowhere: no such folder"),
+        ({"--shard": "2/2"}, "--shard: i/n"),
+        ({"--batch": "0"}, "--batch: must be at least 1"),
+        ({"--beside": "CAPTIONS"}, "not a report of fewstep evaluate"),
+        ({"--judge.clpi": "x"}, "judge.clpi: unknown reward; did you mean 'clip'"),
+        ({"--judge.preference": None}, "judge.preference: give the folder or hub id of its model, --judge.preference FOLDER"),
+        ({"--judge.preference": "nowhere"}, "judge.preference: nowhere"),
+        ({"--extractor.inceptoin": "x"}, "extractor.inceptoin: unknown"),
+        ({"--extractor.clip": None, "drop": True}, "--data: nothing to compare pictures by"),
+    ],
+)
+def test_a_wrong_argument_gets_one_clear_line(command, tmp_path, capsys, change, words):
+    arguments, drop = list(command), change.pop("drop", False)
+    for flag, value in change.items():
+        value = value and value.replace("CAPTIONS", str(tmp_path / "captions.csv"))
+        if flag in arguments:
+            at = arguments.index(flag)
+            arguments[at : at + 2] = [] if value is None and (drop or flag == "--prompts") else [flag] if value is None else [flag, value]
+        else:
+            arguments += [flag, value]
+    assert cli.main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("fewstep: error: ") and words in lines[-1], lines
+
+
+def test_a_student_without_a_teacher_and_without_anything_to_measure(command, student, capsys, tmp_path):
+    alone = [word for word in command if not word.startswith("--judge.clip=")]
+    for flag in ("--against", "--data", "--extractor.clip", "--judge.preference"):
+        at = alone.index(flag)
+        del alone[at : at + 2]
+    assert cli.main(alone) == 2
+    assert "nothing to measure with" in capsys.readouterr().err
+    judge = next(word for word in command if word.startswith("--judge.clip="))
+    assert cli.main([*alone, judge]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["name"] for row in report["rows"]] == ["student, 2 steps"] and report["best_solver"] is None and "teacher" not in report
+    assert cli.main(["evaluate", "no such thing", *alone[2:], judge]) == 2
+    assert "no such folder, and not a hub id" in capsys.readouterr().err
+
+
+def test_inception_measures_what_a_few_pictures_allow(command, student, tmp_path, capsys):
+    """KID; no FID of ten pictures, no patch-FID of eight pixels: both said."""
+    network = fidelity.inception()
+    torch.save(network.state_dict(), tmp_path / "inception.pth")
+    short = [
+        *command[: command.index("--extractor.clip")],
+        "--extractor.inception",
+        str(tmp_path / "inception.pth"),
+        *command[-4:],
+        "--against",
+        "none",
+    ]
+    assert cli.main(short) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    metrics = report["rows"][0]["metrics"]
+    assert "kid_data" in metrics and "fid_data" not in metrics and "patch_fid_data" not in metrics
+    assert report["left_out"]["fid_data"] == "10 pictures, but the covariance of 2048 features needs more than 2048"
+    assert report["left_out"]["patch-FID"] == "pictures of 8 x 8 hold no crop of 299 pixels"
+    assert report["protocol"]["extractors"]["inception"]["weights"] == store.fingerprint(network)
+    assert "no FID to data: 10 pictures" in " ".join(capsys.readouterr().out.split())

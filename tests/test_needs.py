@@ -1,0 +1,134 @@
+"""What --dry-run says a run needs is what the run then has: bytes of its networks, of what autograd keeps, network evaluations."""
+
+import dataclasses
+
+import pytest
+import torch
+from pipelines import PIPELINES
+from test_trainer import run_of
+
+from fewstep import cli, models, needs
+
+every_family = pytest.mark.parametrize("name", PIPELINES)
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    root = tmp_path_factory.mktemp("needs")
+    for name, maker in PIPELINES.items():
+        maker().save_pretrained(root / name, safe_serialization=True)
+    return root
+
+
+def config_of(*options):
+    config = cli.parse_config(["--device", "cpu", "--precision", "fp32", "--groups", "2", "--group-size", "2", *options])
+    return cli.resolve_hardware(config)
+
+
+def small(backbone):
+    edge = max(8, backbone.size_step())
+    return f"[{edge}x{2 * edge}]"
+
+
+def kept_by_autograd(roles, own, network, *inputs):
+    sizes = {}
+
+    def keep(x):
+        if x.untyped_storage()._cdata not in own:
+            sizes[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        output = network(*inputs)
+    assert output.requires_grad
+    return sum(sizes.values())
+
+
+@every_family
+@pytest.mark.parametrize("rank", ["0", "2"])
+def test_networks_optimizers_and_activations_of_every_family(teachers, name, rank, monkeypatch):
+    """By configurations alone, beside the real thing in memory."""
+    monkeypatch.setattr("fewstep.models.sd.SHORT", 0)  # fused attention, as on a GPU
+    source = str(teachers / name)
+    backbone = models.load(source)
+    config = config_of("--teacher", source, "--lora-rank", rank, "--size", small(backbone), "--matching.guidance", "1")
+    found = needs.measure(source, config, prompts=7)
+    decoder, text = (sum(p.nbytes for m in part for p in m.parameters()) for part in ([backbone.pipe.vae], backbone.text_modules()))
+    roles = backbone.roles(lora_rank=int(rank), fake_steps=config.steps)
+    assert (found.decoder, found.text) == (decoder, text)
+    assert found.networks == sum(p.nbytes for p in {id(p): p for role in roles[:3] for p in role.parameters()}.values())
+    student, fake = (sum(p.nbytes for p in parameters.values()) for parameters in roles[3:])
+    assert found.gradients == student + fake and found.optimizer == 2 * (student + fake) + student
+    assert found.trained == sum(p.numel() for p in roles.student_parameters.values())
+    own = {x.untyped_storage()._cdata for x in [*roles.student.parameters(), *roles.student.buffers()]}
+    noise = torch.randn(4, *backbone.latent_shape(config.sizes()[0]))
+    cond = backbone.random_conditions(4)
+    real = kept_by_autograd(roles, own, roles.student.network, noise, torch.full((4,), 500.0), cond)
+    assert found.activations == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--reuse.rollout", "2"),
+        ("--reuse.evaluation", "2", "--reuse.min-ess", "0"),
+        ("--matching.guidance", "1"),
+        ("--matching.draws", "2"),
+        ("--fake.updates", "1"),
+    ],
+)
+def test_network_evaluations_of_an_update(teacher_folder, prompt_file, options):
+    run = run_of(teacher_folder, prompt_file, "--reuse.rollout", "1", "--precision", "fp32", *options)
+    trainer, before = run.trainer, 0
+    roles = ("student", "teacher", "fake")
+    for _ in range(4):
+        trainer.step()
+    spent = sum(trainer.counted[name].cost for name in roles) - before
+    lag = (
+        2 * 4 * (3 if run.config.reuse.rollout == run.config.reuse.evaluation == 1 else 1)
+    )  # the fake on new and old outputs, to be logged
+    assert spent / 4 / 4 == pytest.approx(needs.passes(run.config, run.config.matching.guidance != 1) + lag / 16, abs=1e-9)
+
+
+def test_what_is_turned_changes_what_is_needed(teachers):
+    source = str(teachers / "StableDiffusion3Pipeline")
+    config = config_of("--teacher", source, "--precision", "bf16", "--size", "[32x32]")
+    plain = needs.measure(source, config, 7)
+
+    def with_memory(**changes):
+        return needs.measure(source, dataclasses.replace(config, memory=dataclasses.replace(config.memory, **changes)), 7)
+
+    assert with_memory(micro_groups=1).activations == pytest.approx(plain.activations / 2, rel=0.02)
+    assert with_memory(checkpointing=True).activations < 0.8 * plain.activations
+    assert with_memory(optimizer="adamw8bit").optimizer < 0.6 * plain.optimizer
+    assert with_memory(frozen="bf16").decoder == plain.decoder / 2
+    assert with_memory(teacher="int8").networks < plain.networks
+    assert needs.measure(source, dataclasses.replace(config, lora_rank=2), 7).device < plain.device
+
+
+def test_a_dry_run_reads_no_weights_and_writes_nothing(teachers, prompt_file, tmp_path, capsys, monkeypatch):
+    import shutil
+
+    teacher = tmp_path / "teacher"
+    shutil.copytree(teachers / "StableDiffusionXLPipeline", teacher)
+    for path in teacher.rglob("*.safetensors"):
+        path.unlink()
+    output = tmp_path / "out"
+    call = ["distill", "--teacher", str(teacher), "--prompts", str(prompt_file), "--output", str(output), "--dry-run", "--device", "cpu"]
+    assert cli.main(call) == 0
+    told = capsys.readouterr().out
+    assert "M parameters; full weights" in told and "activations" in told and "on disk" in told and "\nfits: " in told
+    assert not output.exists()
+    monkeypatch.setattr(needs, "capacity", lambda device: (1000, "a very small device"))
+    assert cli.main(call) == 0
+    told = capsys.readouterr().out
+    assert "DOES NOT FIT: a very small device" in told
+    assert all(flag in told for flag in ("--memory.micro-groups 1", "--memory.checkpointing", "--lora-rank 64", "adamw8bit"))
+
+
+def test_models_lists_every_family(capsys):
+    assert cli.main(["models"]) == 0
+    told = capsys.readouterr().out
+    assert all(name in told for name in models.FAMILIES)
+    assert cli.main(["models", "flux"]) == 2 and "takes no arguments" in capsys.readouterr().err

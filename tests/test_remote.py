@@ -1,0 +1,729 @@
+"""The remote reward: a real server on loopback, and every way in which one may fail. Each fault asserts that it was met."""
+
+import http.client
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+import fewstep
+from fewstep import cli
+from fewstep.rewards import remote, serve, sources
+from fewstep.rewards.base import RewardError
+from fewstep.rewards.remote import Remote, encode, read_scores
+from fewstep.types import Sample
+
+ROOT = Path(fewstep.__file__).parents[1]
+HEALTH = {"protocol": 1, "name": "faulty", "version": "v1", "batch": 4, "workers": 2}
+REWARD_FILE = '''
+import time
+
+import torch
+
+
+def redness(images, prompts):
+    """(B, 3, H, W) in [0, 1], B prompts -> (B,). Prompts ask for trouble."""
+    if "boom" in prompts:
+        raise RuntimeError("boom")
+    scores = images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+    scores[[prompt == "no score" for prompt in prompts]] = torch.nan
+    return scores[:-1] if "short" in prompts else scores
+
+
+def judge(images, prompts):
+    return [float(len(prompt)) for prompt in prompts]  # a black box: plain numbers
+
+
+number = 3
+'''
+
+
+def pictures(n, height=9, width=7, seed=0):
+    return torch.randint(0, 256, (n, 3, height, width), generator=torch.Generator().manual_seed(seed)) / 255
+
+
+def sample_of(images, prompts):
+    x0 = images.clone().requires_grad_()
+    k = torch.zeros(len(images), dtype=torch.long)
+    return Sample(x0, torch.ones(len(images)), k, {}, prompts, k, lambda x: x * 1)
+
+
+# A server that fails as it is told to
+
+
+class Faulty:
+    """Answers with what `faults` says, one for each request to /score, then well. `met` holds what it did."""
+
+    def __init__(self):
+        self.faults, self.met, self.health, self.requests = [], [], dict(HEALTH), []
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def reply(self, status, body, **headers):
+                body = body if isinstance(body, bytes) else json.dumps(body).encode()
+                self.send_response(status)
+                for key, value in headers.items():
+                    self.send_header(key.replace("_", "-"), value)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def do_GET(self):
+                self.reply(200, owner.health)
+
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                count = body.count(b'name="images"')
+                owner.requests.append((count, body))
+                fault = owner.faults.pop(0) if owner.faults else None
+                owner.met.append(fault)
+                FAULTS[fault](self, [float(i) for i in range(count)])
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def reward(self, **settings):
+        return Remote(self.url, "mine", **({"backoff": 0.01, "timeout": 5.0} | settings)).connect()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def drip(handler, scores):
+    """A byte now and then: no single wait is long, all together never end."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    for _ in range(200):
+        try:
+            handler.wfile.write(b" ")
+            handler.wfile.flush()
+        except OSError:
+            return
+        time.sleep(0.05)
+
+
+def reset(handler, scores):
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    handler.connection.close()
+
+
+def cut(handler, scores):
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"scores": [')
+
+
+def big(handler, scores):
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(10 * 2**20))
+    handler.end_headers()
+    try:
+        for _ in range(160):
+            handler.wfile.write(b" " * 2**16)
+    except OSError:
+        pass  # the client has hung up
+
+
+def well(scores):
+    return {"scores": scores, "version": "v1"}
+
+
+FAULTS = {
+    None: lambda h, s: h.reply(200, well(s)),
+    # these may pass, and are tried again
+    "timeout": lambda h, s: time.sleep(1.2),
+    "drip": drip,
+    "reset": reset,
+    "cut": cut,
+    "garbage": lambda h, s: h.wfile.write(b"not http at all\r\n\r\n"),
+    "408": lambda h, s: h.reply(408, b""),
+    "429": lambda h, s: h.reply(429, b"", Retry_After="0"),
+    "500": lambda h, s: h.reply(500, b"oh"),
+    "503": lambda h, s: h.reply(503, b""),
+    # these say nothing of any picture
+    "short": lambda h, s: h.reply(200, well(s[:-1])),
+    "long": lambda h, s: h.reply(200, well([*s, 0.0])),
+    "string": lambda h, s: h.reply(200, well(["0.5", *s[1:]])),
+    "bool": lambda h, s: h.reply(200, well([True, *s[1:]])),
+    "nested": lambda h, s: h.reply(200, well([[x] for x in s])),
+    "number": lambda h, s: h.reply(200, well(1.0)),
+    "no scores": lambda h, s: h.reply(200, {"version": "v1"}),
+    "huge": lambda h, s: h.reply(200, b'{"version": "v1", "scores": [1' + b"0" * 400 + b", 0, 0, 0]}"),
+    "endless digits": lambda h, s: h.reply(200, b'{"version": "v1", "scores": [' + b"1" * 5000 + b"]}"),
+    "deep": lambda h, s: h.reply(200, b"[" * 30000),
+    "list": lambda h, s: h.reply(200, s),
+    "html": lambda h, s: h.reply(200, b"<html>no</html>"),
+    "empty": lambda h, s: h.reply(200, b""),
+    "latin": lambda h, s: h.reply(200, b'{"scores": "\xe9"}'),
+    "10 MB": big,
+    # these will not pass
+    "404": lambda h, s: h.reply(404, b"nothing here"),
+    "400": lambda h, s: h.reply(400, b'{"error": "no"}'),
+    "413": lambda h, s: h.reply(413, b""),
+    "redirect": lambda h, s: h.reply(307, b"", Location="http://127.0.0.1:1/elsewhere"),
+    "moved on": lambda h, s: h.reply(200, {"scores": s, "version": "v2"}),
+    # one picture has no score
+    "null": lambda h, s: h.reply(200, well([None, *s[1:]])),
+    "NaN": lambda h, s: h.reply(200, b'{"version": "v1", "scores": [NaN, 1, 2, 3]}'),
+    "inf": lambda h, s: h.reply(200, b'{"version": "v1", "scores": [1e999, 1, 2, 3]}'),
+}
+PASSING = ["timeout", "drip", "reset", "cut", "garbage", "408", "429", "500", "503"]
+MALFORMED = ["short", "long", "string", "bool", "nested", "number", "no scores", "huge", "endless digits", "deep", "list", "html", "empty",
+             "latin", "10 MB"]  # fmt: skip
+FINAL = {"404": "404: 'nothing here'", "400": "refused the request with 400", "413": "413", "redirect": "redirects are not followed",
+         "moved on": "was version 'v1' and answers as 'v2'"}  # fmt: skip
+PARTIAL = ["null", "NaN", "inf"]
+
+
+@pytest.fixture()
+def faulty():
+    server = Faulty()
+    yield server
+    server.close()
+
+
+def test_every_fault_of_the_promises_is_in_the_list():
+    assert {*PASSING, *MALFORMED, *FINAL, *PARTIAL, None} == FAULTS.keys()
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_a_passing_fault_is_tried_again_and_then_masked(faulty, fault):
+    settings = {"timeout": 0.4} if fault in ("timeout", "drip") else {}
+    reward = faulty.reward(**settings)
+    faulty.faults = [fault, fault]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert reward.ask(pictures(4), ["p"] * 4).tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert faulty.met == [fault, fault, None] and sum(reward.faults.values()) == 2
+    faulty.met.clear()
+    faulty.faults = [fault] * 9
+    start = time.monotonic()
+    with pytest.warns(UserWarning, match=r"after 3 tries; 4 pictures are masked"):
+        scores = reward.ask(pictures(4), ["p"] * 4)
+    assert bool(torch.isnan(scores).all()) and faulty.met == [fault] * 3 and sum(reward.faults.values()) == 5
+    assert time.monotonic() - start < 4
+
+
+@pytest.mark.parametrize("fault", MALFORMED)
+def test_a_malformed_answer_masks_its_own_pictures_and_no_others(faulty, fault):
+    reward = faulty.reward()
+    reward.workers = 1  # so that the second request is the faulty one
+    faulty.faults = [None, fault]
+    with pytest.warns(UserWarning, match="4 pictures are masked"):
+        scores = reward.ask(pictures(9), ["p"] * 9)
+    assert scores[:4].tolist() == [0.0, 1.0, 2.0, 3.0] and bool(torch.isnan(scores[4:8]).all()) and float(scores[8]) == 0.0
+    assert faulty.met == [None, fault, None] and sum(reward.faults.values()) == 1
+
+
+@pytest.mark.parametrize("fault", FINAL)
+def test_what_no_repetition_can_mend_fails_at_once(faulty, fault):
+    reward = faulty.reward()
+    faulty.faults = [fault]
+    with pytest.raises(RewardError, match=re.escape(FINAL[fault])) as error:
+        reward.ask(pictures(4), ["p"] * 4)
+    assert faulty.met == [fault] and "'mine'" in str(error.value) and faulty.url in str(error.value)
+
+
+@pytest.mark.parametrize("fault", PARTIAL)
+def test_a_picture_without_a_finite_score_is_masked_alone(faulty, fault):
+    faulty.faults = [fault]
+    scores = faulty.reward().ask(pictures(4), ["p"] * 4)
+    assert math.isnan(scores[0]) and scores[1:].tolist() == [1.0, 2.0, 3.0] and faulty.met == [fault]
+
+
+def test_a_server_that_is_gone_masks_everything(faulty):
+    reward = faulty.reward()
+    faulty.close()
+    with pytest.warns(UserWarning, match="connection refused after 3 tries"):
+        assert bool(torch.isnan(reward.ask(pictures(3), ["p"] * 3)).all())
+
+
+def test_it_is_a_black_box_reward_that_spoils_no_other(faulty):
+    sample = sample_of(pictures(3), ["p"] * 3)
+    signal = faulty.reward()(sample)
+    assert signal.direction is None and signal.score.tolist() == [0.0, 1.0, 2.0]
+    assert sample.image.requires_grad  # a differentiable reward beside it still gets its gradient
+
+
+def test_a_picture_that_is_not_finite_is_never_sent(faulty):
+    images = pictures(3)
+    images[1, 0, 0, 0] = math.nan
+    scores = faulty.reward().ask(images, ["a", "b", "c"])
+    assert scores[0] == 0 and math.isnan(scores[1]) and scores[2] == 1
+    assert [count for count, _ in faulty.requests] == [2] and b'["a", "c"]' in faulty.requests[0][1]
+    assert bool(torch.isnan(faulty.reward().ask(images[1:2], ["b"])).all()) and len(faulty.requests) == 1
+
+
+def test_requests_keep_to_the_servers_batch_and_to_the_limit(faulty, monkeypatch):
+    reward = faulty.reward()
+    reward.ask(pictures(10), ["p"] * 10)
+    assert sorted(count for count, _ in faulty.requests) == [2, 4, 4]
+    faulty.requests.clear()
+    monkeypatch.setattr(remote, "MAX_REQUEST", 2 * 9 * 7 * 3)
+    reward.ask(pictures(5), ["p"] * 5)
+    assert sorted(count for count, _ in faulty.requests) == [1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "health, message",
+    [
+        ({"protocol": 2}, "speaks protocol 2, this fewstep speaks 1"),
+        ({"name": ""}, "name must be a printable text"),
+        ({"version": "a\x1b[2J"}, "version must be a printable text"),
+        ({"version": 3}, "version must be"),
+        ({"batch": 0}, "batch must be a whole number from 1 to 1024, is 0"),
+        ({"workers": True}, "workers must be"),
+        (None, "not a reward's answer"),
+        ([], "not a reward's answer"),
+    ],
+)
+def test_a_server_is_asked_who_it_is_before_training(faulty, health, message):
+    faulty.health = faulty.health | health if isinstance(health, dict) else {} if health is None else health
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        faulty.reward()
+    assert faulty.url in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url, message",
+    [
+        ("http://example.org:80", "plain http is for this machine alone"),
+        ("http://10.0.0.1", "plain http is for this machine alone"),
+        ("http://127.0.0.1.example.org", "plain http"),
+        ("https://user:secret@example.org", "no user name"),
+        ("https://example.org/?a=b", "no user name, query"),
+        ("https://example.org:port", "not an address"),
+        ("https://", "an address is https://HOST:PORT"),
+        ("http://127.0.0.1:80/a b", "blank"),
+    ],
+)
+def test_addresses_that_pictures_must_not_be_sent_to(url, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Remote(url, "mine")
+
+
+def test_addresses_that_are_fine():
+    for url in ("http://127.0.0.1:1", "http://localhost:1", "http://[::1]:1", "https://example.org:8443/clip", "HTTP://127.0.0.1:1"):
+        assert Remote(url + "/", "mine").url == url
+
+
+def test_pauses_grow_and_a_servers_own_are_bounded(faulty, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(remote.time, "sleep", pauses.append)
+    reward = faulty.reward(backoff=1.0, tries=4)
+    faulty.faults = ["500"] * 3
+    reward.ask(pictures(1), ["p"])
+    assert pauses == [1.0, 2.0, 4.0]
+    faulty.faults, FAULTS["429"] = ["429"], lambda h, s: h.reply(429, b"", Retry_After="999")
+    reward.ask(pictures(1), ["p"])
+    assert pauses[3:] == [remote.LONGEST_WAIT]
+
+
+def test_scores_are_read_strictly():
+    assert read_scores([1, 2.5], 2) == [1.0, 2.5]
+    assert math.isnan(read_scores([None], 1)[0]) and math.isnan(read_scores([math.inf], 1)[0])
+
+
+# The real server
+
+
+@contextmanager
+def served(what, *options, environment=()):
+    """A `fewstep serve-reward` of its own process; yields its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "fewstep.cli", "serve-reward", str(what), "--port", str(port), "--device", "cpu", *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | dict(environment)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 90
+    try:
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+            try:
+                Remote(url, "probe", tries=1, timeout=5).connect()
+                break
+            except ValueError:
+                time.sleep(0.1)
+        yield url
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def reward_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("code") / "mine.py"
+    path.write_text(REWARD_FILE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(reward_file):
+    with served(f"{reward_file}:redness", "--batch", "3") as url:
+        yield url
+
+
+def test_the_server_scores_as_the_function_does_by_either_encoding(server, reward_file, monkeypatch):
+    reward, images = Remote(server, "mine").connect(), pictures(8)
+    assert reward.served == "redness" and reward.version == f"file-{sources.version(str(reward_file))}" and reward.batch == 3
+    expected = sources.load_function(f"{reward_file}:redness")(images, ["p"] * 8)
+    raw = reward.ask(images, ["p"] * 8)
+    torch.testing.assert_close(raw, expected, rtol=0, atol=1e-6)
+    monkeypatch.setattr(remote, "is_loopback", lambda host: False)  # what goes to another machine is PNG
+    assert encode((images[:1] * 255).round().byte().permute(0, 2, 3, 1).contiguous(), ["p"], raw=False)[0].count(b"\x89PNG") == 1
+    assert torch.equal(reward.ask(images, ["p"] * 8), raw)
+
+
+def test_the_servers_own_faults_mask(server):
+    reward = Remote(server, "mine", backoff=0.01).connect()
+    scores = reward.ask(pictures(3), ["p", "no score", "p"])
+    assert torch.isnan(scores).tolist() == [False, True, False]
+    for trouble in ("boom", "short"):  # an exception, and a list that is too short, inside the reward: 500
+        with pytest.warns(UserWarning, match="answered 500 after 3 tries; 2 pictures are masked"):
+            assert bool(torch.isnan(reward.ask(pictures(2), [trouble, "p"])).all())
+    assert reward.faults["answered 500"] == 6
+    assert bool(torch.isfinite(reward.ask(pictures(3), ["p"] * 3)).all())  # and it goes on
+
+
+def multipart(*fields):
+    parts = [f'--x\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n'.encode() + body + b"\r\n" for name, more, body in fields]
+    return b"".join([*parts, b"--x--\r\n"])
+
+
+PNG = '; filename="0"\r\nContent-Type: image/png'
+RAW = '; filename="0"\r\nContent-Type: application/octet-stream'
+
+
+@pytest.mark.parametrize(
+    "body, status, words",
+    [
+        (multipart(("prompts", "", b'["p"]'), ("images", PNG, b"no png")), 400, "not a PNG file"),
+        (multipart(("prompts", "", b'["p"]')), 400, "1 prompts for 0 images"),
+        (multipart(("prompts", "", b"[]")), 400, "0 prompts for 0 images"),
+        (multipart(("prompts", "", b'"p"'), ("images", PNG, b"")), 400, "must be a JSON list of str"),
+        (multipart(("prompts", "", b"[1]"), ("images", PNG, b"")), 400, "must be a JSON list of str"),
+        (multipart(("prompts", "", b"["), ("images", PNG, b"")), 400, "must be a JSON list"),
+        (multipart(("images", PNG, b"")), 400, "prompts: must be a JSON list"),
+        (multipart(("prompts", "", b'["p"]'), ("images", "", b"text")), 400, "must be files"),
+        (multipart(("prompts", "", b'["p"]'), ("images", RAW, b"123456")), 400, "shape: must be a JSON list"),
+        (multipart(("prompts", "", b'["p"]'), ("shape", "", b"[1, 1]"), ("images", RAW, b"123456")), 400, "6 bytes are not H x W x 3"),
+        (multipart(("prompts", "", b'["p"]'), ("shape", "", b"[-1, -2]"), ("images", RAW, b"123456")), 400, "are not H x W x 3"),
+        (multipart(("prompts", "", b'["p"]'), ("images", '; filename="0"\r\nContent-Type: image/gif', b"")), 415, "must be image/png"),
+        (b"nothing of the kind", 400, ""),
+    ],
+)  # fmt: skip
+def test_the_server_refuses_what_is_not_a_request(server, body, status, words):
+    connection = http.client.HTTPConnection(server.removeprefix("http://"), timeout=20)
+    connection.request("POST", "/score", body, {"Content-Type": "multipart/form-data; boundary=x"})
+    answer = connection.getresponse()
+    assert answer.status == status and words in json.loads(answer.read())["error"]
+    connection.close()
+
+
+def test_the_server_takes_no_more_than_it_can_hold(server):
+    for headers, status in (({"Content-Length": str(serve.MAX_BODY + 1)}, 413), ({"Transfer-Encoding": "chunked"}, 411)):
+        connection = http.client.HTTPConnection(server.removeprefix("http://"), timeout=20)
+        connection.putrequest("POST", "/score")
+        for key, value in headers.items():
+            connection.putheader(key, value)
+        connection.endheaders()  # and not a byte of it
+        assert connection.getresponse().status == status
+        connection.close()
+
+
+def test_pictures_of_two_sizes_and_bombs_are_refused():
+    import io
+
+    from PIL import Image
+
+    def file(*size):
+        held = io.BytesIO()
+        Image.new("1", size).save(held, "PNG")
+        return held.getvalue(), "image/png"
+
+    assert serve.read_images([file(3, 4)] * 2, None).shape == (2, 3, 4, 3)
+    with pytest.raises(serve.Refused, match="same size"):
+        serve.read_images([file(3, 4), file(4, 3)], None)
+    with pytest.raises(serve.Refused, match="more than"):
+        serve.read_images([file(5000, 5000)], None)
+
+
+def test_several_workers_answer_side_by_side_and_one_that_dies_is_replaced(reward_file, tmp_path):
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        "import os, time\n"
+        "def pid(images, prompts):\n"
+        "    if 'die' in prompts:\n"
+        "        os._exit(9)\n"
+        "    time.sleep(0.3)\n"
+        "    return [float(os.getpid())] * len(prompts)\n"
+    )
+    with served(f"{slow}:pid", "--workers", "2", "--batch", "1") as url:
+        reward = Remote(url, "mine", backoff=0.5, tries=6).connect()
+        assert reward.workers == 2
+        seen = set()
+        for _ in range(20):
+            seen |= set(reward.ask(pictures(4), ["p"] * 4).tolist())
+            if len(seen) == 2:
+                break
+        assert len(seen) == 2
+        with pytest.warns(UserWarning, match="1 pictures are masked"):
+            assert bool(torch.isnan(Remote(url, "mine", tries=1).connect().ask(pictures(1), ["die"])).all())
+        assert bool(torch.isfinite(reward.ask(pictures(2), ["p"] * 2)).all())
+
+
+def test_rewards_of_other_environments_are_called_as_their_packages_want(monkeypatch):
+    """Stand-ins with the interface of image-reward 1.5 and hpsv3 1.0, which cannot be installed beside this package."""
+    import types
+
+    images = pictures(2)
+
+    class Model:
+        def __init__(self, device="cuda"):
+            self.device = device
+
+        def score(self, prompt, image):
+            assert image.size == (7, 9)
+            return len(prompt) + image.getpixel((0, 0))[0] / 255
+
+        def reward(self, image_paths, prompts):
+            assert all(picture.size == (7, 9) for picture in image_paths)
+            return torch.tensor([[len(prompt), 9.0] for prompt in prompts])
+
+    monkeypatch.setitem(sys.modules, "ImageReward", types.SimpleNamespace(load=lambda name, device: Model(device)))
+    monkeypatch.setitem(sys.modules, "hpsv3", types.SimpleNamespace(HPSv3RewardInferencer=Model))
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "1.5")
+    name, version, score = serve.load("image-reward", None, "cpu")
+    assert (name, version) == ("image-reward", "image-reward-1.5")
+    expected = [2 + float(images[0, 0, 0, 0]), 3 + float(images[1, 0, 0, 0])]
+    assert serve.as_numbers(score(images, ["ab", "abc"]), 2) == pytest.approx(expected, abs=1e-6)
+    assert serve.as_numbers(serve.load("hps3", None, "cpu")[2](images, ["ab", "abc"]), 2) == [2.0, 3.0]
+
+
+def test_the_server_needs_nothing_of_the_rest_of_the_package():
+    """In an environment of its own there may be another transformers, and no diffusers."""
+    look = "; ".join([
+        "import sys", "sys.modules['diffusers'] = sys.modules['transformers'] = sys.modules['huggingface_hub'] = None",
+        "from fewstep.cli import main", "from fewstep.rewards import serve", "serve.application('x', 'y', None)",
+        "print([m for m in sys.modules if m.startswith('fewstep.')])",
+    ])  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert set(json.loads(done.stdout.replace("'", '"'))) == {
+        "fewstep.cli",
+        "fewstep.rewards",
+        "fewstep.rewards.sources",
+        "fewstep.rewards.serve",
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["nonsense"], "unknown reward 'nonsense'; known: clip, pickscore"),
+        (["hps"], "give the folder that `fewstep convert-reward hps` made"),
+        (["nowhere.py:f"], "nowhere.py: no such file"),
+        (["FILE:number"], "has no function 'number'"),
+        (["FILE:redness", "--port", "0"], "--port: must be 1 .. 65535"),
+        (["FILE:redness", "--workers", "65"], "--workers: must be 1 .. 64"),
+        (["image-reward"], "image-reward"),
+        (["clip", "--scorer", "./nowhere"], "no such folder"),
+    ],
+)
+def test_what_cannot_be_served_is_said_in_one_line(capsys, reward_file, arguments, words):
+    assert cli.main(["serve-reward", *(a.replace("FILE", str(reward_file)) for a in arguments)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line and line.startswith("fewstep: error: serve-reward: ")
+
+
+# In a run
+
+SMALL = ["--groups", "2", "--group-size", "2", "--save-every", "1", "--sample-every", "0", "--evaluate", "false"]
+
+
+def run(*arguments):
+    return cli.main(["distill", *map(str, arguments), *SMALL])
+
+
+def metrics(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_is_scored_by_a_server_and_remembers_which(faulty, teacher_folder, prompt_file, tmp_path, capsys):
+    import yaml
+
+    out = tmp_path / "out"
+    base = ["--teacher", teacher_folder, "--prompts", prompt_file, "--output", out]
+    faulty.faults = [None, "null"]
+    assert run(*base, "--updates", 2, "--reward.mine", faulty.url) == 0
+    saved = yaml.safe_load((out / "config.yaml").read_text())
+    assert saved["reward"] == {"mine": 1.0} and saved["via"] == {"mine": "policy"} and saved["scorer"] == {"mine": faulty.url}
+    assert [log["mine/masked"] for log in metrics(out)] == [0.0, 1.0]
+    (kept,) = json.loads((out / "rewards.json").read_text())
+    assert kept == {"from_update": 0, "rewards": {"mine": {"source": faulty.url, "served": "faulty", "version": "v1"}}}
+    other = Faulty()  # the server has moved, and is another version now
+    other.health["version"] = "v2"
+    FAULTS["v2"] = FAULTS["moved on"]
+    other.faults = ["v2"] * 9
+    try:
+        capsys.readouterr()
+        assert run("--output", out, "--resume", "--updates", 3, "--scorer.mine", other.url) == 0
+    finally:
+        other.close()
+        del FAULTS["v2"]
+    assert "reward 'mine' is version v2 now; until update 2 it was v1" in capsys.readouterr().out
+    assert [entry["from_update"] for entry in json.loads((out / "rewards.json").read_text())] == [0, 2]
+
+
+def test_a_run_stops_when_too_much_cannot_be_scored(faulty, teacher_folder, prompt_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(remote, "BACKOFF", 0.01)
+    out = tmp_path / "out"
+    faulty.faults = [None, "short"]
+    arguments = ["--teacher", teacher_folder, "--prompts", prompt_file, "--output", out, "--updates", 3, "--reward.mine", faulty.url]
+    with pytest.warns(UserWarning, match="wrong count: 3 scores for 4 pictures; 4 pictures are masked"):
+        assert run(*arguments) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "'mine' could not score 4 of 4 samples at update 1 (weights.max_masked)" in line and "--resume" in line
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000001"]
+    assert run("--output", out, "--resume", "--updates", 3) == 0  # the server is well again
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--reward.mine", "http://127.0.0.1:1"], "scorer.mine: http://127.0.0.1:1: no reward answers there (connection refused, 3 tries)"),
+        (["--reward.mine", "http://example.org"], "plain http is for this machine alone"),
+        (["--reward.mine", "URL", "--via.mine", "pathwise"], "via.mine: pathwise needs a gradient"),
+        (["--reward.mine", "URL", "--steps", "1"], "a one-step student has no stochastic step"),
+        (["--reward.mine", "URL", "--weights.mode", "sum"], "policy is for fixed and adaptive weights"),
+        (["--reward.image-reward", "1"], "start `fewstep serve-reward image-reward` there and give --scorer.image-reward http://"),
+        (["--reward.mine", "1", "--scorer", '{"mine": "a.py:f"}'], "--scorer: scorer.mine names code, a.py:f"),
+        (["--reward.hps3", "1"], "start `fewstep serve-reward hps3` there and give --scorer.hps3 http://127.0.0.1:PORT"),
+        (["--reward.hps", "1"], "`fewstep convert-reward hps` made of the published weights, --scorer.hps FOLDER"),
+    ],
+)
+def test_a_server_that_cannot_serve_is_known_before_training(faulty, monkeypatch, capsys, tmp_path, arguments, words):
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    assert run(*(a.replace("URL", faulty.url) for a in arguments), "--output", tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line and not (tmp_path / "out").exists()
+
+
+def test_scores_alone_are_enough_where_they_only_scale(faulty):
+    """weights.mode advantage follows no reward's gradient, so a server's reward needs no policy gradient there, even in one step."""
+    config = cli.parse_config(["--reward.mine", faulty.url, "--weights.mode", "advantage", "--steps", "1"])
+    assert config.via == {}
+
+
+# Code of the user's own
+
+
+def test_a_function_in_a_file_is_a_reward_by_the_users_own_flag(reward_file, teacher_folder, prompt_file, tmp_path, capsys):
+    import yaml
+
+    out = tmp_path / "out"
+    base = ["--teacher", teacher_folder, "--prompts", prompt_file, "--output", out]
+    assert run(*base, "--updates", 1, "--reward.mine", f"{reward_file}:redness", "--reward.other", "0.5", "--via.other", "policy",
+               "--scorer.other", f"{reward_file}:judge") == 0  # fmt: skip
+    saved = yaml.safe_load((out / "config.yaml").read_text())
+    assert saved["reward"] == {"mine": 1.0, "other": 0.5} and saved["scorer"] == {}  # no file names code
+    assert json.loads((out / "rewards.json").read_text())[0]["rewards"]["mine"]["version"] == sources.version(str(reward_file))
+    assert "mine/cosine" in metrics(out)[0] and "other/score" in metrics(out)[0]
+    capsys.readouterr()
+    assert run("--output", out, "--resume", "--updates", 2) == 2  # and a run that goes on runs none by itself
+    assert "A run that goes on does not bring its code along: give it again" in capsys.readouterr().err
+    again = ["--scorer.mine", f"{reward_file}:redness", "--scorer.other", f"{reward_file}:judge"]
+    assert run("--output", out, "--resume", "--updates", 2, *again) == 0
+    assert cli.run_config(out).reward == {"mine": 1.0, "other": 0.5}  # `fewstep evaluate` reads it without running anything
+    # what the flag is short for
+    assert cli.parse_config(["--reward.mine=a.py:f"]) == cli.parse_config(["--reward.mine", "1", "--scorer.mine", "a.py:f"])
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "reward: {mine: 1}\nscorer: {mine: 'CODE'}",
+        "scorer:\n  mine: CODE\nreward:\n  mine: 1",
+        "reward: {mine: 'CODE'}",
+        "reward: {mine: 1}\nscorer.mine: CODE",
+        'reward: {mine: 1}\nscorer: \'{"mine": "CODE"}\'',
+        "reward: {mine: 1}\nscorer: &a {mine: CODE}",
+    ],
+)
+@pytest.mark.parametrize("flags", [[], ["--scorer.mine", "other.py:f"]], ids=["alone", "beside-a-flag"])
+def test_a_recipe_runs_no_code(tmp_path, capsys, recipe, flags):
+    mark = tmp_path / "executed"
+    (tmp_path / "evil.py").write_text(f"open({str(mark)!r}, 'w')\ndef f(images, prompts): return images.mean((1, 2, 3))\n")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.replace("CODE", f"{tmp_path / 'evil.py'}:f"))
+    for arguments in ([*flags, str(path)], [str(path), *flags]):
+        assert cli.main(["distill", *arguments, "--output", str(tmp_path / "out")]) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "recipe.yaml" in line or "other.py" in line, line
+        assert "mine" in line and not mark.exists()
+
+
+def test_an_edited_config_of_a_run_runs_no_code(tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.yaml").write_text("reward: {mine: 1}\nscorer: {mine: 'evil.py:f'}")
+    assert run("--output", out, "--resume") == 2
+    line = capsys.readouterr().err.strip()
+    assert (
+        f"{out / 'config.yaml'}: scorer.mine names code, evil.py:f; a file runs no code here" in line and "--scorer.mine evil.py:f" in line
+    )
+
+
+@pytest.mark.parametrize(
+    "content, value, words",
+    [
+        (None, "FILE:f", "no such file"),
+        ("1 / 0", "FILE:f", "running it raised ZeroDivisionError: division by zero"),
+        ("x = 3", "FILE:f", "has no function 'f'"),
+        ("f = 3", "FILE:f", "has no function 'f'"),
+    ],
+)
+def test_a_file_that_has_no_such_reward_is_named(tmp_path, capsys, content, value, words):
+    path = tmp_path / "mine.py"
+    if content is not None:
+        path.write_text(content)
+    assert run("--reward.mine", value.replace("FILE", str(path)), "--output", tmp_path / "out") == 2
+    line = capsys.readouterr().err.strip()
+    assert f"scorer.mine: {path}: {words}" in line and not (tmp_path / "out").exists()
+
+
+def test_a_function_without_gradient_says_what_to_do(reward_file, teacher_folder, prompt_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["--teacher", teacher_folder, "--prompts", prompt_file, "--output", out, "--updates", 1]
+    assert run(*arguments, "--reward.mine", f"{reward_file}:judge") == 1
+    assert "'mine' is not differentiable (it gave no direction): use --via.mine policy" in capsys.readouterr().err
+
+
+def test_python_takes_the_same_three_kinds(faulty, reward_file, teacher_folder, prompt_file, tmp_path):
+    small = {"groups": 2, "group_size": 2, "updates": 1, "save_every": 1, "sample_every": 0, "evaluate": False}
+    rewards = {"far": faulty.url, "near": (f"{reward_file}:redness", 0.5), "own": lambda images, prompts: images.mean((1, 2, 3))}
+    out = fewstep.distill(str(teacher_folder), str(prompt_file), rewards=rewards, output=str(tmp_path / "out"), **small)
+    told = json.loads((out / "rewards.json").read_text())[0]["rewards"]
+    assert told["far"]["version"] == "v1" and told["near"]["source"].endswith("mine.py:redness")
+    assert told["own"] == {"source": "a function of the caller's own"}
+    assert [metrics(out)[0][f"{name}/weight"] for name in rewards] == [1.0, 0.5, 1.0]

@@ -1,0 +1,471 @@
+"""The named scorers: their preprocessing against PIL and transformers, their networks against what was published, their loaders."""
+
+import json
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from test_evaluate import PROMPTS, text_config, tiny_clip, tiny_tokenizer, to_pil
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, SiglipConfig, SiglipModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from fewstep import cli
+from fewstep.rewards import REWARDS, hps, rows, sources
+from fewstep.rewards.aesthetic import Aesthetic
+from fewstep.rewards.clip import CLIPScore, PickScore
+from fewstep.rewards.hps import HPS
+from fewstep.rewards.pixels import Preprocess, filter_weights, read_preprocess, resize_8bit, shorter_edge
+
+PIL_NUMBER = {"bilinear": 2, "bicubic": 3}
+
+
+def noise(n, height, width, seed=0, *, extreme=False):
+    """Random 8-bit pictures in [0, 1]: uniform, or black and white, which makes the cubic filter overshoot everywhere."""
+    values = torch.randint(0, 256, (n, 3, height, width), generator=torch.Generator().manual_seed(seed))
+    return (values > 127).float() if extreme else values / 255
+
+
+# Preprocessing
+
+
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("extreme", [False, True], ids=["uniform", "extreme"])
+@pytest.mark.parametrize(
+    "before, after", [((64, 64), (28, 28)), ((12, 12), (30, 30)), ((50, 37), (24, 18)), ((37, 50), (18, 24)), ((33, 70), (40, 20))]
+)
+def test_the_resize_is_pils_to_the_bit(before, after, resample, extreme):
+    images = noise(2, *before, extreme=extreme)
+    number = PIL_NUMBER[resample]
+    # rows, then columns, as Pillow did it always before 13 and does it still where both edges shrink alike
+    expected = [picture.resize((after[1], before[0]), number).resize((after[1], after[0]), number) for picture in to_pil(images)]
+    expected = torch.from_numpy(np.stack([np.asarray(picture) for picture in expected])).permute(0, 3, 1, 2)
+    assert torch.equal((resize_8bit(images, *after, resample) * 255).round().byte(), expected)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (40, 53), (10, 13), (24, 24), (24, 31), (31, 24)])
+@pytest.mark.parametrize("extreme", [False, True], ids=["uniform", "extreme"])
+def test_clips_preprocessing_equals_its_processor(shape, extreme):
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
+    images = noise(2, *shape, extreme=extreme)
+    expected = torch.as_tensor(processor(to_pil(images), return_tensors="pt").pixel_values)
+    mine = read_preprocess(json.loads(processor.to_json_string()), 999)
+    assert (mine(images) - expected).abs().max() < 1e-5  # the promise is 1e-3
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (40, 64), (10, 13), (24, 24)])
+@pytest.mark.parametrize("extreme", [False, True], ids=["uniform", "extreme"])
+def test_siglips_preprocessing_equals_its_processor(shape, extreme):
+    processor = SiglipImageProcessorPil(size={"height": 24, "width": 24})
+    images = noise(2, *shape, extreme=extreme)
+    expected = torch.as_tensor(processor(to_pil(images), return_tensors="pt").pixel_values)
+    mine = read_preprocess(json.loads(processor.to_json_string()), 999)
+    assert mine.crop is None and mine.resize == (24, 24)
+    assert (mine(images) - expected).abs().max() < 1e-5
+
+
+def test_the_resizes_gradient_is_that_of_its_filters():
+    images = (0.5 + 0.1 * noise(2, 20, 26)).double().requires_grad_()
+    pull = torch.randn(2, 3, 9, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    (gradient,) = torch.autograd.grad((resize_8bit(images, 9, 12, "bicubic") * pull).sum(), images)
+    expected = filter_weights(20, 9, "bicubic").T @ pull @ filter_weights(26, 12, "bicubic")
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
+    white = torch.full((1, 3, 20, 26), 1.5, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(resize_8bit(white, 9, 12, "bicubic").sum(), white)
+    assert bool((gradient == 0).all())  # clipped: brighter than white is white
+
+
+def test_hps_resizes_floats_and_keeps_the_published_centre():
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    images = noise(1, 41, 60, extreme=True)
+    height, width = shorter_edge(41, 60, 24)
+    # PIL's pictures of 32-bit floats are neither rounded nor clipped
+    channels = [Image.fromarray(channel.numpy(), mode="F").resize((width, height), 3) for channel in images[0]]
+    whole = torch.from_numpy(np.stack([np.asarray(channel) for channel in channels]))
+    assert whole.max() > 1.05 and whole.min() < -0.05
+    left = round((width - 24) / 2)
+    expected = (whole[:, :, left : left + 24] - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    assert (hps.preprocess(images, size=24, mean=mean, std=std)[0] - expected).abs().max() < 1e-4
+    for margin, left in ((1, 0), (3, 2), (5, 2), (7, 4), (4, 2)):  # halves go to the even number
+        columns, plain = torch.arange(24.0 + margin).expand(1, 3, 24, -1), {"mean": (0,) * 3, "std": (1,) * 3}
+        assert hps.preprocess(columns, size=24, **plain)[0, 0, 0, 0] == left
+        assert Preprocess(24, (24, 24), **plain, halves="even")(columns)[0, 0, 0, 0] == left
+        assert Preprocess(24, (24, 24), **plain)(columns)[0, 0, 0, 0] == margin // 2  # transformers rounds them down
+
+
+@pytest.mark.parametrize(
+    "config, key", [({"image_std": [1] * 3}, "image_mean"), ({"image_mean": [0] * 3, "image_std": [1] * 3, "resample": 1}, "1"),
+                    ({"image_mean": [0] * 3, "image_std": [1] * 3, "size": {"longest_edge": 3}}, "height")]
+)  # fmt: skip
+def test_preprocessing_that_means_nothing_here_is_refused(config, key):
+    with pytest.raises(KeyError, match=key):
+        read_preprocess(config, 24)
+
+
+# CLIP, SigLIP, PickScore
+
+
+def save_clip(folder, *, model=None, preprocess=True):
+    """A folder as `from_pretrained` wants it: model, tokenizer, preprocessing."""
+    (model or tiny_clip()).save_pretrained(folder)
+    if preprocess:
+        tiny_tokenizer().save_pretrained(folder)
+        CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def tiny_siglip():
+    torch.manual_seed(0)
+    shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = SiglipConfig(
+        text_config=shared | {"vocab_size": 21, "max_position_embeddings": 8, "projection_size": 16, "bos_token_id": 0, "eos_token_id": 1},
+        vision_config=shared | {"image_size": 16, "patch_size": 8},
+    )
+    model = SiglipModel(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn(p.shape)
+    return model
+
+
+def test_siglip_is_scored_as_its_own_model_scores(tmp_path):
+    model, processor = tiny_siglip(), SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    scorer, images = CLIPScore.load(tmp_path), noise(6, 20, 20)
+    tokens = tiny_tokenizer()(PROMPTS, padding="max_length", max_length=8, return_tensors="pt")
+    pixels = torch.as_tensor(processor(to_pil(images), return_tensors="pt").pixel_values)
+    with torch.no_grad():
+        output = model.eval()(input_ids=tokens["input_ids"], pixel_values=pixels)  # SigLIP sees its padding
+    cosine = (output.logits_per_image.diagonal() - model.logit_bias) / model.logit_scale.exp()
+    torch.testing.assert_close(scorer.score(images, PROMPTS), 100 * cosine, rtol=0, atol=1e-4)
+    # each prompt alone is what it is among others
+    torch.testing.assert_close(scorer.score(images[:1], PROMPTS[:1]), 100 * cosine[:1], rtol=0, atol=1e-4)
+
+
+def test_a_model_without_tokenizer_takes_the_published_processors(tmp_path):
+    """As PickScore's repository, which names LAION's for both."""
+    bare, beside = save_clip(tmp_path / "bare", preprocess=False), save_clip(tmp_path / "beside", model=tiny_clip(seed=5))
+    save_clip(tmp_path / "whole")
+    images = noise(6, 20, 20)
+    expected = PickScore.load(tmp_path / "whole").score(images, PROMPTS)
+    assert torch.equal(PickScore.load(bare, processor=beside).score(images, PROMPTS), expected)
+    with pytest.raises(ValueError, match=r"preprocessor_config.json: cannot be read"):
+        PickScore.load(bare)
+
+
+def test_a_folders_own_code_is_not_run(tmp_path):
+    folder, mark = save_clip(tmp_path / "clip"), tmp_path / "executed"
+    (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
+    for name, key in (("config.json", "AutoModel"), ("tokenizer_config.json", "AutoTokenizer")):
+        held = json.loads((folder / name).read_text()) | {"auto_map": {key: ["evil.Evil", None] if key == "AutoTokenizer" else "evil.Evil"}}
+        (folder / name).write_text(json.dumps(held))
+    assert bool(torch.isfinite(CLIPScore.load(folder).score(noise(1, 16, 16), ["cat"])).all())
+    assert not mark.exists()
+
+
+def test_a_folder_of_another_kind_of_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match=r"holds a 'bert' model; this reward needs one of clip, siglip"):
+        CLIPScore.load(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="not a JSON object"):
+        CLIPScore.load(tmp_path)
+
+
+# HPS
+
+
+def head_clip():
+    """A CLIPModel as CLIP ViT-H/14 is one (exact GELU, end of text found by its number), but tiny."""
+    torch.manual_seed(3)
+    vision = CLIPVisionConfig(
+        hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=16, patch_size=8, hidden_act="gelu"
+    )
+    text = text_config().to_dict() | {"hidden_act": "gelu", "num_hidden_layers": 2}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision.to_dict(), projection_dim=12)).eval()
+
+
+def open_clip_state(seed=7, *, width=24, text_width=16, layers=2):
+    """A random state dict with open_clip's names and shapes."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return 0.4 * torch.randn(*shape, generator=generator)
+
+    def block(prefix, d, n):
+        shapes = {
+            "ln_1.weight": (d,), "ln_1.bias": (d,), "ln_2.weight": (d,), "ln_2.bias": (d,), "attn.in_proj_weight": (3 * d, d),
+            "attn.in_proj_bias": (3 * d,), "attn.out_proj.weight": (d, d), "attn.out_proj.bias": (d,), "mlp.c_fc.weight": (2 * d, d),
+            "mlp.c_fc.bias": (2 * d,), "mlp.c_proj.weight": (d, 2 * d), "mlp.c_proj.bias": (d,),
+        }  # fmt: skip
+        return {f"{prefix}transformer.resblocks.{i}.{key}": random(*shape) for i in range(n) for key, shape in shapes.items()}
+
+    whole = {
+        "positional_embedding": random(8, text_width), "text_projection": random(text_width, 12), "logit_scale": torch.tensor(1.5),
+        "visual.class_embedding": random(width), "visual.positional_embedding": random(5, width), "visual.proj": random(width, 12),
+        "visual.conv1.weight": random(width, 3, 8, 8), "visual.ln_pre.weight": random(width), "visual.ln_pre.bias": random(width),
+        "visual.ln_post.weight": random(width), "visual.ln_post.bias": random(width), "token_embedding.weight": random(21, text_width),
+        "ln_final.weight": random(text_width), "ln_final.bias": random(text_width),
+    }  # fmt: skip
+    return whole | block("visual.", width, layers) | block("", text_width, layers)
+
+
+def transformer(state, prefix, x, heads, mask=None):
+    """open_clip's residual blocks, by torch's own attention. x (B, N, d)."""
+    for i in range(2):
+        p = {key.removeprefix(f"{prefix}transformer.resblocks.{i}."): value for key, value in state.items()}
+        d = x.shape[2]
+        h = F.layer_norm(x, (d,), p["ln_1.weight"], p["ln_1.bias"]).transpose(0, 1)
+        h, _ = F.multi_head_attention_forward(
+            h, h, h, d, heads, p["attn.in_proj_weight"], p["attn.in_proj_bias"], None, None, False, 0.0, p["attn.out_proj.weight"],
+            p["attn.out_proj.bias"], training=False, need_weights=False, attn_mask=mask,
+        )  # fmt: skip
+        x = x + h.transpose(0, 1)
+        h = F.layer_norm(x, (d,), p["ln_2.weight"], p["ln_2.bias"])
+        x = x + F.linear(F.gelu(F.linear(h, p["mlp.c_fc.weight"], p["mlp.c_fc.bias"])), p["mlp.c_proj.weight"], p["mlp.c_proj.bias"])
+    return x
+
+
+def open_clip_cosine(state, pixels, ids, end):
+    """Cosine of each picture and its text as open_clip computes it, written out in torch."""
+    x = F.conv2d(pixels, state["visual.conv1.weight"], stride=8).flatten(2).transpose(1, 2)
+    x = torch.cat([state["visual.class_embedding"].expand(len(x), 1, -1), x], 1) + state["visual.positional_embedding"]
+    x = F.layer_norm(x, x.shape[2:], state["visual.ln_pre.weight"], state["visual.ln_pre.bias"])
+    x = transformer(state, "visual.", x, 3)[:, 0]
+    image = F.layer_norm(x, x.shape[1:], state["visual.ln_post.weight"], state["visual.ln_post.bias"]) @ state["visual.proj"]
+    length = ids.shape[1]
+    x = state["token_embedding.weight"][ids] + state["positional_embedding"][:length]
+    x = transformer(state, "", x, 2, torch.full((length, length), -torch.inf).triu(1))
+    x = F.layer_norm(x, x.shape[2:], state["ln_final.weight"], state["ln_final.bias"])
+    text = x[torch.arange(len(x)), (ids == end).int().argmax(1)] @ state["text_projection"]
+    return F.cosine_similarity(image, text)
+
+
+@pytest.fixture(scope="module")
+def hps_folder(tmp_path_factory):
+    """What `fewstep convert-reward hps` makes of a pickle with the published layout."""
+    root = tmp_path_factory.mktemp("hps")
+    save_clip(root / "clip", model=head_clip())
+    torch.save({"state_dict": open_clip_state(), "epoch": 3}, root / "HPS_tiny.pt")
+    assert cli.main(["convert-reward", "hps", str(root / "HPS_tiny.pt"), "--output", str(root / "made"), "--clip", str(root / "clip")]) == 0
+    return root / "made"
+
+
+def test_hps_is_the_published_network_on_the_published_preprocessing(hps_folder):
+    scorer, images = HPS.load(hps_folder), noise(6, 20, 27)
+    processor = json.loads((hps_folder / "preprocessor_config.json").read_text())
+    pixels = hps.preprocess(images, size=16, mean=processor["image_mean"], std=processor["image_std"])
+    ids = tiny_tokenizer()(PROMPTS, padding=True, return_tensors="pt").input_ids
+    expected = open_clip_cosine(open_clip_state(), pixels, ids, end=1)
+    torch.testing.assert_close(scorer.score(images, PROMPTS), expected, rtol=0, atol=1e-5)
+    assert expected.std() > 0.01  # the pictures and texts are told apart, so equality says something
+    images.requires_grad_()
+    (gradient,) = torch.autograd.grad(scorer.score(images, PROMPTS).sum(), images)
+    assert bool((gradient.flatten(1).norm(dim=1) > 0).all())
+
+
+def test_hps_equals_open_clip_where_it_can_be_imported():
+    try:
+        from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+    except (ImportError, RuntimeError) as error:  # its torchvision wants a torch of the same build
+        pytest.skip(f"open_clip: {type(error).__name__}: {error}")
+    torch.manual_seed(0)
+    published = CLIP(
+        12, CLIPVisionCfg(layers=2, width=24, head_width=8, patch_size=8, image_size=16, mlp_ratio=2.0),
+        CLIPTextCfg(context_length=8, vocab_size=21, width=16, heads=2, layers=2, mlp_ratio=2.0),
+    ).eval()  # fmt: skip
+    config = head_clip().config
+    config.text_config.eos_token_id = 20  # as the published vocabulary has it, the highest number
+    model = CLIPModel(config).eval()
+    model.load_state_dict(hps.from_open_clip(published.state_dict()))
+    pixels, ids = torch.randn(3, 3, 16, 16), torch.randint(2, 20, (3, 8))
+    ids[torch.arange(3), torch.tensor([3, 5, 7])] = 20
+    with torch.no_grad():
+        torch.testing.assert_close(model.get_image_features(pixel_values=pixels).pooler_output, published.encode_image(pixels))
+        torch.testing.assert_close(model.get_text_features(input_ids=ids).pooler_output, published.encode_text(ids))
+
+
+# The aesthetic predictor
+
+
+def tiny_head(seed=0, widths=(8, 10, 6, 5, 4, 1)):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"layers.{n}.{kind}": torch.randn(*shape, generator=generator)
+        for n, before, after in zip((0, 2, 4, 6, 7), widths, widths[1:], strict=False)
+        for kind, shape in (("weight", (after, before)), ("bias", (after,)))
+    }
+
+
+def test_the_aesthetic_score_is_the_published_head_on_unit_features(tmp_path):
+    clip = save_clip(tmp_path / "clip")
+    torch.save(tiny_head(), tmp_path / "head.pth")
+    arguments = ["convert-reward", "aesthetic", str(tmp_path / "head.pth"), "--output", str(tmp_path / "made"), "--clip", str(clip)]
+    assert cli.main(arguments) == 0
+    scorer, images = Aesthetic.load(tmp_path / "made"), noise(5, 20, 20)
+    assert scorer.preprocess == CLIPScore.load(clip).preprocess._replace(halves="even")
+    published = torch.nn.Sequential(
+        torch.nn.Linear(8, 10), torch.nn.Dropout(0.2), torch.nn.Linear(10, 6), torch.nn.Dropout(0.2), torch.nn.Linear(6, 5),
+        torch.nn.Dropout(0.1), torch.nn.Linear(5, 4), torch.nn.Linear(4, 1),
+    ).eval()  # fmt: skip
+    published.load_state_dict({key.removeprefix("layers."): value for key, value in tiny_head().items()})
+    with torch.no_grad():
+        features = CLIPScore.load(clip).image_features(images)
+        expected = published(features)[:, 0]
+    torch.testing.assert_close(scorer.score(images, [""] * 5), expected, rtol=0, atol=1e-5)
+    images.requires_grad_()
+    (gradient,) = torch.autograd.grad(scorer.score(images, [""] * 5).sum(), images)
+    assert bool((gradient.flatten(1).norm(dim=1) > 0).all())
+
+
+# Conversion
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def refused(capsys, *arguments):
+    """Exit code 2, and the one line that says why."""
+    capsys.readouterr()
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_a_pickle_runs_no_code_and_is_never_loaded_as_it_is(tmp_path, capsys, prompt_file):
+    clip, mark = save_clip(tmp_path / "clip"), tmp_path / "executed"
+    evil = tmp_path / "evil.pt"
+    evil.write_bytes(pickle.dumps({"state_dict": Evil(mark)}))
+    pickle.loads(evil.read_bytes())["state_dict"].close()
+    assert mark.exists()  # the pickle does what it is accused of
+    mark.unlink()
+    line = refused(capsys, "convert-reward", "hps", evil, "--output", tmp_path / "out", "--clip", clip)
+    assert "evil.pt: cannot be converted" in line and not mark.exists() and not (tmp_path / "out").exists()
+    line = refused(capsys, "distill", "--reward.hps", "1", "--scorer.hps", evil, "--output", tmp_path / "run")
+    assert f"fewstep convert-reward hps {evil} --output FOLDER" in line and not mark.exists()
+    (clip / "model.safetensors").rename(clip / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin is a pickle, which is never loaded"):
+        CLIPScore.load(clip)
+
+
+def test_what_cannot_be_converted_is_named(tmp_path, capsys):
+    clip = save_clip(tmp_path / "clip", model=head_clip())
+
+    def convert(name, state):
+        torch.save(state, tmp_path / "held.pt")
+        return refused(capsys, "convert-reward", name, tmp_path / "held.pt", "--output", tmp_path / "out", "--clip", clip)
+
+    assert "holds no state dict of tensors" in convert("hps", {"state_dict": {"x": 3}})
+    assert "holds no state dict of tensors" in convert("hps", [torch.zeros(1)])
+    assert "not an open_clip CLIP: it has 'layers.0.bias'" in convert("hps", tiny_head())
+    short = open_clip_state()
+    del short["ln_final.bias"]
+    assert "missing or unknown text_model.final_layer_norm.bias" in convert("hps", short)
+    assert "not weights of the model in" in convert("hps", open_clip_state(width=30))
+    assert "not the linear head" in convert("aesthetic", open_clip_state())
+    assert not (tmp_path / "out").exists()
+    assert "no such file" in refused(capsys, "convert-reward", "hps", tmp_path / "nowhere.pt", "--output", tmp_path / "out")
+    assert "exists already" in refused(capsys, "convert-reward", "hps", tmp_path / "held.pt", "--output", tmp_path)
+    assert "invalid choice" in refused(capsys, "convert-reward", "hps3", tmp_path / "held.pt", "--output", tmp_path / "out")
+
+
+def test_a_clip_of_pickles_alone_can_be_converted(tmp_path):
+    clip = save_clip(tmp_path / "clip")
+    model = tiny_clip(seed=9)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    arguments = ["convert-reward", "clip", str(tmp_path / "pytorch_model.bin"), "--output", str(tmp_path / "made"), "--clip", str(clip)]
+    assert cli.main(arguments) == 0
+    images = noise(6, 16, 16)
+    expected = CLIPScore(model, tiny_tokenizer(), CLIPScore.load(clip).preprocess).score(images, PROMPTS)
+    torch.testing.assert_close(CLIPScore.load(tmp_path / "made").score(images, PROMPTS), expected, rtol=0, atol=1e-5)
+
+
+# Where a model comes from
+
+
+class Hub:
+    """Stands in for the hub's client: one repository, with one commit."""
+
+    commit = "a" * 40
+
+    def __init__(self, folder):
+        self.folder, self.asked = folder, []
+
+    def HfApi(self):
+        return self
+
+    def model_info(self, name, *, revision):
+        self.asked.append((name, revision))
+        return type("Info", (), {"sha": self.commit})
+
+    def snapshot_download(self, name, *, revision, allow_patterns):
+        assert not any(pattern.endswith((".bin", ".pt", ".pth")) or pattern == "*" for pattern in allow_patterns)
+        self.asked.append((name, revision))
+        return str(self.folder)
+
+
+def test_a_hub_id_gets_its_commit_and_no_pickle(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    hub = Hub(save_clip(tmp_path / "clip"))
+    for name in ("HfApi", "snapshot_download"):
+        monkeypatch.setattr(huggingface_hub, name, getattr(hub, name))
+    assert sources.locate("clip", "owner/model") == sources.locate("clip", "owner/model@main") == f"owner/model@{hub.commit}"
+    assert hub.asked == [("owner/model", None), ("owner/model", "main")]
+    hub.asked.clear()
+    scorer = sources.build("clip", sources.locate("clip", f"owner/model@{hub.commit}"))
+    assert hub.asked == [("owner/model", hub.commit)] and isinstance(scorer, CLIPScore)
+    assert sources.version(f"owner/model@{hub.commit}") == hub.commit
+    hub.asked.clear()
+    sources.build("pickscore", sources.locate("pickscore", None))
+    assert sorted(name for name, _ in hub.asked) == ["laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "yuvalkirstain/PickScore_v1"]
+    assert all(len(revision) == 40 for _, revision in hub.asked)
+
+
+def test_a_folders_version_changes_with_its_weights(tmp_path):
+    folder = save_clip(tmp_path / "clip")
+    before = sources.version(str(folder))
+    assert before == sources.version(str(folder))
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert sources.version(str(folder)) != before
+
+
+def test_the_table_is_complete_and_says_what_is_so():
+    for name, row in REWARDS.items():
+        assert all(text for text in (row.what, row.range, row.memory, row.code, row.weights)), name
+        for pinned in (row.model, row.processor, row.clip):
+            assert pinned is None or sources.COMMIT.fullmatch(pinned.rpartition("@")[2]), name
+        assert row.differentiable == (row.built_by is not None)
+    assert {"clip", "pickscore", "hps", "aesthetic", "image-reward", "hps3"} <= REWARDS.keys()
+
+
+def test_the_command_lists_them(capsys):
+    assert cli.main(["rewards"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in REWARDS) and "licence of the weights" in " ".join(shown.split())
+    assert refused(capsys, "rewards", "clip").endswith("takes no arguments, got 'clip'")
+    assert all(len(row) == len(rows()[0]) for row in rows())
+
+
+def test_scores_of_8_bit_pictures_do_not_depend_on_how_they_are_held():
+    """float32 k / 255 is not exact; the resize must not mind."""
+    images = noise(2, 20, 20)
+    for dtype in (torch.float32, torch.float64):
+        assert torch.equal(
+            (resize_8bit(images.to(dtype), 7, 9, "bicubic") * 255).round(), (resize_8bit(images, 7, 9, "bicubic") * 255).round()
+        )
+    assert math.isnan(float(resize_8bit(torch.full((1, 3, 8, 8), math.nan), 4, 4, "bicubic")[0, 0, 0, 0]))

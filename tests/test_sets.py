@@ -1,0 +1,194 @@
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from fewstep.evaluate import pictures, sets
+from fewstep.evaluate.features import Extractor
+from fewstep.prompts import BadPrompts
+
+# Prompt sets, in the forms they were published in
+
+FILES = {
+    "PartiPrompts.tsv": 'Prompt\tCategory\tChallenge\tNote\nbond\tAbstract\tBasic\t\nthe words "go" on a wall\tArts\tComplex\t\n',
+    "drawbench.csv": 'Prompts,Category\nA red car.,Colors\n"One cat, two dogs.",Counting\n',
+    "coco_30k.csv": "image_id,text\n42,A man.\n73,A dog.\n",
+    "uid_caption.csv": "uid,caption\n346904_mscoco_0,A man.\n416478_mscoco_2,A dog.\n",
+    "captions_val2014.json": json.dumps({"images": [{"id": 42}], "annotations": [
+        {"image_id": 42, "id": 1, "caption": "A man.\n"}, {"image_id": 42, "id": 2, "caption": "A man."},
+    ]}),
+    "anime.json": json.dumps(["a girl", "a robot"]),
+    "evaluation_metadata.jsonl": '{"tag": "counting", "include": [{"class": "bench"}], "prompt": "two benches"}\n\n{"prompt": "a cow"}\n',
+    "captions_coco14_test.txt": "\ufeffa bus\r\na dog\r\n\r\na bus\r\n",
+    "with_bom.csv": "\ufeffcaption,image_id\nx,7\ny,8\n",
+}  # fmt: skip
+HELD = {
+    "PartiPrompts.tsv": (["bond", 'the words "go" on a wall'], None),
+    "drawbench.csv": (["A red car.", "One cat, two dogs."], None),
+    "coco_30k.csv": (["A man.", "A dog."], ["42", "73"]),
+    "uid_caption.csv": (["A man.", "A dog."], ["346904_mscoco_0", "416478_mscoco_2"]),
+    "captions_val2014.json": (["A man.", "A man."], ["42", "42"]),  # a caption that comes again is an entry of its own
+    "anime.json": (["a girl", "a robot"], None),
+    "evaluation_metadata.jsonl": (["two benches", "a cow"], None),
+    "captions_coco14_test.txt": (["a bus", "a dog", "a bus"], None),
+    "with_bom.csv": (["x", "y"], ["7", "8"]),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_published_files_are_read(tmp_path, name):
+    (tmp_path / name).write_bytes(FILES[name].encode())
+    assert sets.load(str(tmp_path / name)) == (name, *HELD[name])
+
+
+def test_a_folder_of_lists_is_one_set(tmp_path, monkeypatch):
+    for style, held in (("photo", ["c"]), ("anime", ["a", "b"])):
+        (tmp_path / f"{style}.json").write_text(json.dumps(held))
+    monkeypatch.setitem(sets.SETS, "hpsv2", sets.SETS["hpsv2"]._replace(count=3))
+    assert sets.load(f"hpsv2={tmp_path}") == ("hpsv2", ["a", "b", "c"], None)
+
+
+@pytest.mark.parametrize(
+    "name, held, words",
+    [
+        ("a.csv", b"title,author\nx,y\n", "a.csv, entry 1: no text under any of the names prompt, prompts, caption"),
+        ("a.csv", b"prompt\n\xff\n", "not UTF-8 text"),
+        ("a.csv", b"prompt\n", "holds no prompt"),
+        ("a.tsv", b"prompt\tx\nfine\t1\n\t2\n", "a.tsv, entry 2: no text"),
+        ("a.json", b'{"prompts": ["x"]}', "this is neither"),
+        ("a.json", b"[3]", "not int"),
+        ("a.json", b"[", "a.json: Expecting"),
+        ("a.jsonl", b'{"prompt": "x"}\n{"prompt"\n', "a.jsonl: line 2"),
+        ("a.json", json.dumps(["x" * 2001]).encode(), "more than 2000"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, held, words):
+    (tmp_path / name).write_bytes(held)
+    with pytest.raises(BadPrompts) as caught:
+        sets.load(str(tmp_path / name))
+    assert words in str(caught.value) and name in str(caught.value)
+
+
+def test_a_set_has_its_published_number_of_prompts(tmp_path):
+    (tmp_path / "few.csv").write_text(FILES["drawbench.csv"])
+    with pytest.raises(BadPrompts, match=r"few.csv: holds 2 prompts; drawbench has 200"):
+        sets.load(f"drawbench={tmp_path / 'few.csv'}")
+    with pytest.raises(BadPrompts, match=r"geneval: on no hub; get prompts/evaluation_metadata.jsonl"):
+        sets.load("geneval")
+    with pytest.raises(BadPrompts, match="none of the sets drawbench, parti"):
+        sets.load("drawbnech")
+
+
+def fake_datasets(monkeypatch, splits):
+    """The package `datasets`, as far as it is used, on the given splits."""
+    kind = type("Image", (), {})
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda name, revision=None: splits, Image=kind))
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name, revision=None: SimpleNamespace(sha="c0ffee"))
+    return kind()
+
+
+def test_sets_come_from_the_hub(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(BadPrompts, match=r"parti: data sets on the hub need the package datasets: pip install 'fewstep\[data\]'"):
+        sets.load("parti")
+    fake_datasets(monkeypatch, {"train": [{"Prompt": "bond", "Category": "Abstract"}] * 1632})
+    assert sets.load("parti") == ("parti", ["bond"] * 1632, None)
+    fake_datasets(monkeypatch, {"train": [{"Prompts": "a car"}]})
+    with pytest.raises(BadPrompts, match="holds 1 prompts, not 200"):
+        sets.load("drawbench")
+    asked = []
+
+    def download(repository, file, repo_type):
+        asked.append((repository, file, repo_type))
+        (tmp_path / file.split("/")[1]).write_text(json.dumps([file] * 800))
+        return tmp_path / file.split("/")[1]
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert len(sets.load("hpsv2").prompts) == 3200
+    assert asked[0] == ("zhwang/HPDv2", "benchmark/anime.json", "dataset")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a, **k: 1 / 0)
+    with pytest.raises(BadPrompts, match=r"cannot be read from zhwang/HPDv2 on the hub .ZeroDivisionError.*give --prompts hpsv2=FILE"):
+        sets.load("hpsv2")
+
+
+# Real pictures
+
+MEANS = Extractor("means", "fd_means", None, False, lambda x: x.mean((2, 3)), 3, "weights", "none")
+
+
+def image(value, size=(4, 6), mode="RGB"):
+    return Image.new(mode, size, value)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    image((255, 0, 0)).save(tmp_path / "in" / "b.png")
+    image(51, mode="L", size=(9, 3)).save(tmp_path / "in" / "deep" / "a.bmp")
+    image((0, 0, 102)).save(tmp_path / "in" / "c.PNG", format="PNG")
+    (tmp_path / "in" / "notes.txt").write_text("no picture")
+    return tmp_path / "in"
+
+
+def test_a_folders_pictures_are_read_in_order(folder, tmp_path):
+    found = pictures.open_pictures(str(folder))
+    assert found.n == found.identity["n"] == 3
+    options = {"batch": 2, "device": "cpu", "progress": False}
+    features = pictures.features(found, {"means": MEANS}, tmp_path / "cache", **options)["means"]
+    # b, c, deep/a: pictures of two sizes, one of them grey
+    torch.testing.assert_close(features[:], torch.tensor([[1.0, 0, 0], [0, 0, 0.4], [0.2, 0.2, 0.2]]))
+    image((9, 9, 9)).save(folder / "deep" / "a.bmp")
+    assert pictures.open_pictures(str(folder)).identity["sha256"] != found.identity["sha256"]
+
+
+def test_features_of_pictures_are_kept_and_shared(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "SHARD", 1)
+    found, options = pictures.open_pictures(str(folder)), {"batch": 2, "device": "cpu", "progress": False}
+    whole = pictures.features(found, {"means": MEANS}, tmp_path / "one", **options)["means"][:]
+    asked = []
+    counting = MEANS._replace(function=lambda x: asked.append(len(x)) or x.mean((2, 3)))
+    for i in (1, 0):
+        assert pictures.features(found, {"means": counting}, tmp_path / "two", share=(i, 2), **options) is None
+    assert len(asked) == 3
+    assert torch.equal(pictures.features(found, {"means": counting}, tmp_path / "two", **options)["means"][:], whole)
+    assert len(asked) == 3
+    other = {"means": counting, "more": counting._replace(name="more", weights="others")}
+    assert set(pictures.features(found, other, tmp_path / "two", **options)) == {"means", "more"}
+    assert len(asked) == 6
+
+
+def test_pictures_that_cannot_be_had_are_named(folder, tmp_path, monkeypatch):
+    (folder / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"bad.png: cannot be read as a picture"):
+        pictures.features(pictures.open_pictures(str(folder)), {"means": MEANS}, tmp_path / "cache", batch=1, device="cpu", progress=False)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no picture"):
+        pictures.open_pictures(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="no such folder, and not a data set of the hub"):
+        pictures.open_pictures("./nowhere/here")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"fewstep\[data\]"):
+        pictures.open_pictures("someone/pictures")
+
+
+class Split(list):
+    features: dict
+
+
+def test_pictures_come_from_the_hub(monkeypatch):
+    part = Split([{"text": "x", "photo": image((255, 0, 0))}, {"text": "y", "photo": image(0, mode="L")}])
+    splits = {"validation": part, "test": part}
+    part.features = {"text": object(), "photo": fake_datasets(monkeypatch, splits)}
+    found = pictures.open_pictures("someone/pictures@main:test")
+    assert found.identity == {"n": 2, "hub": "someone/pictures", "commit": "c0ffee", "split": "test", "column": "photo"}
+    assert found.get(1).mode == "RGB"
+    with pytest.raises(ValueError, match="has the splits validation, test; name one, as someone/pictures:validation"):
+        pictures.open_pictures("someone/pictures")
+    with pytest.raises(ValueError, match="has no split 'train'"):
+        pictures.open_pictures("someone/pictures:train")
+    part.features = {"text": object()}
+    with pytest.raises(ValueError, match="no column of pictures; it has text"):
+        pictures.open_pictures("someone/pictures:test")
