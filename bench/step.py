@@ -285,8 +285,8 @@ def known_peak(name: str) -> float | None:
 # -- one process -------------------------------------------------------------------------------------------------------
 
 
-def worker(task: dict[str, Any]) -> None:
-    """Builds and warms up one system, says so, and answers each line of its input with what a cycle took, one line of JSON each."""
+def served(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Builds and warms up one system and says so, then of every cycle what it took."""
     import torch
 
     from fewstep import models
@@ -295,25 +295,29 @@ def worker(task: dict[str, Any]) -> None:
     for module in ("networks", "reference", "fewstep.cli"):  # what is imported does not count as what is measured
         importlib.import_module(module)
     device = task["device"]
-
-    def answer(**said: Any) -> None:
-        print(json.dumps(said), flush=True)
-
     try:
         meter = Meter(device)
         system = SYSTEMS[task["system"]](task["family"], task["options"])
         system.warm_up(meter)
         precision = system.config.precision
-        answer(precision=precision, threads=torch.get_num_threads(), peak_flops=measured_peak(device, precision))
-        for _ in sys.stdin:
+        yield {"precision": precision, "threads": torch.get_num_threads(), "peak_flops": measured_peak(device, precision)}
+        while True:
             before = passes(system.denoisers)
             meter.restart()
             updates, fakes = system.cycle(meter)
             after = passes(system.denoisers)
             counted = {role: [b - a for a, b in zip(before[role], after[role], strict=True)] for role in after}
-            answer(updates=updates, fake_updates=fakes, seconds=meter.seconds, peak=meter.peak, passes=counted)
+            yield {"updates": updates, "fake_updates": fakes, "seconds": meter.seconds, "peak": meter.peak, "passes": counted}
     except torch.OutOfMemoryError as error:
-        answer(out_of_memory=str(error).splitlines()[0])
+        yield {"out_of_memory": str(error).splitlines()[0]}
+
+
+def worker(task: dict[str, Any]) -> None:
+    """Answers with a line of JSON when ready, and to every line of its input with what a cycle took."""
+    for said in served(task):
+        print(json.dumps(said), flush=True)
+        if not sys.stdin.readline():
+            return
 
 
 class Process:

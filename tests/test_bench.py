@@ -1,7 +1,9 @@
 """The benchmark measures what it says: equal updates of equal networks, every second and byte in its own phase."""
 
 import importlib
+import io
 import json
+import mmap
 import sys
 from pathlib import Path
 
@@ -31,7 +33,19 @@ def test_the_networks_have_the_models_own_size():
 
 
 @pytest.fixture
-def pair():
+def shallow(monkeypatch):
+    """Reduced networks of every kind of layer once: a test takes as long as there are layers."""
+    fewer = {
+        "sdxl": {"block_out_channels": (32, 32, 64), "transformer_layers_per_block": (1, 1, 1), "layers_per_block": 1},
+        "sd3.5-medium": {"num_layers": 2, "dual_attention_layers": (0,)},
+        "flux.1-dev": {"num_layers": 1, "num_single_layers": 1},
+    }
+    for name, family in networks.FAMILIES.items():
+        monkeypatch.setitem(networks.FAMILIES, name, family._replace(reduced=family.reduced | fewer[name]))
+
+
+@pytest.fixture
+def pair(shallow):
     """Both trainers on the same weights, those of student and fake moved away from the teacher's."""
 
     def made(family, *options):
@@ -125,10 +139,10 @@ def test_the_reference_holds_three_networks_and_ours_one(pair):
 
 
 @pytest.mark.parametrize("family", networks.FAMILIES)
-def test_a_gpus_options_train_reduced_networks(family):
+def test_a_gpus_options_train_reduced_networks(shallow, family):
     """What a GPU would be asked for, in its numbers: frozen weights made in bf16, parts of the batch, checkpointing."""
     numbers = ["--groups", "2", '--size=["64x64"]', "--device", "cpu", "--precision", "bf16", "--memory.frozen", "bf16"]
-    options = [*step.flags("cuda", family, "lora"), *numbers, "--lora-rank", "2", "--fake.updates", "1"]
+    options = [*step.flags("cuda", family, "lora"), *numbers, "--lora-rank", "2", "--fake.updates", "1", "--steps", "2"]
     for made in (system(family, options) for system in step.SYSTEMS.values()):
         before = {role: [p.detach().clone() for p in denoiser.parameters()] for role, denoiser in made.denoisers.items()}
         made.cycle(step.Meter("cpu"))
@@ -153,7 +167,9 @@ def test_a_phase_owns_its_seconds_and_its_bytes(monkeypatch):
         wait(1)
         with meter.phase("fake"):
             wait(10)
-            torch.ones(25_000_000)  # 100 MB, gone at once
+            with mmap.mmap(-1, 100_000_000) as fresh:  # 100 MB that no earlier test has left in the heap, gone at once
+                for _ in range(100):
+                    fresh.write(b"1" * 1_000_000)
         wait(2)
     wait(100)
     assert meter.seconds == {"student": 3, "fake": 10}
@@ -185,7 +201,7 @@ def shrink(monkeypatch):
 def test_the_counted_peak_is_that_of_the_tensors(monkeypatch):
     """Three copies of a network against one, at a size where weights are most of what there is to count."""
     shrink(monkeypatch)
-    options = [*memory.options_of("sd3.5-medium", 1), "--fake.updates", "1"]
+    options = [*memory.options_of("sd3.5-medium", 1), "--fake.updates", "1", "--steps", "2"]
     weights = 2 * sum(p.numel() for p in networks.backbone("sd3.5-medium", reduced=False, device="meta").model.parameters())
     ours, plain = (memory.peak_of(name, "sd3.5-medium", options) for name in step.SYSTEMS)
     for width in (2, 4):
@@ -193,22 +209,64 @@ def test_the_counted_peak_is_that_of_the_tensors(monkeypatch):
     assert weights < ours[2] < ours[4] < 1.5 * weights
 
 
-def test_the_script_measures_both_and_says_their_ratio(monkeypatch, tmp_path, capsys):
+class InThisProcess:
+    """A worker without a process of its own: importing everything again takes longer than what is tested."""
+
+    def __init__(self, task):
+        self.answers = step.served(task)
+        self.ready = self.ask()
+
+    def ask(self):
+        return next(self.answers)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.answers.close()
+
+
+def test_the_script_measures_both_and_says_their_ratio(shallow, monkeypatch, tmp_path, capsys):
     shrink(monkeypatch)
+    monkeypatch.setattr(step, "Process", InThisProcess)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setitem(step.CASES["cpu"], "sd3.5-medium", (["lora"], ["--groups", "1", '--size=["64x64"]']))
+    monkeypatch.setitem(step.CASES["cpu"], "sd3.5-medium", (["lora"], ["--groups", "1", '--size=["64x64"]', "--fake.updates", "1"]))
     output = tmp_path / "step.json"
     arguments = ["--family", "sd3.5-medium", "--mode", "lora", "--repeat", "1", "--output", str(output)]
     assert step.main(arguments) == 0
     report = json.loads(output.read_text())
     (row,) = report["rows"]
     ours, plain = row["ours"], row["reference"]
-    assert [sum(counts[i] for counts in ours["passes"].values()) for i in (0, 1)] == [14, 5]  # K + 1 + 3 + 4 and the lag's 2; 1 + 4
-    # of five updates' draws of a step four are 0, 1, 2, 3; student and fake, guided teacher, and four fakes' samples and losses
+    assert [sum(counts[i] for counts in ours["passes"].values()) for i in (0, 1)] == [11, 2]  # K + 1 + 3 + 1 and the lag's 2; 1 + 1
+    # the two updates' draws of a step are two of 0, 1, 2, 3; student and fake, guided teacher, and the fake's sample and loss
     forwards, backwards = ([counts[i] for counts in plain["passes"].values()] for i in (0, 1))
-    assert sum(backwards) == 5 and sum(forwards) in {6 + n + 4 + 8 for n in range(4)}
+    assert sum(backwards) == 2 and sum(forwards) in {4 + 2 + n for n in range(1, 6)}
     for key in ("seconds", "flops", "real_flops"):
         assert row["ratio"][key] == ours[key] / plain[key] > 0
-    assert ours["seconds"] == pytest.approx(ours["student_seconds"] + 4 * ours["fake_seconds"])
+    assert ours["seconds"] == pytest.approx(ours["student_seconds"] + ours["fake_seconds"])
     assert report["machine"]["torch"] == torch.__version__ and row["peak_flops"] > 0
     assert step.table(report["rows"]) in capsys.readouterr().out
+
+
+def test_a_worker_answers_line_by_line(monkeypatch, capsys):
+    monkeypatch.setattr(step, "served", lambda task: ({"task": task, "answer": n} for n in range(10)))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("cycle\ncycle\n"))
+    assert step.main(["--worker", json.dumps({"family": "world"})]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert answers == [{"task": {"family": "world"}, "answer": n} for n in range(3)]  # when ready, and to either question
+
+
+def test_a_process_that_ends_too_soon_is_an_error_with_its_own_words(monkeypatch, tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "print('{}', flush=True)\n"
+        "assert input() == 'cycle'\n"
+        "print('{\"updates\": 1}', flush=True)\n"
+        "assert input() == 'cycle'\n"
+        "raise SystemExit('no such family')\n"
+    )
+    monkeypatch.setattr(step, "__file__", str(script))
+    with step.Process({}) as process:
+        assert process.ready == {} and process.ask() == {"updates": 1}
+        with pytest.raises(RuntimeError, match=r"exit code 1:\nno such family"):
+            process.ask()
