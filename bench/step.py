@@ -469,6 +469,8 @@ def measure(device: str, family: str, mode: str, repeat: int) -> dict[str, Any]:
         shared = [key for key in ("seconds", "flops", "real_flops") if key in found["ours"]]
         row["ratio"] = {key: found["ours"][key] / found["reference"][key] for key in shared}
         row["ratio"]["peak_bytes"] = highest(found["ours"]) / highest(found["reference"])
+        turns = [a / b for a, b in zip(*(found[name]["seconds_of_cycles"] for name in SYSTEMS), strict=True)]
+        row["spread"] = [min(turns), max(turns)]
     return row
 
 
@@ -520,13 +522,15 @@ COLUMNS = ("family", "mode", "", "batch", "s / student update", "s / fake update
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown; of each case a line for either system and one for their ratio."""
+    """Markdown; of each case a line for either system and one for their ratio: of the times that of the medians, and in brackets the
+    least and the most of any turn's."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     for row in rows:
         for name in SYSTEMS:
             lines.append("| " + " | ".join([row["family"], row["mode"], name, batch_of(row["options"]), *cells(row[name])]) + " |")
         if "ratio" in row:
             share = {"real_flops": ""} | {key: f"**{value:.2f}**" for key, value in row["ratio"].items()}
+            low, high = row["spread"]
             line = [
                 row["family"],
                 row["mode"],
@@ -534,7 +538,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 "",
                 "",
                 "",
-                share["seconds"],
+                f"{share['seconds']} ({low:.2f} - {high:.2f})",
                 share["peak_bytes"],
                 "",
                 share["flops"],

@@ -243,6 +243,7 @@ def test_the_script_measures_both_and_says_their_ratio(shallow, monkeypatch, tmp
     assert sum(backwards) == 2 and sum(forwards) in {4 + 2 + n for n in range(1, 6)}
     for key in ("seconds", "flops", "real_flops"):
         assert row["ratio"][key] == ours[key] / plain[key] > 0
+    assert row["spread"] == [row["ratio"]["seconds"]] * 2  # one turn
     assert ours["seconds"] == pytest.approx(ours["student_seconds"] + ours["fake_seconds"])
     assert report["machine"]["torch"] == torch.__version__ and row["peak_flops"] > 0
     assert step.table(report["rows"]) in capsys.readouterr().out
