@@ -6,9 +6,9 @@
 Ours is the trainer that `fewstep distill` builds, on random weights of the real size made from configuration (1024 x 1024 pixels)
 when there is a GPU, else on the embedded world and on reduced networks. The reference is bench/reference.py. On a GPU each is measured
 in a process of its own, ours, reference, ours, ... since both do not fit; on a CPU both processes live at once and take turns cycle by
-cycle, so that a busy machine slows both alike. A cycle is a rollout of ours and all the updates it feeds; times are medians over cycles
-after a warm-up. Conditions are random numbers (the world: read from the cache), so no text encoder is in the times; nothing is
-decoded, for there is no reward beside R_dm.
+cycle, so that a busy machine slows both alike, and the processor time of each is given too, which others' work changes less. A cycle is
+a rollout of ours and all the updates it feeds; times are medians over cycles after a warm-up. Conditions are random numbers (the world:
+read from the cache), so no text encoder is in the times; nothing is decoded, for there is no reward beside R_dm.
 
 Peak memory: on a GPU torch.cuda.max_memory_allocated, the networks included; on a CPU (Linux) the peak of the process's resident
 memory above what it was before the networks were made. FLOPs are model FLOPs: of forward and of backward passes, counted apart by torch
@@ -304,10 +304,15 @@ def served(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
         while True:
             before = passes(system.denoisers)
             meter.restart()
+            began = time.process_time()
             updates, fakes = system.cycle(meter)
+            processor = time.process_time() - began
             after = passes(system.denoisers)
             counted = {role: [b - a for a, b in zip(before[role], after[role], strict=True)] for role in after}
-            yield {"updates": updates, "fake_updates": fakes, "seconds": meter.seconds, "peak": meter.peak, "passes": counted}
+            yield {
+                "updates": updates, "fake_updates": fakes, "seconds": meter.seconds, "processor": processor, "peak": meter.peak,
+                "passes": counted,
+            }  # fmt: skip
     except torch.OutOfMemoryError as error:
         yield {"out_of_memory": str(error).splitlines()[0]}
 
@@ -399,6 +404,7 @@ def summary(cycles: list[dict[str, Any]], unit: Flops, real: Flops | None, batch
         return {"out_of_memory": failed[0]}
     updates = cycles[0]["updates"]
     each = [sum(cycle["seconds"].values()) / updates for cycle in cycles]
+    processor = [cycle["processor"] / updates for cycle in cycles]
     per_sample = len(cycles) * updates * batch
     counted = {role: [sum(cycle["passes"][role][i] for cycle in cycles) / per_sample for i in (0, 1)] for role in unit}
 
@@ -408,6 +414,8 @@ def summary(cycles: list[dict[str, Any]], unit: Flops, real: Flops | None, batch
     return {
         "seconds": statistics.median(each),
         "seconds_of_cycles": each,
+        "processor_seconds": statistics.median(processor),
+        "processor_seconds_of_cycles": processor,
         "student_seconds": statistics.median(cycle["seconds"]["student"] / updates for cycle in cycles),
         "fake_seconds": statistics.median(cycle["seconds"]["fake"] / cycle["fake_updates"] for cycle in cycles),
         "peak_bytes": {name: max(cycle["peak"][name] for cycle in cycles) for name in ("student", "fake")},
@@ -466,11 +474,13 @@ def measure(device: str, family: str, mode: str, repeat: int) -> dict[str, Any]:
         **found,
     }
     if all("seconds" in one for one in found.values()):
-        shared = [key for key in ("seconds", "flops", "real_flops") if key in found["ours"]]
+        shared = [key for key in ("seconds", "processor_seconds", "flops", "real_flops") if key in found["ours"]]
         row["ratio"] = {key: found["ours"][key] / found["reference"][key] for key in shared}
         row["ratio"]["peak_bytes"] = highest(found["ours"]) / highest(found["reference"])
-        turns = [a / b for a, b in zip(*(found[name]["seconds_of_cycles"] for name in SYSTEMS), strict=True)]
-        row["spread"] = [min(turns), max(turns)]
+        row["spread"] = {}
+        for key in ("seconds", "processor_seconds"):
+            turns = [a / b for a, b in zip(*(found[name][f"{key}_of_cycles"] for name in SYSTEMS), strict=True)]
+            row["spread"][key] = [min(turns), max(turns)]
     return row
 
 
@@ -517,8 +527,8 @@ def profile(device: str, family: str, mode: str) -> str:
 
 # -- what is printed ---------------------------------------------------------------------------------------------------
 
-COLUMNS = ("family", "mode", "", "batch", "s / student update", "s / fake update", "s / both", "peak, GB", "forward + backward",
-           "TFLOP", "utilisation", "TFLOP, real sample")  # fmt: skip
+COLUMNS = ("family", "mode", "", "batch", "s / student update", "s / fake update", "s / both", "processor s / both",
+           "peak, GB", "forward + backward", "TFLOP", "utilisation", "TFLOP, real sample")  # fmt: skip
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -530,7 +540,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines.append("| " + " | ".join([row["family"], row["mode"], name, batch_of(row["options"]), *cells(row[name])]) + " |")
         if "ratio" in row:
             share = {"real_flops": ""} | {key: f"**{value:.2f}**" for key, value in row["ratio"].items()}
-            low, high = row["spread"]
+            for key, (low, high) in row["spread"].items():
+                share[key] += f" ({low:.2f} - {high:.2f})"
             line = [
                 row["family"],
                 row["mode"],
@@ -538,7 +549,8 @@ def table(rows: list[dict[str, Any]]) -> str:
                 "",
                 "",
                 "",
-                f"{share['seconds']} ({low:.2f} - {high:.2f})",
+                share["seconds"],
+                share["processor_seconds"],
                 share["peak_bytes"],
                 "",
                 share["flops"],
@@ -551,11 +563,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def cells(found: dict[str, Any]) -> list[str]:
     if "out_of_memory" in found:
-        return ["", "", "", "out of memory", "", "", "", ""]
+        return ["", "", "", "", "out of memory", "", "", "", ""]
     forwards, backwards = (sum(counts[i] for counts in found["passes"].values()) for i in (0, 1))
     peaks = " / ".join(f"{found['peak_bytes'][name] / 1e9:.2f}" for name in ("student", "fake"))
     return [
-        f"{found['student_seconds']:.3g}", f"{found['fake_seconds']:.3g}", f"{found['seconds']:.3g}", peaks,
+        f"{found['student_seconds']:.3g}", f"{found['fake_seconds']:.3g}", f"{found['seconds']:.3g}",
+        f"{found['processor_seconds']:.3g}", peaks,
         f"{forwards:.2f} + {backwards:.2f}", f"{found['flops'] / 1e12:.3g}", f"{found['utilisation']:.0%}",
         f"{found['real_flops'] / 1e12:.0f}" if "real_flops" in found else "",
     ]  # fmt: skip

@@ -241,9 +241,9 @@ def test_the_script_measures_both_and_says_their_ratio(shallow, monkeypatch, tmp
     # the two updates' draws of a step are two of 0, 1, 2, 3; student and fake, guided teacher, and the fake's sample and loss
     forwards, backwards = ([counts[i] for counts in plain["passes"].values()] for i in (0, 1))
     assert sum(backwards) == 2 and sum(forwards) in {4 + 2 + n for n in range(1, 6)}
-    for key in ("seconds", "flops", "real_flops"):
+    for key in ("seconds", "processor_seconds", "flops", "real_flops"):
         assert row["ratio"][key] == ours[key] / plain[key] > 0
-    assert row["spread"] == [row["ratio"]["seconds"]] * 2  # one turn
+    assert row["spread"] == {key: [row["ratio"][key]] * 2 for key in ("seconds", "processor_seconds")}  # one turn
     assert ours["seconds"] == pytest.approx(ours["student_seconds"] + ours["fake_seconds"])
     assert report["machine"]["torch"] == torch.__version__ and row["peak_flops"] > 0
     assert step.table(report["rows"]) in capsys.readouterr().out
