@@ -229,6 +229,8 @@ class InThisProcess:
 def test_the_script_measures_both_and_says_their_ratio(shallow, monkeypatch, tmp_path, capsys):
     shrink(monkeypatch)
     monkeypatch.setattr(step, "Process", InThisProcess)
+    held = {"VmRSS": 0, "VmHWM": 10**6}  # what earlier tests have left in this process's heap would count too
+    monkeypatch.setattr(step, "resident", lambda what: held[what])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(step.CASES["cpu"], "sd3.5-medium", (["lora"], ["--groups", "1", '--size=["64x64"]', "--fake.updates", "1"]))
     output = tmp_path / "step.json"
@@ -245,6 +247,7 @@ def test_the_script_measures_both_and_says_their_ratio(shallow, monkeypatch, tmp
         assert row["ratio"][key] == ours[key] / plain[key] > 0
     assert row["spread"] == {key: [row["ratio"][key]] * 2 for key in ("seconds", "processor_seconds")}  # one turn
     assert ours["seconds"] == pytest.approx(ours["student_seconds"] + ours["fake_seconds"])
+    assert row["ratio"]["peak_bytes"] == 1 and set(ours["peak_bytes"].values()) == {10**6}
     assert report["machine"]["torch"] == torch.__version__ and row["peak_flops"] > 0
     assert step.table(report["rows"]) in capsys.readouterr().out
 
