@@ -27,7 +27,8 @@ METRICS = ("fd_clip_data", "fd_clip_teacher", "clip", "clip-heldout", "preferenc
 DISTANCES = ("fd_clip_data", "fd_clip_teacher")
 MAIN_SEEDS, OTHER_SEEDS = 5, 3
 TRACED = ("/score", "/lag", "/ess", "/cosine")  # of what an update logs, what a cell keeps
-LATER = ("size", "memory", "compile", "dry_run")  # fields that came after the first cells: in a stamp when not as they are by default
+# fields that came after the first cells: in a stamp when not as they are by default
+LATER = ("size", "memory", "compile", "dry_run", "judge")
 NETWORKS = ("student", "teacher", "fake")  # one evaluation of each costs the same: the budget of a cell
 
 
@@ -58,6 +59,7 @@ ROWS = (
     Row("GNDM", ("gndm",), "DMD", MAIN_SEEDS),
     Row("DMDR (sum)", ("dmdr",), "DMD", MAIN_SEEDS),
     Row("GNDMR adaptive", ("gndmr",), "DMDR (sum)", MAIN_SEEDS),
+    Row("GNDMR-1", ("gndmr-1",), "GNDM"),
     Row("GNDMR fixed", ("gndm", *REWARDS), "DMDR (sum)"),
     Row("DMD2", ("dmd2",), "DMD"),
     Row("GNDM, batch scale", ("gndm", "--matching.normalize", "batch"), "GNDM"),

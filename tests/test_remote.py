@@ -668,9 +668,13 @@ def test_a_function_in_a_file_is_a_reward_by_the_users_own_flag(reward_file, tea
         "reward: {mine: 1}\nscorer.mine: CODE",
         'reward: {mine: 1}\nscorer: \'{"mine": "CODE"}\'',
         "reward: {mine: 1}\nscorer: &a {mine: CODE}",
+        "reward: {clip: 1}\njudge: {mine: 'CODE'}",
+        'reward: {clip: 1}\njudge: \'{"mine": "CODE"}\'',
     ],
 )
-@pytest.mark.parametrize("flags", [[], ["--scorer.mine", "other.py:f"]], ids=["alone", "beside-a-flag"])
+@pytest.mark.parametrize(
+    "flags", [[], ["--scorer.mine", "other.py:f"], ["--judge.mine", "other.py:f"]], ids=["alone", "beside-a-flag", "beside-a-judge"]
+)
 def test_a_recipe_runs_no_code(tmp_path, capsys, recipe, flags):
     mark = tmp_path / "executed"
     (tmp_path / "evil.py").write_text(f"open({str(mark)!r}, 'w')\ndef f(images, prompts): return images.mean((1, 2, 3))\n")

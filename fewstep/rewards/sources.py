@@ -226,7 +226,8 @@ def records(
     for name in rewards:
         scorer, function = scorers.get(name), functions.get(name)
         if is_remote(scorer) and function is not None:
-            told[name] = {"source": str(scorer), "served": function.served, "version": function.version}
+            server = getattr(function, "__self__", function)  # a judge is its bound `ask`
+            told[name] = {"source": str(scorer), "served": server.served, "version": server.version}
         elif is_code(scorer):
             told[name] = {"source": str(scorer), "version": version(str(scorer))}
         elif function is not None:
