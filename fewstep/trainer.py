@@ -367,6 +367,7 @@ class Trainer:
         for settings in self.optimizer.param_groups:
             settings["lr"] = learning_rate(self.config.student.lr, self.progress(), self.config.student.decay)
         self.optimizer.step()
+        self.optimizer.zero_grad()  # frees them: no two networks' gradients are held at once
         self.ema.step(list(self.parameters.values()))
         block.used += 1
         return logs | {
@@ -443,6 +444,7 @@ class Trainer:
                 norm = torch.nn.utils.clip_grad_norm_(list(term.parameters.values()), term.max_norm)
                 finite_or_stop(norm, f"the gradient norm of {name}'s own network", self.update)
                 optimizer.step()
+                optimizer.zero_grad()
                 logs[f"{name}/own_loss"] = float(loss)
         return logs
 

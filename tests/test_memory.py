@@ -1,7 +1,5 @@
 """What a run trades for memory changes how an update is computed, not what it is."""
 
-import gc
-
 import pytest
 import torch
 from test_trainer import run_of
@@ -93,21 +91,63 @@ def test_a_block_is_computed_again_under_its_own_adapter(teacher_folder):
     assert all(torch.equal(a, b) for a, b in zip(alone, beside, strict=True))
 
 
+def saved_for_backward(function):
+    """(what the function returns, bytes of the tensors that its graph keeps)."""
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (held.append(x.untyped_storage()), x)[1], lambda x: x):
+        out = function()
+    return out, sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
+
+
 def test_activations_are_what_checkpointing_saves(teacher_folder):
     def kept(checkpointing):
         backbone = models.load(str(teacher_folder))
         roles = backbone.roles(checkpointing=checkpointing)
-        sizes = {}
-        count = torch.autograd.graph.saved_tensors_hooks(
-            lambda x: (sizes.__setitem__(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()), x)[1], lambda x: x
-        )
-        with count:
-            out = roles.student(torch.randn(2, *backbone.latent_shape()), torch.full((2,), 0.5), backbone.encode(["a cat", "a dog"]))
-        del out
-        gc.collect()
-        return sum(sizes.values())
+        noise, t, cond = torch.randn(2, *backbone.latent_shape()), torch.full((2,), 0.5), backbone.encode(["a cat", "a dog"])
+        return saved_for_backward(lambda: roles.student(noise, t, cond))[1]
 
     assert kept(True) < kept(False)
+
+
+def test_adapters_take_their_input_as_it_is(teacher_folder):
+    """peft would make it float32 and autocast bf16 again: the same numbers, one copy of the input for every layer."""
+    backbone = models.load(str(teacher_folder), dtype=torch.bfloat16)
+    roles = backbone.roles(lora_rank=2)
+    torch.manual_seed(0)
+    for parameter in roles.student_parameters.values():
+        parameter.data = 0.3 * torch.randn_like(parameter)
+    noise, t, cond = torch.randn(2, *backbone.latent_shape()), torch.full((2,), 0.5), backbone.encode(["a cat", "a dog"])
+
+    def pass_of(cast):
+        for layer in roles.student.network.adapters.layers:
+            layer.cast_input_dtype_enabled = cast
+        with torch.autocast("cpu", torch.bfloat16):
+            out, kept = saved_for_backward(lambda: roles.student(noise, t, cond))
+        return kept, out, *torch.autograd.grad(out.float().square().sum(), list(roles.student_parameters.values()))
+
+    assert not any(layer.cast_input_dtype_enabled for layer in roles.student.network.adapters.layers)
+    (less, *ours), (more, *pefts) = pass_of(False), pass_of(True)
+    assert less < more
+    assert all(torch.equal(a, b) for a, b in zip(ours, pefts, strict=True))
+
+
+@pytest.mark.parametrize("rank", ["0", "2"])
+def test_one_networks_gradients_are_held_at_a_time(teacher_folder, prompt_file, rank):
+    loop = run_of(teacher_folder, prompt_file, "--lora-rank", rank).trainer
+    trained = {"student": loop.parameters, "fake": loop.terms["dm"].parameters}
+    held = {}
+
+    def watch(role, optimizer):
+        def hook(*_):
+            held[role] = {name for name, own in trained.items() if any(p.grad is not None for p in own.values())}
+
+        optimizer.register_step_pre_hook(hook)
+
+    watch("student", loop.optimizer)
+    watch("fake", loop.online["dm"])
+    for _ in range(2):
+        loop.step()
+    assert held == {"student": {"student"}, "fake": {"fake"}}
 
 
 def test_the_text_encoders_are_on_the_device_only_while_prompts_are_encoded(teacher_folder):

@@ -41,6 +41,9 @@ class Adapters:
     def __init__(self, model: nn.Module):
         # found once: the walk over all modules costs more than the switch
         self.layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in self.layers:
+            # autocast makes the adapter's weights what its input is; peft would make the input float32 first, and autocast undo it
+            layer.cast_input_dtype_enabled = False
         self.parameters = [p for name, p in model.named_parameters() if ".lora_" in name]
         self.on: str | None = None
 
@@ -48,7 +51,8 @@ class Adapters:
         if adapter == self.on:
             return
         for layer in self.layers:
-            layer.enable_adapters(bool(adapter))
+            if layer.disable_adapters == bool(adapter):  # both calls walk over the layer's weights
+                layer.enable_adapters(bool(adapter))
             if adapter:
                 layer.set_adapter(adapter)
         # switching changes requires_grad, and autograd drops the gradient of a leaf that lost it: both adapters stay trainable

@@ -1,0 +1,642 @@
+"""Time and peak memory of a student update and a fake update, by family and mode, beside a plain reference in the same run.
+
+    python bench/step.py                                            # everything this machine can run
+    python bench/step.py --family sd3.5-medium --mode lora --repeat 5 --output step.json
+
+Ours is the trainer that `fewstep distill` builds, on random weights of the real size made from configuration (1024 x 1024 pixels)
+when there is a GPU, else on the embedded world and on reduced networks. The reference is bench/reference.py. On a GPU each is measured
+in a process of its own, ours, reference, ours, ... since both do not fit; on a CPU both processes live at once and take turns cycle by
+cycle, so that a busy machine slows both alike, and the processor time of each is given too, which others' work changes less. A cycle is
+a rollout of ours and all the updates it feeds; times are medians over cycles after a warm-up. Conditions are random numbers (the world:
+read from the cache), so no text encoder is in the times; nothing is decoded, for there is no reward beside R_dm.
+
+Peak memory: on a GPU torch.cuda.max_memory_allocated, the networks included; on a CPU (Linux) the peak of the process's resident
+memory above what it was before the networks were made. FLOPs are model FLOPs: of forward and of backward passes, counted apart by torch
+on the meta device, times the passes that each trainer's denoisers counted; what checkpointing computes again is not in them.
+
+Modes: `full` trains all weights, `lora` adapters; `-u4` uses a rollout four times, `-u2m2` a rollout and an evaluation twice. The
+reference does not reuse anything, so in every mode it is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+# -- what is measured: flags of `fewstep distill` ----------------------------------------------------------------------
+
+REUSE = {"": [], "-u4": ["--reuse.rollout", "4"], "-u2m2": ["--reuse.rollout", "2", "--reuse.evaluation", "2"]}  # the last as gndm-is
+PARTS = ["--memory.micro-groups", "1", "--memory.checkpointing", "true"]
+SMALL = ["--groups", "2", '--size=["256x256"]']
+# device -> family -> (modes, flags of all of them)
+CASES = {
+    "cuda": {
+        "sdxl": (["lora", "lora-u4", "full"], ["--groups", "4", *PARTS]),
+        "sd3.5-medium": (["lora", "lora-u4", "full"], ["--groups", "4", *PARTS]),
+        "flux.1-dev": (["lora", "lora-u4"], ["--groups", "2", *PARTS]),
+    },
+    "cpu": {
+        "world": (["full", "full-u4", "full-u2m2", "lora", "lora-u4"], []),
+        "sdxl": (["full", "lora", "lora-u4"], SMALL),
+        "sd3.5-medium": (["full", "lora", "lora-u4"], SMALL),
+        "flux.1-dev": (["lora", "lora-u4"], SMALL),
+    },
+}
+WEIGHTS = {
+    "cuda": {
+        "lora": ["--lora-rank", "64"],
+        "full": ["--memory.optimizer", "adamw8bit"],
+    },  # with AdamW, full weights fill more than the card
+    "cpu": {"lora": ["--lora-rank", "8"], "full": []},
+}
+MODES = [weights + reuse for weights in ("full", "lora") for reuse in REUSE]
+WARM_UP = 2  # cycles
+ROUNDS = 2  # processes of either kind, where they cannot live at once
+
+# floating-point operations a second of dense bf16 matrix products, by a part of the device's name, from the makers' data sheets
+PEAK = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+
+
+def flags(device: str, family: str, mode: str) -> list[str]:
+    weights, dash, reuse = mode.partition("-")
+    return [*CASES[device][family][1], *WEIGHTS[device][weights], *REUSE[dash + reuse], "--device", device]
+
+
+# -- the two systems ---------------------------------------------------------------------------------------------------
+
+
+def teacher(family: str, device: str, dtype: Any, *, reduced: bool) -> Any:
+    """The family's adapter: the embedded world as it ships, or random weights of the real or of the reduced size."""
+    import networks
+
+    from fewstep import models, world
+
+    if family == "world":
+        return models.load(str(world.TEACHER), device=device, dtype=dtype)
+    return networks.backbone(family, reduced=reduced, device=device, dtype=dtype)
+
+
+def of_optimizer(optimizer: Any) -> list[Any]:
+    import torch
+
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+
+
+class Ours:
+    """The trainer that `fewstep distill` would build."""
+
+    def __init__(self, family: str, options: list[str]):
+        import torch
+
+        from fewstep import cli, models, world
+
+        config = cli.parse_config(options)
+        prompts = world.prompts("train")
+
+        def load(source: str, *, device: str, dtype: torch.dtype) -> Any:
+            return teacher(family, device, dtype, reduced=device != "cuda")
+
+        with mock.patch.object(models, "load", load if family != "world" else models.load):
+            self.run = cli.build(config, prompts, str(world.TEACHER))
+        self.config, self.trainer = self.run.config, self.run.trainer
+        self.denoisers = dict(zip(("teacher", "student", "fake"), self.run.roles, strict=False))
+
+    def warm_up(self, meter: Meter) -> None:
+        for _ in range(WARM_UP):
+            self.cycle(meter)
+
+    def cycle(self, meter: Meter) -> tuple[int, int]:
+        """A rollout and all the updates it feeds; returns (student updates, fake updates)."""
+        trainer, reuse = self.trainer, self.config.reuse
+        online, updates = trainer.online_updates, reuse.rollout * reuse.evaluation
+        fakes = 0
+
+        def measured(rollout: Any, times: int) -> Any:
+            nonlocal fakes
+            fakes += times * self.config.fake.updates
+            with meter.phase("fake"):
+                return online(rollout, times)
+
+        with mock.patch.object(trainer, "online_updates", measured), meter.phase("student"):
+            for _ in range(updates):
+                trainer.step()
+        return updates, fakes
+
+    def state(self) -> list[Any]:
+        """What lies in memory between cycles beside the networks."""
+        held = [value for optimizer in (self.trainer.optimizer, *self.trainer.online.values()) for value in of_optimizer(optimizer)]
+        return [*held, *self.trainer.ema.shadow_params]
+
+
+class Plain:
+    """The reference on the same networks: bench/reference.py."""
+
+    def __init__(self, family: str, options: list[str]):
+        import torch
+        from reference import Reference, copies
+
+        from fewstep import cli, world
+        from fewstep.prompts import Batches
+
+        self.config = config = cli.resolve_hardware(cli.parse_config(options))
+        torch.manual_seed(config.seed)
+        dtype = torch.bfloat16 if config.memory.frozen == "bf16" else torch.float32
+        backbone = teacher(family, config.device, dtype, reduced=config.device != "cuda")
+        prompts = world.prompts("train")
+        backbone.prepare(prompts)
+        roles = copies(backbone, lora_rank=config.lora_rank, checkpointing=config.memory.checkpointing, guidance=config.matching.guidance)
+        self.reference = Reference(
+            roles, backbone.schedule(), backbone.times(config.steps), Batches(prompts, config.groups, config.group_size, seed=config.seed),
+            encode=backbone.encode, latent_shape=backbone.latent_shape(config.sizes()[0]), config=config,
+            guidance=config.matching.guidance if backbone.embedded_guidance is None else 1.0,
+        )  # fmt: skip
+        self.denoisers = dict(zip(("teacher", "student", "fake"), roles, strict=False))
+
+    def warm_up(self, meter: Meter) -> None:
+        for _ in range(WARM_UP):
+            self.cycle(meter)
+        self.reference.deck.clear()  # what is measured starts with whole rounds of the steps
+
+    def cycle(self, meter: Meter) -> tuple[int, int]:
+        """As many updates of either kind as ours makes in a cycle."""
+        updates = self.config.reuse.rollout * self.config.reuse.evaluation
+        fakes = self.config.fake.updates
+        for _ in range(updates):
+            with meter.phase("student"):
+                self.reference.student_update()
+            with meter.phase("fake"):
+                for _ in range(fakes):
+                    self.reference.fake_update()
+        return updates, updates * fakes
+
+    def state(self) -> list[Any]:
+        return [*of_optimizer(self.reference.student_optimizer), *of_optimizer(self.reference.fake_optimizer)]
+
+
+SYSTEMS = {"ours": Ours, "reference": Plain}
+
+# -- time and memory ---------------------------------------------------------------------------------------------------
+
+
+def resident(what: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most."""
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith(what))
+
+
+class Meter:
+    """Seconds and peak bytes by phase; an inner phase is not part of the one around it."""
+
+    def __init__(self, device: str):
+        self.cuda = device == "cuda"
+        self.base = 0 if self.cuda else resident("VmRSS")
+        self.restart()
+
+    def restart(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.peak: dict[str, int] = {}
+        self.open: list[str] = []
+        self.mark()
+
+    def mark(self) -> float:
+        """Now, with everything before it done; the peak counts from here."""
+        if self.cuda:
+            import torch
+
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM falls to VmRSS
+        self.since = time.perf_counter()
+        return self.since
+
+    def book(self) -> None:
+        """What has passed since the last mark belongs to the innermost open phase."""
+        if self.cuda:
+            import torch
+
+            torch.cuda.synchronize()
+            bytes_now = torch.cuda.max_memory_allocated()
+        else:
+            bytes_now = resident("VmHWM") - self.base
+        if self.open:
+            name, passed = self.open[-1], time.perf_counter() - self.since
+            self.seconds[name] = self.seconds.get(name, 0.0) + passed
+            self.peak[name] = max(self.peak.get(name, 0), bytes_now)
+        self.mark()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.book()
+        self.open.append(name)
+        try:
+            yield
+        finally:
+            self.book()
+            self.open.pop()
+
+
+def passes(denoisers: dict[str, Any]) -> dict[str, list[int]]:
+    return {role: [denoiser.forwards, denoiser.backwards] for role, denoiser in denoisers.items()}
+
+
+def measured_peak(device: str, precision: str) -> float:
+    """Floating-point operations a second of the fastest of five products of two large matrices."""
+    import torch
+
+    n = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        began = time.perf_counter()
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best
+
+
+def known_peak(name: str) -> float | None:
+    return next((flops for part, flops in PEAK.items() if part in name), None)
+
+
+# -- one process -------------------------------------------------------------------------------------------------------
+
+
+def served(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Builds and warms up one system and says so, then of every cycle what it took."""
+    import torch
+
+    from fewstep import models
+
+    models.quiet_libraries()
+    for module in ("networks", "reference", "fewstep.cli"):  # what is imported does not count as what is measured
+        importlib.import_module(module)
+    device = task["device"]
+    try:
+        meter = Meter(device)
+        system = SYSTEMS[task["system"]](task["family"], task["options"])
+        system.warm_up(meter)
+        precision = system.config.precision
+        yield {"precision": precision, "threads": torch.get_num_threads(), "peak_flops": measured_peak(device, precision)}
+        while True:
+            before = passes(system.denoisers)
+            meter.restart()
+            began = time.process_time()
+            updates, fakes = system.cycle(meter)
+            processor = time.process_time() - began
+            after = passes(system.denoisers)
+            counted = {role: [b - a for a, b in zip(before[role], after[role], strict=True)] for role in after}
+            yield {
+                "updates": updates, "fake_updates": fakes, "seconds": meter.seconds, "processor": processor, "peak": meter.peak,
+                "passes": counted,
+            }  # fmt: skip
+    except torch.OutOfMemoryError as error:
+        yield {"out_of_memory": str(error).splitlines()[0]}
+
+
+def worker(task: dict[str, Any]) -> None:
+    """Answers with a line of JSON when ready, and to every line of its input with what a cycle took."""
+    for said in served(task):
+        print(json.dumps(said), flush=True)
+        if not sys.stdin.readline():
+            return
+
+
+class Process:
+    """A worker, built and warmed up; `ask` it for a cycle. Raises RuntimeError with what it said when it ends too soon."""
+
+    def __init__(self, task: dict[str, Any]):
+        command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(task)]
+        self.complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed on exit)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.complaints, text=True)
+        self.ready = self.listen()
+
+    def listen(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()
+        if not line:
+            code = self.process.wait()
+            self.complaints.seek(0)
+            raise RuntimeError(f"a worker ended with exit code {code}:\n{self.complaints.read()[-4000:]}")
+        return json.loads(line)
+
+    def ask(self) -> dict[str, Any]:
+        if "out_of_memory" in self.ready:
+            return self.ready
+        self.process.stdin.write("cycle\n")
+        self.process.stdin.flush()
+        said = self.listen()
+        if "out_of_memory" in said:
+            self.ready = said
+        return said
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+        self.complaints.close()
+
+
+# -- one case ----------------------------------------------------------------------------------------------------------
+
+
+Flops = dict[str, tuple[int, int]]  # role -> of a forward pass of one sample, and of its backward pass
+
+
+@functools.cache
+def flops_of_passes(family: str, device: str, mode: str) -> Flops:
+    """Role -> (forward, backward) floating-point operations of one sample at the size of a device, for the parameters that are trained."""
+    import networks
+    import torch
+
+    from fewstep import cli
+    from fewstep.cost import flops
+
+    config = cli.parse_config(flags(device, family, mode))
+    made = networks.with_random_conditions(teacher(family, "meta", torch.float32, reduced=device != "cuda"), 2)
+    roles = made.roles(lora_rank=config.lora_rank)
+    x, t = torch.zeros(1, *made.latent_shape(config.sizes()[0]), device="meta"), torch.zeros(1, device="meta")
+
+    def count(denoiser: Any, trained: bool) -> tuple[int, int]:
+        def forward() -> torch.Tensor:
+            return denoiser.network(x, t, made.encode([""]))
+
+        def both() -> None:
+            with torch.enable_grad():
+                forward().sum().backward()
+
+        once = flops(forward)
+        return once, flops(both) - once if trained else 0
+
+    return {"teacher": count(roles.teacher, False), "student": count(roles.student, True), "fake": count(roles.fake, True)}
+
+
+def summary(cycles: list[dict[str, Any]], unit: Flops, real: Flops | None, batch: int) -> dict[str, Any]:
+    """Medians over cycles, for one student update and its share of the fake's; passes and `real_flops` (of a pass at the real size) are
+    of one sample of the batch."""
+    failed = [cycle["out_of_memory"] for cycle in cycles if "out_of_memory" in cycle]
+    if failed:
+        return {"out_of_memory": failed[0]}
+    updates = cycles[0]["updates"]
+    each = [sum(cycle["seconds"].values()) / updates for cycle in cycles]
+    processor = [cycle["processor"] / updates for cycle in cycles]
+    per_sample = len(cycles) * updates * batch
+    counted = {role: [sum(cycle["passes"][role][i] for cycle in cycles) / per_sample for i in (0, 1)] for role in unit}
+
+    def cost(of_a_pass: Flops) -> float:
+        return sum(n * each for role in counted for n, each in zip(counted[role], of_a_pass[role], strict=True))
+
+    return {
+        "seconds": statistics.median(each),
+        "seconds_of_cycles": each,
+        "processor_seconds": statistics.median(processor),
+        "processor_seconds_of_cycles": processor,
+        "student_seconds": statistics.median(cycle["seconds"]["student"] / updates for cycle in cycles),
+        "fake_seconds": statistics.median(cycle["seconds"]["fake"] / cycle["fake_updates"] for cycle in cycles),
+        "peak_bytes": {name: max(cycle["peak"][name] for cycle in cycles) for name in ("student", "fake")},
+        "passes": counted,
+        "flops": batch * cost(unit),
+        **({"real_flops": cost(real)} if real else {}),
+    }
+
+
+def take_turns(device: str, family: str, mode: str, repeat: int) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
+    """(cycles of either system, what the workers said of themselves)."""
+    tasks = {name: {"system": name, "family": family, "options": flags(device, family, mode), "device": device} for name in SYSTEMS}
+    cycles: dict[str, list[dict[str, Any]]] = {name: [] for name in tasks}
+    if device == "cuda":
+        for _ in range(ROUNDS):
+            for name, task in tasks.items():
+                with Process(task) as process:
+                    cycles[name] += [process.ask() for _ in range(repeat)]
+                    ready = process.ready
+        return cycles, ready
+    with ExitStack() as stack:
+        processes = {name: stack.enter_context(Process(task)) for name, task in tasks.items()}
+        for _ in range(repeat):
+            for name, process in processes.items():
+                cycles[name].append(process.ask())
+        return cycles, max((process.ready for process in processes.values()), key=lambda ready: ready["peak_flops"])
+
+
+def measure(device: str, family: str, mode: str, repeat: int) -> dict[str, Any]:
+    """One row: both systems, and what ours takes as a share of the reference."""
+    import torch
+
+    from fewstep import cli
+
+    options = flags(device, family, mode)
+    config = cli.parse_config(options)
+    cycles, ready = take_turns(device, family, mode, repeat)
+    unit = flops_of_passes(family, device, mode)
+    real = flops_of_passes(family, "cuda", mode) if family in CASES["cuda"] else None
+    found = {name: summary(of_one, unit, real, config.groups * config.group_size) for name, of_one in cycles.items()}
+    known = known_peak(torch.cuda.get_device_name()) if device == "cuda" else None
+    peak = known or ready.get("peak_flops")
+    for one in found.values():
+        if "seconds" in one and peak:
+            one["utilisation"] = one["flops"] / one["seconds"] / peak
+    row = {
+        "family": family,
+        "mode": mode,
+        "options": options,
+        "precision": ready.get("precision"),
+        "threads": ready.get("threads"),
+        "flops_of_a_pass": unit,
+        "flops_of_a_real_pass": real,
+        "peak_flops": peak,
+        "peak_flops_from": "data sheet" if known else "a product of large matrices, measured in this run",
+        **found,
+    }
+    if all("seconds" in one for one in found.values()):
+        shared = [key for key in ("seconds", "processor_seconds", "flops", "real_flops") if key in found["ours"]]
+        row["ratio"] = {key: found["ours"][key] / found["reference"][key] for key in shared}
+        row["ratio"]["peak_bytes"] = highest(found["ours"]) / highest(found["reference"])
+        row["spread"] = {}
+        for key in ("seconds", "processor_seconds"):
+            turns = [a / b for a, b in zip(*(found[name][f"{key}_of_cycles"] for name in SYSTEMS), strict=True)]
+            row["spread"][key] = [min(turns), max(turns)]
+    return row
+
+
+def highest(found: dict[str, Any]) -> int:
+    return max(found["peak_bytes"].values())
+
+
+# -- where the time goes -----------------------------------------------------------------------------------------------
+
+STAGES = ("new_rollout", "encode", "lags", "evaluate", "student_update", "online_updates")  # of the trainer; some lie inside others
+
+
+def profile(device: str, family: str, mode: str) -> str:
+    """One cycle of ours under torch.profiler: the trainer's stages, and the operations that take the most time of their own."""
+    from torch.profiler import ProfilerActivity, record_function
+    from torch.profiler import profile as profiler
+
+    system = Ours(family, flags(device, family, mode))
+    trainer, meter = system.trainer, Meter(device)
+    system.warm_up(meter)
+
+    def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with record_function(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for name in STAGES:
+            stack.enter_context(mock.patch.object(trainer, name, named(f"[{name}]", getattr(trainer, name))))
+        optimizers = {"student": trainer.optimizer, "ema": trainer.ema, **trainer.online}
+        for name, optimizer in optimizers.items():
+            stack.enter_context(mock.patch.object(optimizer, "step", named(f"[{name} step]", optimizer.step)))
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+        with profiler(activities=activities) as found:
+            system.cycle(meter)
+    averages = found.key_averages()
+    whole = f"{device}_time_total"
+    stages = sorted((event for event in averages if event.key.startswith("[")), key=lambda event: -event.cpu_time_total)
+    lines = [f"{event.key:30} {event.cpu_time_total / 1e6:8.3f} s {event.count:4} calls" for event in stages]
+    return "\n".join([*lines, averages.table(sort_by=f"self_{whole}", row_limit=25, max_name_column_width=50)])
+
+
+# -- what is printed ---------------------------------------------------------------------------------------------------
+
+COLUMNS = ("family", "mode", "", "batch", "s / student update", "s / fake update", "s / both", "processor s / both",
+           "peak, GB", "forward + backward", "TFLOP", "utilisation", "TFLOP, real sample")  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown; of each case a line for either system and one for their ratio: of the times that of the medians, and in brackets the
+    least and the most of any turn's."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    for row in rows:
+        for name in SYSTEMS:
+            lines.append("| " + " | ".join([row["family"], row["mode"], name, batch_of(row["options"]), *cells(row[name])]) + " |")
+        if "ratio" in row:
+            share = {"real_flops": ""} | {key: f"**{value:.2f}**" for key, value in row["ratio"].items()}
+            for key, (low, high) in row["spread"].items():
+                share[key] += f" ({low:.2f} - {high:.2f})"
+            line = [
+                row["family"],
+                row["mode"],
+                "ratio",
+                "",
+                "",
+                "",
+                share["seconds"],
+                share["processor_seconds"],
+                share["peak_bytes"],
+                "",
+                share["flops"],
+                "",
+                share["real_flops"],
+            ]
+            lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines)
+
+
+def cells(found: dict[str, Any]) -> list[str]:
+    if "out_of_memory" in found:
+        return ["", "", "", "", "out of memory", "", "", "", ""]
+    forwards, backwards = (sum(counts[i] for counts in found["passes"].values()) for i in (0, 1))
+    peaks = " / ".join(f"{found['peak_bytes'][name] / 1e9:.2f}" for name in ("student", "fake"))
+    return [
+        f"{found['student_seconds']:.3g}", f"{found['fake_seconds']:.3g}", f"{found['seconds']:.3g}",
+        f"{found['processor_seconds']:.3g}", peaks,
+        f"{forwards:.2f} + {backwards:.2f}", f"{found['flops'] / 1e12:.3g}", f"{found['utilisation']:.0%}",
+        f"{found['real_flops'] / 1e12:.0f}" if "real_flops" in found else "",
+    ]  # fmt: skip
+
+
+def batch_of(options: list[str]) -> str:
+    """Samples an update, and in what parts they pass."""
+    from fewstep import cli
+
+    config = cli.parse_config(options)
+    size = config.groups * config.group_size
+    part = config.memory.micro_groups * config.group_size or size
+    return f"{size}" + (f" in parts of {part}" if part < size else "") + (", checkpointing" if config.memory.checkpointing else "")
+
+
+def machine(device: str) -> dict[str, str]:
+    import torch
+
+    from fewstep.compare import commit
+    from fewstep.evaluate.protocol import device_name
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return {
+        "device": device_name(device),
+        "processor": processor or platform.machine(),
+        "torch": torch.__version__,
+        "commit": commit(),
+        **{name: version(name) for name in ("diffusers", "peft")},
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", nargs="+", choices=[*CASES[device]], default=[*CASES[device]], help="which networks; default: all")
+    parser.add_argument("--mode", nargs="+", choices=MODES, help="what is trained and what is reused; default: the family's own list")
+    parser.add_argument(
+        "--repeat", type=int, default=4, help="cycles measured of either system after the warm-up (on a GPU: in each process)"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file with every number, the machine and the versions")
+    parser.add_argument("--profile", action="store_true", help="profile one cycle of ours instead, under torch.profiler")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.worker:
+        worker(json.loads(given.worker))
+        return 0
+    rows = []
+    for family in given.family:
+        for mode in given.mode or CASES[device][family][0]:
+            print(f"{family} {mode} ...", file=sys.stderr, flush=True)
+            if given.profile:
+                print(profile(device, family, mode))
+                continue
+            rows.append(measure(device, family, mode, given.repeat))
+            report = {
+                "machine": machine(device),
+                "command": ["bench/step.py", *(sys.argv[1:] if arguments is None else arguments)],
+                "rows": rows,
+            }
+            if given.output:  # after every case: what has been measured is kept
+                given.output.write_text(json.dumps(report, indent=1) + "\n")
+    if rows:
+        print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""The benchmark measures what it says: equal updates of equal networks, every second and byte in its own phase."""
+
+import importlib
+import io
+import json
+import mmap
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep.trainer import Block
+from fewstep.types import Rollout
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+
+memory, networks, step = (importlib.import_module(name) for name in ("memory", "networks", "step"))
+
+TINY = ["--groups", "2", '--size=["64x64"]', "--device", "cpu", "--precision", "fp32"]
+DMD = ["--matching.normalize", "sample", "--matching.levels", "uniform", "--fake.condition", "none"]
+UNCLIPPED = ["--student.max-norm", "1e9", "--fake.max-norm", "1e9"]
+
+
+def test_the_networks_have_the_models_own_size():
+    sizes = {}
+    for name in networks.FAMILIES:
+        backbone = networks.backbone(name, reduced=False, device="meta")
+        sizes[name] = sum(p.numel() for p in backbone.model.parameters())
+        assert backbone.latent_shape() == ({"sdxl": 4}.get(name, 16), 128, 128)  # 1024 x 1024 pixels
+    assert sizes == {"sdxl": 2_567_463_684, "sd3.5-medium": 2_243_171_520, "flux.1-dev": 11_901_408_320}
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """Reduced networks of every kind of layer once: a test takes as long as there are layers."""
+    fewer = {
+        "sdxl": {"block_out_channels": (32, 32, 64), "transformer_layers_per_block": (1, 1, 1), "layers_per_block": 1},
+        "sd3.5-medium": {"num_layers": 2, "dual_attention_layers": (0,)},
+        "flux.1-dev": {"num_layers": 1, "num_single_layers": 1},
+    }
+    for name, family in networks.FAMILIES.items():
+        monkeypatch.setitem(networks.FAMILIES, name, family._replace(reduced=family.reduced | fewer[name]))
+
+
+@pytest.fixture
+def pair(shallow):
+    """Both trainers on the same weights, those of student and fake moved away from the teacher's."""
+
+    def made(family, *options):
+        torch.manual_seed(0)
+        ours = step.Ours(family, [*TINY, *DMD, *UNCLIPPED, *options])
+        torch.manual_seed(0)
+        plain = step.Plain(family, [*TINY, *DMD, *UNCLIPPED, *options])
+        mine, roles = ours.run.roles, plain.reference.roles
+        generator = torch.Generator().manual_seed(1)
+        for own, other in ((mine.student_parameters, roles.student_parameters), (mine.fake_parameters, roles.fake_parameters)):
+            for p, q in zip(own.values(), other.values(), strict=True):
+                p.data += 0.05 * torch.randn(p.shape, generator=generator)
+                q.data.copy_(p.data)
+        return ours, plain
+
+    return made
+
+
+def gradients_at_step(optimizer, parameters):
+    """The list that the optimizer's next step finds its gradients in."""
+    found = []
+    optimizer.register_step_pre_hook(lambda *_: found.extend(p.grad.clone() for p in parameters.values()))
+    return found
+
+
+def assert_same_gradients(one, other):
+    assert len(one) == len(other) > 0
+    difference = sum(float((a - b).square().sum()) for a, b in zip(one, other, strict=True))
+    size = sum(float(a.square().sum()) for a in one)
+    assert difference < 1e-9 * size, (difference, size)
+
+
+@pytest.mark.parametrize(
+    "family, options",
+    [
+        ("sdxl", ("--lora-rank", "2")),
+        ("sd3.5-medium", ()),
+        ("sd3.5-medium", ("--lora-rank", "2", "--memory.micro-groups", "1", "--memory.checkpointing", "true")),
+        ("flux.1-dev", ("--lora-rank", "2")),
+    ],
+    ids=["sdxl-lora", "sd3-full", "sd3-lora-parts", "flux-lora"],
+)
+def test_the_reference_makes_the_librarys_updates(pair, monkeypatch, family, options):
+    """Given the state, the noise level and the noise, a student update and a fake update are those of fewstep with DMD's own scale."""
+    ours, plain = pair(family, *options)
+    trainer, reference, matching = ours.trainer, plain.reference, ours.trainer.terms["dm"].reward
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(4, *trainer.latent_shapes[0], generator=generator)
+    t = torch.tensor([0.1, 0.4, 0.6, 0.9], dtype=torch.float64)
+    k, prompts, group = torch.full((4,), 1), ["a"] * 4, torch.tensor([0, 0, 1, 1])
+    cond = trainer.encode(prompts)
+    monkeypatch.setattr(reference, "simulate", lambda: (x, 1, cond))
+    monkeypatch.setattr(reference, "levels", lambda size: t)
+    torch.manual_seed(3)
+    noise = torch.randn_like(x)  # what the reference draws under this seed
+
+    theirs = gradients_at_step(reference.student_optimizer, reference.roles.student_parameters)
+    torch.manual_seed(3)
+    reference.student_update()
+    mine = gradients_at_step(trainer.optimizer, trainer.parameters)
+    rollout = Rollout(x.expand(2, *x.shape), torch.zeros(2, *x.shape), trainer.student.times[:2], cond, group, prompts)
+    x0 = trainer.predict(rollout, x, k)
+    found = matching.evaluate(x0.detach(), cond, group, k=k, t=t, noise=noise)
+    trainer.student_update(rollout, Block(k, x, x0.detach(), found.direction, None, found.xt, found.t), x0, None)
+    assert_same_gradients(mine, theirs)
+
+    for p, q in zip(trainer.parameters.values(), reference.roles.student_parameters.values(), strict=True):
+        q.data.copy_(p.data)  # Adam's first step made whole steps of what rounding left of gradients near zero
+    theirs = gradients_at_step(reference.fake_optimizer, reference.roles.fake_parameters)
+    torch.manual_seed(3)
+    reference.fake_update()
+    with torch.no_grad():
+        x0 = trainer.student.predict(x, k, cond)
+    matching.loss(trainer.sample_of(rollout, k, x0), t=t, noise=noise).backward()
+    assert_same_gradients([p.grad for p in matching_parameters(trainer)], theirs)
+
+
+def matching_parameters(trainer):
+    return trainer.terms["dm"].parameters.values()
+
+
+def test_the_reference_holds_three_networks_and_ours_one(pair):
+    ours, plain = pair("sd3.5-medium", "--lora-rank", "2")
+    frozen = {
+        name: {id(p) for denoiser in system.denoisers.values() for p in denoiser.parameters() if not p.requires_grad}
+        for name, system in (("ours", ours), ("plain", plain))
+    }
+    assert len(frozen["plain"]) == 3 * len(frozen["ours"])
+    trained = [sum(p.numel() for p in own.values()) for own in ours.run.roles[3:]]
+    assert trained == [sum(p.numel() for p in own.values()) for own in plain.reference.roles[3:]]
+
+
+@pytest.mark.parametrize("family", networks.FAMILIES)
+def test_a_gpus_options_train_reduced_networks(shallow, family):
+    """What a GPU would be asked for, in its numbers: frozen weights made in bf16, parts of the batch, checkpointing."""
+    numbers = ["--groups", "2", '--size=["64x64"]', "--device", "cpu", "--precision", "bf16", "--memory.frozen", "bf16"]
+    options = [*step.flags("cuda", family, "lora"), *numbers, "--lora-rank", "2", "--fake.updates", "1", "--steps", "2"]
+    for made in (system(family, options) for system in step.SYSTEMS.values()):
+        before = {role: [p.detach().clone() for p in denoiser.parameters()] for role, denoiser in made.denoisers.items()}
+        made.cycle(step.Meter("cpu"))
+        for role, denoiser in made.denoisers.items():
+            now = list(denoiser.parameters())
+            assert {p.dtype for p in now if not p.requires_grad} == {torch.bfloat16}
+            assert all(torch.isfinite(p).all() for p in now)
+            changed = [not torch.equal(p, q) for p, q in zip(now, before[role], strict=True)]
+            assert any(changed) or role == "teacher"
+            assert not any(moved for moved, p in zip(changed, now, strict=True) if not p.requires_grad)
+
+
+def test_a_phase_owns_its_seconds_and_its_bytes(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(step.time, "perf_counter", lambda: clock[0])
+
+    def wait(seconds):
+        clock[0] += seconds
+
+    meter = step.Meter("cpu")
+    with meter.phase("student"):
+        wait(1)
+        with meter.phase("fake"):
+            wait(10)
+            with mmap.mmap(-1, 100_000_000) as fresh:  # 100 MB that no earlier test has left in the heap, gone at once
+                for _ in range(100):
+                    fresh.write(b"1" * 1_000_000)
+        wait(2)
+    wait(100)
+    assert meter.seconds == {"student": 3, "fake": 10}
+    assert meter.peak["fake"] - meter.peak["student"] > 90e6
+
+
+def test_the_ledger_counts_what_lives_at_once():
+    ledger = memory.Ledger()
+    weight = torch.zeros(100, device="meta", requires_grad=True)
+    ledger.hold(weight, 2)
+    with ledger:
+        first = weight * 3
+        assert ledger.live == {2: 400, 4: 600}  # 100 numbers of two bytes, 100 activations of two or of four
+        second = first.view(10, 10) + 1  # a view is no new tensor
+        del first
+        assert ledger.live == {2: 400, 4: 600} and ledger.peak == {2: 600, 4: 1000}
+        assert bool(second.isfinite().all()) and float(second.detach().sum()) == 1
+        del second
+    assert ledger.live == {2: 200, 4: 200}
+
+
+def shrink(monkeypatch):
+    """sd3.5-medium's real size, of one layer: what is computed on the meta device takes time too."""
+    small = {"num_layers": 1, "pos_embed_max_size": 4, "joint_attention_dim": 8, "pooled_projection_dim": 8, "dual_attention_layers": ()}
+    family = networks.FAMILIES["sd3.5-medium"]
+    monkeypatch.setitem(networks.FAMILIES, "sd3.5-medium", family._replace(real=family.real | small | {"sample_size": 8}))
+
+
+def test_the_counted_peak_is_that_of_the_tensors(monkeypatch):
+    """Three copies of a network against one, at a size where weights are most of what there is to count."""
+    shrink(monkeypatch)
+    options = [*memory.options_of("sd3.5-medium", 1), "--fake.updates", "1", "--steps", "2"]
+    weights = 2 * sum(p.numel() for p in networks.backbone("sd3.5-medium", reduced=False, device="meta").model.parameters())
+    ours, plain = (memory.peak_of(name, "sd3.5-medium", options) for name in step.SYSTEMS)
+    for width in (2, 4):
+        assert abs(plain[width] - ours[width] - 2 * weights) < 0.01 * weights
+    assert weights < ours[2] < ours[4] < 1.5 * weights
+
+
+class InThisProcess:
+    """A worker without a process of its own: importing everything again takes longer than what is tested."""
+
+    def __init__(self, task):
+        self.answers = step.served(task)
+        self.ready = self.ask()
+
+    def ask(self):
+        return next(self.answers)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.answers.close()
+
+
+def test_the_script_measures_both_and_says_their_ratio(shallow, monkeypatch, tmp_path, capsys):
+    shrink(monkeypatch)
+    monkeypatch.setattr(step, "Process", InThisProcess)
+    held = {"VmRSS": 0, "VmHWM": 10**6}  # what earlier tests have left in this process's heap would count too
+    monkeypatch.setattr(step, "resident", lambda what: held[what])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(step.CASES["cpu"], "sd3.5-medium", (["lora"], ["--groups", "1", '--size=["64x64"]', "--fake.updates", "1"]))
+    output = tmp_path / "step.json"
+    arguments = ["--family", "sd3.5-medium", "--mode", "lora", "--repeat", "1", "--output", str(output)]
+    assert step.main(arguments) == 0
+    report = json.loads(output.read_text())
+    (row,) = report["rows"]
+    ours, plain = row["ours"], row["reference"]
+    assert [sum(counts[i] for counts in ours["passes"].values()) for i in (0, 1)] == [11, 2]  # K + 1 + 3 + 1 and the lag's 2; 1 + 1
+    # the two updates' draws of a step are two of 0, 1, 2, 3; student and fake, guided teacher, and the fake's sample and loss
+    forwards, backwards = ([counts[i] for counts in plain["passes"].values()] for i in (0, 1))
+    assert sum(backwards) == 2 and sum(forwards) in {4 + 2 + n for n in range(1, 6)}
+    for key in ("seconds", "processor_seconds", "flops", "real_flops"):
+        assert row["ratio"][key] == ours[key] / plain[key] > 0
+    assert row["spread"] == {key: [row["ratio"][key]] * 2 for key in ("seconds", "processor_seconds")}  # one turn
+    assert ours["seconds"] == pytest.approx(ours["student_seconds"] + ours["fake_seconds"])
+    assert row["ratio"]["peak_bytes"] == 1 and set(ours["peak_bytes"].values()) == {10**6}
+    assert report["machine"]["torch"] == torch.__version__ and row["peak_flops"] > 0
+    assert step.table(report["rows"]) in capsys.readouterr().out
+
+
+def test_a_worker_answers_line_by_line(monkeypatch, capsys):
+    monkeypatch.setattr(step, "served", lambda task: ({"task": task, "answer": n} for n in range(10)))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("cycle\ncycle\n"))
+    assert step.main(["--worker", json.dumps({"family": "world"})]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert answers == [{"task": {"family": "world"}, "answer": n} for n in range(3)]  # when ready, and to either question
+
+
+def test_a_process_that_ends_too_soon_is_an_error_with_its_own_words(monkeypatch, tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "print('{}', flush=True)\n"
+        "assert input() == 'cycle'\n"
+        "print('{\"updates\": 1}', flush=True)\n"
+        "assert input() == 'cycle'\n"
+        "raise SystemExit('no such family')\n"
+    )
+    monkeypatch.setattr(step, "__file__", str(script))
+    with step.Process({}) as process:
+        assert process.ready == {} and process.ask() == {"updates": 1}
+        with pytest.raises(RuntimeError, match=r"exit code 1:\nno such family"):
+            process.ask()
