@@ -19,6 +19,7 @@ BEGIN, END = "<!-- {name}: python docs/readme_table.py -->", "<!-- end -->"
 RECIPES = {
     "gndm": ("GNDM", "the default: group-normalised distribution matching"),
     "gndmr": ("GNDMR adaptive", "GNDM, `clip` and `preference` with an adaptive weight"),
+    "gndmr-1": ("GNDMR-1", "the same with `preference` alone"),
     "gndm-is": ("GNDM-IS", "GNDM with rollouts and evaluations reused by importance sampling"),
     "gndmr-is": ("GNDMR-IS", "GNDMR with both kinds of reuse"),
     "dmd": ("DMD", "baseline: each sample divided by its own denoising error"),

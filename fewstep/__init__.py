@@ -16,6 +16,7 @@ def distill(
     prompts: str | None = None,
     *,
     rewards: dict[str, Any] | None = None,
+    judges: dict[str, Any] | None = None,
     steps: int = 4,
     output: str = "out",
     **config: Any,
@@ -25,6 +26,8 @@ def distill(
     teacher: a diffusers pipeline folder, a hub id, or "world" (embedded); prompts: a text file, one prompt a line.
     rewards: name -> weight of a named reward; or a function of (images, prompts), a Reward, "path/to/file.py:function" or a server's
     address (weight 1); or a pair of one of these and its weight.
+    judges: name -> a function of (images, prompts), or where a named one comes from, None for its own source: scored beside the
+    rewards, never trained on.
     config: any other field of `fewstep.config.Config`; groups as dicts, `student={"lr": 1e-4}`.
     Raises fewstep.cli.UserError for what `fewstep distill` would refuse, KeyboardInterrupt when it was stopped early.
     """
@@ -41,8 +44,10 @@ def distill(
             scorers = {**scorers, name: given}
         elif given is not None:
             functions[name] = given
+    beside = {name: judge for name, judge in (judges or {}).items() if not callable(judge)}
     own = {"teacher": teacher, "prompts": prompts, "steps": steps, "output": output, "reward": weights, "scorer": scorers, **config}
-    if cli.distill(cli.parse_config(cli.as_arguments(own)), functions) != 0:
+    parsed = cli.parse_config([*cli.as_arguments(own), *(f"--judge.{name}={source or 'null'}" for name, source in beside.items())])
+    if cli.distill(parsed, functions, {name: judge for name, judge in (judges or {}).items() if callable(judge)}) != 0:
         raise KeyboardInterrupt(f"stopped early; the run in {output} can be resumed")
     return Path(output)
 

@@ -19,8 +19,8 @@ Distil a diffusion model into a few-step generator, with distribution matching a
 
 commands:
   distill [RECIPE]        make a few-step student; with no argument: the embedded teacher, GNDM, 4 steps;
-                          RECIPE is a YAML file, or a method: dmd, dmd2, gndm, dmdr, gndmr, gndm-is, gndmr-is,
-                          or a family's teacher: sd, sdxl, sd3, flux, flux2, sana, pixart, z_image, qwen_image
+                          RECIPE is a YAML file, or a method: dmd, dmd2, gndm, dmdr, gndmr, gndmr-1, gndmr-4, gndm-is,
+                          gndmr-is; or a family's teacher: sd, sdxl, sd3, flux, flux2, sana, pixart, z_image, qwen_image
   sample FOLDER           draw pictures with a student
   models                  list the model families and what each supports
   export FOLDER           write a student as a diffusers folder, a LoRA or a file for ComfyUI; push it to the hub
@@ -39,7 +39,7 @@ RUN_FILES = (
 )  # fmt: skip
 # what may differ between a run and its continuation
 FREE_ON_RESUME = ("updates", "teacher_guidance", "save_every", "sample_every", "evaluate", "resume", "overwrite", "dry_run", "output",
-                  "device")  # fmt: skip
+                  "device", "judge")  # fmt: skip
 
 
 class UserError(Exception):
@@ -103,8 +103,10 @@ def field_names(config: type, prefix: str = "") -> dict[str, type]:
 
 
 # fields that are tables: the user names their keys
-TABLES = ("reward", "via", "scorer")
-ONLY_BY_FLAG = "a file runs no code here: leave it out and give your own flag, --scorer.{} {}"
+TABLES = ("reward", "via", "scorer", "judge")
+ONLY_BY_FLAG = "a file runs no code here: leave it out and give your own flag, --{} {}"
+OWN_JUDGE = "One of your own: --judge.{} path/to/file.py:function, or a server's address"
+HELD_OUT = "held-out"  # a judge's source: the embedded world's own twin of the reward with its name
 
 
 def in_table(name: str) -> bool:
@@ -129,6 +131,8 @@ def normalise(arguments: list[str], names: dict[str, type]) -> list[str]:
             raise UserError(f"--{flag}: unknown option{nearest(name, names)}")
         out.append(f"--{name}{equals}{value}")
         following = arguments[i + 1] if i + 1 < len(arguments) else "--"
+        if name.startswith("judge.") and not equals and following.startswith("--"):
+            out[-1] += "=null"  # its own source
         if names.get(name) is bool and not equals and following.lower() not in ("true", "false"):
             out.append("true")
     return out
@@ -189,7 +193,7 @@ def check_recipe(path: Path, names: dict[str, type]) -> None:
             if name not in names and not in_table(name):
                 raise UserError(f"{path}: unknown key {name!r}{nearest(name, names)}")
             if in_table(name) and is_code(value):
-                raise UserError(f"{path}: {name} names code, {value}; {ONLY_BY_FLAG.format(name.partition('.')[2], value)}")
+                raise UserError(f"{path}: {name} names code, {value}; {ONLY_BY_FLAG.format(name, value)}")
             if isinstance(value, dict):
                 walk(value, f"{name}.")
 
@@ -224,9 +228,12 @@ def parse_config(arguments: list[str]) -> Config:
             raise UserError(f"{recipe}: {error}") from error
     parsed = parser.instantiate(parser.parse_args(arguments))
     config = Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
-    for name, value in config.scorer.items():
-        if is_code(value) and flag_values(arguments).get(f"--scorer.{name}") != value:  # however a recipe may have spelt it
-            raise UserError(f"{', '.join(recipes) or '--scorer'}: scorer.{name} names code, {value}; {ONLY_BY_FLAG.format(name, value)}")
+    given = flag_values(arguments)
+    for table in ("scorer", "judge"):
+        for key, value in getattr(config, table).items():
+            name = f"{table}.{key}"
+            if is_code(value) and given.get(f"--{name}") != value:  # however a recipe may have spelt it
+                raise UserError(f"{', '.join(recipes) or f'--{table}'}: {name} names code, {value}; {ONLY_BY_FLAG.format(name, value)}")
     try:
         config = settle_via(config)
     except ValueError as error:
@@ -312,7 +319,9 @@ def as_plain(config: Config) -> dict[str, Any]:
     from fewstep.rewards.sources import is_code
 
     plain = json.loads(json.dumps(dataclasses.asdict(config)))
-    return plain | {"scorer": {name: value for name, value in config.scorer.items() if not is_code(value)}}
+    for table in ("scorer", "judge"):
+        plain[table] = {name: value for name, value in plain[table].items() if not is_code(value)}
+    return plain
 
 
 def read_prompts(config: Config) -> list[str]:
@@ -417,6 +426,65 @@ def check_rewards(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def check_judges(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
+    """The caller's own judges with those that flags name, as functions of pictures and prompts; the named ones are built with the run.
+
+    Raises UserError, before anything slow, for one that nobody can make, and for a judge that is what the student is trained on.
+    """
+    from fewstep.rewards import REWARDS, sources
+
+    found = dict(functions)
+    if functions and not config.reward:
+        raise UserError("judge: nothing to judge: add a reward")
+    for name, source in config.judge.items():
+        if name in functions:
+            continue
+        try:
+            if sources.is_code(source) or sources.is_remote(source):
+                if source == config.scorer.get(name):
+                    raise ValueError(f"{source} is what the student is trained on; a judge is held out")
+                found[name] = sources.open_judge(name, source)
+            elif source == HELD_OUT:
+                from fewstep import world
+
+                if assets(config) is None:
+                    raise ValueError(
+                        f"only the embedded world has {HELD_OUT} twins of its own; give a folder or hub id, a function, a server"
+                    )
+                world.held_out(name)
+            elif name in REWARDS:
+                located = sources.locate(name, source, assets=assets(config), flag=f"--judge.{name}")
+                if name in config.reward and located == sources.locate(name, config.scorer.get(name), assets=assets(config)):
+                    raise ValueError(f"{located} is what the student is trained on; a judge is held out")
+                if source is not None:
+                    config.judge[name] = located
+            else:
+                raise UserError(f"judge.{name}: unknown reward{nearest(name, REWARDS)}. {OWN_JUDGE.format(name)}")
+        except (OSError, ValueError) as error:
+            raise UserError(f"judge.{name}: {error}") from error
+    return found
+
+
+def make_judges(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
+    """Functions of (images, prompts) by judge. Raises UserError."""
+    from fewstep import world
+    from fewstep.rewards import sources
+
+    judges = dict(functions)
+    for name, source in config.judge.items():
+        if name in functions:
+            continue
+        try:
+            if source == HELD_OUT:
+                judges[name] = world.held_out(name, device=config.device)
+            else:
+                judge = sources.open_judge(name, source, assets=assets(config), device=config.device)
+                judges[name] = getattr(judge, "score", judge)
+        except (OSError, ValueError) as error:
+            raise UserError(f"judge.{name}: {error}") from error
+    return judges
+
+
 def make_terms(config: Config, roles: Any, functions: dict[str, Any]) -> dict[str, Any]:
     """The reward terms beside R_dm, by name."""
     import torch
@@ -462,10 +530,12 @@ def make_terms(config: Config, roles: Any, functions: dict[str, Any]) -> dict[st
     return terms
 
 
-def build(config: Config, prompts: list[str], source: str, functions: dict[str, Any] | None = None) -> Run:
+def build(
+    config: Config, prompts: list[str], source: str, functions: dict[str, Any] | None = None, judges: dict[str, Any] | None = None
+) -> Run:
     """Make teacher, student, fake, rewards and trainer from a config. Deterministic given `config.seed`.
 
-    functions: rewards of the caller's own, by the name that `config.reward` weighs them under.
+    functions: rewards of the caller's own, by the name that `config.reward` weighs them under; judges: held-out ones, by name.
     """
     import torch
 
@@ -530,6 +600,7 @@ def build(config: Config, prompts: list[str], source: str, functions: dict[str, 
         device=device,
         weights=weights,
         counted=counted | {name: other.reward for name, other in others.items() if isinstance(other.reward, Counted)},
+        judges=make_judges(config, judges or {}),
     )
     return Run(config, backbone, roles, trainer)
 
@@ -538,10 +609,11 @@ def distill_command(arguments: list[str]) -> int:
     return distill(parse_config(arguments))
 
 
-def distill(config: Config, functions: dict[str, Any] | None = None) -> int:
-    """Check, train, export, measure. functions: rewards of the caller's own. Returns the exit code."""
+def distill(config: Config, functions: dict[str, Any] | None = None, judges: dict[str, Any] | None = None) -> int:
+    """Check, train, export, measure. functions, judges: rewards and judges of the caller's own. Returns the exit code."""
     prompts = read_prompts(config)
     functions = check_rewards(config, functions or {})
+    judges = check_judges(config, judges or {})
     source = resolve_teacher(config.teacher)
     if config.dry_run:
         return dry_run(config, source, len(prompts))
@@ -565,7 +637,7 @@ def distill(config: Config, functions: dict[str, Any] | None = None) -> int:
         else:
             folder, state = found
             print(f"going on from {folder.name}")
-    run = build(config, prompts, source, functions)
+    run = build(config, prompts, source, functions, judges)
     config = run.config
     print(f"training on {config.device} in {config.precision}")
     cut = run.backbone.cut(prompts)
@@ -579,12 +651,25 @@ def distill(config: Config, functions: dict[str, Any] | None = None) -> int:
     kept = as_plain(config) | {"resume": False, "overwrite": False}  # of this call, not of the run
     (output / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False))
     told = sources.records(config.reward, config.scorer, functions, assets=assets(config))
+    told |= {f"judge.{name}": record for name, record in judge_records(config, judges).items()}
     for line in sources.write_records(output / "rewards.json", told, run.trainer.update):
         print(line)
     if not train(run, output, prompts):
         return 130
     finish(run, output, source, prompts)
     return 0
+
+
+def judge_records(config: Config, functions: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Where each judge of a run comes from and in which version."""
+    from fewstep.rewards import sources
+
+    own = {name: source for name, source in config.judge.items() if source == HELD_OUT and name not in functions}
+    named = {name: source for name, source in config.judge.items() if source is not None}
+    others = [name for name in dict.fromkeys([*config.judge, *functions]) if name not in own]
+    return {name: {"source": f"the embedded world's, {HELD_OUT}"} for name in own} | sources.records(
+        others, named, functions, assets=assets(config)
+    )
 
 
 def dry_run(config: Config, source: str, prompts: int) -> int:
@@ -878,8 +963,7 @@ def load_judges(named: dict[str, str | None], *, device: str, in_world: bool) ->
     scorers, others = {}, {}
     for name, source in named.items():
         if name not in REWARDS and not (sources.is_code(source) or sources.is_remote(source)):
-            hint = f"One of your own: --judge.{name} path/to/file.py:function, or a server's address"
-            raise UserError(f"judge.{name}: unknown reward{nearest(name, REWARDS)}. {hint}")
+            raise UserError(f"judge.{name}: unknown reward{nearest(name, REWARDS)}. {OWN_JUDGE.format(name)}")
         try:
             judge = sources.open_judge(name, source, assets=world.ASSETS if in_world else None, device=device)
         except (OSError, ValueError) as error:

@@ -21,13 +21,15 @@ from typing import Any, NamedTuple
 
 from fewstep import world
 from fewstep.evaluate import protocol
+from fewstep.weights import Adaptive, mean_rate
 
 REFERENCE_SEED = 10_000  # of the teacher's sample that distances are taken to; cells draw with their own seeds
 METRICS = ("fd_clip_data", "fd_clip_teacher", "clip", "clip-heldout", "preference", "utility", "precision", "recall", "diversity")
 DISTANCES = ("fd_clip_data", "fd_clip_teacher")
 MAIN_SEEDS, OTHER_SEEDS = 5, 3
 TRACED = ("/score", "/lag", "/ess", "/cosine")  # of what an update logs, what a cell keeps
-LATER = ("size", "memory", "compile", "dry_run")  # fields that came after the first cells: in a stamp when not as they are by default
+# fields that came after the first cells: in a stamp when not as they are by default
+LATER = ("size", "memory", "compile", "dry_run", "judge")
 NETWORKS = ("student", "teacher", "fake")  # one evaluation of each costs the same: the budget of a cell
 
 
@@ -58,6 +60,7 @@ ROWS = (
     Row("GNDM", ("gndm",), "DMD", MAIN_SEEDS),
     Row("DMDR (sum)", ("dmdr",), "DMD", MAIN_SEEDS),
     Row("GNDMR adaptive", ("gndmr",), "DMDR (sum)", MAIN_SEEDS),
+    Row("GNDMR-1", ("gndmr-1",), "GNDM"),
     Row("GNDMR fixed", ("gndm", *REWARDS), "DMDR (sum)"),
     Row("DMD2", ("dmd2",), "DMD"),
     Row("GNDM, batch scale", ("gndm", "--matching.normalize", "batch"), "GNDM"),
@@ -294,7 +297,7 @@ def run_cell(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
     unit = flops_of_a_pass(run)
     judged = {}
     if config.weights.mode == "adaptive":
-        judged = {"judge": judged_kl(run, plan.judge_updates), "settled": settled(trace)._asdict()}
+        judged = {"judge": judged_kl(run, plan.judge_updates)}
     pipe = run.backbone.student_pipeline(run.roles, trainer.averaged(), config.steps)
     with torch.no_grad():
         observed = observe_pipeline(plan, pipe, steps=config.steps, guidance=UNGUIDED, seed=seed)
@@ -348,12 +351,20 @@ class Settled(NamedTuple):
 
 
 def settled(trace: list[dict[str, float]]) -> Settled:
-    """Where the fidelity budget (7) and its weight stood over the last quarter of the updates that evaluated R_dm after the warm-up."""
-    heard = [
-        (logs["weights/kl"] / logs["weights/budget"], logs["weights/weight"], logs["weights/weight_at_cap"])
-        for logs in trace
-        if "weights/budget" in logs
-    ]
+    """Where the fidelity budget (7) and its weight stood over the last quarter of the updates that evaluated R_dm after the warm-up.
+
+    The weight follows running means. Here the KL is the scores of that quarter themselves plus the running lag: the running mean of the
+    scores is some twenty updates old, and where the KL still rises it says where it was before the quarter began.
+    """
+    heard, mean, count = [], 0.0, 0
+    for logs in trace:
+        if "weights/kl" not in logs:
+            continue
+        kl = -logs["dm/score"]
+        mean, count = mean + mean_rate(count, Adaptive.decay) * (kl - mean), count + 1
+        if "weights/budget" in logs:
+            lag = logs["weights/kl"] - mean
+            heard.append(((kl + lag) / logs["weights/budget"], logs["weights/weight"], logs["weights/weight_at_cap"]))
     last = heard[-max(len(heard) // 4, 1) :]
     return Settled(*(sum(column) / len(last) for column in zip(*last, strict=True)))
 
@@ -538,9 +549,11 @@ def summarise(cells: Cells) -> list[dict[str, Any]]:
             entry["updates"] = interval([cell["updates"] for cell in of_seeds])[0]
             entry["training_seconds"] = interval([cell["training_seconds"] for cell in of_seeds])[0]
             entry["flops"] = interval([float(sum(cell["flops"].values())) for cell in of_seeds])[0]
-        if "settled" in first:
-            entry["settled"] = {key: interval([cell["settled"][key] for cell in of_seeds]) for key in Settled._fields}
+        if "judge" in first:
+            stood = [settled(cell["trace"])._asdict() for cell in of_seeds]
+            entry["settled"] = {key: interval([each[key] for each in stood]) for key in Settled._fields}
             judges = [cell["judge"] for cell in of_seeds]
+            entry["settled"]["fresh_over_budget"] = interval([judge["fresh"] / judge["budget"] for judge in judges])
             entry["settled"]["gap_over_budget"] = interval([judge["gap"] / judge["budget"] for judge in judges])
             entry["settled"]["judge_updates"] = interval([judge["updates"] for judge in judges])
             entry["settled"]["still_falling"] = interval([1 - judge["heldout"][-1] / judge["heldout"][-2] for judge in judges])
@@ -595,12 +608,14 @@ def markdown(summary: list[dict[str, Any]], plan: Plan) -> str:
         note += f"\n\nNetwork evaluations of the others: {others}."
     for entry in summary:
         if "settled" in entry:
-            kl, weight, gap = (number(*entry["settled"][key]) for key in ("kl_over_budget", "weight", "gap_over_budget"))
+            kl, weight, gap, fresh = (
+                number(*entry["settled"][key]) for key in ("kl_over_budget", "weight", "gap_over_budget", "fresh_over_budget")
+            )
             note += (
                 f"\n\n{entry['row']}: over the last quarter the KL is {kl} of its budget, the weight {weight}, at its cap in "
-                f"{entry['settled']['at_cap'][0]:.0%} of the updates; a fresh fake finds a KL larger by {gap} of the budget, after "
-                f"{entry['settled']['judge_updates'][0]:.0f} updates, in whose last eighth its held-out loss fell by "
-                f"{entry['settled']['still_falling'][0]:.1%}."
+                f"{entry['settled']['at_cap'][0]:.0%} of the updates; of the finished student a fresh fake finds {fresh} of the "
+                f"budget, {gap} more than the run's own fake, after {entry['settled']['judge_updates'][0]:.0f} updates, in whose last "
+                f"eighth its held-out loss fell by {entry['settled']['still_falling'][0]:.1%}."
             )
         for seed, found in entry.get("drift", {}).get("fd_clip_teacher", {}).items():
             note += (

@@ -178,6 +178,10 @@ class Config:
     scorer: dict[str, str] = field(default_factory=dict)
     """Where a reward comes from: a folder or a hub id (owner/name@commit) with the weights of a named one (the world brings its own),
     path/to/file.py:function (by your own flag, never from a recipe), or a server's address."""
+    judge: dict[str, str | None] = field(default_factory=dict)
+    """Held-out judges: scored beside the rewards once a rollout and never trained on, as `--judge.hps FOLDER`; named and found as rewards
+    and scorers are. One with the name of a reward stands beside that one, any other beside all; an alarm tells when a reward still rises
+    and its judge falls. `held-out` is the embedded world's own twin of clip (another CLIP) and of preference (the gold utility)."""
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     """How the other rewards join R_dm."""
     reuse: ReuseConfig = field(default_factory=ReuseConfig)
@@ -242,6 +246,7 @@ class Config:
             (all(weight >= 0 for weight in self.reward.values()), "reward", "weights must not be negative"),
             (self.via.keys() <= self.reward.keys(), "via", f"names {sorted(self.via.keys() - self.reward.keys())}, not in reward"),
             (self.scorer.keys() <= self.reward.keys(), "scorer", f"names {sorted(self.scorer.keys() - self.reward.keys())}, not in reward"),
+            (not self.judge or any(name != "discriminator" for name in self.reward), "judge", "nothing to judge: add --reward.NAME WEIGHT"),
             (weights.budget >= 1, "weights.budget", f"below 1 it lies under the KL that R_dm alone reaches, got {weights.budget}"),
             (mode != "adaptive" or 1 <= weights.warmup < self.updates, "weights.warmup", f"must be 1 .. updates - 1, got {weights.warmup}"),
             (not weights.project or mode == "fixed", "weights.project", f"is for fixed weights, not {mode}"),

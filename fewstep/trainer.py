@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,8 +21,9 @@ from fewstep.config import Config
 from fewstep.denoiser import Cond, Denoiser
 from fewstep.prompts import Batches
 from fewstep.rewards.base import OnlineReward, Reward, RewardError
+from fewstep.rewards.heldout import HeldOut, Parting
 from fewstep.student import Student
-from fewstep.transforms import advantages, modulate, project, weigh
+from fewstep.transforms import advantages, group_rms, modulate, project, weigh
 from fewstep.types import Rollout, Sample, Signal
 from fewstep.weights import Adaptive, Fixed
 
@@ -87,22 +90,36 @@ def rms(value: Tensor) -> float:
     return float(value.detach().double().pow(2).mean().sqrt())
 
 
-def constant_groups(score: Tensor, group: Tensor) -> float:
-    """Share of the groups of two or more whose scores are all the same: they have no advantage to offer. NaN without such a group."""
+def spread_of(score: Tensor, group: Tensor) -> dict[str, float]:
+    """What there is to learn from scores (B,) inside groups (B,) of two or more: `spread` and `spread_min`, mean and smallest of the
+    groups' standard deviations, in the reward's unit; `constant_groups`, the share of groups whose scores are all the same and offer no
+    advantage; `advantage_max`, the largest advantage. A score that is not finite is left out. NaN without such a group."""
+    valid = torch.isfinite(score)
+    score, group = score[valid].double(), group[valid]
     _, index, count = torch.unique(group, return_inverse=True, return_counts=True)
-    value = advantages(score, group)
-    offered = (torch.isfinite(value) & (value != 0)).float()
-    moving = torch.zeros(len(count), device=score.device).index_add_(0, index, offered)
     several = count > 1
-    return float((moving[several] == 0).double().mean())
+    if not bool(several.any()):
+        return dict.fromkeys(("spread", "spread_min", "constant_groups", "advantage_max"), math.nan)
+    mean = score.new_zeros(len(count)).index_add_(0, index, score) / count
+    std = group_rms((score - mean[index])[:, None], group)
+    per_group = std.new_zeros(len(count)).index_put_((index,), std)[several]
+    value = advantages(score, group)
+    moving = score.new_zeros(len(count)).index_add_(0, index, (value != 0).double())  # equal scores have advantages of exactly zero
+    return {
+        "spread": float(per_group.mean()),
+        "spread_min": float(per_group.min()),
+        "constant_groups": float((moving[several] == 0).double().mean()),
+        "advantage_max": float(value.abs().max()),
+    }
 
 
 class Trainer:
     """Distils `student` along the directions of `terms`.
 
     encode: prompts -> conditions, one row each; decode: latents -> images; latent_shapes: (C, H, W) of each size, which
-    the rollouts take in turn; weights: how the terms other
-    than the anchor join it; counted: denoisers by role and whatever else counts its passes, logged.
+    the rollouts take in turn; weights: how the terms other than the anchor join it; counted: denoisers by role and whatever else
+    counts its passes, logged. judges: functions of (images, prompts) that score what the rewards score, once a rollout, and push
+    nothing: one with the name of a reward stands beside that one, any other beside all of them.
     One cycle: a rollout without gradient, then `reuse.rollout` evaluations of the rewards at its states (each state once, at a
     fresh noise level), each serving up to `reuse.evaluation` student updates; after each evaluation's updates the online
     rewards learn the rollout's predictions, `updates` times for every student update.
@@ -122,6 +139,7 @@ class Trainer:
         device: torch.device | str = "cpu",
         weights: Fixed | Adaptive | None = None,
         counted: dict[str, Any] | None = None,
+        judges: dict[str, Callable[[Tensor, list[str]], Any]] | None = None,
     ):
         self.student, self.parameters, self.terms, self.batches = student, parameters, terms, batches
         self.encode, self.decode, self.latent_shapes = encode, decode, latent_shapes
@@ -145,6 +163,10 @@ class Trainer:
         self.used = 0  # evaluations the current rollout has fed
         self.block: Block | None = None
         self.advantages: dict[str, Tensor] = {}  # (B,) of the current rollout, by reward, for policy gradients
+        self.judges: dict[str, Reward] = {name: HeldOut(function, f"judge.{name}") for name, function in (judges or {}).items()}
+        # a discriminator's score is of its own network's making: no judge stands beside it
+        judged = [name for name, term in terms.items() if not term.anchor and term.parameters is None]
+        self.partings = {(name, judge): Parting() for name in judged for judge in self.judges if judge == name or judge not in judged}
         self.running: dict[str, float] = {}
         for denoiser in self.counted.values():
             if isinstance(denoiser, Denoiser):
@@ -203,10 +225,11 @@ class Trainer:
         pathwise = {name: term for name, term in self.terms.items() if term.via == "pathwise"}
         # R_dm brings its own gradient; the rewards beside it may need one in x0
         sample = self.sample_of(rollout, k, x0.detach().requires_grad_(len(pathwise) > len(self.anchors)))
+        others = {name: term.reward for name, term in pathwise.items() if not term.anchor}
         with self.precision():
             signals = {name: term.reward(sample) for name, term in pathwise.items() if term.anchor}
-            signals |= self.ask_in_parts({name: term.reward for name, term in pathwise.items() if not term.anchor}, sample)
-        logs: dict[str, float] = {}
+            found, logs = self.ask_with_judges(others, sample) if fresh else (self.ask_in_parts(others, sample), {})
+        signals |= found
         anchor, at = torch.zeros_like(sample.x0), Signal(None, None)
         for name in self.anchors:
             at = signals.pop(name)
@@ -236,6 +259,38 @@ class Trainer:
 
         return {name: Signal(*map(joined, zip(*signals, strict=True))) for name, signals in found.items()}
 
+    def ask_with_judges(self, rewards: dict[str, Reward], sample: Sample) -> tuple[dict[str, Signal], dict[str, float]]:
+        """(what rewards say of a sample, logs of what their judges say of the same pictures)."""
+        beside = {judge: self.judges[judge] for name, judge in self.partings if name in rewards}
+        # judges come last: the picture is decoded with its graph for those that need one
+        found = self.ask_in_parts(rewards | {f"judge.{name}": judge for name, judge in beside.items()}, sample)
+        judged = {name: found.pop(f"judge.{name}").score for name in beside}
+        logs: dict[str, float] = {}
+        for (name, judge), parting in self.partings.items():
+            if name not in rewards or found[name].score is None:
+                continue
+            both = torch.stack([found[name].score.detach().double(), judged[judge].double()])
+            both = both[:, torch.isfinite(both).all(0)]
+            if not both.numel():
+                continue
+            trained, held_out = both.mean(1).tolist()
+            logs[f"{name}/judge/{judge}"] = held_out
+            if self.weights.now()[name] > 0:  # what does not push the student cannot be over-optimised
+                self.watch(name, judge, parting, trained, held_out)
+            logs[f"{name}/parted/{judge}"] = float(parting.parted)
+        return found, logs
+
+    def watch(self, name: str, judge: str, parting: Parting, trained: float, held_out: float) -> None:
+        """The alarm of a reward that its held-out judge no longer follows, once a run."""
+        found = parting.observe(trained, held_out)
+        if found is not None:
+            warnings.warn(
+                f"update {self.update}: reward {name!r} has risen from {found.trained[0]:.4g} to {found.trained[1]:.4g} while its held-out "
+                f"judge {judge!r} has fallen from {found.judged[0]:.4g} to {found.judged[1]:.4g}: the student may be exploiting {name!r}. "
+                "Compare the sample grids; then go back to an earlier checkpoint and lower the reward's weight or weights.budget",
+                stacklevel=2,
+            )
+
     def combine(self, anchor: Tensor, signals: dict[str, Signal], group: Tensor) -> tuple[Tensor, Tensor | None, dict[str, float]]:
         """(the anchor's part, the other rewards' part or None, logs) of the direction, by `weights.mode` (section 5.2)."""
         own = self.config.weights
@@ -245,7 +300,7 @@ class Trainer:
             if signal.score is not None:
                 scores[name] = signal.score.detach()
                 logs[f"{name}/score"] = float(scores[name][valid[name]].mean())
-                logs[f"{name}/constant_groups"] = constant_groups(scores[name], group)
+                logs |= {f"{name}/{key}": value for key, value in spread_of(scores[name], group).items()}
             if own.mode == "advantage":
                 if signal.score is None:
                     raise RewardError(f"reward {name!r} gave no score, which weights.mode advantage needs")
@@ -258,21 +313,25 @@ class Trainer:
             logs |= {f"{name}/direction_rms": rms(signal.direction[valid[name]]), f"{name}/cosine": float(cosine.mean())}
         values = self.weights.now()
         logs |= {f"{name}/weight": values[name] for name in signals}
-        if not signals:
-            return anchor, None, logs
         if own.mode == "advantage":
+            if not signals:
+                return anchor, None, logs
             total = sum(values[name] * advantages(score, group).clamp(-5, 5) for name, score in scores.items())
             return modulate(anchor, total, 1.0), None, logs
-        if own.mode == "sum":
-            extra = torch.zeros_like(anchor)
-            for name, direction in directions.items():
-                extra = extra + values[name] * torch.where(
-                    valid[name].view(-1, *[1] * (anchor.ndim - 1)), direction, torch.zeros_like(direction)
-                )
-        else:
-            if own.project:
-                directions = {name: project(anchor, direction) for name, direction in directions.items()}
-            extra = weigh(torch.zeros_like(anchor), directions, values, group, valid=valid)
+        extra, force = torch.zeros_like(anchor), {}
+        for name, direction in directions.items():
+            if own.mode == "sum":
+                part = values[name] * torch.where(valid[name].view(-1, *[1] * (anchor.ndim - 1)), direction, torch.zeros_like(direction))
+            else:
+                direction = project(anchor, direction) if own.project else direction
+                part = weigh(torch.zeros_like(anchor), {name: direction}, values, group, valid=valid)
+            extra, force[name] = extra + part, rms(part)
+        # an advantage of size 1 pushes as hard as a direction of RMS 1 (policy_updates)
+        force |= {name: values[name] * rms(value[torch.isfinite(value)]) for name, value in self.advantages.items()}
+        whole = rms(anchor) + sum(force.values())
+        logs |= {f"{name}/share": part / whole if whole else math.nan for name, part in force.items()}
+        if not signals:
+            return anchor, None, logs
         logs["rewards/share"] = rms(extra) / max(rms(extra) + rms(anchor), 1e-30)
         return anchor, extra, logs
 
@@ -356,11 +415,13 @@ class Trainer:
                 continue
             k = torch.full_like(rollout.group, self.student.steps - 1)
             with self.precision(), torch.no_grad():
-                signal = self.ask_in_parts({name: term.reward}, self.sample_of(rollout, k))[name]
+                found, more = self.ask_with_judges({name: term.reward}, self.sample_of(rollout, k))
+            signal, logs = found[name], logs | more
             if signal.score is None:
                 raise RewardError(f"reward {name!r} gave no score, which a policy gradient needs")
             valid, logs[f"{name}/masked"] = self.scored(name, signal, len(k))
             logs[f"{name}/score"] = float(signal.score[valid].mean())
+            logs |= {f"{name}/{key}": value for key, value in spread_of(signal.score, rollout.group).items()}
             self.advantages[name] = advantages(signal.score.float(), rollout.group)
         return logs
 
@@ -529,6 +590,7 @@ class Trainer:
             "block": None if self.block is None else vars(self.block),
             "advantages": self.advantages,
             "weights": self.weights.state(),
+            "partings": {f"{name} {judge}": parting.state() for (name, judge), parting in self.partings.items()},
             "counted": {name: [denoiser.forwards, denoiser.backwards] for name, denoiser in self.counted.items()},
         }
 
@@ -553,6 +615,9 @@ class Trainer:
         self.block = None if state["block"] is None else Block(**{key: self.here(value) for key, value in state["block"].items()})
         self.advantages = {name: self.here(value) for name, value in state["advantages"].items()}
         self.weights.load_state(state["weights"])
+        for (name, judge), parting in self.partings.items():  # a judge that is new to the run begins anew
+            if f"{name} {judge}" in state["partings"]:
+                parting.load_state(state["partings"][f"{name} {judge}"])
         for name, (forwards, backwards) in state["counted"].items():
             self.counted[name].forwards, self.counted[name].backwards = forwards, backwards
         checkpoint.set_rng_state(state["rng"])  # last: nothing above may draw from it

@@ -12,6 +12,11 @@ def dual_step(log_weight: float, kl: float, budget: float, *, eta: float, cap: f
     return min(log_weight + eta * min(max(1 - kl / budget, -1.0), 1.0), math.log(cap))
 
 
+def mean_rate(count: int, decay: float) -> float:
+    """Step of a running mean that has seen `count` values: a plain mean at first, exponential once it has seen enough."""
+    return max(1 - decay, 1 / (count + 1))
+
+
 @dataclass
 class Fixed:
     """lambda_k as given."""
@@ -70,7 +75,7 @@ class Adaptive:
         """
         if lag is not None:
             self.lag = lag if self.lag is None else self.lag + 0.2 * (lag - self.lag)
-        self.kl = -score if self.kl is None else self.kl + self.rate() * (-score - self.kl)
+        self.kl = -score if self.kl is None else self.kl + mean_rate(self.updates, self.decay) * (-score - self.kl)
         known_lag = self.lag or 0.0  # none has been measured before the second rollout
         kl = self.kl + known_lag
         self.updates += 1
@@ -87,10 +92,6 @@ class Adaptive:
                 self.log_weight = following
         logs = {"kl": kl, "weight": self.now_total()}
         return logs if self.b is None else logs | {"budget": self.b, "weight_at_cap": float(self.log_weight >= math.log(self.cap))}
-
-    def rate(self) -> float:
-        """Step of the running mean: a plain mean at first, exponential once enough has been seen."""
-        return max(1 - self.decay, 1 / (self.updates + 1))
 
     def now_total(self) -> float:
         return 0.0 if self.b is None else math.exp(self.log_weight)

@@ -328,7 +328,7 @@ HARMLESS: dict[tuple[str, str], str] = {
     ("weights", "return min( math.log(cap),log_weight + eta * min(max(1 - kl / budget, -1.0), 1.0))"): "min is symmetric",
     ("weights", "return min(log_weight + eta * min( 1.0,max(1 - kl / budget, -1.0)), math.log(cap))"): "min is symmetric",
     ("weights", "return min(log_weight + eta * min(max( -1.0,1 - kl / budget), 1.0), math.log(cap))"): "max is symmetric",
-    ("weights", "return max( 1 / (self.updates + 1),1 - self.decay)"): "max is symmetric",
+    ("weights", "return max( 1 / (count + 1),1 - decay)"): "max is symmetric",
     ("weights", "log_weight: float = field(default=0.0, init=True)"): OVERWRITTEN,
     ("weights", "log_weight: float = field(default= 1.0, init=False)"): OVERWRITTEN,
     ("weights", "log_weight: float = field(default= -1.0, init=False)"): OVERWRITTEN,

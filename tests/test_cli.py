@@ -80,6 +80,12 @@ def test_every_config_field_is_documented_in_the_help(capsys):
         (["distill", "--reuse.rollout", "2", "--reuse.backward-simulation"], "cannot reuse one"),
         (["distill", "--teacher", "EMPTY", "--prompts", "PROMPTS", "--reward.clip", "1"], "--scorer.clip FOLDER"),
         (["distill", "--teacher", "EMPTY", "--prompts", "PROMPTS", "--reward.discriminator", "1"], "discriminator.latents"),
+        (["distill", "--judge.clip", "held-out"], "judge: nothing to judge"),
+        (["distill", "--reward.clip", "1", "--judge.clip"], "is what the student is trained on; a judge is held out"),
+        (["distill", "--reward.clip", "1", "--judge.clpi"], "judge.clpi: unknown reward; did you mean 'clip'"),
+        (["distill", "--reward.clip", "1", "--judge.clpi", "held-out"], "held-out twins of clip and preference, not of 'clpi'"),
+        (["distill", "--reward.clip", "1", "--judge.hps"], "--judge.hps FOLDER"),
+        (["distill", "--reward.clip", "1", "--judge.mine", "nowhere.py:f"], "judge.mine: nowhere.py: no such file"),
         (["compare", "--rows", "GNDN"], "unknown row 'GNDN'; did you mean 'GNDM'"),
         (["compare", "--jobs", "0"], "--jobs"),
         (["distill", "--resume", "--output", "EMPTY"], "holds no run"),
@@ -120,14 +126,23 @@ def test_bad_recipes_name_the_file(capsys, tmp_path, text, words):
 def test_every_recipe_is_read_and_is_what_its_name_says(tmp_path):
     configs = {name: cli.parse_config([name, "--output", str(tmp_path)]) for name in cli.recipe_names()}
     families = {module.rpartition(".")[2] for module, _ in models.FAMILIES.values()}
-    assert set(configs) == {"dmd", "dmd2", "gndm", "dmdr", "gndmr", "gndm-is", "gndmr-is"} | families
+    assert set(configs) == {"dmd", "dmd2", "gndm", "dmdr", "gndmr", "gndmr-1", "gndmr-4", "gndm-is", "gndmr-is"} | families
     assert all(name in cli.HELP for name in configs)
     for family in families:
         config, text = configs.pop(family), Path(cli.recipe_path(family)).read_text()
         assert config.teacher.count("/") == 1 and config.lora_rank and config.sizes()[0] in ((512, 512), (1024, 1024))
         assert "NOT MEASURED" in text and "hours of one H100" in text
+    four = configs.pop("gndmr-4")  # of real teachers: two of its rewards are converted first
+    with pytest.raises(cli.UserError, match="fewstep convert-reward hps"):
+        cli.check_rewards(four, {})
     for config in configs.values():
         cli.check_rewards(config, {})
+    assert [len(c.reward) for c in (configs["gndmr-1"], configs["gndmr"], four)] == [1, 2, 4]
+    assert four.weights == configs["gndmr"].weights == configs["gndmr-1"].weights and set(four.reward.values()) == {1.0}
+    assert configs["gndmr"].weights.mode == "adaptive"
+    both = cli.parse_config(["sdxl", "gndmr-4", "--scorer.hps", "./hps"])  # a family's teacher and a method
+    assert both.teacher == cli.parse_config(["sdxl"]).teacher and both.weights == four.weights and both.reward == four.reward
+    assert both.scorer == four.scorer | {"hps": "./hps"}
     assert configs["gndm"] == cli.parse_config(["--output", str(tmp_path)])  # the defaults
     assert configs["dmd"].matching.normalize == configs["dmdr"].matching.normalize == "sample"
     assert configs["dmd2"].reuse.backward_simulation and "discriminator" in configs["dmd2"].reward

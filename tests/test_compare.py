@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fewstep import cli, compare, world
+from fewstep.weights import Adaptive
 
 
 def cell(row, seed, fd):
@@ -71,10 +72,20 @@ def test_drift_compares_the_last_third_with_the_smoothed_minimum():
 
 
 def test_settled_reads_the_last_quarter_after_the_warm_up():
-    warm = [{"weights/kl": 100.0, "weights/weight": 0.0}] * 4
-    logs = [{"weights/kl": kl, "weights/budget": 2.0, "weights/weight": kl, "weights/weight_at_cap": kl == 3} for kl in (9.0,) * 6 + (1, 3)]
-    found = compare.settled([*warm, *logs, {"dm/score": 0.0}])  # an update that reused an evaluation heard no KL
-    assert found == (1.0, 2.0, 0.5)
+    """Through the class that the trainer uses: the scores of the last quarter and the running lag, over the budget."""
+    own = Adaptive({"clip": 1.0}, budget=2.0, warmup=4, eta=0.5, cap=0.1)
+    scores, lags = [-8.0] * 4 + [-20.0] * 6 + [-10.0, -14.0], [None, 1.0, None, 2.0] + [0.0] * 8
+    trace = []
+    for score, lag in zip(scores, lags, strict=True):
+        trace.append({"dm/score": score} | {f"weights/{key}": value for key, value in own.observe(score, lag).items()})
+        trace.append({"loss": 0.0})  # an update that reused an evaluation heard no KL
+    found = compare.settled(trace)
+    last = [logs for logs in trace if "weights/budget" in logs][-2:]
+    lag = [(0.8**7) * 1.2, (0.8**8) * 1.2]  # of two lags of 1 and 2, the second at a fifth, and the zeros after them
+    assert found.kl_over_budget == pytest.approx((24 + sum(lag)) / 2 / own.b)
+    assert found.weight == pytest.approx(sum(logs["weights/weight"] for logs in last) / 2)
+    assert found.at_cap == sum(logs["weights/weight_at_cap"] for logs in last) / 2
+    assert abs(last[-1]["weights/kl"] / own.b - found.kl_over_budget) > 0.05  # the running mean lies elsewhere
 
 
 def test_measuring_along_the_training_changes_nothing(tmp_path):
@@ -195,7 +206,8 @@ def test_an_adaptive_cell_is_judged_by_a_fresh_fake(tmp_path):
     plan.output.joinpath("cells").mkdir()
     cell = compare.run_cell(plan, compare.EVERY_ROW["GNDMR adaptive"], 0)
     judged = cell["judge"]
-    assert 0 < cell["settled"]["kl_over_budget"] < 10 and cell["settled"]["weight"] > 0
+    stood = compare.settled(cell["trace"])
+    assert 0 < stood.kl_over_budget < 10 and stood.weight > 0
     assert judged["budget"] > 0 and judged["gap"] == pytest.approx(judged["fresh"] - judged["own"])
     assert len(judged["heldout"]) == 5 and judged["updates"] == 4 and json.dumps(cell)
     # two rewards share each decoded picture, and both go backward through it

@@ -395,6 +395,21 @@ def test_the_server_scores_as_the_function_does_by_either_encoding(server, rewar
     assert torch.equal(reward.ask(images, ["p"] * 8), raw)
 
 
+def test_the_worlds_preference_gives_the_same_bits_behind_a_server():
+    from fewstep import world
+    from fewstep.rewards.clip import PickScore
+
+    images, prompts = pictures(40, 64, 64), world.prompts("evaluate")[:40]
+    here = PickScore.load(world.ASSETS / "preference")
+    with served("preference", "--scorer", "world") as url:
+        reward = Remote(url, "preference").connect()
+        there = reward.ask(images, prompts)
+    eight_bits = (images * 255).round().byte().float() / 255
+    scored = [here.score(some, prompts[at : at + 16]) for at, some in zip((0, 16, 32), eight_bits.split(16), strict=True)]
+    assert torch.equal(there, torch.cat(scored)) and reward.batch == 16 and float(there.std()) > 0.01
+    assert reward.version == f"weights-{sources.version(str(world.ASSETS / 'preference'))}"
+
+
 def test_the_servers_own_faults_mask(server):
     reward = Remote(server, "mine", backoff=0.01).connect()
     scores = reward.ask(pictures(3), ["p", "no score", "p"])
@@ -668,9 +683,13 @@ def test_a_function_in_a_file_is_a_reward_by_the_users_own_flag(reward_file, tea
         "reward: {mine: 1}\nscorer.mine: CODE",
         'reward: {mine: 1}\nscorer: \'{"mine": "CODE"}\'',
         "reward: {mine: 1}\nscorer: &a {mine: CODE}",
+        "reward: {clip: 1}\njudge: {mine: 'CODE'}",
+        'reward: {clip: 1}\njudge: \'{"mine": "CODE"}\'',
     ],
 )
-@pytest.mark.parametrize("flags", [[], ["--scorer.mine", "other.py:f"]], ids=["alone", "beside-a-flag"])
+@pytest.mark.parametrize(
+    "flags", [[], ["--scorer.mine", "other.py:f"], ["--judge.mine", "other.py:f"]], ids=["alone", "beside-a-flag", "beside-a-judge"]
+)
 def test_a_recipe_runs_no_code(tmp_path, capsys, recipe, flags):
     mark = tmp_path / "executed"
     (tmp_path / "evil.py").write_text(f"open({str(mark)!r}, 'w')\ndef f(images, prompts): return images.mean((1, 2, 3))\n")

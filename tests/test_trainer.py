@@ -30,9 +30,14 @@ def contrast(images, prompts):
     return images.std((1, 2, 3)).tolist()  # a black box: no gradient comes out of it
 
 
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+
+
 def run_of(teacher_folder, prompt_file, *options):
     config = cli.parse_config([*OPTIONS, "--teacher", str(teacher_folder), "--updates", "8", *options])
-    return cli.build(config, read(prompt_file), str(teacher_folder), {"redness": redness, "contrast": contrast})
+    rewards, judges = {"redness": redness, "contrast": contrast}, {"redness": brightness} if config.reward else {}
+    return cli.build(config, read(prompt_file), str(teacher_folder), rewards, judges)
 
 
 def tensors(state):

@@ -209,7 +209,7 @@ def command(arguments: list[str]) -> int:
     """`fewstep serve-reward`. Raises ValueError for what it cannot serve."""
     parser = Parser(prog="fewstep serve-reward", description="Serve one reward on this machine.", allow_abbrev=False)
     parser.add_argument("what", metavar="NAME", help=f"{', '.join(REWARDS)}, or path/to/file.py:function")
-    parser.add_argument("--scorer", default=None, help="folder or hub id of its model (default: as `fewstep rewards` says)")
+    parser.add_argument("--scorer", default=None, help="folder or hub id of its model, or world (default: as `fewstep rewards` says)")
     parser.add_argument("--port", type=int, default=8765, help="port on 127.0.0.1 (default 8765)")
     parser.add_argument("--workers", type=int, default=1, help="processes, each with the whole model (default 1)")
     parser.add_argument("--batch", type=int, default=16, help="pictures that the model sees at once, and in one request (default 16)")

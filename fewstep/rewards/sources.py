@@ -115,9 +115,13 @@ def convert_hint(name: str, path: str | Path) -> str:
 def locate(name: str, source: str | None, *, assets: Path | None = None, flag: str | None = None) -> str:
     """The folder, or the hub id with its commit, that a named reward is read from; a hub id without a commit gets its newest.
 
-    assets: the embedded world's, where no source is named; flag: how a source is named. Raises ValueError.
+    `world` is the embedded world's own. assets: the same where no source is named; flag: how one is named. Raises ValueError.
     """
     row = REWARDS[name]
+    if source == "world" and row.asset:
+        from fewstep import world
+
+        return str(world.ASSETS / row.asset)
     if source is None and assets is not None and row.asset:
         return str(assets / row.asset)
     if source is None and row.model is None:
@@ -226,7 +230,8 @@ def records(
     for name in rewards:
         scorer, function = scorers.get(name), functions.get(name)
         if is_remote(scorer) and function is not None:
-            told[name] = {"source": str(scorer), "served": function.served, "version": function.version}
+            server = getattr(function, "__self__", function)  # a judge is its bound `ask`
+            told[name] = {"source": str(scorer), "served": server.served, "version": server.version}
         elif is_code(scorer):
             told[name] = {"source": str(scorer), "version": version(str(scorer))}
         elif function is not None:

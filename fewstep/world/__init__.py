@@ -27,3 +27,18 @@ def load_scorers(assets: Path = ASSETS, *, device: str = "cpu") -> dict[str, Any
 
     kinds = {"clip": CLIPScore, "clip-heldout": CLIPScore, "preference": PickScore}
     return {name: kind.load(assets / name, device=device) for name, kind in kinds.items()}
+
+
+def held_out(name: str, *, device: str = "cpu") -> Any:
+    """The judge that stands beside a reward of the world and is no part of any training: a function of (images, prompts) -> (B,).
+
+    clip: another CLIP, trained on its own; preference: the gold utility, whose noisy choices the preference was trained on.
+    Raises ValueError for any other name.
+    """
+    from fewstep.world import utility
+
+    if name == "clip":
+        return load_scorers(device=device)["clip-heldout"].score
+    if name == "preference":
+        return utility.judge
+    raise ValueError(f"the embedded world has held-out twins of clip and preference, not of {name!r}")

@@ -1,0 +1,241 @@
+"""Held-out judges: they push nothing, and their alarm comes when a reward is exploited and stays silent when it is not."""
+
+import json
+import math
+import warnings
+
+import pytest
+import torch
+from test_trainer import brightness, redness, run_of
+
+from fewstep import checkpoint, cli
+from fewstep.prompts import read
+from fewstep.rewards.heldout import HeldOut, Parting, parting
+from fewstep.trainer import rms, spread_of
+from fewstep.types import Sample
+
+BLOCK, WINDOW = Parting.BLOCK, Parting.WINDOW
+
+
+def sample_of(images):
+    n = len(images)
+    x0 = images.clone().requires_grad_()
+    return Sample(x0, torch.ones(n), torch.zeros(n, dtype=torch.long), {}, ["p"] * n, torch.arange(n), lambda x: x)
+
+
+def alarm_at(trained, judged):
+    """The evaluation at which the alarm comes, or None."""
+    watch = Parting()
+    for i, pair in enumerate(zip(trained, judged, strict=True)):
+        if watch.observe(*map(float, pair)) is not None:
+            return i + 1
+    return None
+
+
+def noise(n, seed, scale=1.0):
+    return scale * torch.randn(n, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_judge_never_has_a_direction():
+    sample = sample_of(torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
+    signal = HeldOut(brightness, "b")(sample)
+    assert signal.direction is None and not signal.score.requires_grad
+    assert torch.equal(signal.score, brightness(sample.x0, []).detach())
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.8], ids=["independent", "sharing their prompts' noise"])
+def test_the_alarm_is_silent_in_clean_runs(shared):
+    """200 runs of 400 evaluations each: noise alone, both rising, both falling, one rising beside a level one."""
+    slopes = [(0.0, 0.0), (0.02, 0.01), (-0.01, -0.02), (0.02, 0.0)]
+    false, t = 0, torch.arange(400)
+    for seed in range(200):
+        common = shared * noise(400, 3 * seed)
+        a, b = slopes[seed % 4]
+        own = (1 - shared**2) ** 0.5
+        false += alarm_at(a * t + common + own * noise(400, 3 * seed + 1), b * t + common + own * noise(400, 3 * seed + 2)) is not None
+    assert false == 0
+
+
+def test_the_alarm_comes_when_the_judge_turns():
+    """The reward rises all along; its judge rises with it to evaluation 100 and falls as fast afterwards. Noise of one per evaluation."""
+    t = torch.arange(400)
+    judged = 0.05 * torch.where(t < 100, t, 200 - t)
+    delays = [alarm_at(0.05 * t + noise(400, 2 * seed), judged + noise(400, 2 * seed + 1)) - 100 for seed in range(50)]
+    # never before the turn: 5 errors of a difference of windows of 40 are 1.1, and the newest window is as far below after 44 to 64
+    assert min(delays) >= 40 and sum(delays) / len(delays) < 65 and max(delays) < 90
+
+
+def test_it_needs_both_to_move_and_names_the_window_of_the_best_judge():
+    n = 4 * WINDOW
+    up = torch.linspace(0, 10, n)
+    down = torch.cat([torch.linspace(0, 5, n // 2), torch.linspace(5, -5, n // 2)])
+    wiggle = torch.tensor([0.05, -0.05]).repeat(n // 2)
+
+    def found(a, b, blocks=n):
+        return parting(torch.stack([a, b], 1).double()[:blocks], WINDOW, 5.0)
+
+    told = found(up + wiggle, down + wiggle)
+    assert abs(told.evaluation - WINDOW / 2 - n / 2) < WINDOW / 2  # the window around the turn
+    assert told.trained[1] > told.trained[0] and told.judged[1] < told.judged[0]
+    assert told.judged[0] == pytest.approx(float((down + wiggle)[told.evaluation - WINDOW : told.evaluation].mean()), abs=1e-6)
+    assert found(up, up) is None and found(-up, -up) is None and found(-up, up) is None
+    assert found(up, -up, 2 * WINDOW) is not None and found(up, -up, 2 * WINDOW - 1) is None
+
+
+def test_it_is_told_once_and_goes_on_where_it_was_saved():
+    trained, judged = torch.arange(200).float(), torch.cat([torch.arange(60), 60 - torch.arange(140)]).float()
+    straight, said = Parting(), []
+    for pair in zip(trained, judged, strict=True):
+        said.append(straight.observe(*map(float, pair)))
+    assert sum(s is not None for s in said) == 1
+    first, second = Parting(), Parting()
+    at = next(i for i, s in enumerate(said) if s is not None)
+    for i in range(at - 2):
+        first.observe(float(trained[i]), float(judged[i]))
+    second.load_state(json.loads(json.dumps(first.state())))
+    rest = [second.observe(float(trained[i]), float(judged[i])) for i in range(at - 2, 200)]
+    assert rest == said[at - 2 :] and second.state() == straight.state()
+
+
+def test_a_judge_changes_no_number_of_the_training(teacher_folder, prompt_file):
+    config = ["--reward.redness", "0.3", "--reward.contrast", "0.1", "--via.contrast", "policy", "--reuse.rollout", "2"]
+    judged = run_of(teacher_folder, prompt_file, *config).trainer
+    for _ in range(3):
+        judged.step()
+    alone = run_of(teacher_folder, prompt_file, *config).trainer
+    alone.partings = {}
+    for _ in range(3):
+        alone.step()
+    assert judged.running.keys() > alone.running.keys()
+    assert all(torch.equal(p, q) for p, q in zip(judged.parameters.values(), alone.parameters.values(), strict=True))
+
+
+def test_its_history_is_saved(teacher_folder, prompt_file):
+    first, second = (run_of(teacher_folder, prompt_file, "--reward.redness", "0.3").trainer for _ in range(2))
+    for _ in range(2):
+        first.step()
+    assert first.partings["redness", "redness"].running
+    second.load_state(checkpoint.unpack(*checkpoint.pack(first.state())))
+    assert second.partings["redness", "redness"].state() == first.partings["redness", "redness"].state()
+
+
+@pytest.mark.parametrize("options", [(), ("--memory.micro-groups", "1"), ("--via.redness", "policy")], ids=["batch", "parts", "policy"])
+def test_a_judge_sees_the_pictures_that_its_reward_sees_once_a_rollout(teacher_folder, prompt_file, options):
+    config = cli.parse_config([
+        "--teacher", str(teacher_folder), "--updates", "8", "--groups", "2", "--reuse.rollout", "2", "--reward.redness", "0.3", *options
+    ])  # fmt: skip
+    seen = {"reward": [], "judge": []}
+
+    def watched(name):
+        def f(images, prompts):
+            seen[name].append((images.detach().clone(), list(prompts)))
+            return redness(images, prompts)
+
+        return f
+
+    trainer = cli.build(
+        config, read(prompt_file), str(teacher_folder), {"redness": watched("reward")}, {"elsewhere": watched("judge")}
+    ).trainer
+    logs = [trainer.step() for _ in range(4)]
+    told = [log for log in logs if "redness/judge/elsewhere" in log]
+    assert len(told) == 2 and len(seen["judge"]) * (1 if "policy" in options else 2) == len(seen["reward"])
+    assert all(log["redness/judge/elsewhere"] == pytest.approx(log["redness/score"], abs=1e-6) for log in told)
+    pairs = [any(torch.equal(i, j) and p == q for j, q in seen["reward"]) for i, p in seen["judge"]]
+    assert all(pairs)
+
+
+def test_the_alarm_names_the_reward_and_says_what_to_do(teacher_folder, prompt_file):
+    trainer = run_of(teacher_folder, prompt_file, "--reward.redness", "0.3").trainer
+    watch = trainer.partings["redness", "redness"]
+    watch.blocks = [(float(i) + 0.1 * (i % 2), float(-i)) for i in range(2 * WINDOW - 1)]
+    watch.running = [(2.0 * WINDOW, -2.0 * WINDOW)] * (BLOCK - 1)
+    with pytest.warns(
+        UserWarning, match="reward 'redness' has risen from .* while its held-out judge 'redness' has fallen .* weights.budget"
+    ):
+        trainer.watch("redness", "redness", watch, 2.0 * WINDOW, -2.0 * WINDOW)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logs = trainer.step()
+    assert logs["redness/parted/redness"] == 1.0
+
+
+def test_a_reward_without_weight_is_not_watched(teacher_folder, prompt_file):
+    adaptive = ("--weights.mode", "adaptive", "--weights.warmup", "3", "--fake.lr", "3e-3", "--reuse.rollout", "1")
+    trainer = run_of(teacher_folder, prompt_file, "--reward.redness", "1", *adaptive).trainer
+    for _ in range(2):
+        assert trainer.step()["redness/parted/redness"] == 0.0
+    assert not trainer.partings["redness", "redness"].running
+    trainer.step()
+    trainer.step()
+    assert trainer.partings["redness", "redness"].running
+
+
+@pytest.mark.parametrize("via", ["pathwise", "policy"])
+def test_shares_are_of_the_lengths_of_the_parts(teacher_folder, prompt_file, via):
+    """A reward's part of eq. (6) has RMS lambda, since its group RMS is one, or its advantages' by its score; the anchor has its own."""
+    options = ("--reward.redness", "0.3", "--reward.contrast", "0.2", "--via.contrast", "policy", "--via.redness", via)
+    trainer = run_of(teacher_folder, prompt_file, *options).trainer
+    logs = trainer.step()
+    force = {"redness": 0.3, "contrast": 0.2}
+    for name in trainer.advantages:
+        force[name] *= rms(trainer.advantages[name])
+    whole = logs["dm/direction_rms"] + sum(force.values())
+    assert {name: logs[f"{name}/share"] for name in force} == pytest.approx({name: f / whole for name, f in force.items()}, rel=1e-5)
+
+
+def test_spread_is_the_groups_own():
+    score = torch.tensor([1.0, 3.0, 5.0, 5.0, 7.0, math.nan, 9.0])
+    group = torch.tensor([0, 0, 1, 1, 2, 2, 3])
+    found = spread_of(score, group)
+    assert found["spread"] == pytest.approx(0.5) and found["spread_min"] == 0 and found["constant_groups"] == 0.5
+    assert found["advantage_max"] == pytest.approx(1 / (1 + 1e-4))
+    assert all(math.isnan(value) for value in spread_of(torch.ones(2), torch.tensor([0, 1])).values())
+
+
+JUDGES = """
+def red(images, prompts):
+    return images[:, 0].mean((1, 2)) - images[:, 1].mean((1, 2))
+
+
+def bright(images, prompts):
+    return images.mean((1, 2, 3))
+"""
+
+
+def test_a_run_with_judges_and_one_that_goes_on(teacher_folder, prompt_file, tmp_path):
+    file, out = tmp_path / "mine.py", tmp_path / "out"
+    file.write_text(JUDGES)
+    small = ["--groups", "2", "--group-size", "2", "--sample-every", "0", "--evaluate", "false"]
+    command = ["distill", "--teacher", str(teacher_folder), "--prompts", str(prompt_file), "--output", str(out), *small]
+    assert cli.main([*command, "--updates", "2", "--reward.red", f"{file}:red", "--judge.bright", f"{file}:bright"]) == 0
+    logs = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all({"red/judge/bright", "red/parted/bright", "red/share", "red/spread", "red/cosine"} <= log.keys() for log in logs)
+    told = json.loads((out / "rewards.json").read_text())[-1]["rewards"]
+    assert told["judge.bright"]["source"] == f"{file}:bright" and told["judge.bright"]["version"] == told["red"]["version"]
+    assert "bright" not in (out / "config.yaml").read_text()  # no file names code, so a run that goes on is given its judges again
+    assert cli.main(["distill", "--output", str(out), "--resume", "--updates", "3", "--scorer.red", f"{file}:red"]) == 0
+    assert not any("judge" in key for key in json.loads((out / "metrics.jsonl").read_text().splitlines()[-1]))
+
+
+def test_the_worlds_own_twins_are_other_models(teacher_folder):
+    from fewstep import world
+
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    trained = world.load_scorers()
+    clip, gold = world.held_out("clip"), world.held_out("preference")
+    assert not torch.allclose(clip(images, ["a cat", "a dog"]), trained["clip"].score(images, ["a cat", "a dog"]), atol=0.1)
+    assert torch.equal(gold(images, ["a cat", "a dog"]), gold(images, ["", ""]))  # it reads no prompt
+    config = cli.parse_config(["gndmr", "--judge.clip", "held-out", "--judge.preference", "held-out"])
+    assert cli.check_judges(config, {}) == {} and set(cli.make_judges(cli.resolve_hardware(config), {})) == {"clip", "preference"}
+
+
+def test_the_python_interface_takes_judges(teacher_folder, prompt_file, tmp_path):
+    import fewstep
+
+    small = {"groups": 2, "group_size": 2, "updates": 1, "sample_every": 0, "evaluate": False}
+    out = fewstep.distill(
+        str(teacher_folder), str(prompt_file), rewards={"red": redness}, judges={"red": brightness}, output=str(tmp_path / "out"), **small
+    )
+    assert "red/judge/red" in json.loads((out / "metrics.jsonl").read_text())
+    with pytest.raises(cli.UserError, match="nothing to judge"):
+        fewstep.distill(str(teacher_folder), str(prompt_file), judges={"red": brightness}, output=str(tmp_path / "other"), **small)
