@@ -103,23 +103,31 @@ class Denoiser(nn.Module):
         """Network evaluations in forward passes of one sample; a backward costs two."""
         return self.forwards + 2 * self.backwards
 
-    def count(self, samples: int) -> None:
+    def counted(self, output: Tensor) -> Tensor:
+        """`output`, counted as a forward pass now and as a backward one when a gradient comes back through it: a graph that is
+        dropped costs none."""
+        samples = len(output)
         self.forwards += samples
-        self.backwards += samples * torch.is_grad_enabled()
+
+        def came_back(gradient: Tensor) -> None:
+            self.backwards += samples
+
+        if output.requires_grad:
+            output.register_hook(came_back)
+        return output
 
     def predict(self, xt: Tensor, t: Tensor, cond: Any) -> Tensor:
         """The network's own prediction, in its own parametrisation. t (B,) in [0, 1]."""
-        self.count(len(xt))
         timestep = self.schedule.timestep_of(t)
         if not 0 < self.largest < len(xt):
-            return self.network(xt, timestep, cond)
+            return self.counted(self.network(xt, timestep, cond))
         parts = [slice(at, at + self.largest) for at in range(0, len(xt), self.largest)]
-        return torch.cat([self.network(xt[rows], timestep[rows], {key: value[rows] for key, value in cond.items()}) for rows in parts])
+        outputs = [self.network(xt[rows], timestep[rows], {key: value[rows] for key, value in cond.items()}) for rows in parts]
+        return self.counted(torch.cat(outputs))
 
     def features(self, xt: Tensor, t: Tensor, cond: Any) -> Tensor:
         """What the network's middle makes of xt, (B, F, h, w); its family's network says where the middle is."""
-        self.count(len(xt))
-        return self.network.features(xt, self.schedule.timestep_of(t), cond)
+        return self.counted(self.network.features(xt, self.schedule.timestep_of(t), cond))
 
     def forward(self, xt: Tensor, t: Tensor, cond: Any, *, guidance: float = 1.0) -> Tensor:
         """E[x0 | xt] under guidance. xt (B, C, H, W), t (B,) in [0, 1] -> (B, C, H, W)."""

@@ -286,8 +286,12 @@ def test_an_evaluation_is_dropped_when_its_weights_degenerate(teacher_folder, pr
     options = ("--reuse.evaluation", "4", "--reuse.min-ess", "0.9999", "--student.lr", "1e-2")
     run = run_of(teacher_folder, prompt_file, *options)
     run.trainer.step()
+    student = run.trainer.counted["student"]
+    before = student.forwards, student.backwards
     logs = run.trainer.step()
     assert logs["reuse/ess"] < 0.9999 and "dm/score" in logs  # evaluated anew
+    # two predictions, one of them where the weights were refused: its graph was dropped, and costs no backward pass
+    assert (student.forwards - before[0], student.backwards - before[1]) == (2 * 4, 4)
 
 
 def test_policy_ratio_is_one_on_policy_and_moves_afterwards(teacher_folder, prompt_file):
