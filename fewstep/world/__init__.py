@@ -35,10 +35,15 @@ def held_out(name: str, *, device: str = "cpu") -> Any:
     clip: another CLIP, trained on its own; preference: the gold utility, whose noisy choices the preference was trained on.
     Raises ValueError for any other name.
     """
-    from fewstep.world import utility
-
     if name == "clip":
         return load_scorers(device=device)["clip-heldout"].score
     if name == "preference":
-        return utility.judge
+        return gold
     raise ValueError(f"the embedded world has held-out twins of clip and preference, not of {name!r}")
+
+
+def gold(images: Any, prompts: list[str]) -> Any:
+    """The gold utility of pictures (B, 3, H, W), (B,), as rewards are called: it does not read their prompts."""
+    from fewstep.world.utility import gold_utility
+
+    return gold_utility(images)

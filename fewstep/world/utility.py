@@ -76,8 +76,3 @@ def components(images: Tensor) -> dict[str, Tensor]:
 def gold_utility(images: Tensor) -> Tensor:
     """Higher is better; the world's own pictures have 2.6 on average, 90% of them -0.9 to 4.7. (B, 3, 64, 64) in [0, 1] -> (B,)."""
     return torch.stack(list(components(images).values())).sum(0)
-
-
-def judge(images: Tensor, prompts: list[str]) -> Tensor:
-    """The gold utility where pictures come with their prompts, which it does not read. (B,)."""
-    return gold_utility(images)
