@@ -1,6 +1,6 @@
-"""The README's tables, from committed results: `python docs/readme_table.py` writes them between their markers.
+"""The tables of README.md and docs/rewards.md, from committed results: `python docs/readme_table.py` writes them between their markers.
 
-docs/results/distill.json is the `evaluation.json` of `fewstep distill`, distill-2050.json that of `fewstep distill --updates 2050`;
+docs/results/gndmr.json and gndmr-remote.json are the `evaluation.json` of the commands in docs/rewards.md, docs/results/distill.json is the `evaluation.json` of `fewstep distill`, distill-2050.json that of `fewstep distill --updates 2050`;
 docs/results/compare/ is what `fewstep compare --output docs/results/compare` left.
 """
 
@@ -15,6 +15,15 @@ from fewstep.export import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {"**student, 4 steps**": "distill.json", "student, 4 steps, 2050 updates": "distill-2050.json"}
+BEYOND = {"`gndmr`, 4 steps": "gndmr.json", "the same, preference behind a server": "gndmr-remote.json"}
+SCORES = {
+    "clip": "CLIPScore, trained on ↑",
+    "preference": "preference, trained on ↑",
+    "clip-heldout": "CLIPScore, held out ↑",
+    "utility": "gold utility, held out ↑",
+    "fd_clip_teacher": "FD-clip to teacher ↓",
+    "diversity": "diversity within a prompt ↑",
+}
 BEGIN, END = "<!-- {name}: python docs/readme_table.py -->", "<!-- end -->"
 RECIPES = {
     "gndm": ("GNDM", "the default: group-normalised distribution matching"),
@@ -91,21 +100,30 @@ def comparison() -> str:
     return markdown_table(["", "seeds", *COMPARED.values(), "FD to data − baseline", "FD to teacher − baseline"], body)
 
 
-TABLES = {"numbers": main_job, "recipes": recipes, "comparison": comparison}
+def beyond() -> str:
+    """Students of two rewards beside their teacher, by every scorer that they were trained on or judged by."""
+    results = ROOT / "docs" / "results"
+    reports = {name: json.loads((results / file).read_text()) for name, file in BEYOND.items() if (results / file).is_file()}
+    columns = {"teacher, 28 steps": next(iter(reports.values()))["rows"][1]} | {name: report["rows"][0] for name, report in reports.items()}
+    return markdown_table(["", *columns], [[label, *(cell(row["metrics"][key]) for row in columns.values())] for key, label in SCORES.items()])
 
 
-def written(readme: str) -> str:
-    """The README with each table between its markers."""
-    for name, table in TABLES.items():
+PAGES = {"README.md": {"numbers": main_job, "recipes": recipes, "comparison": comparison}, "docs/rewards.md": {"beyond": beyond}}
+
+
+def written(page: str) -> str:
+    """The page, named by its path, with each of its tables between their markers."""
+    text = (ROOT / page).read_text()
+    for name, table in PAGES[page].items():
         begin = BEGIN.format(name=name)
-        before, found, rest = readme.partition(begin)
+        before, found, rest = text.partition(begin)
         if not found:
-            raise SystemExit(f"README.md has no line {begin}")
+            raise SystemExit(f"{page} has no line {begin}")
         _, _, after = rest.partition(END)
-        readme = f"{before}{begin}\n{table()}\n{END}{after}"
-    return readme
+        text = f"{before}{begin}\n{table()}\n{END}{after}"
+    return text
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(written(path.read_text()))
+    for page in PAGES:
+        (ROOT / page).write_text(written(page))

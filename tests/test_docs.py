@@ -15,10 +15,11 @@ from fewstep.rewards import rows
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_the_readmes_tables_are_the_committed_results():
-    readme = (ROOT / "README.md").read_text()
+def test_the_tables_are_the_committed_results():
     tables = runpy.run_path(str(ROOT / "docs" / "readme_table.py"))
-    assert tables["written"](readme) == readme
+    assert set(tables["PAGES"]) == {"README.md", "docs/rewards.md"}
+    for page in tables["PAGES"]:
+        assert tables["written"](page) == (ROOT / page).read_text()
 
 
 def test_the_page_of_rewards_has_the_table_of_the_code():
