@@ -1,6 +1,7 @@
 """The tables of README.md and docs/rewards.md, from committed results: `python docs/readme_table.py` writes them between their markers.
 
-docs/results/gndmr.json and gndmr-remote.json are the `evaluation.json` of the commands in docs/rewards.md, docs/results/distill.json is the `evaluation.json` of `fewstep distill`, distill-2050.json that of `fewstep distill --updates 2050`;
+docs/results/distill.json is the `evaluation.json` of `fewstep distill`, distill-2050.json that of `fewstep distill --updates 2050`,
+gndmr.json and gndmr-remote.json those of the commands in docs/rewards.md;
 docs/results/compare/ is what `fewstep compare --output docs/results/compare` left.
 """
 
@@ -105,7 +106,8 @@ def beyond() -> str:
     results = ROOT / "docs" / "results"
     reports = {name: json.loads((results / file).read_text()) for name, file in BEYOND.items() if (results / file).is_file()}
     columns = {"teacher, 28 steps": next(iter(reports.values()))["rows"][1]} | {name: report["rows"][0] for name, report in reports.items()}
-    return markdown_table(["", *columns], [[label, *(cell(row["metrics"][key]) for row in columns.values())] for key, label in SCORES.items()])
+    body = [[label, *(cell(row["metrics"][key]) for row in columns.values())] for key, label in SCORES.items()]
+    return markdown_table(["", *columns], body)
 
 
 PAGES = {"README.md": {"numbers": main_job, "recipes": recipes, "comparison": comparison}, "docs/rewards.md": {"beyond": beyond}}
