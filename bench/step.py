@@ -5,10 +5,10 @@
 
 Ours is the trainer that `fewstep distill` builds, on random weights of the real size made from configuration (1024 x 1024 pixels)
 when there is a GPU, else on the embedded world and on reduced networks. The reference is bench/reference.py. On a GPU each is measured
-in a process of its own, ours, reference, ours, ... since both do not fit; on a CPU both processes live at once and take turns cycle by
-cycle, so that a busy machine slows both alike, and the processor time of each is given too, which others' work changes less. A cycle is
-a rollout of ours and all the updates it feeds; times are medians over cycles after a warm-up. Conditions are random numbers (the world:
-read from the cache), so no text encoder is in the times; nothing is decoded, for there is no reward beside R_dm.
+in a process of its own, ours in all its modes, then the reference, since both do not fit; on a CPU both processes live at once and take
+turns cycle by cycle, so that a busy machine slows both alike, and the processor time of each is given too, which others' work changes
+less. A cycle is a rollout of ours and all the updates it feeds; times are medians over cycles after a warm-up. Conditions are random
+numbers (the world: read from the cache), so no text encoder is in the times; nothing is decoded, for there is no reward beside R_dm.
 
 Peak memory: on a GPU torch.cuda.max_memory_allocated, the networks included; on a CPU (Linux) the peak of the process's resident
 memory above what it was before the networks were made. FLOPs are model FLOPs: of forward and of backward passes, counted apart by torch
@@ -23,14 +23,17 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import itertools
 import json
+import multiprocessing
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -45,9 +48,9 @@ SMALL = ["--groups", "2", '--size=["256x256"]']
 # device -> family -> (modes, flags of all of them)
 CASES = {
     "cuda": {
-        "sdxl": (["lora", "lora-u4", "full"], ["--groups", "4", *PARTS]),
-        "sd3.5-medium": (["lora", "lora-u4", "full"], ["--groups", "4", *PARTS]),
-        "flux.1-dev": (["lora", "lora-u4"], ["--groups", "2", *PARTS]),
+        "sdxl": (["lora", "lora-u4", "full"], ["--groups", "2", *PARTS]),
+        "sd3.5-medium": (["lora", "lora-u4", "full"], ["--groups", "2", *PARTS]),
+        "flux.1-dev": (["lora", "lora-u4"], ["--groups", "1", *PARTS]),
     },
     "cpu": {
         "world": (["full", "full-u4", "full-u2m2", "lora", "lora-u4"], []),
@@ -64,8 +67,7 @@ WEIGHTS = {
     "cpu": {"lora": ["--lora-rank", "8"], "full": []},
 }
 MODES = [weights + reuse for weights in ("full", "lora") for reuse in REUSE]
-WARM_UP = 2  # cycles
-ROUNDS = 2  # processes of either kind, where they cannot live at once
+WARM_UP = {"cuda": 1, "cpu": 2}  # cycles; of the first mode, where a process serves several
 
 # floating-point operations a second of dense bf16 matrix products, by a part of the device's name, from the makers' data sheets
 PEAK = {
@@ -79,9 +81,15 @@ PEAK = {
 }
 
 
-def flags(device: str, family: str, mode: str) -> list[str]:
+def parts_of(mode: str) -> tuple[str, str]:
+    """(what is trained, what is reused)"""
     weights, dash, reuse = mode.partition("-")
-    return [*CASES[device][family][1], *WEIGHTS[device][weights], *REUSE[dash + reuse], "--device", device]
+    return weights, dash + reuse
+
+
+def flags(device: str, family: str, mode: str) -> list[str]:
+    weights, reuse = parts_of(mode)
+    return [*CASES[device][family][1], *WEIGHTS[device][weights], *REUSE[reuse], "--device", device]
 
 
 # -- the two systems ---------------------------------------------------------------------------------------------------
@@ -124,8 +132,15 @@ class Ours:
         self.denoisers = dict(zip(("teacher", "student", "fake"), self.run.roles, strict=False))
 
     def warm_up(self, meter: Meter) -> None:
-        for _ in range(WARM_UP):
+        for _ in range(WARM_UP[self.config.device]):
             self.cycle(meter)
+
+    def set_reuse(self, reuse: str) -> None:
+        """Between two cycles: the next rollout is reused in another way."""
+        from fewstep import cli
+
+        self.config.reuse = self.trainer.config.reuse = cli.parse_config(REUSE[reuse]).reuse
+        self.trainer.used = self.config.reuse.rollout  # the last rollout has served
 
     def cycle(self, meter: Meter) -> tuple[int, int]:
         """A rollout and all the updates it feeds; returns (student updates, fake updates)."""
@@ -175,7 +190,7 @@ class Plain:
         self.denoisers = dict(zip(("teacher", "student", "fake"), roles, strict=False))
 
     def warm_up(self, meter: Meter) -> None:
-        for _ in range(WARM_UP):
+        for _ in range(WARM_UP[self.config.device]):
             self.cycle(meter)
         self.reference.deck.clear()  # what is measured starts with whole rounds of the steps
 
@@ -285,8 +300,8 @@ def known_peak(name: str) -> float | None:
 # -- one process -------------------------------------------------------------------------------------------------------
 
 
-def served(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Builds and warms up one system and says so, then of every cycle what it took."""
+def served(task: dict[str, Any]) -> Generator[dict[str, Any], str | None, None]:
+    """Builds and warms up one system and says so, then of every cycle what it took; sent how a rollout is reused, it changes that."""
     import torch
 
     from fewstep import models
@@ -300,8 +315,13 @@ def served(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
         system = SYSTEMS[task["system"]](task["family"], task["options"])
         system.warm_up(meter)
         precision = system.config.precision
-        yield {"precision": precision, "threads": torch.get_num_threads(), "peak_flops": measured_peak(device, precision)}
+        asked = yield {"precision": precision, "threads": torch.get_num_threads(), "peak_flops": measured_peak(device, precision)}
         while True:
+            if asked == KERNELS:
+                asked = yield {"kernels": kernels_of(lambda: system.cycle(meter))}
+                continue
+            if asked is not None:
+                system.set_reuse(asked)
             before = passes(system.denoisers)
             meter.restart()
             began = time.process_time()
@@ -309,7 +329,7 @@ def served(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
             processor = time.process_time() - began
             after = passes(system.denoisers)
             counted = {role: [b - a for a, b in zip(before[role], after[role], strict=True)] for role in after}
-            yield {
+            asked = yield {
                 "updates": updates, "fake_updates": fakes, "seconds": meter.seconds, "processor": processor, "peak": meter.peak,
                 "passes": counted,
             }  # fmt: skip
@@ -317,11 +337,34 @@ def served(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"out_of_memory": str(error).splitlines()[0]}
 
 
+KERNELS = "kernels"  # what a worker is asked for where the device time of a cycle is to be listed
+
+
+def kernels_of(cycle: Callable[[], Any]) -> list[tuple[str, float, int]]:
+    """(name, seconds on the GPU, calls) of the kernels of a cycle, the longest first."""
+    import torch
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    with profiler(activities=[ProfilerActivity.CUDA]) as found:
+        cycle()
+        torch.cuda.synchronize()
+    events = [(event.key, event.self_device_time_total / 1e6, event.count) for event in found.key_averages()]
+    return sorted(events, key=lambda event: -event[1])
+
+
 def worker(task: dict[str, Any]) -> None:
     """Answers with a line of JSON when ready, and to every line of its input with what a cycle took."""
-    for said in served(task):
+    answers = served(task)
+    said = next(answers)
+    while True:
         print(json.dumps(said), flush=True)
-        if not sys.stdin.readline():
+        line = sys.stdin.readline()
+        if not line:
+            return
+        try:
+            said = answers.send(json.loads(line))
+        except StopIteration:  # it ran out of memory and has said so
             return
 
 
@@ -342,10 +385,11 @@ class Process:
             raise RuntimeError(f"a worker ended with exit code {code}:\n{self.complaints.read()[-4000:]}")
         return json.loads(line)
 
-    def ask(self) -> dict[str, Any]:
+    def ask(self, reuse: str | None = None) -> dict[str, Any]:
+        """What a cycle took. reuse: how its rollout is used, as the end of a mode says; None: as the last was."""
         if "out_of_memory" in self.ready:
             return self.ready
-        self.process.stdin.write("cycle\n")
+        self.process.stdin.write(json.dumps(reuse) + "\n")
         self.process.stdin.flush()
         said = self.listen()
         if "out_of_memory" in said:
@@ -425,38 +469,80 @@ def summary(cycles: list[dict[str, Any]], unit: Flops, real: Flops | None, batch
     }
 
 
-def take_turns(device: str, family: str, mode: str, repeat: int) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
-    """(cycles of either system, what the workers said of themselves)."""
-    tasks = {name: {"system": name, "family": family, "options": flags(device, family, mode), "device": device} for name in SYSTEMS}
-    cycles: dict[str, list[dict[str, Any]]] = {name: [] for name in tasks}
-    if device == "cuda":
-        for _ in range(ROUNDS):
-            for name, task in tasks.items():
-                with Process(task) as process:
-                    cycles[name] += [process.ask() for _ in range(repeat)]
-                    ready = process.ready
-        return cycles, ready
+Cycles = list[dict[str, Any]]
+
+
+def tasks_of(device: str, family: str, mode: str) -> dict[str, dict[str, Any]]:
+    return {name: {"system": name, "family": family, "options": flags(device, family, mode), "device": device} for name in SYSTEMS}
+
+
+def take_turns(device: str, family: str, mode: str, repeat: int) -> tuple[dict[str, Cycles], dict[str, Any]]:
+    """(cycles of either system, turn by turn, what the workers said of themselves)."""
+    cycles: dict[str, Cycles] = {name: [] for name in SYSTEMS}
     with ExitStack() as stack:
-        processes = {name: stack.enter_context(Process(task)) for name, task in tasks.items()}
+        processes = {name: stack.enter_context(Process(task)) for name, task in tasks_of(device, family, mode).items()}
         for _ in range(repeat):
             for name, process in processes.items():
                 cycles[name].append(process.ask())
-        return cycles, max((process.ready for process in processes.values()), key=lambda ready: ready["peak_flops"])
+        return cycles, max((process.ready for process in processes.values()), key=lambda ready: ready.get("peak_flops", 0.0))
 
 
-def measure(device: str, family: str, mode: str, repeat: int) -> dict[str, Any]:
-    """One row: both systems, and what ours takes as a share of the reference."""
+def one_after_the_other(device: str, family: str, modes: list[str], repeat: int) -> tuple[dict[str, Cycles], Cycles, dict[str, Any]]:
+    """(ours by mode, the reference's, what ours said of itself), for modes that train the same weights: ours makes a cycle at least and
+    `repeat` updates or more of each, the reference, which reuses nothing and is the same in all of them, `repeat` updates. On a GPU ours
+    says which kernels a cycle of the first mode runs."""
+    ours: dict[str, Cycles] = {}
+    first, *_ = modes
+    tasks = tasks_of(device, family, first)
+    with Process(tasks["ours"]) as process:
+        ready = process.ready
+        for mode in modes:
+            found = ours.setdefault(mode, [])
+            while sum(cycle.get("updates", repeat) for cycle in found) < repeat:
+                found.append(said(f"{family} {mode}", process.ask(parts_of(mode)[1])))
+            if device == "cuda" and mode == first and "out_of_memory" not in process.ready:
+                ready = ready | process.ask(KERNELS)
+    with Process(tasks["reference"]) as process:
+        reference = [said(f"{family} reference", process.ask()) for _ in range(repeat if parts_of(first)[1] == "" else 1)]
+    return ours, reference, ready
+
+
+def said(what: str, cycle: dict[str, Any]) -> dict[str, Any]:
+    """The cycle, with a line about it."""
+    found = cycle.get("out_of_memory") or f"{sum(cycle['seconds'].values()) / cycle['updates']:.2f} s an update, {cycle['peak']}"
+    print(f"{what}: {found}", file=sys.stderr, flush=True)
+    return cycle
+
+
+def measured(device: str, family: str, modes: list[str], repeat: int) -> Iterator[dict[str, Any]]:
+    """A row for each mode."""
+    if device != "cuda":
+        for mode in modes:
+            cycles, ready = take_turns(device, family, mode, repeat)
+            real = flops_of_passes(family, "cuda", mode) if family in CASES["cuda"] else None
+            yield measure(family, mode, cycles, ready, flags(device, family, mode), flops_of_passes(family, device, mode), real)
+        return
+    for weights in dict.fromkeys(parts_of(mode)[0] for mode in modes):
+        own = [mode for mode in modes if parts_of(mode)[0] == weights]
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:  # counts while the GPU is at work
+            unit = pool.submit(flops_of_passes, family, device, weights)
+            ours, reference, ready = one_after_the_other(device, family, own, repeat)
+            for mode, cycles in ours.items():
+                yield measure(family, mode, {"ours": cycles, "reference": reference}, ready, flags(device, family, mode), unit.result())
+
+
+def measure(
+    family: str, mode: str, cycles: dict[str, Cycles], ready: dict[str, Any], options: list[str], unit: Flops, real: Flops | None = None
+) -> dict[str, Any]:
+    """One row: both systems, and what ours takes as a share of the reference. options: flags of `fewstep distill`; unit: operations of a
+    pass of what was run; real: of the model's real size, where that is another."""
     import torch
 
     from fewstep import cli
 
-    options = flags(device, family, mode)
     config = cli.parse_config(options)
-    cycles, ready = take_turns(device, family, mode, repeat)
-    unit = flops_of_passes(family, device, mode)
-    real = flops_of_passes(family, "cuda", mode) if family in CASES["cuda"] else None
     found = {name: summary(of_one, unit, real, config.groups * config.group_size) for name, of_one in cycles.items()}
-    known = known_peak(torch.cuda.get_device_name()) if device == "cuda" else None
+    known = known_peak(torch.cuda.get_device_name()) if config.device == "cuda" else None
     peak = known or ready.get("peak_flops")
     for one in found.values():
         if "seconds" in one and peak:
@@ -471,17 +557,23 @@ def measure(device: str, family: str, mode: str, repeat: int) -> dict[str, Any]:
         "flops_of_a_real_pass": real,
         "peak_flops": peak,
         "peak_flops_from": "data sheet" if known else "a product of large matrices, measured in this run",
+        "peak_flops_measured": ready.get("peak_flops"),
+        "kernels": ready.get("kernels", []),
         **found,
     }
     if all("seconds" in one for one in found.values()):
         shared = [key for key in ("seconds", "processor_seconds", "flops", "real_flops") if key in found["ours"]]
         row["ratio"] = {key: found["ours"][key] / found["reference"][key] for key in shared}
         row["ratio"]["peak_bytes"] = highest(found["ours"]) / highest(found["reference"])
-        row["spread"] = {}
-        for key in ("seconds", "processor_seconds"):
-            turns = [a / b for a, b in zip(*(found[name][f"{key}_of_cycles"] for name in SYSTEMS), strict=True)]
-            row["spread"][key] = [min(turns), max(turns)]
+        row["spread"] = {key: spread(*(found[name][f"{key}_of_cycles"] for name in SYSTEMS)) for key in ("seconds", "processor_seconds")}
     return row
+
+
+def spread(ours: list[float], reference: list[float]) -> list[float]:
+    """Least and most of the ratios: of turns where there are as many of either, of any two cycles where there are not."""
+    pairs = zip(ours, reference, strict=True) if len(ours) == len(reference) else itertools.product(ours, reference)
+    turns = [a / b for a, b in pairs]
+    return [min(turns), max(turns)]
 
 
 def highest(found: dict[str, Any]) -> int:
@@ -608,9 +700,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", nargs="+", choices=[*CASES[device]], default=[*CASES[device]], help="which networks; default: all")
     parser.add_argument("--mode", nargs="+", choices=MODES, help="what is trained and what is reused; default: the family's own list")
-    parser.add_argument(
-        "--repeat", type=int, default=4, help="cycles measured of either system after the warm-up (on a GPU: in each process)"
-    )
+    parser.add_argument("--repeat", type=int, default=4, help="cycles measured of either system after the warm-up (on a GPU: updates)")
     parser.add_argument("--output", type=Path, help="JSON file with every number, the machine and the versions")
     parser.add_argument("--profile", action="store_true", help="profile one cycle of ours instead, under torch.profiler")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -620,12 +710,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     rows = []
     for family in given.family:
-        for mode in given.mode or CASES[device][family][0]:
-            print(f"{family} {mode} ...", file=sys.stderr, flush=True)
-            if given.profile:
+        modes = given.mode or CASES[device][family][0]
+        print(f"{family} {' '.join(modes)} ...", file=sys.stderr, flush=True)
+        if given.profile:
+            for mode in modes:
                 print(profile(device, family, mode))
-                continue
-            rows.append(measure(device, family, mode, given.repeat))
+            continue
+        for row in measured(device, family, modes, given.repeat):
+            rows.append(row)
             report = {
                 "machine": machine(device),
                 "command": ["bench/step.py", *(sys.argv[1:] if arguments is None else arguments)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import json
 import signal
 import sys
@@ -254,7 +255,7 @@ def saved_recipe(arguments: list[str]) -> list[str]:
 
 def flag_values(arguments: list[str]) -> dict[str, str]:
     """What follows each flag, the last one winning."""
-    return dict(pair for pair in zip(arguments, [*arguments[1:], ""], strict=True)) | dict(a.split("=", 1) for a in arguments if "=" in a)
+    return dict(itertools.pairwise([*arguments, ""])) | dict(a.split("=", 1) for a in arguments if "=" in a)
 
 
 def as_arguments(values: dict[str, Any], prefix: str = "") -> list[str]:
@@ -1135,6 +1136,7 @@ def compare_command(arguments: list[str]) -> int:
 
     from fewstep import compare as table
     from fewstep import models, world
+    from fewstep.config import Config
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str):
@@ -1151,6 +1153,7 @@ def compare_command(arguments: list[str]) -> int:
     )
     parser.add_argument("--evaluations", type=int, default=180_000, help="network evaluations of each student's training")
     parser.add_argument("--jobs", type=int, default=2, help="cells side by side, one thread each")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument("--quick", action="store_true", help="a smoke version: two rows, one seed, a few updates")
     options = parser.parse_args(arguments)
     known, sets = table.EVERY_ROW, {"table": table.ROWS, "pareto": table.PARETO, "grid": table.GRID}
@@ -1164,7 +1167,8 @@ def compare_command(arguments: list[str]) -> int:
     for name, value in (("seeds", options.seeds), ("evaluations", options.evaluations), ("jobs", options.jobs)):
         if value is not None and value < 1:
             raise UserError(f"--{name}: must be at least 1, got {value}")
-    plan = table.Plan(options.output, options.evaluations, images_per_prompt=world.IMAGES_PER_PROMPT, prompts=128, threads=1)
+    device = resolve_hardware(Config(device=options.device)).device
+    plan = table.Plan(options.output, options.evaluations, images_per_prompt=world.IMAGES_PER_PROMPT, prompts=128, threads=1, device=device)
     if options.quick:
         small = ("--groups", "2", "--group-size", "2")
         plan = dataclasses.replace(plan, evaluations=200, images_per_prompt=3, prompts=24, options=small)

@@ -172,6 +172,7 @@ class Plan:
     prompts: int  # of the held-out prompts, how many are drawn
     threads: int
     judge_updates: int = 900  # of the fresh fake that judges an adaptive weight's budget
+    device: str = "cpu"
     options: tuple[str, ...] = ()  # flags that every cell gets, after its row's own
 
 
@@ -199,7 +200,7 @@ def instruments(plan: Plan) -> tuple[list[str], dict[str, Any], Any]:
     from safetensors.torch import load_file
 
     data = load_file(world.ASSETS / "features.safetensors")["heldout"].float()
-    return world.prompts("evaluate")[: plan.prompts], world.load_scorers(), data
+    return world.prompts("evaluate")[: plan.prompts], world.load_scorers(device=plan.device), data
 
 
 def observe_pipeline(plan: Plan, pipe: Any, *, steps: int, guidance: float, seed: int) -> dict[str, Any]:
@@ -208,7 +209,9 @@ def observe_pipeline(plan: Plan, pipe: Any, *, steps: int, guidance: float, seed
 
     prompts, scorers, _ = instruments(plan)
     sampling = {"steps": steps, "guidance": guidance, "seed": seed, "batch": protocol.BATCH}
-    return protocol.observe_sample(pipe, prompts, plan.images_per_prompt, scorers, gold_utility, **sampling)
+    return protocol.observe_sample(
+        pipe.to(plan.device), prompts, plan.images_per_prompt, scorers, gold_utility, device=plan.device, **sampling
+    )
 
 
 def target_guidance(row: str, config: Any | None) -> float:
@@ -229,7 +232,7 @@ def reference(plan: Plan, guidance: float) -> Any:
 
     path = plan.output / ("reference.safetensors" if guidance == world.TEACHER_GUIDANCE else f"reference-guidance-{guidance:g}.safetensors")
     if not path.is_file():
-        pipe = protocol.open_pipeline(world.TEACHER, "cpu")
+        pipe = protocol.open_pipeline(world.TEACHER, plan.device)
         observed = observe_pipeline(plan, pipe, steps=world.TEACHER_STEPS, guidance=guidance, seed=REFERENCE_SEED)
         features = scaled(observed["features/clip-heldout"]).contiguous()
         protocol.replace(path, lambda temporary: save_file({"features": features}, temporary))
@@ -259,7 +262,7 @@ def measure(plan: Plan, observed: dict[str, Any], target: float) -> dict[str, fl
 
 
 def run_teacher_cell(plan: Plan, row: TeacherRow, seed: int) -> dict[str, Any]:
-    pipe = protocol.open_pipeline(world.TEACHER, "cpu")
+    pipe = protocol.open_pipeline(world.TEACHER, plan.device)
     if row.solver:
         pipe.scheduler = protocol.solver(row.solver, pipe.scheduler.config)
     observed = observe_pipeline(plan, pipe, steps=row.steps, guidance=row.guidance, seed=seed)
@@ -319,7 +322,7 @@ def mark(plan: Plan, run: Any, seed: int, target: float) -> dict[str, float]:
     import torch
 
     pipe = run.backbone.student_pipeline(run.roles, run.trainer.averaged(), run.config.steps)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         found = measure(plan, observe_pipeline(plan, pipe, steps=run.config.steps, guidance=UNGUIDED, seed=seed), target)
     return {key: found[key] for key in DISTANCES}
 
@@ -377,7 +380,8 @@ def flops_of_a_pass(run: Any) -> dict[str, int]:
     from fewstep.types import Sample
 
     trainer, prompt = run.trainer, ["a cat"]
-    latent, one, k = torch.zeros(1, *trainer.latent_shapes[0]), torch.full((1,), 0.5), torch.zeros(1, dtype=torch.long)
+    latent = torch.zeros(1, *trainer.latent_shapes[0], device=trainer.device)
+    one, k = latent.new_full((1,), 0.5), torch.zeros(1, dtype=torch.long, device=trainer.device)
     cond = trainer.encode(prompt) | {"step": k}
     picture = run.backbone.decode(latent).detach()
     seen = Sample(picture, one, k, cond, prompt, k, lambda x: x)  # a reward sees a picture; decoding it is counted apart
@@ -426,18 +430,18 @@ def fd_per_step(plan: Plan, run: Any, seed: int, target: float) -> list[float]:
     from fewstep.rewards.clip import CLIPScore
 
     trainer, batch = run.trainer, 16
-    scorer = CLIPScore.load(world.ASSETS / "clip-heldout")
+    scorer = CLIPScore.load(world.ASSETS / "clip-heldout", device=trainer.device)
     rows = [prompt for prompt in world.prompts("evaluate")[: plan.prompts] for _ in range(plan.images_per_prompt)]
     features: list[list[torch.Tensor]] = [[] for _ in range(trainer.student.steps)]
     with torch.no_grad():
         for name, value in trainer.averaged().items():
             trainer.parameters[name].copy_(value)
         for start in range(0, len(rows), batch):
-            chunk, generator = rows[start : start + batch], torch.Generator().manual_seed(seed * 100_003 + start)
-            noise = torch.randn(len(chunk), *trainer.latent_shapes[0], generator=generator)
+            chunk, generator = rows[start : start + batch], torch.Generator(trainer.device).manual_seed(seed * 100_003 + start)
+            noise = torch.randn(len(chunk), *trainer.latent_shapes[0], generator=generator, device=trainer.device)
             rollout = trainer.student.rollout(noise, trainer.encode(chunk), generator=generator)
             for k, x0 in enumerate(rollout.x0):
-                features[k].append(scorer.image_features(trainer.decode(x0)))
+                features[k].append(scorer.image_features(trainer.decode(x0)).cpu())
     return [float(frechet(scaled(torch.cat(of_step)), reference(plan, target))) for of_step in features]
 
 
@@ -448,7 +452,7 @@ def cell_config(plan: Plan, row: Row, seed: int) -> Any:
     config = cli.parse_config(
         [*row.flags, *plan.options, "--seed", str(seed), "--updates", "1000000", "--output", str(plan.output / "none")]
     )
-    return cli.resolve_hardware(replace(config, device="cpu"))
+    return cli.resolve_hardware(replace(config, device=plan.device, memory=replace(config.memory, frozen="fp32")))
 
 
 def config_of(plan: Plan, row: str, seed: int) -> Any | None:
@@ -464,7 +468,10 @@ def stamp_of(plan: Plan, row: str, seed: int) -> dict[str, Any]:
     config, student = config_of(plan, row, seed), EVERY_ROW.get(row)
     recipe = "teacher"
     if config is not None:
-        plain, untouched = (cli.as_plain(at) | {"output": ""} for at in (config, cli.resolve_hardware(Config(device="cpu"))))
+        # where a cell is made is kept beside it (`machine`); what it computes is the same everywhere
+        plain, untouched = (
+            cli.as_plain(at) | {"output": "", "device": "cpu"} for at in (config, cli.resolve_hardware(Config(device="cpu")))
+        )
         recipe = protocol.sha256({key: value for key, value in plain.items() if key not in LATER or value != untouched[key]})
     return {
         "config": recipe,
@@ -516,7 +523,8 @@ def make_cell(plan: Plan, row: str, seed: int) -> dict[str, Any]:
     torch.set_num_threads(plan.threads)
     models.quiet_libraries()
     cell = run_teacher_cell(plan, TEACHER_ROWS[row], seed) if row in TEACHER_ROWS else run_cell(plan, EVERY_ROW[row], seed)
-    machine = f"{platform.machine()}, {plan.threads} threads, torch {protocol.version('torch')}, diffusers {protocol.version('diffusers')}"
+    where = protocol.device_name(plan.device) if plan.device != "cpu" else f"{platform.machine()}, {plan.threads} threads"
+    machine = f"{where}, torch {protocol.version('torch')}, diffusers {protocol.version('diffusers')}"
     cell |= {"row": row, "seed": seed, "stamp": stamp_of(plan, row, seed), "commit": commit(), "machine": machine}
     protocol.replace(cell_path(plan, row, seed), lambda temporary: temporary.write_text(json.dumps(cell, indent=1)))
     return cell
@@ -545,6 +553,7 @@ def summarise(cells: Cells) -> list[dict[str, Any]]:
         of_seeds, first = list(own.values()), next(iter(own.values()))
         metrics = {key: interval([cell["metrics"][key] for cell in of_seeds]) for key in first["metrics"]}
         entry: dict[str, Any] = {"row": name, "seeds": list(own), "metrics": metrics, "baseline": baseline, "paired": {}}
+        entry["machines"] = dict(Counter(cell["machine"] for cell in of_seeds))
         if "updates" in first:
             entry["updates"] = interval([cell["updates"] for cell in of_seeds])[0]
             entry["training_seconds"] = interval([cell["training_seconds"] for cell in of_seeds])[0]
@@ -602,6 +611,8 @@ def markdown(summary: list[dict[str, Any]], plan: Plan) -> str:
         f"measured on {n} pictures of held-out prompts. TFLOP: of the training, decoder and rewards with it. ± is half a 95% t-interval "
         "over seeds; differences are paired by seed. FD-clip is not an FID."
     )
+    machines = sum((Counter(entry["machines"]) for entry in summary), Counter())
+    note += "\n\nMade on: " + "; ".join(f"{machine} ({count} cells)" for machine, count in machines.most_common()) + "."
     costs = {entry["row"]: EVERY_ROW[entry["row"]].cost for entry in summary if entry["row"] in EVERY_ROW}
     others = "; ".join(f"{row}: {round(plan.evaluations * cost)}" for row, cost in costs.items() if cost != 1)
     if others:

@@ -214,10 +214,10 @@ class InThisProcess:
 
     def __init__(self, task):
         self.answers = step.served(task)
-        self.ready = self.ask()
+        self.ready = next(self.answers)
 
-    def ask(self):
-        return next(self.answers)
+    def ask(self, reuse=None):
+        return self.answers.send(reuse)
 
     def __enter__(self):
         return self
@@ -252,21 +252,42 @@ def test_the_script_measures_both_and_says_their_ratio(shallow, monkeypatch, tmp
     assert step.table(report["rows"]) in capsys.readouterr().out
 
 
+def test_modes_of_the_same_weights_share_a_process(shallow, monkeypatch):
+    """What a GPU measures, on a CPU: the rollout's reuse changes between cycles, and the reference serves every mode."""
+    shrink(monkeypatch)
+    monkeypatch.setattr(step, "Process", InThisProcess)
+    small = ["--groups", "2", '--size=["64x64"]', "--fake.updates", "1"]
+    monkeypatch.setitem(step.CASES["cpu"], "sd3.5-medium", (["lora", "lora-u4"], small))
+    ours, reference, ready = step.one_after_the_other("cpu", "sd3.5-medium", ["lora", "lora-u4"], 2)
+    assert [cycle["updates"] for cycle in ours["lora"]] == [1, 1] and [cycle["updates"] for cycle in ours["lora-u4"]] == [4]
+    assert [cycle["updates"] for cycle in reference] == [1, 1] and ready["peak_flops"] > 0
+    unit = step.flops_of_passes("sd3.5-medium", "cpu", "lora")
+    rows = [step.measure("sd3.5-medium", mode, {"ours": ours[mode], "reference": reference}, ready, small, unit) for mode in ours]
+    forwards = [sum(counts[0] for counts in row["ours"]["passes"].values()) for row in rows]
+    assert forwards == [11, 5 + 6 / 4]  # the rollout's four and the lag's two, shared by four updates
+    assert rows[0]["spread"]["seconds"][0] <= rows[0]["ratio"]["seconds"] <= rows[0]["spread"]["seconds"][1]
+
+
 def test_a_worker_answers_line_by_line(monkeypatch, capsys):
-    monkeypatch.setattr(step, "served", lambda task: ({"task": task, "answer": n} for n in range(10)))
-    monkeypatch.setattr(sys, "stdin", io.StringIO("cycle\ncycle\n"))
+    def served(task):
+        asked = "nothing yet"
+        while True:
+            asked = yield {"task": task, "asked": asked}
+
+    monkeypatch.setattr(step, "served", served)
+    monkeypatch.setattr(sys, "stdin", io.StringIO('null\n"-u4"\n'))
     assert step.main(["--worker", json.dumps({"family": "world"})]) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert answers == [{"task": {"family": "world"}, "answer": n} for n in range(3)]  # when ready, and to either question
+    assert answers == [{"task": {"family": "world"}, "asked": what} for what in ("nothing yet", None, "-u4")]
 
 
 def test_a_process_that_ends_too_soon_is_an_error_with_its_own_words(monkeypatch, tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(
         "print('{}', flush=True)\n"
-        "assert input() == 'cycle'\n"
+        "assert input() == 'null'\n"
         "print('{\"updates\": 1}', flush=True)\n"
-        "assert input() == 'cycle'\n"
+        "assert input() == 'null'\n"
         "raise SystemExit('no such family')\n"
     )
     monkeypatch.setattr(step, "__file__", str(script))

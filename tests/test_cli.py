@@ -15,6 +15,7 @@ import yaml
 
 import fewstep
 from fewstep import cli, models
+from fewstep.config import Config
 
 ROOT = Path(fewstep.__file__).parents[1]
 SMALL = ["--groups", "2", "--group-size", "2", "--save-every", "2", "--sample-every", "0"]
@@ -45,7 +46,6 @@ def test_every_config_field_is_documented_in_the_help(capsys):
     with pytest.raises(SystemExit):
         cli.main(["distill", "--help"])
     text = capsys.readouterr().out
-    from fewstep.config import Config
 
     for name in cli.field_names(Config):
         assert f"--{name}" in text
@@ -196,6 +196,7 @@ def test_recipe_flags_and_keyword_arguments_say_the_same(tmp_path):
         cli.as_arguments({"steps": 2, "student": {"lr": 1e-3}, "matching": {"normalize": "sample"}, "group_size": 4})
     )
     assert from_file == flags == keywords
+    assert cli.parse_config([]) == Config()
     assert cli.parse_config(["--overwrite", "--seed", "3"]).overwrite is True
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -33,6 +35,24 @@ class Roles(NamedTuple):
     fake: Denoiser
     student_parameters: dict[str, nn.Parameter]
     fake_parameters: dict[str, nn.Parameter]
+
+
+class AddedLinear(LoraLinear):
+    """peft's LoRA of a linear layer, W x + b + s B A x, with the last product adding itself to the output.
+
+    peft makes the product, scales it and adds it: three passes over a tensor of the output's size, in the backward pass two, and
+    copies of it for the graph.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.disable_adapters:
+            return self.base_layer(x)
+        (adapter,) = self.active_adapters
+        rows = x.reshape(-1, x.shape[-1])  # one product of two matrices adds in place, a batch of them would not
+        output, inner = self.base_layer(rows), F.linear(rows, self.lora_A[adapter].weight)
+        # in place: the backward pass of W x does not look at W x
+        output.addmm_(inner, self.lora_B[adapter].weight.to(inner.dtype).T, alpha=self.scaling[adapter])
+        return output.view(*x.shape[:-1], -1)
 
 
 class Adapters:
@@ -472,8 +492,10 @@ class Backbone:
             if int8_teacher:
                 in_eight_bits(base)
         else:
+            config = self.lora_config(lora_rank)
+            config._register_custom_module({nn.Linear: AddedLinear})
             for name in ("student", "fake"):
-                inject_adapter_in_model(self.lora_config(lora_rank), base, adapter_name=name)
+                inject_adapter_in_model(config, base, adapter_name=name)
             for name, parameter in base.named_parameters():
                 if ".lora_" in name:
                     parameter.data = parameter.data.float()
