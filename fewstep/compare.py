@@ -468,10 +468,9 @@ def stamp_of(plan: Plan, row: str, seed: int) -> dict[str, Any]:
     config, student = config_of(plan, row, seed), EVERY_ROW.get(row)
     recipe = "teacher"
     if config is not None:
-        # where a cell is made is kept beside it (`machine`); what it computes is the same everywhere
-        plain, untouched = (
-            cli.as_plain(at) | {"output": "", "device": "cpu"} for at in (config, cli.resolve_hardware(Config(device="cpu")))
-        )
+        # the machine and its arithmetic are no setting: they are kept beside the cell (`machine`)
+        anywhere = {"output": "", "device": "cpu", "precision": "bf16"}
+        plain, untouched = (cli.as_plain(at) | anywhere for at in (config, cli.resolve_hardware(Config(device="cpu"))))
         recipe = protocol.sha256({key: value for key, value in plain.items() if key not in LATER or value != untouched[key]})
     return {
         "config": recipe,
@@ -523,11 +522,17 @@ def make_cell(plan: Plan, row: str, seed: int) -> dict[str, Any]:
     torch.set_num_threads(plan.threads)
     models.quiet_libraries()
     cell = run_teacher_cell(plan, TEACHER_ROWS[row], seed) if row in TEACHER_ROWS else run_cell(plan, EVERY_ROW[row], seed)
-    where = protocol.device_name(plan.device) if plan.device != "cpu" else f"{platform.machine()}, {plan.threads} threads"
-    machine = f"{where}, torch {protocol.version('torch')}, diffusers {protocol.version('diffusers')}"
-    cell |= {"row": row, "seed": seed, "stamp": stamp_of(plan, row, seed), "commit": commit(), "machine": machine}
+    cell |= {"row": row, "seed": seed, "stamp": stamp_of(plan, row, seed), "commit": commit(), "machine": machine(plan, row, seed)}
     protocol.replace(cell_path(plan, row, seed), lambda temporary: temporary.write_text(json.dumps(cell, indent=1)))
     return cell
+
+
+def machine(plan: Plan, row: str, seed: int) -> str:
+    """What a cell is made on: the processor, the arithmetic of a student's training, and the libraries."""
+    config = config_of(plan, row, seed)
+    where = f"{platform.machine()}, {plan.threads} threads" if plan.device == "cpu" else protocol.device_name(plan.device)
+    parts = [where, *([config.precision] if config else []), *(f"{name} {protocol.version(name)}" for name in ("torch", "diffusers"))]
+    return ", ".join(parts)
 
 
 def interval(values: list[float], level: float = 0.95) -> tuple[float, float]:
@@ -710,15 +715,17 @@ def plot_pareto(summary: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
-    styles = {"GNDMR, preference": ("#0072b2", "o"), "DMDR, preference": ("#d55e00", "s")}
-    for method, (color, marker) in styles.items():
+    # each method's weights stand on its own side of its curve
+    styles = {"GNDMR, preference": ("#0072b2", "o", (-6, 4), "right"), "DMDR, preference": ("#d55e00", "s", (6, -9), "left")}
+    for method, (color, marker, offset, side) in styles.items():
         points = [entry for entry in summary if entry["row"].startswith(method + " ")]
         points.sort(key=lambda entry: float(entry["row"].rpartition(" ")[2]))
         if points:
             x, y = ([entry["metrics"][key][0] for entry in points] for key in ("fd_clip_teacher", "preference"))
             axis.plot(x, y, marker=marker, color=color, label=f"{method.partition(',')[0]}, over its weight")
             for entry, a, b in zip(points, x, y, strict=True):
-                axis.annotate(entry["row"].rpartition(" ")[2], (a, b), textcoords="offset points", xytext=(5, 4), fontsize=8)
+                weight = entry["row"].rpartition(" ")[2]
+                axis.annotate(weight, (a, b), textcoords="offset points", xytext=offset, ha=side, fontsize=8, color=color)
     for entry in summary:
         if entry["row"] in ("teacher, 28 steps", "GNDM", "DMD", "GNDMR adaptive"):
             a, b = entry["metrics"]["fd_clip_teacher"][0], entry["metrics"]["preference"][0]

@@ -1,5 +1,6 @@
 """The README says what the committed results say; the other pages what the code says."""
 
+import json
 import math
 import re
 import runpy
@@ -7,8 +8,10 @@ import sys
 import types
 from pathlib import Path
 
+import pytest
 import torch
 
+from fewstep import compare, world
 from fewstep.export import markdown_table
 from fewstep.rewards import rows
 
@@ -20,6 +23,17 @@ def test_the_tables_are_the_committed_results():
     assert set(tables["PAGES"]) == {"README.md", "docs/rewards.md"}
     for page in tables["PAGES"]:
         assert tables["written"](page) == (ROOT / page).read_text()
+
+
+@pytest.mark.parametrize("folder", ["compare", "grid"])
+def test_every_committed_cell_is_in_its_table(folder, capsys):
+    """On any machine: what a cell was made on is no setting."""
+    output = ROOT / "docs" / "results" / folder
+    plan = compare.Plan(output, evaluations=180_000, images_per_prompt=world.IMAGES_PER_PROMPT, prompts=128, threads=1)
+    cells = compare.kept(plan)
+    assert len(cells) == len(list(output.glob("cells/*.json"))) > 20, capsys.readouterr().out
+    reported = json.loads((output / "compare.json").read_text())["cells"]
+    assert {(cell["row"], cell["seed"]) for cell in reported} == cells.keys()
 
 
 def test_the_page_of_rewards_has_the_table_of_the_code():
@@ -39,8 +53,6 @@ def test_the_worked_example_of_a_remote_reward_scores(monkeypatch):
 
 
 def test_the_page_on_evaluation_knows_every_flag_set_and_extractor(capsys):
-    import pytest
-
     from fewstep import cli
     from fewstep.evaluate import features, protocol, sets
 
