@@ -1153,7 +1153,7 @@ def compare_command(arguments: list[str]) -> int:
     )
     parser.add_argument("--evaluations", type=int, default=180_000, help="network evaluations of each student's training")
     parser.add_argument("--jobs", type=int, default=2, help="cells side by side, one thread each")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one")
     parser.add_argument("--quick", action="store_true", help="a smoke version: two rows, one seed, a few updates")
     options = parser.parse_args(arguments)
     known, sets = table.EVERY_ROW, {"table": table.ROWS, "pareto": table.PARETO, "grid": table.GRID}

@@ -270,6 +270,13 @@ def capacity(device: str) -> tuple[int, str]:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory"
 
 
+def largest_part(config: Config, needs: Needs, room: float) -> int:
+    """The most prompts that may pass together (memory.micro_groups) in `room` bytes: activations alone grow with them."""
+    together = config.memory.micro_groups or config.groups
+    spare = room - (needs.training - needs.activations)
+    return min(max(together, int(spare * together // needs.activations)), config.groups)
+
+
 def report(source: str, config: Config, prompts: int) -> str:
     """What `fewstep distill --dry-run` prints."""
     needs = measure(source, config, prompts)
@@ -296,8 +303,11 @@ def report(source: str, config: Config, prompts: int) -> str:
     ]
     if config.reward:
         lines.append(f"not counted: the models of {', '.join(config.reward)}, and pictures with their gradient")
-    fits = needs.device <= 0.9 * total
+    fits, larger = needs.device <= 0.9 * total, largest_part(config, needs, 0.9 * total)
     lines.append(f"{'fits' if fits else 'DOES NOT FIT'}: {name} has {gib(total).strip()}")
+    if fits and torch.device(config.device).type == "cuda" and larger > (config.memory.micro_groups or config.groups):
+        # to launch a pass takes the processor the same time whatever passes: docs/performance.md
+        lines.append(f"  room for --memory.micro-groups {larger}: fewer and larger passes, for which a GPU waits less")
     if not fits:
         for flag, bytes_ in savings(source, config, prompts):
             lines.append(f"  {gib(bytes_)} with {flag}")

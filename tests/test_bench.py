@@ -16,7 +16,7 @@ from fewstep.types import Rollout
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
-memory, networks, step = (importlib.import_module(name) for name in ("memory", "networks", "step"))
+dispatch, memory, networks, step = (importlib.import_module(name) for name in ("dispatch", "memory", "networks", "step"))
 
 TINY = ["--groups", "2", '--size=["64x64"]', "--device", "cpu", "--precision", "fp32"]
 DMD = ["--matching.normalize", "sample", "--matching.levels", "uniform", "--fake.condition", "none"]
@@ -207,6 +207,25 @@ def test_the_counted_peak_is_that_of_the_tensors(monkeypatch):
     for width in (2, 4):
         assert abs(plain[width] - ours[width] - 2 * weights) < 0.01 * weights
     assert weights < ours[2] < ours[4] < 1.5 * weights
+
+
+def test_what_is_launched_is_the_real_networks(monkeypatch):
+    """The thin networks are as deep as the real ones, and the passes of an update are those that the trainer makes."""
+    for family, thin in dispatch.THIN.items():
+        real = networks.backbone(family, reduced=False, device="meta").model
+        monkeypatch.setitem(networks.FAMILIES, family, networks.FAMILIES[family]._replace(reduced=thin))
+        small = networks.backbone(family, reduced=True, device="meta").model
+        assert [(name, type(m)) for name, m in small.named_modules()] == [(name, type(m)) for name, m in real.named_modules()]
+        assert sum(p.numel() for p in small.parameters()) < 0.02 * sum(p.numel() for p in real.parameters())
+    assert sum(dispatch.PASSES.values()) == 14 and dispatch.PASSES["trained"] == 5  # docs/performance.md, the floor
+
+
+def test_launching_is_timed_by_kind_of_pass(shallow, monkeypatch, capsys):
+    monkeypatch.setattr(dispatch, "THIN", {"sd3.5-medium": networks.FAMILIES["sd3.5-medium"].reduced})
+    clock = iter(range(1000))
+    monkeypatch.setattr(dispatch.time, "process_time", lambda: float(next(clock)))
+    assert dispatch.main(["--family", "sd3.5-medium", "--repeat", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "| sd3.5-medium | 1000 | 1000 | 1000 | 14.0 |"  # a second by that clock for each
 
 
 class InThisProcess:

@@ -7,10 +7,13 @@ from unittest import mock
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from pipelines import GUIDED, PIPELINES
 
 from fewstep import cli, models
 from fewstep.denoiser import guide
+from fewstep.models.backbone import AddedLinear
 from fewstep.student import Student
 
 PROMPTS = ["a cat", "two red hats"]  # copied for each call: some stock pipelines write into the list they are given
@@ -174,6 +177,13 @@ def test_gradients_reach_the_trained_weights_and_no_others(teachers, name, rank)
             parameter.grad = None
     assert not any(p.requires_grad for p in roles.teacher.parameters() if not rank)
     assert not any(p.requires_grad for p in backbone.pipe.vae.parameters())
+
+
+@every_family
+def test_every_adapter_of_a_linear_layer_adds_itself(teachers, name):
+    model = models.load(str(teachers / name)).roles(lora_rank=2).student.network.model
+    kinds = {type(module) for module in model.modules() if isinstance(module, BaseTunerLayer)}
+    assert AddedLinear in kinds and LoraLinear not in kinds
 
 
 def moved_student(backbone, rank):

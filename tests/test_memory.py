@@ -1,10 +1,17 @@
 """What a run trades for memory changes how an update is computed, not what it is."""
 
+import copy
+from collections import Counter
+
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as LoraLinear
 from test_trainer import run_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep import cli, models, trainer
+from fewstep.models.backbone import Adapters, AddedLinear
 
 
 @pytest.fixture
@@ -247,3 +254,53 @@ def test_compiled_blocks_give_the_same_update(teacher_folder, prompt_file, plain
     compiled, _ = weights_after(teacher_folder, prompt_file, *options, "--compile", updates=2)
     assert traced
     assert distance(plain, compiled) < 1e-3 * distance(start, plain)
+
+
+@pytest.fixture
+def layer():
+    """A linear layer with an adapter scaled by 3 / 2, none of its numbers zero."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["0"])
+    config._register_custom_module({torch.nn.Linear: AddedLinear})
+    model = inject_adapter_in_model(config, torch.nn.Sequential(torch.nn.Linear(5, 4)), adapter_name="student")
+    torch.nn.init.normal_(model[0].lora_B["student"].weight)
+    return model[0]
+
+
+def test_a_layer_with_an_adapter_is_its_formula(layer):
+    """W x + b + (3 / 2) B A x and its gradients, in float64; x not contiguous."""
+    layer.double()
+    x = torch.randn(2, 5, 3, dtype=torch.float64).mT.requires_grad_()
+    w, b = layer.base_layer.weight, layer.base_layer.bias
+    low, high = (getattr(layer, name)["student"].weight for name in ("lora_A", "lora_B"))
+    assert isinstance(layer, AddedLinear)
+
+    def results(y):
+        return [y, *torch.autograd.grad(y.pow(3).sum(), [x, low, high])]
+
+    for mine, wanted in zip(results(layer(x)), results(x @ (w + 1.5 * high @ low).T + b), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-12)
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, w, b))
+
+
+def test_an_adapter_adds_itself_without_a_pass_of_its_own(layer):
+    """Under autocast: no sum, no product by a number and no copy of the output, and no less exact than peft's own layer."""
+    layer.base_layer.to(torch.bfloat16)
+    x = torch.randn(64, 5).bfloat16()
+    exact = copy.deepcopy(layer).double()(x.double())
+    own, Adapters(layer).on = {}, None
+    for forward in (AddedLinear.forward, LoraLinear.forward):
+        passes = Counter()
+
+        class Passes(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None, passes=passes):
+                passes[function.overloadpacket.__name__] += 1
+                return function(*args, **(kwargs or {}))
+
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), Passes():
+            output = forward(layer, x)
+        own[forward] = passes, float((output.double() - exact).square().mean())
+    (mine, error), (peft, larger) = own.values()
+    assert peft["add"] == peft["mul"] == 1 and not mine["add"] + mine["mul"]
+    assert error <= larger

@@ -107,6 +107,28 @@ def test_what_is_turned_changes_what_is_needed(teachers):
     assert needs.measure(source, dataclasses.replace(config, lora_rank=2), 7).device < plain.device
 
 
+def test_a_gpu_with_room_is_told_of_larger_parts(teachers, monkeypatch):
+    source = str(teachers / "StableDiffusion3Pipeline")
+    config = config_of("--teacher", source, "--size", "[32x32]", "--groups", "8", "--memory.micro-groups", "1")
+    needed = {
+        n: needs.measure(source, dataclasses.replace(config, memory=dataclasses.replace(config.memory, micro_groups=n)), 7).training
+        for n in (1, 3, 4, 8)
+    }
+    at_once = dataclasses.replace(config, memory=dataclasses.replace(config.memory, micro_groups=0))
+
+    def told(total, config):
+        monkeypatch.setattr(needs, "capacity", lambda device: (total, "a GPU"))
+        return [line for line in needs.report(source, config, 7).splitlines() if "room for" in line]
+
+    for n, room in ((3, needed[3] + needed[4]), (8, 3 * needed[8])):
+        on_gpu = dataclasses.replace(config, device="cuda")
+        assert told(room / 2 / 0.9, on_gpu) == [
+            f"  room for --memory.micro-groups {n}: fewer and larger passes, for which a GPU waits less"
+        ]
+    assert not told(needed[1] / 0.9, on_gpu) and not told(3 * needed[8], dataclasses.replace(at_once, device="cuda"))
+    assert not told(3 * needed[8], config)
+
+
 def test_a_dry_run_reads_no_weights_and_writes_nothing(teachers, prompt_file, tmp_path, capsys, monkeypatch):
     import shutil
 
