@@ -16,7 +16,10 @@ from fewstep.export import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {"**student, 4 steps**": "distill.json", "student, 4 steps, 2050 updates": "distill-2050.json"}
-BEYOND = {"`gndmr`, 4 steps": "gndmr.json", "the same, preference behind a server": "gndmr-remote.json"}
+BEYOND = {
+    "`gndmr`, 4 steps, 305 updates": "gndmr.json",
+    "the same, preference behind a server, 200 updates": "gndmr-remote.json",
+}
 SCORES = {
     "clip": "CLIPScore, trained on ↑",
     "preference": "preference, trained on ↑",
