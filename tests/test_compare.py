@@ -254,8 +254,17 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
 
 def test_fields_that_came_after_the_first_cells_leave_their_stamps_alone(tmp_path):
     plan = compare.Plan(tmp_path, 100, 2, 4, 1)
-    plain = cli.as_plain(compare.cell_config(plan, compare.EVERY_ROW["GNDM"], 100)) | {"output": ""}
+    anywhere = {"output": "", "device": "cpu", "precision": "bf16"}
+    plain = cli.as_plain(compare.cell_config(plan, compare.EVERY_ROW["GNDM"], 100)) | anywhere
     first = {key: value for key, value in plain.items() if key not in compare.LATER}
     assert compare.stamp_of(plan, "GNDM", 100)["config"] == compare.protocol.sha256(first)
     turned = dataclasses.replace(plan, options=(*plan.options, "--memory.checkpointing"))
     assert compare.stamp_of(turned, "GNDM", 100)["config"] != compare.protocol.sha256(first)
+
+
+def test_a_stamp_is_the_same_on_every_machine(tmp_path):
+    """The committed cells are read wherever the table is made; what each was made on is written beside it."""
+    bf16, fp32 = (compare.Plan(tmp_path, 100, 2, 4, 1, options=("--precision", name)) for name in ("bf16", "fp32"))
+    assert compare.stamp_of(bf16, "GNDM", 100) == compare.stamp_of(fp32, "GNDM", 100)
+    machines = [compare.machine(plan, "GNDM", 100) for plan in (bf16, fp32)]
+    assert ", bf16, torch" in machines[0] and machines[1] == machines[0].replace("bf16", "fp32")
