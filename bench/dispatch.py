@@ -13,6 +13,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import networks
 import torch
@@ -61,12 +62,8 @@ def seconds(function: Callable[[], None], repeat: int) -> float:
 
 def measure(family: str, repeat: int) -> dict[str, float]:
     """Processor seconds of a pass of the frozen teacher, of a pass through an adapter, and of such a pass with its backward pass."""
-    real = networks.FAMILIES[family]
-    networks.FAMILIES[family] = real._replace(reduced=THIN[family])
-    try:
+    with mock.patch.dict(networks.FAMILIES, {family: networks.FAMILIES[family]._replace(reduced=THIN[family])}):
         backbone = networks.backbone(family, reduced=True, dtype=torch.bfloat16, held=2)
-    finally:
-        networks.FAMILIES[family] = real
     roles = backbone.roles(lora_rank=RANK, checkpointing=True)
     x, t = torch.randn(2, *backbone.latent_shape(SIZE)), torch.full((2,), 500.0)
     cond = {key: value[:, :TOKENS] if value.ndim == 3 else value for key, value in backbone.encode(["a", "b"]).items()}

@@ -488,23 +488,29 @@ def take_turns(device: str, family: str, mode: str, repeat: int) -> tuple[dict[s
 
 
 def one_after_the_other(device: str, family: str, modes: list[str], repeat: int) -> tuple[dict[str, Cycles], Cycles, dict[str, Any]]:
-    """(ours by mode, the reference's, what ours said of itself), for modes that train the same weights: ours makes a cycle at least and
-    `repeat` updates or more of each, the reference, which reuses nothing and is the same in all of them, `repeat` updates. On a GPU ours
-    says which kernels a cycle of the first mode runs."""
+    """(ours by mode, the reference's, what ours said of itself), for modes that train the same weights: ours makes `repeat`
+    updates or more of each, and so does the reference, which reuses nothing and is the same in all of them. On a GPU ours says which
+    kernels a cycle of the first mode runs."""
     ours: dict[str, Cycles] = {}
     first, *_ = modes
     tasks = tasks_of(device, family, first)
     with Process(tasks["ours"]) as process:
         ready = process.ready
         for mode in modes:
-            found = ours.setdefault(mode, [])
-            while sum(cycle.get("updates", repeat) for cycle in found) < repeat:
-                found.append(said(f"{family} {mode}", process.ask(parts_of(mode)[1])))
+            ours[mode] = cycles_of(lambda mode=mode: said(f"{family} {mode}", process.ask(parts_of(mode)[1])), repeat)
             if device == "cuda" and mode == first and "out_of_memory" not in process.ready:
                 ready = ready | process.ask(KERNELS)
     with Process(tasks["reference"]) as process:
-        reference = [said(f"{family} reference", process.ask()) for _ in range(repeat if parts_of(first)[1] == "" else 1)]
+        reference = cycles_of(lambda: said(f"{family} reference", process.ask()), repeat)
     return ours, reference, ready
+
+
+def cycles_of(ask: Callable[[], dict[str, Any]], repeat: int) -> Cycles:
+    """Cycles that make `repeat` updates together, or more; one that ran out of memory is the last."""
+    found: Cycles = []
+    while sum(cycle.get("updates", repeat) for cycle in found) < repeat:
+        found.append(ask())
+    return found
 
 
 def said(what: str, cycle: dict[str, Any]) -> dict[str, Any]:

@@ -305,7 +305,7 @@ def report(source: str, config: Config, prompts: int) -> str:
         lines.append(f"not counted: the models of {', '.join(config.reward)}, and pictures with their gradient")
     fits, larger = needs.device <= 0.9 * total, largest_part(config, needs, 0.9 * total)
     lines.append(f"{'fits' if fits else 'DOES NOT FIT'}: {name} has {gib(total).strip()}")
-    if fits and torch.device(config.device).type == "cuda" and larger > (config.memory.micro_groups or config.groups):
+    if fits and torch.device(config.device).type == "cuda" and 0 < config.memory.micro_groups < larger:
         # to launch a pass takes the processor the same time whatever passes: docs/performance.md
         lines.append(f"  room for --memory.micro-groups {larger}: fewer and larger passes, for which a GPU waits less")
     if not fits:
