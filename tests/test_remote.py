@@ -368,7 +368,7 @@ def served(what, *options, environment=()):
         yield url
     finally:
         process.terminate()
-        process.communicate(timeout=30)
+        process.communicate(timeout=120)  # a worker that is still importing torch ends when it has
 
 
 @pytest.fixture(scope="module")
