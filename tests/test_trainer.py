@@ -1,5 +1,7 @@
 """The loop on a tiny random teacher: bit-exact resume, stops on NaN, what is trained and what is not."""
 
+import copy
+import functools
 import json
 from pathlib import Path
 
@@ -83,43 +85,62 @@ def test_resume_is_bit_exact(teacher_folder, prompt_file, tmp_path, stop_at, opt
     assert_same(straight.state(), second.state())
 
 
+def snapshot(trainer):
+    return checkpoint.unpack(*checkpoint.pack(trainer.state()))
+
+
+@pytest.fixture(scope="module")
+def a_run(teacher_folder, prompt_file):
+    """What a run's state was at its start, where it was saved and some updates later, by the options of the run."""
+
+    @functools.cache
+    def states(*options, save_at, go_on):
+        trainer = run_of(teacher_folder, prompt_file, *options).trainer
+        fresh = snapshot(trainer)
+        for _ in range(save_at):
+            trainer.step()
+        saved = snapshot(trainer)
+        for _ in range(go_on):
+            trainer.step()
+        return fresh, saved, snapshot(trainer)
+
+    return lambda *options, save_at, go_on: copy.deepcopy(states(*options, save_at=save_at, go_on=go_on))
+
+
 @pytest.mark.parametrize("key", ["block", "advantages", "weights", "counted"])
-def test_every_part_of_the_state_matters_with_rewards_and_reuse(teacher_folder, prompt_file, key):
-    first = run_of(teacher_folder, prompt_file, *EVERYTHING).trainer
-    fresh = checkpoint.unpack(*checkpoint.pack(first.state()))
-    for _ in range(3):
-        first.step()
-    saved = checkpoint.unpack(*checkpoint.pack(first.state()))
+def test_every_part_of_the_state_matters_with_rewards_and_reuse(teacher_folder, prompt_file, a_run, key):
+    fresh, saved, later = a_run(*EVERYTHING, save_at=3, go_on=2)
     assert saved["block"] is not None and saved["advantages"] and saved["weights"]["b"] is not None
-    for _ in range(2):
-        first.step()
     broken = run_of(teacher_folder, prompt_file, *EVERYTHING).trainer
     broken.load_state(saved | {key: fresh[key]})
     for _ in range(2):
         broken.step()
     with pytest.raises(AssertionError):
-        assert_same(first.state(), broken.state())
+        assert_same(later, broken.state())
 
 
 @pytest.mark.parametrize(
     "key", ["student", "optimizer", "ema", "online", "online_optimizer", "rng", "batches", "rollout", "used", "rollouts"]
 )
-def test_every_part_of_the_state_matters(teacher_folder, prompt_file, key):
+def test_every_part_of_the_state_matters(teacher_folder, prompt_file, a_run, key):
     """Resume with one part left as a fresh run has it: the continuation must differ."""
-    first = run_of(teacher_folder, prompt_file).trainer
-    fresh = first.state()
-    fresh = checkpoint.unpack(*checkpoint.pack(fresh))
-    for _ in range(4):
-        first.step()
-    saved = checkpoint.unpack(*checkpoint.pack(first.state()))
-    for _ in range(3):
-        first.step()
+    fresh, saved, later = a_run(save_at=4, go_on=3)
     broken = run_of(teacher_folder, prompt_file).trainer
     broken.load_state(saved | {key: fresh[key]})
     for _ in range(3):
         broken.step()
     with pytest.raises(AssertionError):
-        assert_same(first.state(), broken.state())
+        assert_same(later, broken.state())
+
+
+def test_nothing_left_out_gives_the_same_continuation(teacher_folder, prompt_file, a_run):
+    """What the two tests above stand on: with every part the states are equal."""
+    _, saved, later = a_run(save_at=4, go_on=3)
+    whole = run_of(teacher_folder, prompt_file).trainer
+    whole.load_state(saved)
+    for _ in range(3):
+        whole.step()
+    assert_same(later, whole.state())
 
 
 def test_only_student_and_fake_move(teacher_folder, prompt_file):
