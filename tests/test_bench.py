@@ -16,7 +16,9 @@ from fewstep.types import Rollout
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
-dispatch, memory, networks, step = (importlib.import_module(name) for name in ("dispatch", "memory", "networks", "step"))
+dispatch, evaluate, memory, networks, step = (
+    importlib.import_module(name) for name in ("dispatch", "evaluate", "memory", "networks", "step")
+)
 
 TINY = ["--groups", "2", '--size=["64x64"]', "--device", "cpu", "--precision", "fp32"]
 DMD = ["--matching.normalize", "sample", "--matching.levels", "uniform", "--fake.condition", "none"]
@@ -316,3 +318,15 @@ def test_a_process_that_ends_too_soon_is_an_error_with_its_own_words(monkeypatch
         assert process.ready == {} and process.ask() == {"updates": 1}
         with pytest.raises(RuntimeError, match=r"exit code 1:\nno such family"):
             process.ask()
+
+
+def test_evaluation_is_timed_over_every_sample_it_draws(monkeypatch):
+    monkeypatch.setattr(evaluate, "FEATURES", 8)
+    seen = []
+    draw = evaluate.Noise.__call__
+    monkeypatch.setattr(evaluate.Noise, "__call__", lambda self, prompt, **told: seen.extend(prompt) or draw(self, prompt, **told))
+    found = evaluate.measure(24, 4, batch=5)
+    assert found["samples"] * found["pictures"] == len(seen) == 4 * 24  # and none twice
+    assert {"fid_teacher", "kid_teacher"} <= set(found["metrics"]) and found["disk_mib"] > 0
+    assert found["peak_mib"] >= found["peak_mib_drawing"] >= found["libraries_mib"] > 50
+    assert found["pictures_per_second"] == pytest.approx(96 / sum(found["seconds"].values()))
