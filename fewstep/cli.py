@@ -564,13 +564,14 @@ def build(
         raise UserError(f"size: {error}") from error
     conditioned = config.fake.condition == "step" and config.steps > 1
     guidance = config.matching.guidance
-    backbone.prepare(prompts)
     try:
+        backbone.check_guidance(guidance)
+        optimizer_class(config.memory.optimizer)
+        backbone.prepare(prompts)  # may take hours: what can be refused has been
         roles = backbone.roles(
             lora_rank=config.lora_rank, fake_steps=config.steps if conditioned else 0, guidance=guidance,
             checkpointing=config.memory.checkpointing, int8_teacher=config.memory.teacher == "int8", compiled=config.compile,
         )  # fmt: skip
-        optimizer_class(config.memory.optimizer)
     except ValueError as error:
         raise UserError(f"teacher: {error}") from error
     except ImportError as error:
@@ -682,8 +683,12 @@ def dry_run(config: Config, source: str, prompts: int) -> int:
 
     try:
         print(needs.report(source, resolve_hardware(config), prompts))
+    except needs.Refused as error:
+        raise UserError(f"{error.key}: {error}") from error
     except ValueError as error:
         raise UserError(f"teacher: {error}") from error
+    except ImportError as error:
+        raise UserError(str(error)) from error
     return 0
 
 
@@ -1249,6 +1254,7 @@ def sample_command(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=None, help="steps (default: those the student was made for)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture's batch")
     parser.add_argument("-n", type=int, default=1, help="how many pictures")
+    parser.add_argument("--size", default=None, help="HEIGHTxWIDTH in pixels (default: that of its training)")
     parser.add_argument("--output", type=Path, default=None, help="folder for the PNG files (default: FOLDER/pictures)")
     options = parser.parse_args(arguments)
     if not options.prompt.strip():
@@ -1263,16 +1269,24 @@ def sample_command(arguments: list[str]) -> int:
     from PIL import Image
 
     from fewstep import models
+    from fewstep.config import Config
 
     models.quiet_libraries()
     from fewstep.evaluate.protocol import generate
+    from fewstep.export import stored_dtype
 
+    config = saved_config(options.folder) if (options.folder / "config.yaml").is_file() else Config()
     try:
-        backbone = models.load(str(options.folder))
+        size = (dataclasses.replace(config, size=[options.size]) if options.size is not None else config).sizes()[0]
+        device = evaluation_device()
+        backbone = models.load(str(options.folder), device=device, dtype=stored_dtype(options.folder))
+        backbone.latent_shape(size)
     except models.UnsupportedTeacher as error:
         raise UserError(str(error)) from error
-    call = backbone.student_call | backbone.told_size()
-    images, _ = generate(backbone.pipe, [options.prompt], options.n, steps=steps, seed=options.seed, call=call)
+    except ValueError as error:
+        raise UserError(f"--size: {error}") from error
+    call = backbone.student_call | backbone.told_size(size)
+    images, _ = generate(backbone.pipe.to(device), [options.prompt], options.n, steps=steps, seed=options.seed, call=call)
     output = options.output or options.folder / "pictures"
     output.mkdir(parents=True, exist_ok=True)
     with (output / "pictures.jsonl").open("a") as log:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard, ModelCardData
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
     from fewstep.config import Config
 
@@ -72,7 +72,8 @@ def read(folder: Path, config: Config) -> tuple[Averaged, bool]:
         found = checkpoint.newest(folder / "checkpoints", only=("update", "student", "ema"))
         if found is None and not finished:
             raise CannotExport(f"{folder}: no checkpoint was saved yet; let the run go on (save_every {config.save_every})")
-        backbone = models.load(str(folder) if found is None else teacher)
+        kept_in = stored_dtype(folder) if finished else frozen_dtype(config)
+        backbone = models.load(str(folder) if found is None else teacher, dtype=kept_in)
     except checkpoint.DamagedCheckpoint as error:
         raise CannotExport(" ".join(str(error).split())) from error
     except models.UnsupportedTeacher as error:
@@ -92,6 +93,23 @@ def read(folder: Path, config: Config) -> tuple[Averaged, bool]:
         raise CannotExport(f"{path}: its student is another network than {teacher} (has the teacher changed since?)")
     pipe = backbone.student_pipeline(roles, weights, config.steps)
     return Averaged(config, backbone, pipe, weights, update, logged_weights(folder, config, update)), finished
+
+
+def frozen_dtype(config: Config) -> dtype:
+    import torch
+
+    return torch.bfloat16 if config.memory.frozen == "bf16" else torch.float32
+
+
+def stored_dtype(folder: Path) -> dtype:
+    """bf16 where a student's folder holds its frozen parts so, else float32: its config may have left that to the machine."""
+    import torch
+    from safetensors import safe_open
+
+    for path in folder.glob("vae/*.safetensors"):
+        with safe_open(path, "pt") as file:
+            return torch.bfloat16 if file.get_slice(next(iter(file.keys()))).get_dtype() == "BF16" else torch.float32
+    return torch.float32
 
 
 def read_lora(folder: Path, part: str) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.config import Config
-from fewstep.models import family
+from fewstep.models import UnsupportedTeacher, family
 from fewstep.models.backbone import Backbone, Roles
 
 GIB = 2**30
@@ -61,7 +61,14 @@ def configurations(source: str) -> str:
         return source
     import huggingface_hub as hub
 
-    return hub.snapshot_download(source, allow_patterns=CONFIGURATIONS)
+    try:
+        return hub.snapshot_download(source, allow_patterns=CONFIGURATIONS)
+    except OSError as error:  # of the hub: a gated or a missing repository, no network
+        raise UnsupportedTeacher(f"{source}: its configurations cannot be read ({type(error).__name__}: {one_line(error)})") from error
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def skeleton(source: str, dtype: torch.dtype) -> Backbone:
@@ -81,15 +88,20 @@ def skeleton(source: str, dtype: torch.dtype) -> Backbone:
         if library is None:
             parts[name] = None
             continue
-        cls = getattr(importlib.import_module(library), kind)
-        if issubclass(cls, transformers.PreTrainedModel):
-            with torch.device("meta"):
-                parts[name] = cls(transformers.AutoConfig.from_pretrained(folder / name)).to(dtype)
-        elif issubclass(cls, nn.Module):
-            with torch.device("meta"):
-                parts[name] = cls.from_config(cls.load_config(folder / name)).to(dtype)
-        else:
-            parts[name] = cls.from_pretrained(folder / name)
+        if library not in ("diffusers", "transformers"):  # the file decides no import
+            raise UnsupportedTeacher(f"{source}: {name} is a {kind} of {library!r}; parts of diffusers and transformers are known")
+        try:
+            cls = getattr(importlib.import_module(library), kind)
+            if issubclass(cls, transformers.PreTrainedModel):
+                with torch.device("meta"):
+                    parts[name] = cls(transformers.AutoConfig.from_pretrained(folder / name)).to(dtype)
+            elif issubclass(cls, nn.Module):
+                with torch.device("meta"):
+                    parts[name] = cls.from_config(cls.load_config(folder / name)).to(dtype)
+            else:
+                parts[name] = cls.from_pretrained(folder / name)
+        except (OSError, AttributeError) as error:
+            raise UnsupportedTeacher(f"{source}: {name} cannot be read ({type(error).__name__}: {one_line(error)})") from error
     settings = {key: value for key, value in json.loads((folder / "model_index.json").read_text()).items() if isinstance(value, bool)}
     backbone = adapter(adapter.pipeline(**parts, **settings | adapter.load_options), source, device="meta")
     backbone.encode = lambda prompts: backbone.random_conditions(len(prompts))
@@ -277,8 +289,34 @@ def largest_part(config: Config, needs: Needs, room: float) -> int:
     return min(max(together, int(spare * together // needs.activations)), config.groups)
 
 
+class Refused(ValueError):
+    """What a run would refuse; key: of its config."""
+
+    def __init__(self, key: str, problem: object) -> None:
+        super().__init__(str(problem))
+        self.key = key
+
+
+def check(source: str, config: Config) -> None:
+    """As `build` does before it encodes a prompt. Raises Refused, and ImportError for an optimizer that is not installed."""
+    from fewstep.trainer import optimizer_class
+
+    backbone = skeleton(source, torch.float32)
+    for key, problem in (
+        ("steps", lambda: backbone.times(config.steps)),
+        ("size", lambda: [backbone.latent_shape(size) for size in config.sizes()]),
+        ("teacher", lambda: backbone.check_guidance(config.matching.guidance)),
+    ):
+        try:
+            problem()
+        except ValueError as error:
+            raise Refused(key, error) from error
+    optimizer_class(config.memory.optimizer)
+
+
 def report(source: str, config: Config, prompts: int) -> str:
     """What `fewstep distill --dry-run` prints."""
+    check(source, config)
     needs = measure(source, config, prompts)
     total, name = capacity(config.device)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import fewstep
 from fewstep import cli, models
@@ -327,6 +329,18 @@ def test_sample_names_never_come_from_the_prompt(finished, tmp_path, capsys):
     assert len(files) == 3 and all(name.startswith(f"step4-{i:03d}-") for i, name in enumerate(files))
     assert json.loads((tmp_path / "pictures.jsonl").read_text().splitlines()[0])["prompt"] == prompt
     assert "made for 4 steps" in refused(capsys, "sample", str(finished), "--prompt", "x", "--steps", "8")
+
+
+def test_a_sample_is_of_the_size_that_was_trained_at(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("size: []", "size: ['16x8']"))
+    for told, size in (((), (8, 16)), (("--size", "8x16"), (16, 8))):
+        output = tmp_path / "-".join(("pictures", *told))
+        assert cli.main(["sample", str(tmp_path / "run"), "--prompt", "a cat", "--output", str(output), *told]) == 0
+        assert Image.open(next(output.glob("*.png"))).size == size  # (width, height)
+    assert "--size: " in refused(capsys, "sample", str(finished), "--prompt", "x", "--size", "large")
+    assert "--size: " in refused(capsys, "sample", str(finished), "--prompt", "x", "--size", "3x16")
 
 
 def test_ctrl_c_saves_and_resume_ends_where_an_unbroken_run_ends(teacher_folder, prompt_file, tmp_path):

@@ -254,12 +254,14 @@ def test_a_layer_that_diffusers_would_not_read_back_is_not_exported(teachers, ru
         assert "--to kohya: diffusers does not read" in refused(capsys, folder, "--to", "kohya", "--output", tmp_path / "out")
 
 
-def test_a_finished_run_is_exported_as_it_was_left(teachers, prompt_file, tmp_path, capsys):
+@pytest.mark.parametrize("frozen", ["fp32", "bf16"])
+def test_a_finished_run_is_exported_as_it_was_left(teachers, prompt_file, tmp_path, capsys, frozen):
     """`distill` and `export --to diffusers` write the same files; without its checkpoints a finished folder is enough."""
     folder, teacher = tmp_path / "run", tmp_path / "teacher"
     shutil.copytree(teachers / "StableDiffusionPipeline", teacher)
     assert cli.main(["distill", "--teacher", str(teacher), "--prompts", str(prompt_file), "--output", str(folder), "--updates", "2",
-                     "--lora-rank", "2", "--groups", "2", "--group-size", "2", "--sample-every", "0"]) == 0  # fmt: skip
+                     "--lora-rank", "2", "--groups", "2", "--group-size", "2", "--sample-every", "0", "--precision",
+                     "bf16" if frozen == "bf16" else "fp32", "--memory.frozen", frozen]) == 0  # fmt: skip
 
     def differ(one, other):
         """Files of a folder that the other has not, or has with another content (of safetensors: other tensors)."""
@@ -268,7 +270,9 @@ def test_a_finished_run_is_exported_as_it_was_left(teachers, prompt_file, tmp_pa
             twin = other / path.relative_to(one)
             if path.suffix == ".safetensors" and twin.is_file():
                 tensors, twins = load_file(path), load_file(twin)
-                same = tensors.keys() == twins.keys() and all(torch.equal(tensors[key], twins[key]) for key in tensors)
+                same = tensors.keys() == twins.keys() and all(
+                    torch.equal(tensors[key], twins[key]) and tensors[key].dtype == twins[key].dtype for key in tensors
+                )
             else:
                 same = path.is_dir() or (twin.is_file() and path.read_bytes() == twin.read_bytes())
             found += [] if same else [str(path.relative_to(one))]

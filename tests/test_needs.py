@@ -1,6 +1,8 @@
 """What --dry-run says a run needs is what the run then has: bytes of its networks, of what autograd keeps, network evaluations."""
 
 import dataclasses
+import json
+import sys
 
 import pytest
 import torch
@@ -147,6 +149,38 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(teachers, prompt_file, tm
     told = capsys.readouterr().out
     assert "DOES NOT FIT: a very small device" in told
     assert all(flag in told for flag in ("--memory.micro-groups 1", "--memory.checkpointing", "--lora-rank 64", "adamw8bit"))
+
+
+def test_a_dry_run_refuses_what_the_run_would(teachers, prompt_file, tmp_path, capsys, monkeypatch):
+    import shutil
+
+    teacher = tmp_path / "teacher"
+    shutil.copytree(teachers / "StableDiffusionPipeline", teacher)
+
+    def said(*options):
+        call = ["distill", "--teacher", str(teacher), "--prompts", str(prompt_file), "--dry-run", "--output", str(tmp_path / "out")]
+        assert cli.main([*call, *options]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    assert "steps: " in said("--steps", "3")
+    assert "size: " in said("--size", "[9x16]")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "bitsandbytes.optim", None)
+        assert "needs bitsandbytes" in said("--memory.optimizer", "adamw8bit")
+    index = teacher / "model_index.json"
+    whole = index.read_text()
+    index.write_text(whole.replace('"UNet2DConditionModel"', '"Other"'))
+    assert "unet cannot be read" in said()
+    # a file in the folder names no module that is imported
+    (tmp_path / "ours.py").write_text("raise SystemExit(7)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    parts = json.loads(whole)
+    index.write_text(json.dumps(parts | {"unet": ["ours", "UNet"]}))
+    assert "unet is a UNet of 'ours'" in said()
+    index.write_text(whole)
+    (teacher / "unet" / "config.json").unlink()
+    assert "unet cannot be read" in said()
 
 
 def test_models_lists_every_family(capsys):

@@ -464,6 +464,11 @@ class Backbone:
     def denoiser(self, network: nn.Module) -> Denoiser:
         return Denoiser(network, self.schedule(), self.prediction, uncond=self.encode([self.empty]))
 
+    def check_guidance(self, guidance: float) -> None:
+        """Raises ValueError for guidance of a teacher whose stock pipeline ignores it."""
+        if guidance != 1 and not self.takes_guidance():
+            raise ValueError(f"{self.source} is distilled to few steps and takes no guidance, got {guidance:g}: set matching.guidance to 1")
+
     def roles(
         self,
         *,
@@ -479,11 +484,10 @@ class Backbone:
         lora_rank 0: full copies, in float32. Otherwise one base with two adapters; the teacher is the base with both off.
         fake_steps: how many student steps the fake is conditioned on (0: none).
         guidance: what a guidance-distilled teacher is told; student and fake are told what the stock pipeline is called with.
-        checkpointing, int8_teacher, compiled: as the config's `memory` and `compile` say.
+        checkpointing, int8_teacher, compiled: as the config's `memory` and `compile` say; some decoders cannot compute theirs again.
         Raises ValueError for guidance of a teacher whose stock pipeline ignores it.
         """
-        if guidance != 1 and not self.takes_guidance():
-            raise ValueError(f"{self.source} is distilled to few steps and takes no guidance, got {guidance:g}: set matching.guidance to 1")
+        self.check_guidance(guidance)
         base = self.model
         own, guidance = self.embedded_guidance, guidance if self.embedded_guidance is not None else None
         if lora_rank == 0:
@@ -501,8 +505,10 @@ class Backbone:
                     parameter.data = parameter.data.float()
             models, adapters = (base, base, base), Adapters(base)
         if checkpointing:
-            for part in {*models, self.pipe.vae}:
-                part.enable_gradient_checkpointing(recompute(None if part is self.pipe.vae else adapters))
+            for model in set(models):
+                model.enable_gradient_checkpointing(recompute(adapters))
+            if self.pipe.vae._supports_gradient_checkpointing:  # AutoencoderDC and AutoencoderKLQwenImage do not
+                self.pipe.vae.enable_gradient_checkpointing(recompute(None))
         if compiled:
             for model in set(models):
                 model.compile_repeated_blocks()
