@@ -182,6 +182,7 @@ FAULTS = {
     "413": lambda h, s: h.reply(413, b""),
     "redirect": lambda h, s: h.reply(307, b"", Location="http://127.0.0.1:1/elsewhere"),
     "moved on": lambda h, s: h.reply(200, {"scores": s, "version": "v2"}),
+    "another reward": lambda h, s: h.reply(200, well(s) | {"name": "other"}),
     # one picture has no score
     "null": lambda h, s: h.reply(200, well([None, *s[1:]])),
     "NaN": lambda h, s: h.reply(200, b'{"version": "v1", "scores": [NaN, 1, 2, 3]}'),
@@ -191,7 +192,7 @@ PASSING = ["timeout", "drip", "reset", "cut", "garbage", "408", "429", "500", "5
 MALFORMED = ["short", "long", "string", "bool", "nested", "number", "no scores", "huge", "endless digits", "deep", "list", "html", "empty",
              "latin", "10 MB"]  # fmt: skip
 FINAL = {"404": "404: 'nothing here'", "400": "refused the request with 400", "413": "413", "redirect": "redirects are not followed",
-         "moved on": "was version 'v1' and answers as 'v2'"}  # fmt: skip
+         "moved on": "was version 'v1' and answers as 'v2'", "another reward": "was name 'faulty' and answers as 'other'"}  # fmt: skip
 PARTIAL = ["null", "NaN", "inf"]
 
 
@@ -242,6 +243,19 @@ def test_what_no_repetition_can_mend_fails_at_once(faulty, fault):
     with pytest.raises(RewardError, match=re.escape(FINAL[fault])) as error:
         reward.ask(pictures(4), ["p"] * 4)
     assert faulty.met == [fault] and "'mine'" in str(error.value) and faulty.url in str(error.value)
+
+
+def test_servers_differ_by_name_and_version(faulty):
+    found = set()
+    for name, version in (("a", "v1"), ("b", "v1"), ("a", "v2"), ("a", "v1")):
+        faulty.health |= {"name": name, "version": version}
+        found.add(faulty.reward().identity)
+    assert found == {"a v1", "b v1", "a v2"}
+
+
+def test_two_functions_of_one_file_are_served_as_two_versions(reward_file):
+    versions = [serve.load(f"{reward_file}:{function}", None, "cpu")[1] for function in ("redness", "judge")]
+    assert versions == [f"file-{sources.version(str(reward_file))}:{function}" for function in ("redness", "judge")]
 
 
 @pytest.mark.parametrize("fault", PARTIAL)
@@ -386,7 +400,8 @@ def server(reward_file):
 
 def test_the_server_scores_as_the_function_does_by_either_encoding(server, reward_file, monkeypatch):
     reward, images = Remote(server, "mine").connect(), pictures(8)
-    assert reward.served == "redness" and reward.version == f"file-{sources.version(str(reward_file))}" and reward.batch == 3
+    version = f"file-{sources.version(str(reward_file))}:redness"
+    assert reward.served == "redness" and reward.version == version and reward.identity == f"redness {version}" and reward.batch == 3
     expected = sources.load_function(f"{reward_file}:redness")(images, ["p"] * 8)
     raw = reward.ask(images, ["p"] * 8)
     torch.testing.assert_close(raw, expected, rtol=0, atol=1e-6)

@@ -2,7 +2,7 @@
 
 GET URL/health answers {"protocol": 1, "name", "version", "batch", "workers"}; POST URL/score takes multipart/form-data with `prompts`
 (a JSON list of B texts) and B files `images` (image/png, or application/octet-stream of H x W x 3 bytes with a field `shape`, a JSON
-list of both) and answers {"scores": B numbers or null, "version"}. `fewstep serve-reward` is such a server.
+list of both) and answers {"scores": B numbers or null, "version"}, with "name" if it likes. `fewstep serve-reward` is such a server.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ class Remote(PixelReward):
     """The scores of a server, black-box: no direction, so it is for the policy gradient.
 
     A request that fails (connection, timeout, 408, 429, 5xx) is tried `tries` times; then its pictures are masked (NaN), as are those
-    of a malformed answer, and those that the server has no finite score for. Any other 4xx, a redirect, and a server whose version
-    is no longer the one that `connect` found raise RewardError. `faults` counts what went wrong, by kind; a warning tells what was masked.
+    of a malformed answer, and those that the server has no finite score for. Any other 4xx, a redirect, and a server whose name or
+    version is no longer the one that `connect` found raise RewardError. `faults` counts what went wrong, by kind; a warning tells what
+    was masked.
     """
 
     def __init__(self, url: str, name: str, *, timeout: float = TIMEOUT, tries: int = TRIES, backoff: float = BACKOFF):
@@ -70,6 +71,11 @@ class Remote(PixelReward):
         self.batch, self.workers = 16, 1
         self.faults: Counter[str] = Counter()
         self.lock = threading.Lock()
+
+    @property
+    def identity(self) -> str:
+        """What tells the scores of two servers apart, once connected: the name and the version that the server states."""
+        return f"{self.served} {self.version}"
 
     def connect(self) -> Remote:
         """Ask the server who it is. Raises ValueError when it cannot be reached or is not one of ours."""
@@ -148,11 +154,12 @@ class Remote(PixelReward):
         if status != 200:
             raise Fault(f"answered {status}", wait=seconds(where))
         told = read_json(body)
-        if told.get("version") != self.version:
-            raise RewardError(
-                f"reward {self.name!r}: {self.url} was version {self.version!r} and answers as {str(told.get('version'))[:200]!r}; "
-                "scores of two versions are not mixed"
-            )
+        for key, stated, was in (("version", told.get("version"), self.version), ("name", told.get("name", self.served), self.served)):
+            if stated != was:
+                raise RewardError(
+                    f"reward {self.name!r}: {self.url} was {key} {was!r} and answers as {str(stated)[:200]!r}; "
+                    "scores of two rewards are not mixed"
+                )
         return read_scores(told.get("scores"), count)
 
 
