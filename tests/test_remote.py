@@ -39,6 +39,7 @@ def redness(images, prompts):
         raise RuntimeError("boom")
     scores = images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
     scores[[prompt == "no score" for prompt in prompts]] = torch.nan
+    scores[[prompt == "gradients on?" for prompt in prompts]] = float(torch.is_grad_enabled())
     return scores[:-1] if "short" in prompts else scores
 
 
@@ -423,6 +424,11 @@ def test_the_worlds_preference_gives_the_same_bits_behind_a_server():
     scored = [here.score(some, prompts[at : at + 16]) for at, some in zip((0, 16, 32), eight_bits.split(16), strict=True)]
     assert torch.equal(there, torch.cat(scored)) and reward.batch == 16 and float(there.std()) > 0.01
     assert reward.version == f"weights-{sources.version(str(world.ASSETS / 'preference'))}"
+
+
+def test_the_server_scores_without_gradients(server):
+    assert torch.is_grad_enabled()
+    assert Remote(server, "mine").connect().ask(pictures(2), ["gradients on?"] * 2).tolist() == [0.0, 0.0]
 
 
 def test_the_servers_own_faults_mask(server):

@@ -85,7 +85,8 @@ class Refused(Exception):
 
 
 def application(name: str, version: str, score: Score, *, batch: int = 16, workers: int = 1, device: str = "cpu") -> Any:
-    """The ASGI application. One batch is scored at a time in each worker; the model sees at most `batch` pictures at once."""
+    """The ASGI application. One batch is scored at a time in each worker, without gradients; the model sees at most `batch` pictures."""
+    import torch
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
@@ -96,7 +97,7 @@ def application(name: str, version: str, score: Score, *, batch: int = 16, worke
     one_at_a_time = threading.Lock()
 
     def scored(images: Any, prompts: list[str]) -> list[float | None]:
-        with one_at_a_time:
+        with one_at_a_time, torch.inference_mode():  # of this thread alone, so here
             found: list[float | None] = []
             for i in range(0, len(prompts), batch):
                 found += as_numbers(score(images[i : i + batch].to(device), prompts[i : i + batch]), len(prompts[i : i + batch]))
