@@ -204,8 +204,23 @@ def faulty():
     server.close()
 
 
+# what is promised of a reward that fails -> the fault that stands for it, and how it is met
+PROMISED = {
+    "timeout": ("timeout", "passing"), "slow": ("drip", "passing"), "429": ("429", "passing"), "500": ("500", "passing"),
+    "404": ("404", "final"), "short list": ("short", "malformed"), "long list": ("long", "malformed"), "string": ("string", "malformed"),
+    "10 MB body": ("10 MB", "malformed"), "NaN": ("NaN", "partial"),
+}  # fmt: skip
+# and `refused`, which takes a server that is gone: test_a_server_that_is_gone_masks_everything
+
+
 def test_every_fault_of_the_promises_is_in_the_list():
-    assert {*PASSING, *MALFORMED, *FINAL, *PARTIAL, None} == FAULTS.keys()
+    lists = {"passing": PASSING, "malformed": MALFORMED, "final": [*FINAL], "partial": PARTIAL}
+    injected = [fault for faults in lists.values() for fault in faults]
+    assert sorted(injected) == sorted({*FAULTS} - {None})  # each is injected, and met in one way
+    assert [name for name, (fault, met) in PROMISED.items() if fault not in lists[met]] == []
+    told = re.search(r"Each of (\d+) faults.*?: (\d+) that may pass.*?, (\d+) malformed.*?, (\d+) that no.*?, (\d+) that spoil",
+                     (ROOT / "docs" / "rewards.md").read_text(), re.DOTALL)  # fmt: skip
+    assert [int(count) for count in told.groups()] == [len(injected), *map(len, lists.values())]
 
 
 @pytest.mark.parametrize("fault", PASSING)
@@ -271,6 +286,7 @@ def test_a_server_that_is_gone_masks_everything(faulty):
     faulty.close()
     with pytest.warns(UserWarning, match="connection refused after 3 tries"):
         assert bool(torch.isnan(reward.ask(pictures(3), ["p"] * 3)).all())
+    assert reward.faults == {"connection refused": 3}
 
 
 def test_it_is_a_black_box_reward_that_spoils_no_other(faulty):
@@ -466,6 +482,7 @@ RAW = '; filename="0"\r\nContent-Type: application/octet-stream'
         (multipart(("prompts", "", b'["p"]'), ("shape", "", b"[1, 1]"), ("images", RAW, b"123456")), 400, "6 bytes are not H x W x 3"),
         (multipart(("prompts", "", b'["p"]'), ("shape", "", b"[-1, -2]"), ("images", RAW, b"123456")), 400, "are not H x W x 3"),
         (multipart(("prompts", "", b'["p"]'), ("images", '; filename="0"\r\nContent-Type: image/gif', b"")), 415, "must be image/png"),
+        (multipart(("prompts", "", b'["p", "p", "p", "p"]'), *[("images", PNG, b"")] * 4), 400, "Maximum number of files is 3"),
         (b"nothing of the kind", 400, ""),
     ],
 )  # fmt: skip
@@ -488,7 +505,7 @@ def test_the_server_takes_no_more_than_it_can_hold(server):
         connection.close()
 
 
-def test_pictures_of_two_sizes_and_bombs_are_refused():
+def test_pictures_of_two_sizes_and_bombs_are_refused(monkeypatch):
     import io
 
     from PIL import Image
@@ -501,8 +518,30 @@ def test_pictures_of_two_sizes_and_bombs_are_refused():
     assert serve.read_images([file(3, 4)] * 2, None).shape == (2, 3, 4, 3)
     with pytest.raises(serve.Refused, match="same size"):
         serve.read_images([file(3, 4), file(4, 3)], None)
-    with pytest.raises(serve.Refused, match="more than"):
+    with pytest.raises(serve.Refused, match=r"images\[0\]: the pictures of a request may have 16777216 pixels in all"):
         serve.read_images([file(5000, 5000)], None)
+    monkeypatch.setattr(serve, "MAX_PIXELS", 30)
+    assert len(serve.read_images([file(3, 5)] * 2, None)) == 2
+    assert len(serve.read_images([(bytes(45), "application/octet-stream")] * 2, "[5, 3]")) == 2
+    for third, shape in ((file(3, 5), None), ((bytes(45), "application/octet-stream"), "[5, 3]")):
+        with pytest.raises(serve.Refused, match=r"images\[2\]: .* 30 pixels in all: send fewer") as error:
+            serve.read_images([third] * 3, shape)
+        assert error.value.status == 413
+
+
+def test_a_picture_too_large_is_not_decoded(monkeypatch):
+    import io
+
+    from PIL import Image
+
+    held = io.BytesIO()
+    Image.new("1", (8, 8)).save(held, "PNG")
+    monkeypatch.setattr(serve, "MAX_PIXELS", 100)
+    decoded = []
+    monkeypatch.setattr(Image.Image, "convert", lambda picture, mode: decoded.append(mode) or picture)
+    with pytest.raises(serve.Refused):
+        serve.read_images([(held.getvalue(), "image/png")] * 2, None)
+    assert decoded == ["RGB"]  # the first alone
 
 
 def test_several_workers_answer_side_by_side_and_one_that_dies_is_replaced(reward_file, tmp_path):

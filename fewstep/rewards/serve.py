@@ -21,7 +21,7 @@ from fewstep.rewards import REWARDS, sources
 PROTOCOL = 1
 HOST = "127.0.0.1"  # another machine reaches it through a tunnel or a TLS proxy
 MAX_BODY = 64 * 2**20  # bytes
-MAX_PIXELS = 4096 * 4096  # of one picture
+MAX_PIXELS = 4096 * 4096  # of all pictures of a request
 SPEC = "FEWSTEP_SERVE_REWARD"  # what the worker processes are told, as JSON
 
 Score = Callable[[Any, list[str]], Any]  # images (B, 3, H, W) in [0, 1] as a torch tensor, B prompts -> B numbers
@@ -85,7 +85,7 @@ class Refused(Exception):
 
 
 def application(name: str, version: str, score: Score, *, batch: int = 16, workers: int = 1, device: str = "cpu") -> Any:
-    """The ASGI application. One batch is scored at a time in each worker, without gradients; the model sees at most `batch` pictures."""
+    """The ASGI application. One request, of at most `batch` pictures, is scored at a time in each worker, without gradients."""
     import torch
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
@@ -98,10 +98,7 @@ def application(name: str, version: str, score: Score, *, batch: int = 16, worke
 
     def scored(images: Any, prompts: list[str]) -> list[float | None]:
         with one_at_a_time, torch.inference_mode():  # of this thread alone, so here
-            found: list[float | None] = []
-            for i in range(0, len(prompts), batch):
-                found += as_numbers(score(images[i : i + batch].to(device), prompts[i : i + batch]), len(prompts[i : i + batch]))
-            return found
+            return as_numbers(score(images.to(device), prompts), len(prompts))
 
     async def health(request: Request) -> JSONResponse:
         return JSONResponse({"protocol": PROTOCOL, "name": name, "version": version, "batch": batch, "workers": workers})
@@ -112,7 +109,7 @@ def application(name: str, version: str, score: Score, *, batch: int = 16, worke
             raise Refused("the request must state its Content-Length", 411)
         if int(length) > MAX_BODY:
             raise Refused(f"the request is longer than {MAX_BODY} bytes: send fewer pictures at a time", 413)
-        async with request.form(max_files=1024, max_fields=8) as form:
+        async with request.form(max_files=batch, max_fields=8) as form:
             uploads = form.getlist("images")
             if any(isinstance(upload, str) for upload in uploads):
                 raise Refused("images: must be files")
@@ -155,29 +152,37 @@ def read_images(held: Sequence[tuple[bytes, str | None]], shape: Any) -> Any:
     import numpy as np
     import torch
 
-    pictures = []
+    pictures, room = [], MAX_PIXELS
     for i, (content, kind) in enumerate(held):
         if kind == "image/png":
-            pictures.append(np.asarray(read_png(content, i)))
+            pictures.append(np.asarray(read_png(content, i, room)))
         elif kind == "application/octet-stream":
             size = read_list(shape, "shape", int)
-            if len(size) != 2 or min(size) < 1 or size[0] * size[1] > MAX_PIXELS or len(content) != size[0] * size[1] * 3:
+            if len(size) != 2 or min(size) < 1 or len(content) != size[0] * size[1] * 3:
                 raise Refused(f"images[{i}]: {len(content)} bytes are not H x W x 3 for the shape {size}")
+            check_room(size[0] * size[1], i, room)
             pictures.append(np.frombuffer(content, np.uint8).reshape(*size, 3))
         else:
             raise Refused(f"images[{i}]: must be image/png or application/octet-stream, is {kind!r}", 415)
+        room -= pictures[-1].shape[0] * pictures[-1].shape[1]
     if len({picture.shape for picture in pictures}) > 1:
         raise Refused("images: all of one request must have the same size")
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
 
 
-def read_png(content: bytes, i: int) -> Any:
+def check_room(pixels: int, i: int, room: int) -> None:
+    """Raises Refused for a picture that does not fit into what the ones before it left of MAX_PIXELS."""
+    if pixels > room:
+        raise Refused(f"images[{i}]: the pictures of a request may have {MAX_PIXELS} pixels in all: send fewer at a time", 413)
+
+
+def read_png(content: bytes, i: int, room: int) -> Any:
+    """A picture of at most `room` pixels; a larger one is refused before it is decoded."""
     from PIL import Image
 
     try:
         picture = Image.open(io.BytesIO(content), formats=["PNG"])
-        if picture.width * picture.height > MAX_PIXELS:
-            raise Refused(f"images[{i}]: more than {MAX_PIXELS} pixels")
+        check_room(picture.width * picture.height, i, room)
         return picture.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise Refused(f"images[{i}]: not a PNG file ({type(error).__name__})") from error
