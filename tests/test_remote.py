@@ -378,12 +378,16 @@ def test_scores_are_read_strictly():
 # The real server
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @contextmanager
 def served(what, *options, environment=()):
     """A `fewstep serve-reward` of its own process; yields its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "fewstep.cli", "serve-reward", str(what), "--port", str(port), "--device", "cpu", *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | dict(environment)
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -623,12 +627,31 @@ def test_the_server_needs_nothing_of_the_rest_of_the_package():
         (["FILE:redness", "--workers", "65"], "--workers: must be 1 .. 64"),
         (["image-reward"], "image-reward"),
         (["clip", "--scorer", "./nowhere"], "no such folder"),
+        (["FILE:redness", "--device", "cuda"], "--device: there is no cuda here, torch finds 0 CUDA devices"),
+        (["preference", "--scorer", "world", "--device", "cuda:1"], "--device: there is no cuda:1 here, torch finds 0 CUDA devices"),
+        (["FILE:redness", "--device", "gpu"], "--device: must be cpu, cuda, cuda:N or auto, got 'gpu'"),
+        (["nowhere.py:f", "--port", "BUSY"], "--port: 127.0.0.1:BUSY cannot be listened on (Address already in use)"),  # before it loads
+        (["LATE:f", "--port", "FREE"], "--port: 127.0.0.1:FREE cannot be listened on (Address already in use)"),
     ],
 )
-def test_what_cannot_be_served_is_said_in_one_line(capsys, reward_file, arguments, words):
-    assert cli.main(["serve-reward", *(a.replace("FILE", str(reward_file)) for a in arguments)]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert words in line and line.startswith("fewstep: error: serve-reward: ")
+def test_what_cannot_be_served_is_said_in_one_line(capsys, monkeypatch, tmp_path, faulty, reward_file, arguments, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    free = free_port()
+    late = tmp_path / "late.py"  # while it loads, another server takes the port
+    late.write_text(
+        "import socket\nother = socket.socket()\nother.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n"
+        f"other.bind(('127.0.0.1', {free}))\nother.listen()\ndef f(images, prompts): ...\n"
+    )
+    named = {"FILE": str(reward_file), "LATE": str(late), "BUSY": faulty.url.rpartition(":")[2], "FREE": str(free)}
+
+    def told(text):
+        return re.sub("|".join(named), lambda found: named[found[0]], text)
+
+    port = [] if "--port" in arguments else ["--port", str(free)]
+    assert cli.main(["serve-reward", *map(told, arguments), *port]) == 2
+    out, err = capsys.readouterr()
+    (line,) = err.strip().splitlines()
+    assert told(words) in line and line.startswith("fewstep: error: serve-reward: ") and out == ""
 
 
 # In a run

@@ -11,6 +11,8 @@ import io
 import json
 import math
 import os
+import re
+import socket
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -205,6 +207,38 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+def check_device(text: str) -> str:
+    """`auto` as what this machine has, anything else as it is. Raises ValueError for what torch does not find here."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if text == "auto":
+        return "cuda" if count else "cpu"
+    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", text)
+    if found is None:
+        raise ValueError(f"--device: must be cpu, cuda, cuda:N or auto, got {text!r}")
+    if text != "cpu" and int(found[1] or 0) >= count:
+        raise ValueError(f"--device: there is no {text} here, torch finds {count} CUDA devices; use auto, or cpu")
+    return text
+
+
+def claim(port: int) -> socket.socket:
+    """A socket bound to a port of this machine that nothing listens on; it does not listen yet. Raises ValueError."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what is left of a server that has just ended is no obstacle
+    held.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # an answer's body does not wait for the receipt of its head
+    try:
+        held.bind((HOST, port))
+    except OSError as error:
+        held.close()
+        raise busy(port, error) from error
+    return held
+
+
+def busy(port: int, error: OSError) -> ValueError:
+    return ValueError(f"--port: {HOST}:{port} cannot be listened on ({error.strerror}); end what listens there, or choose another port")
+
+
 def factory() -> Any:
     """The application in a worker process, from what `command` left in its environment."""
     spec = json.loads(os.environ[SPEC])
@@ -220,7 +254,7 @@ def command(arguments: list[str]) -> int:
     parser.add_argument("--port", type=int, default=8765, help="port on 127.0.0.1 (default 8765)")
     parser.add_argument("--workers", type=int, default=1, help="processes, each with the whole model (default 1)")
     parser.add_argument("--batch", type=int, default=16, help="pictures that the model sees at once, and in one request (default 16)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto")
     options = parser.parse_args(arguments)
     for key, low, high in (("port", 1, 65535), ("workers", 1, 64), ("batch", 1, 1024)):
         if not low <= getattr(options, key) <= high:
@@ -228,23 +262,28 @@ def command(arguments: list[str]) -> int:
     try:
         import python_multipart  # noqa: F401
         import starlette  # noqa: F401
-        import torch
+        import torch  # noqa: F401
         import uvicorn
     except ImportError as error:
         raise ValueError(f"the server needs {error.name}: pip install 'fewstep[serve]'") from error
-    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        name, version, score = load(options.what, options.scorer, device)
-    except (ImportError, OSError) as error:
-        raise ValueError(f"{options.what}: cannot be built here ({type(error).__name__}: {error})") from error
-    print(f"{name} ({version}) on http://{HOST}:{options.port}, {options.workers} worker(s) on {device}", flush=True)
-    settings = {"host": HOST, "port": options.port, "log_level": "warning", "access_log": False, "server_header": False}
-    if options.workers == 1:
-        uvicorn.run(application(name, version, score, batch=options.batch, device=device), **settings)
-        return 0
-    del score  # it was built to see that it can be; each worker builds its own
-    spec = {"what": options.what, "scorer": options.scorer, "device": device, "batch": options.batch, "workers": options.workers}
-    os.environ[SPEC] = json.dumps(spec)
-    # a worker whose model keeps the interpreter busy is not to be taken for a dead one
-    uvicorn.run("fewstep.rewards.serve:factory", factory=True, workers=options.workers, timeout_worker_healthcheck=600, **settings)
+    device = check_device(options.device)
+    with claim(options.port) as held:  # before the model is loaded, which may take minutes
+        try:
+            name, version, score = load(options.what, options.scorer, device)
+        except (ImportError, OSError) as error:
+            raise ValueError(f"{options.what}: cannot be built here ({type(error).__name__}: {error})") from error
+        try:
+            held.listen()
+        except OSError as error:  # another server, started beside this one, was first
+            raise busy(options.port, error) from error
+        print(f"{name} ({version}) on http://{HOST}:{options.port}, {options.workers} worker(s) on {device}", flush=True)
+        settings = {"fd": held.fileno(), "log_level": "warning", "access_log": False, "server_header": False}
+        if options.workers == 1:
+            uvicorn.run(application(name, version, score, batch=options.batch, device=device), **settings)
+            return 0
+        del score  # it was built to see that it can be; each worker builds its own
+        spec = {"what": options.what, "scorer": options.scorer, "device": device, "batch": options.batch, "workers": options.workers}
+        os.environ[SPEC] = json.dumps(spec)
+        # a worker whose model keeps the interpreter busy is not to be taken for a dead one
+        uvicorn.run("fewstep.rewards.serve:factory", factory=True, workers=options.workers, timeout_worker_healthcheck=600, **settings)
     return 0
