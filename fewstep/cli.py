@@ -40,7 +40,7 @@ RUN_FILES = (
 )  # fmt: skip
 # what may differ between a run and its continuation
 FREE_ON_RESUME = ("updates", "teacher_guidance", "save_every", "sample_every", "evaluate", "resume", "overwrite", "dry_run", "output",
-                  "device", "judge")  # fmt: skip
+                  "device", "judge", "remote")  # fmt: skip
 
 
 class UserError(Exception):
@@ -407,7 +407,7 @@ def check_rewards(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
             elif sources.is_remote(scorer):
                 from fewstep.rewards.remote import Remote
 
-                found[name] = Remote(scorer, name).connect()
+                found[name] = Remote(scorer, name, timeout=config.remote.timeout).connect()
             elif name in REWARDS:
                 located = sources.locate(name, scorer, assets=assets(config))
                 if scorer is not None:
@@ -445,6 +445,8 @@ def check_judges(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
                 if source == config.scorer.get(name):
                     raise ValueError(f"{source} is what the student is trained on; a judge is held out")
                 found[name] = sources.open_judge(name, source)
+                if sources.is_remote(source):
+                    server_of(found[name]).timeout = config.remote.timeout
             elif source == HELD_OUT:
                 from fewstep import world
 
@@ -464,6 +466,14 @@ def check_judges(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
         except (OSError, ValueError) as error:
             raise UserError(f"judge.{name}: {error}") from error
     return found
+
+
+def server_of(function: Any) -> Any:
+    """The Remote that a reward or a judge is or that its function belongs to; None where there is no server."""
+    from fewstep.rewards.remote import Remote
+
+    holder = getattr(function, "__self__", function)
+    return holder if isinstance(holder, Remote) else None
 
 
 def make_judges(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
@@ -589,6 +599,9 @@ def build(
     if own.mode == "adaptive":
         weights = Adaptive(config.reward, own.budget, own.warmup, eta=own.eta, cap=own.cap, lag_limit=own.lag_limit)
     others, decoder = make_terms(config, roles, functions or {}), Counted(backbone.decode)
+    held_out = make_judges(config, judges or {})
+    asked = {**(functions or {}), **{f"judge.{name}": judge for name, judge in held_out.items()}}
+    servers = {name: server for name, function in asked.items() if (server := server_of(function)) is not None}
     counted = {"student": roles.student, "teacher": roles.teacher, "fake": roles.fake, "decoder": decoder}
     trainer = Trainer(
         Student(roles.student, schedule, times),
@@ -602,7 +615,8 @@ def build(
         device=device,
         weights=weights,
         counted=counted | {name: other.reward for name, other in others.items() if isinstance(other.reward, Counted)},
-        judges=make_judges(config, judges or {}),
+        judges=held_out,
+        news={name: server.news for name, server in servers.items()},
     )
     return Run(config, backbone, roles, trainer)
 

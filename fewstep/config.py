@@ -110,6 +110,12 @@ class DiscriminatorConfig:
 
 
 @dataclass
+class RemoteConfig:
+    timeout: float = 120.0
+    """Seconds for one try of one request to a server that a reward or a judge stands behind, up to the last byte of its answer."""
+
+
+@dataclass
 class MemoryConfig:
     micro_groups: int = 0
     """Prompts whose samples pass through the networks together; an update is the same, its gradient added up over the parts of the
@@ -182,6 +188,8 @@ class Config:
     """Held-out judges: scored beside the rewards once a rollout and never trained on, as `--judge.hps FOLDER`; named and found as rewards
     and scorers are. One with the name of a reward stands beside that one, any other beside all; an alarm tells when a reward still rises
     and its judge falls. `held-out` is the embedded world's own twin of clip (another CLIP) and of preference (the gold utility)."""
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
+    """Rewards and judges behind a server."""
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     """How the other rewards join R_dm."""
     reuse: ReuseConfig = field(default_factory=ReuseConfig)
@@ -254,6 +262,7 @@ class Config:
             (weights.cap > 0.05, "weights.cap", f"must be above 0.05, where the weight starts, got {weights.cap}"),
             (weights.clip > 0, "weights.clip", f"must be positive, got {weights.clip}"),
             (0 <= weights.max_masked <= 1, "weights.max_masked", f"must lie in [0, 1], got {weights.max_masked}"),
+            (0 < self.remote.timeout <= 86400, "remote.timeout", f"must be positive and at most a day (86400), got {self.remote.timeout}"),
             (self.memory.micro_groups >= 0, "memory.micro_groups", f"must be 0 (all) or more, got {self.memory.micro_groups}"),
             (not self.lora_rank or self.memory.teacher == "exact", "memory.teacher", "int8 needs full weights: LoRA shares the base"),
             (self.discriminator.lr > 0, "discriminator.lr", f"must be positive, got {self.discriminator.lr}"),

@@ -119,7 +119,8 @@ class Trainer:
     encode: prompts -> conditions, one row each; decode: latents -> images; latent_shapes: (C, H, W) of each size, which
     the rollouts take in turn; weights: how the terms other than the anchor join it; counted: denoisers by role and whatever else
     counts its passes, logged. judges: functions of (images, prompts) that score what the rewards score, once a rollout, and push
-    nothing: one with the name of a reward stands beside that one, any other beside all of them.
+    nothing: one with the name of a reward stands beside that one, any other beside all of them. news: what happened since it was last
+    asked, by name, logged after each update.
     One cycle: a rollout without gradient, then `reuse.rollout` evaluations of the rewards at its states (each state once, at a
     fresh noise level), each serving up to `reuse.evaluation` student updates; after each evaluation's updates the online
     rewards learn the rollout's predictions, `updates` times for every student update.
@@ -140,6 +141,7 @@ class Trainer:
         weights: Fixed | Adaptive | None = None,
         counted: dict[str, Any] | None = None,
         judges: dict[str, Callable[[Tensor, list[str]], Any]] | None = None,
+        news: dict[str, Callable[[], dict[str, float]]] | None = None,
     ):
         self.student, self.parameters, self.terms, self.batches = student, parameters, terms, batches
         self.encode, self.decode, self.latent_shapes = encode, decode, latent_shapes
@@ -159,6 +161,7 @@ class Trainer:
             raise ValueError(f"one anchor at most, got {', '.join(self.anchors)}")
         self.weights = weights or Fixed({})
         self.counted = counted or {"student": student.denoiser}
+        self.news = news or {}
         self.rollout: Rollout | None = None
         self.used = 0  # evaluations the current rollout has fed
         self.block: Block | None = None
@@ -520,7 +523,8 @@ class Trainer:
         logs |= {f"evaluations/{name}": float(denoiser.cost) for name, denoiser in self.counted.items()}
         for key, value in logs.items():
             self.running[key] = value if key not in self.running else self.running[key] + 0.1 * (value - self.running[key])
-        return logs
+        # not averaged: there is none where nothing happened
+        return logs | {f"{name}/{key}": value for name, ask in self.news.items() for key, value in ask().items()}
 
     def finish_block(self) -> dict[str, float]:
         """The evaluation has served: now the online rewards may change, as often as the student did."""

@@ -237,6 +237,8 @@ def test_a_passing_fault_is_tried_again_and_then_masked(faulty, fault):
     start = time.monotonic()
     with pytest.warns(UserWarning, match=r"after 3 tries; 4 pictures are masked"):
         scores = reward.ask(pictures(4), ["p"] * 4)
+    (kind,) = reward.faults
+    assert reward.news() == {"retries": 4.0, f"faults/{kind.replace(' ', '_')}": 5.0} and reward.news() == {}
     assert bool(torch.isnan(scores).all()) and faulty.met == [fault] * 3 and sum(reward.faults.values()) == 5
     assert time.monotonic() - start < 4
 
@@ -667,13 +669,18 @@ def metrics(output):
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_is_scored_by_a_server_and_remembers_which(faulty, teacher_folder, prompt_file, tmp_path, capsys):
+def trouble(log):
+    return {key: value for key, value in log.items() if "/retries" in key or "/faults/" in key}
+
+
+def test_a_run_is_scored_by_a_server_and_remembers_which(faulty, teacher_folder, prompt_file, tmp_path, capsys, monkeypatch):
     import yaml
 
     out = tmp_path / "out"
     base = ["--teacher", teacher_folder, "--prompts", prompt_file, "--output", out]
-    faulty.faults = [None, "null"]
+    faulty.faults = ["500", None, "null"]
     assert run(*base, "--updates", 2, "--reward.mine", faulty.url) == 0
+    assert [trouble(log) for log in metrics(out)] == [{"mine/retries": 1.0, "mine/faults/answered_500": 1.0}, {}]
     saved = yaml.safe_load((out / "config.yaml").read_text())
     assert saved["reward"] == {"mine": 1.0} and saved["via"] == {"mine": "policy"} and saved["scorer"] == {"mine": faulty.url}
     assert [log["mine/masked"] for log in metrics(out)] == [0.0, 1.0]
@@ -683,14 +690,26 @@ def test_a_run_is_scored_by_a_server_and_remembers_which(faulty, teacher_folder,
     other.health["version"] = "v2"
     FAULTS["v2"] = FAULTS["moved on"]
     other.faults = ["v2"] * 9
+    faulty.faults, posted, request = ["short"], set(), remote.request
+
+    def spy(method, url, **settings):
+        if method == "POST":
+            posted.add((url, settings["timeout"]))
+        return request(method, url, **settings)
+
+    monkeypatch.setattr(remote, "request", spy)
+    more = ["--scorer.mine", other.url, "--judge.far", faulty.url, "--remote.timeout", 7]
     try:
         capsys.readouterr()
-        assert run("--output", out, "--resume", "--updates", 3, "--scorer.mine", other.url) == 0
+        with pytest.warns(UserWarning, match="wrong count"):  # a judge's missing scores stop no run
+            assert run("--output", out, "--resume", "--updates", 3, *more) == 0
     finally:
         other.close()
         del FAULTS["v2"]
     assert "reward 'mine' is version v2 now; until update 2 it was v1" in capsys.readouterr().out
     assert [entry["from_update"] for entry in json.loads((out / "rewards.json").read_text())] == [0, 2]
+    assert trouble(metrics(out)[2]) == {"judge.far/faults/wrong_count": 1.0}
+    assert posted == {(f"{other.url}/score", 7.0), (f"{faulty.url}/score", 7.0)}
 
 
 def test_a_run_stops_when_too_much_cannot_be_scored(faulty, teacher_folder, prompt_file, tmp_path, capsys, monkeypatch):
@@ -712,6 +731,7 @@ def test_a_run_stops_when_too_much_cannot_be_scored(faulty, teacher_folder, prom
         (["--reward.mine", "http://127.0.0.1:1"], "scorer.mine: http://127.0.0.1:1: no reward answers there (connection refused, 3 tries)"),
         (["--reward.mine", "http://example.org"], "plain http is for this machine alone"),
         (["--reward.mine", "URL", "--via.mine", "pathwise"], "via.mine: pathwise needs a gradient"),
+        (["--reward.mine", "URL", "--remote.timeout", "0"], "remote.timeout: must be positive and at most a day (86400), got 0.0"),
         (["--reward.mine", "URL", "--steps", "1"], "a one-step student has no stochastic step"),
         (["--reward.mine", "URL", "--weights.mode", "sum"], "policy is for fixed and adaptive weights"),
         (["--reward.image-reward", "1"], "start `fewstep serve-reward image-reward` there and give --scorer.image-reward http://"),

@@ -59,8 +59,8 @@ class Remote(PixelReward):
 
     A request that fails (connection, timeout, 408, 429, 5xx) is tried `tries` times; then its pictures are masked (NaN), as are those
     of a malformed answer, and those that the server has no finite score for. Any other 4xx, a redirect, and a server whose name or
-    version is no longer the one that `connect` found raise RewardError. `faults` counts what went wrong, by kind; a warning tells what
-    was masked.
+    version is no longer the one that `connect` found raise RewardError. `faults` counts what went wrong, by kind; `news` tells what is
+    new in it; a warning tells what was masked.
     """
 
     def __init__(self, url: str, name: str, *, timeout: float = TIMEOUT, tries: int = TRIES, backoff: float = BACKOFF):
@@ -70,6 +70,7 @@ class Remote(PixelReward):
         self.served, self.version = "", ""
         self.batch, self.workers = 16, 1
         self.faults: Counter[str] = Counter()
+        self.untold: Counter[str] = Counter()
         self.lock = threading.Lock()
 
     @property
@@ -101,7 +102,14 @@ class Remote(PixelReward):
         for key, value in (("batch", self.batch), ("workers", self.workers)):
             if type(value) is not int or not 1 <= value <= 1024:
                 raise ValueError(f"{self.url}/health: {key} must be a whole number from 1 to 1024, is {value!r}")
+        self.news()  # what it took to connect is of no update
         return self
+
+    def news(self) -> dict[str, float]:
+        """What went wrong since this was last asked: tries that were repeated (`retries`), failures by kind (`faults/KIND`); no zeros."""
+        with self.lock:
+            new, self.untold = self.untold, Counter()
+        return {key: float(count) for key, count in new.items()}
 
     def ask(self, images: Tensor, prompts: list[str]) -> Tensor:
         """(B,) scores of images (B, 3, H, W) in [0, 1], as the 8-bit pictures they would be saved as; NaN where there is none."""
@@ -133,9 +141,12 @@ class Remote(PixelReward):
             try:
                 return attempt()
             except (Fault, Malformed) as error:
+                kind, last = str(error).partition(":")[0], isinstance(error, Malformed) or n == self.tries - 1
                 with self.lock:
-                    self.faults[str(error).partition(":")[0]] += 1
-                if isinstance(error, Malformed) or n == self.tries - 1:
+                    self.faults[kind] += 1
+                    self.untold[f"faults/{kind.replace(' ', '_')}"] += 1
+                    self.untold.update([] if last else ["retries"])
+                if last:
                     raise
                 time.sleep(min(LONGEST_WAIT, self.backoff * 2**n if error.wait is None else error.wait))
         raise AssertionError("at least one try")
