@@ -256,6 +256,10 @@ def bright(images, prompts):
     return images.mean((1, 2, 3)) + torch.tensor([float(len(prompt)) for prompt in prompts])
 
 
+def dim(images, prompts):
+    return -bright(images, prompts)
+
+
 def evaluated(pipe, folder, *, teacher=None, **changes):
     options = {
         "prompts": MANY, "scorers": {}, "judges": {"bright": bright}, "extractors": [FLAT], "images_per_prompt": 2, "noise": "picture",
@@ -320,20 +324,18 @@ def test_a_resumed_evaluation_is_an_unbroken_one(tmp_path):
     class Stop(BaseException):
         pass
 
-    broken, calls = Pipe(), []
-
-    def tired(images, prompts):
-        calls.append(len(images))
-        if len(calls) == 11:  # in the middle of the third part
-            raise Stop
-        return bright(images, prompts)
+    class Tired(Pipe):
+        def __call__(self, **options):
+            if self.calls == 10:  # in the middle of the third part
+                raise Stop
+            return super().__call__(**options)
 
     whole = evaluated(Pipe(), tmp_path / "whole")
-    tired.__module__ = bright.__module__
     with pytest.raises(Stop):
-        evaluated(broken, tmp_path / "broken", judges={"bright": tired})
+        evaluated(Tired(), tmp_path / "broken")
     assert len(list((tmp_path / "broken").glob("*.safetensors"))) == 2
-    said, before = [], broken.calls
+    said, broken = [], Pipe()
+    before = broken.calls
     resumed = evaluated(broken, tmp_path / "broken", say=said.append)
     assert broken.calls - before == 6 * 4  # six of eight parts, four batches each
     assert said == [f"student, 4 steps: 2 of 8 parts are in {tmp_path / 'broken'}, going on with the others"]
@@ -368,7 +370,7 @@ def test_what_was_drawn_otherwise_is_never_taken(tmp_path):
     evaluated(Pipe(), tmp_path)
     changes = [
         {"seed": 1}, {"steps": 2}, {"prompts": PromptSet("many", ["other", *MANY.prompts[1:]])}, {"images_per_prompt": 3},
-        {"judges": {}}, {"precision": "bf16"},
+        {"judges": {}}, {"judges": {"bright": dim}}, {"precision": "bf16"},
         {"extractors": [FLAT._replace(weights="others")]}, {"extractors": [FLAT._replace(resize="to 3")]},
     ]  # fmt: skip
     for change in changes:
@@ -443,9 +445,19 @@ def test_a_judge_is_told_apart_by_what_it_holds(tmp_path):
         def score(self, images, prompts):
             return images.mean((1, 2, 3))
 
+        def other(self, images, prompts):
+            return -images.mean((1, 2, 3))
+
     assert protocol.identity_of(Judge(0).score) == protocol.identity_of(Judge(0)) != protocol.identity_of(Judge(1).score)
     assert protocol.identity_of(SimpleNamespace(version="1.2")) == "1.2"
     assert protocol.identity_of(bright) == protocol.identity_of(bright)
+    assert protocol.identity_of(bright) != protocol.identity_of(dim)  # of one file
+    one = lambda images, prompts: images.mean((1, 2, 3))  # noqa: E731
+    two = lambda images, prompts: -images.mean((1, 2, 3))  # noqa: E731
+    assert protocol.identity_of(one) != protocol.identity_of(two)
+    assert protocol.identity_of(Judge(0).other) != protocol.identity_of(Judge(0).score)
+    servers = [SimpleNamespace(served=name, version="file-0123") for name in ("bright", "dim")]
+    assert [protocol.identity_of(server) for server in servers] == ["bright file-0123", "dim file-0123"]
     with pytest.raises(ValueError, match="nothing tells which version"):
         protocol.identity_of(len)
 

@@ -440,7 +440,7 @@ def check(
 
 
 def identity_of(judge: Any) -> str:
-    """SHA-256 over all the weights that a judge holds, or what it says of its version, or the source file of a function."""
+    """SHA-256 over all the weights that a judge holds, or what it says of its name and version, or that of a function and its file."""
     digest, found = hashlib.sha256(), False
     holder = getattr(judge, "__self__", judge)
     for name, value in sorted(vars(holder).items()) if hasattr(holder, "__dict__") else ():
@@ -450,17 +450,24 @@ def identity_of(judge: Any) -> str:
                 found = True
                 digest.update(f"{name}.{key} ".encode())
                 digest.update(fingerprint(part).encode()) if isinstance(part, nn.Module) else add_tensor(digest, "", part)
+    called = getattr(judge, "__name__", "score")
     if found:
+        if called != "score":  # another method of the same weights
+            digest.update(called.encode())
         return digest.hexdigest()
     version_of = getattr(holder, "version", None)
-    if isinstance(version_of, str):
-        return version_of
+    if isinstance(version_of, str):  # a server's; its version may be that of a file with several functions
+        return f"{served} {version_of}" if (served := getattr(holder, "served", "")) else version_of
+    named = judge if inspect.isroutine(judge) else type(holder)
     try:
-        return hashlib.sha256(Path(inspect.getfile(judge if inspect.isroutine(judge) else type(holder))).read_bytes()).hexdigest()
+        digest.update(Path(inspect.getfile(named)).read_bytes())
     except (TypeError, OSError) as error:
         raise ValueError(
             f"judge {judge!r}: nothing tells which version it is; give an object with weights or a function in a file"
         ) from error
+    line = named.__code__.co_firstlineno if inspect.isfunction(named) else 0  # all lambdas have one name
+    digest.update(f"\0{named.__qualname__} {line}".encode())
+    return digest.hexdigest()
 
 
 class Drawing(NamedTuple):
