@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_evaluate import MEAN, PREPROCESS, STD, tiny_clip, tiny_tokenizer
 from test_evaluate import tiny_pipeline as other_pipeline
-from test_remote import served
+from test_remote import Faulty, served
 
 from fewstep import cli
 from fewstep.evaluate import measure as measuring
@@ -388,6 +388,25 @@ def test_a_damaged_part_is_drawn_again(tmp_path):
     with pytest.warns(UserWarning, match=f"{path.name}: damaged, drawn again"):
         mended = evaluated(pipe, tmp_path)
     assert pipe.calls == 4 and without_times(mended) == without_times(whole)
+
+
+def test_a_judge_that_was_out_of_reach_is_asked_again(tmp_path):
+    """A number that was lost to a server's failure is there once it answers; no other part is drawn again."""
+    server = Faulty()
+    try:
+        judge, said, pipe = server.reward().ask, [], Pipe()
+        server.faults = ["500"] * 3  # all tries of one batch
+        with pytest.warns(UserWarning, match="3 pictures are masked"):
+            down = evaluated(pipe, tmp_path, judges={"far": judge}, say=said.append)
+        assert down["left_out"]["far"] == "3 of 80 pictures got no score" and pipe.calls == 8 * 4 and not said
+        up = evaluated(pipe, tmp_path, judges={"far": judge}, say=said.append)
+        assert "far" not in up["left_out"] and up["rows"][0]["metrics"]["far"]["value"] == pytest.approx(0.9)  # 0, 1, 2 of threes; then 0
+        assert pipe.calls == 9 * 4
+        assert said == ["student, 4 steps: 1 of 8 parts have pictures without a score by far; drawn again to ask again"]
+        evaluated(pipe, tmp_path, judges={"far": judge})
+        assert pipe.calls == 9 * 4
+    finally:
+        server.close()
 
 
 def test_no_more_pictures_are_held_than_a_batch_or_two(tmp_path):

@@ -547,6 +547,12 @@ def unfinished(shards: Shards, row: dict[str, Any], drawing: Drawing) -> list[in
     return sorted(missing)
 
 
+def without_scores(shards: Shards, i: int) -> list[str]:
+    """Judges that left a picture of a part without a score: they may have been out of reach."""
+    kept = shards.read(i, "score/")
+    return [name.removeprefix("score/") for name, scores in kept.items() if not torch.isfinite(scores).all()]
+
+
 def evaluate(
     student: str | Path | Callable[[], Source],
     *,
@@ -639,7 +645,12 @@ def evaluate(
         note = {**identity, "protocol": common, "row": row, "call": source.call(row["guidance"])}
         shards = Shards(folder, note, drawing.n, size=drawing.part_size())
         missing = unfinished(shards, row, drawing)
-        if missing and len(missing) < shards.count and share == (0, 1):
+        silent = {i: names for i in range(shards.count) if i not in missing and (names := without_scores(shards, i))}
+        if silent:
+            names = ", ".join(sorted({name for part in silent.values() for name in part}))
+            say(f"{row['name']}: {len(silent)} of {shards.count} parts have pictures without a score by {names}; drawn again to ask again")
+            missing = sorted({*missing, *silent})
+        elif missing and len(missing) < shards.count and share == (0, 1):
             say(f"{row['name']}: {shards.count - len(missing)} of {shards.count} parts are in {folder}, going on with the others")
         draw_parts(source, row, shards, my_share(missing, share), drawing)
         if not missing:

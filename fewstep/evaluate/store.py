@@ -169,6 +169,11 @@ class Shards:
             write_note(self.folder / f"{self.key}.json", self.note)
         write(self.path(i), tensors, **said)
 
+    def read(self, i: int, prefix: str) -> dict[str, Tensor]:
+        """What a part holds under names that begin with `prefix`."""
+        with safe_open(self.path(i), "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+
     def open(self) -> dict[str, Rows]:
         """Everything that the parts hold, by name. Raises FileNotFoundError when a part is missing."""
         parts = [self.path(i) for i in range(self.count)]
