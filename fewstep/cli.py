@@ -977,11 +977,14 @@ def table_flags(arguments: list[str], tables: tuple[str, ...]) -> tuple[dict[str
 def load_judges(named: dict[str, str | None], *, device: str, in_world: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """(judges that are a CLIP, by name; any other rewards as functions of pictures and prompts). Raises UserError naming the flag."""
     from fewstep import world
+    from fewstep.evaluate.measure import is_reserved
     from fewstep.rewards import REWARDS, sources
     from fewstep.rewards.clip import CLIPScore
 
     scorers, others = {}, {}
     for name, source in named.items():
+        if is_reserved(name):
+            raise UserError(f"judge.{name}: another number of the report has this name, or one like it; give the judge another")
         if name not in REWARDS and not (sources.is_code(source) or sources.is_remote(source)):
             raise UserError(f"judge.{name}: unknown reward{nearest(name, REWARDS)}. {OWN_JUDGE.format(name)}")
         try:

@@ -155,6 +155,27 @@ def test_what_cannot_be_measured_is_left_out_and_said(sample):
         measure(few, PROMPTS[:12], torch.arange(12), {}, **options, teacher=teacher)
 
 
+def test_two_numbers_never_have_one_name(sample):
+    """A judge beside another number, and two extractors with one distance: refused, or told apart by the extractor's name."""
+    seen, data, teacher = sample
+    for name in ("diversity", "fid_teacher", "precision", "utility", "kid_data"):
+        with pytest.raises(ValueError, match=f"'{name}' names two numbers"):
+            measured(seen | {f"score/{name}": seen["score/bright"]}, data, teacher)
+    twin = Extractor("twin", "fid", "kid", False, None, 12)
+    seen["features/twin"] = seen["features/net"] * 2
+    both = {"extractor": [NET, twin], "data": data | {"twin": data["net"]}, "draws": 5, "repeats": True}
+    with pytest.raises(ValueError, match="'fid_data' names two numbers"):
+        measure(seen, PROMPTS, GROUP, {}, **both)
+    found = measure(seen, PROMPTS, GROUP, {}, **both | {"extractor": measuring.told_apart([NET, twin])})
+    assert found["fid_data"]["value"] == pytest.approx(frechet(data["net"], seen["features/net"]), abs=1e-9)
+    assert found["fid.twin_data"]["value"] == pytest.approx(frechet(data["net"], seen["features/twin"]), abs=1e-9)
+    assert found["kid.twin_data"]["value"] != found["kid_data"]["value"]
+    assert measuring.told_apart([NET, UNIT]) == [NET, UNIT]
+    assert [protocol.label(name) for name in ("fid_data", "fid.twin_data", "kid.my_net.v2_teacher", "my.judge_x")] == [
+        "FID to data ↓", "FID of twin to data ↓", "KID of my_net.v2 to teacher ↓", "my.judge_x ↑",
+    ]  # fmt: skip
+
+
 def test_repeated_captions_are_no_other_captions():
     scorer = CLIPScore(tiny_clip(), tiny_tokenizer(), PREPROCESS)
     features = torch.nn.functional.normalize(normal(3, 8), dim=1)
@@ -407,6 +428,35 @@ def test_a_judge_that_was_out_of_reach_is_asked_again(tmp_path):
         assert pipe.calls == 9 * 4
     finally:
         server.close()
+
+
+@pytest.mark.parametrize(
+    "changes, name",
+    [
+        ({"judges": {"diversity": bright}}, "diversity"),
+        ({"judges": {"fid_teacher": bright}}, "fid_teacher"),
+        ({"judges": {"clip": bright}, "scorers": {"clip": None}}, "clip"),
+        ({"scorers": {"flat": None}}, "flat"),
+        ({"extractors": [FLAT, FLAT._replace(frechet="fd_clip", kernel=None)]}, "flat"),
+    ],
+)
+def test_names_that_collide_are_refused_before_anything_is_drawn(tmp_path, changes, name):
+    pipe = Pipe()
+    with pytest.raises(ValueError, match=f"'{name}' would name two things"):
+        evaluated(pipe, tmp_path, **changes)
+    assert pipe.calls == 0
+
+
+def test_two_extractors_of_one_distance_are_both_measured(tmp_path):
+    other = FLAT._replace(name="tall", function=lambda x: x.flatten(1)[:, 5:10].clone())
+    report = evaluated(Pipe(), tmp_path, extractors=[FLAT, other], teacher=Pipe(0.9))
+    metrics = report["rows"][0]["metrics"]
+    assert metrics["fid_teacher"]["value"] != metrics["fid.tall_teacher"]["value"]
+    assert {"kid_teacher", "kid.tall_teacher"} == set(report["interval"]["jackknife"]["metrics"])
+    assert metrics == metrics | evaluated(Pipe(), tmp_path, teacher=Pipe(0.9))["rows"][0]["metrics"] | {
+        "seconds_per_image": metrics["seconds_per_image"]
+    }
+    assert "FID of tall to teacher (FID-SD) ↓" in text_of(protocol.as_table(report))
 
 
 def test_no_more_pictures_are_held_than_a_batch_or_two(tmp_path):
@@ -669,6 +719,7 @@ def free_port():
         ({"--batch": "0"}, "--batch: must be at least 1"),
         ({"--beside": "CAPTIONS"}, "not a report of fewstep evaluate"),
         ({"--judge.clpi": "x"}, "judge.clpi: unknown reward; did you mean 'clip'"),
+        ({"--judge.fid_teacher": "mine.py:f"}, "judge.fid_teacher: another number of the report has this name"),
         ({"--judge.preference": None}, "judge.preference: give the folder or hub id of its model, --judge.preference FOLDER"),
         ({"--judge.preference": "nowhere"}, "judge.preference: nowhere"),
         ({"--extractor.inceptoin": "x"}, "extractor.inceptoin: unknown"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,57 @@ KERNELS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool, float]] = {
     "kid": (polynomial, True, 1.0),
     "cmmd": (gaussian, False, CMMD_SCALE),
 }
+
+
+# Names
+
+DISTANCES = ("fid", "kid", "patch_fid", "fd_clip", "cmmd")
+OTHERS = ("utility", "precision", "recall", "diversity", "network_evaluations", "seconds_per_image")
+SHUFFLED = "_over_shuffled"
+
+
+def distance_names(e: Extractor) -> list[str]:
+    """Of the numbers that an extractor's features give, to real pictures and to the teacher."""
+    return [f"{kind}_{what}" for what in ("data", "teacher") for kind in (e.frechet, e.kernel) if kind]
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a judge of this name would be taken for another number of a report."""
+    is_distance = name.startswith(("fd_", *DISTANCES)) and name.endswith(("_data", "_teacher"))
+    return name in OTHERS or is_distance or name.endswith(SHUFFLED)
+
+
+def told_apart(extractors: Sequence[Extractor]) -> list[Extractor]:
+    """The extractors, where a later one's distances would have an earlier one's name, with its own name in theirs: `fd_clip.NAME`."""
+    found: list[Extractor] = []
+    for e in extractors:
+        taken = {kind for other in found for kind in (other.frechet, other.kernel) if kind}
+        frechet, kernel = (f"{kind}.{e.name}" if kind in taken else kind for kind in (e.frechet, e.kernel))
+        found.append(e._replace(frechet=frechet, kernel=kernel))
+    return found
+
+
+def check_names(extractors: Sequence[Extractor], scorers: Iterable[str], judges: Iterable[str], *, shared: bool) -> None:
+    """Raise ValueError when two numbers of a report, or the features of two networks, would have one name.
+
+    shared: the first extractor is a scorer, and its features have the scorer's name.
+    """
+    features = [*scorers, *(e.name for e in extractors[1 if shared else 0 :])]
+    numbers = [
+        *OTHERS,
+        *(name for e in extractors for name in distance_names(e)),
+        *(n for name in scorers for n in (name, name + SHUFFLED)),
+    ]
+    twice = [name for names in (features, [*numbers, *judges]) for name, n in Counter(names).items() if n > 1]
+    for name in [*twice, *filter(is_reserved, judges)]:
+        raise ValueError(f"{name!r} would name two things of one report: give the judge, scorer or extractor another name")
+
+
+def put(out: Measured, name: str, found: dict[str, float]) -> None:
+    """Raises ValueError for a name that another number has."""
+    if name in out:
+        raise ValueError(f"{name!r} names two numbers of one report: give the judge, scorer or extractor another name")
+    out[name] = found
 
 
 def members(group: Tensor) -> Tensor:
@@ -135,7 +186,7 @@ def measure(
 
     def add(name: str, statistic: Callable[[Tensor], float], *, centre: bool = False, bounds: tuple[float, float] = (-np.inf, np.inf)):
         low, high = np.clip(bootstrap(statistic, len(prompts), draws=draws, seed=seed, level=LEVEL, centre=centre), *bounds)
-        out[name] = {"value": statistic(every), "low": float(low), "high": float(high)}
+        put(out, name, {"value": statistic(every), "low": float(low), "high": float(high)})
 
     def add_mean(name: str, values: Tensor):
         """values (N,): equal groups, so the mean over pictures is the mean over prompts of their means."""
@@ -153,7 +204,7 @@ def measure(
     for name, scorer in scorers.items():
         own, above = caption_scores(observed[f"features/{name}"], scorer, prompts, group)
         add_mean(name, own)
-        add_mean(f"{name}_over_shuffled", above)
+        add_mean(name + SHUFFLED, above)
     for name in sorted(observed):
         kind, _, judge = name.partition("/")
         if kind in ("score", "utility"):
@@ -239,9 +290,10 @@ def distances_of(
     else:
         if min(n, len(other)) <= d:
             raise ValueError(f"{min(n, len(other))} features of {d} dimensions: their covariance is singular; use more than {d} pictures")
-        out[name] = jackknifed_frechet(mine, theirs, rows, paired=paired, seed=seed)
+        put(out, name, jackknifed_frechet(mine, theirs, rows, paired=paired, seed=seed))
     if e.kernel:
-        out[f"{e.kernel}_{what}"] = jackknifed_kernel(e.kernel, mine, theirs, rows, paired=paired, seed=seed, device=device)
+        kernel = e.kernel.partition(".")[0]
+        put(out, f"{e.kernel}_{what}", jackknifed_kernel(kernel, mine, theirs, rows, paired=paired, seed=seed, device=device))
 
 
 def jackknifed_frechet(mine: Matrix, theirs: Matrix, rows: Tensor, *, paired: bool, seed: int) -> dict[str, float]:
@@ -315,7 +367,7 @@ def precision_and_recall(
     without = [recall(torch.tensor([other for other in groups if other != g])) for g in groups]
     value = recall(torch.tensor(list(groups)))
     low, high = np.clip(jackknife(value, without, level=LEVEL), 0, 1)
-    out["recall"] = {"value": value, "low": float(low), "high": float(high)}
+    put(out, "recall", {"value": value, "low": float(low), "high": float(high)})
 
 
 def jackknifed(n: int, extractors: Sequence[Extractor], metrics: Sequence[str]) -> list[str]:

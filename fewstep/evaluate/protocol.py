@@ -31,7 +31,19 @@ from torch import Tensor, nn
 
 from fewstep.evaluate.distances import Matrix, bootstrap
 from fewstep.evaluate.features import PATCH, Extractor, of_scorer, scaled, to_bytes
-from fewstep.evaluate.measure import BLOCKS, DRAWS, LEVEL, NEIGHBOURS, Measured, jackknifed, measure
+from fewstep.evaluate.measure import (
+    BLOCKS,
+    DISTANCES,
+    DRAWS,
+    LEVEL,
+    NEIGHBOURS,
+    SHUFFLED,
+    Measured,
+    check_names,
+    jackknifed,
+    measure,
+    told_apart,
+)
 from fewstep.evaluate.pictures import Pictures
 from fewstep.evaluate.pictures import features as features_of
 from fewstep.evaluate.sets import PromptSet
@@ -602,12 +614,15 @@ def evaluate(
     named = prompts if isinstance(prompts, PromptSet) else None
     texts = named.prompts if named else list(prompts)
     check(texts, images_per_prompt, scorers, extractor, data, repeats=named is not None)
+    every = ([of_scorer(extractor, scorers[extractor])] if extractor else []) + list(extractors)
+    check_names(told_apart(every), scorers, judges or (), shared=extractor is not None)
     own = opened(student, device)
     left_out: dict[str, str] = {}
-    used = ([of_scorer(extractor, scorers[extractor])] if extractor else []) + list(extractors)
+    used = every
     if min(own.size) < PATCH and any(e.frechet == "patch_fid" for e in used):
         left_out["patch-FID"] = f"pictures of {own.size[0]} x {own.size[1]} hold no crop of {PATCH} pixels"
         used = [e for e in used if e.frechet != "patch_fid"]
+    used = told_apart(used)
     if extractors or judges or noise != "batch" or precision != "fp32":
         shipped = None  # what ships was drawn and seen without these
     packages = ["torch", "diffusers", "transformers", "fewstep"] + (["torch-fidelity", "pillow"] if extractors else [])
@@ -764,12 +779,19 @@ def as_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
 
 
 def label(name: str) -> str:
-    return LABELS.get(name, "  above shuffled captions ↑" if name.endswith("_over_shuffled") else f"{name} ↑")  # judges are named freely
+    """What a table calls a metric: distances by their network, judges as they were named."""
+    if name in LABELS:
+        return LABELS[name]
+    stem, _, what = name.rpartition("_")
+    kind, _, network = stem.partition(".")
+    if network and kind in DISTANCES and what in ("data", "teacher"):
+        return LABELS[f"{kind}_{what}"].replace(" to ", f" of {network} to ", 1)
+    return "  above shuffled captions ↑" if name.endswith(SHUFFLED) else f"{name} ↑"
 
 
 def notes(report: dict[str, Any]) -> list[str]:
     """What has to be said beside the numbers: what was left out, intervals of another kind, machines that differ."""
-    said = [f"no {LABELS.get(name, name).removesuffix(' ↓').removesuffix(' ↑')}: {why}" for name, why in report.get("left_out", {}).items()]
+    said = [f"no {label(name).removesuffix(' ↓').removesuffix(' ↑')}: {why}" for name, why in report.get("left_out", {}).items()]
     other = report["interval"].get("jackknife")
     if other:
         said.append(f"intervals of {', '.join(other['metrics'])}: jackknife over {other['blocks of prompts']} blocks of prompts")
