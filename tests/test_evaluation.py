@@ -563,6 +563,35 @@ def test_numbers_of_other_stamps_are_marked_and_what_differs_is_said(tmp_path):
     ]  # fmt: skip
 
 
+def test_numbers_beside_another_teacher_are_marked(tmp_path):
+    """A distance to the teacher is to this teacher, at its guidance and steps; what the student draws hangs on none of them."""
+    student, usual = Pipe(0.8), Pipe(1.0)
+    one = evaluated(student, tmp_path, teacher=usual, guidance=3.0)
+    calls = student.calls
+    others = {
+        "guidance": evaluated(student, tmp_path, teacher=usual, guidance=9.0),
+        "steps": evaluated(student, tmp_path, teacher=usual, guidance=3.0, teacher_steps=20),
+        "pipeline": evaluated(student, tmp_path, teacher=Pipe(0.5), guidance=3.0),
+    }
+    assert student.calls == calls
+    assert one["protocol"]["teacher"] == {
+        "pipeline": one["teacher"], "steps": 28, "guidance": 3.0, "call": {"guidance_scale": 3.0},
+    }  # fmt: skip
+    for field, other in others.items():
+        text = text_of(protocol.beside({"a": one, "b": other}))
+        assert "b: student, 4 steps †" in text and "its distances to the teacher do not compare: teacher." in text and field in text
+    assert "teacher.guidance: 3.0 / 9.0; teacher.call.guidance_scale: 3.0 / 9.0" in text_of(
+        protocol.beside({"a": one, "b": others["guidance"]})
+    )
+    # a report of before stamps named the teacher: it says the same elsewhere, but for the call
+    for report, marked in ((one, False), (others["guidance"], True)):
+        early = json.loads(json.dumps(report))
+        del early["protocol"]["teacher"]
+        text = text_of(protocol.beside({"a": one, "b": early}))
+        assert ("†" in text) == marked and "whose stamp lacks teacher.call: not compared" in text
+    assert text_of(protocol.beside({"a": one, "b": json.loads(json.dumps(one))})).count("†") == 0
+
+
 def test_what_was_left_out_stands_below_the_table(tmp_path):
     report = evaluated(Pipe(), tmp_path, images_per_prompt=1)
     report["rows"].append(report["rows"][0] | {"name": "elsewhere", "device": "another machine"})

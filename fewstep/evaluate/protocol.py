@@ -8,6 +8,7 @@ shared among processes.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -95,6 +96,7 @@ class Protocol:
     n: int  # pictures of each row
     images_per_prompt: int
     seeds: dict[str, int]  # of the rows, and of the teacher's sample that they are compared to
+    teacher: dict[str, Any] | None  # whose sample that is: pipeline (SHA-256), steps, guidance, and what its call was told
     noise: Noise  # a picture's own, by its number, or that of its batch
     batch: int | None  # decides, with the seed, which picture gets which noise; None where each has its own
     extractor: str | None  # whose features FD-clip, precision, recall and diversity use
@@ -109,7 +111,8 @@ class Protocol:
     versions: dict[str, str]
 
     def stamp(self) -> dict[str, Any]:
-        return asdict(self)
+        """As it is read back from a report."""
+        return json.loads(json.dumps(asdict(self)))
 
 
 def pipeline_fingerprint(pipe: Any) -> str:
@@ -632,6 +635,7 @@ def evaluate(
         n=len(texts) * images_per_prompt,
         images_per_prompt=images_per_prompt,
         seeds={"rows": seed, "reference": seed + 1} if teacher is not None else {"rows": seed},
+        teacher=None,  # it is opened when the student is drawn
         noise=noise,
         batch=batch if noise == "batch" else None,
         extractor=used[0].name if used else None,
@@ -652,7 +656,7 @@ def evaluate(
 
     ids = named.ids if named else None
     drawing = Drawing(texts, ids, images_per_prompt, noise, batch, see, device, keep_images, progress)
-    # neither real pictures nor the machine decide what is drawn
+    # neither real pictures, the machine nor the teacher decide what a student draws
     common = protocol.stamp() | {"data": None, "neighbours": None, "device": None, "extractor": None}
 
     def collect(source: Source, row: dict[str, Any], identity: dict[str, str], folder: Path) -> tuple[dict[str, Any], Seen | None]:
@@ -686,6 +690,8 @@ def evaluate(
             original = opened(teacher, device)
             schedulers = schedulers_of(original.pipe)
             identity["teacher"] = pipeline_fingerprint(original.pipe)
+            settings = {"steps": teacher_steps or TEACHER_STEPS, "guidance": guidance, "call": original.call(guidance)}
+            protocol = dataclasses.replace(protocol, teacher={"pipeline": identity["teacher"], **settings})
             content = content_of(original.pipe, texts, images_per_prompt, batch, scorers, utility) if shipped else {}
 
             def teacher_sample(row: dict[str, Any], *, timed: bool = True) -> tuple[dict[str, Any], Seen | None]:
@@ -825,17 +831,47 @@ def differences(stamp: Any, other: Any, prefix: str = "") -> list[str]:
     return [f"{prefix}: {shown[0]} / {shown[1]}"]
 
 
+LATER = ("teacher",)  # fields that the first reports' stamps lack
+
+
+def stamp_of(report: dict[str, Any]) -> dict[str, Any]:
+    """A report's stamp. What an early one's lacks of its teacher is taken from the report's rows."""
+    stamp = report["protocol"]
+    if "teacher" in stamp or "teacher" not in report:
+        return stamp
+    shown = report["rows"][1]
+    return stamp | {"teacher": {"pipeline": report["teacher"], "steps": shown["steps"], "guidance": shown["guidance"]}}
+
+
+def compared(stamp: dict[str, Any], other: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """(what differs between two stamps, the later fields that one of them lacks and that were not compared)."""
+    unknown = [field for field in LATER if (field in stamp) != (field in other)]
+    one, two = ({key: value for key, value in held.items() if key not in unknown} for held in (stamp, other))
+    if one.get("teacher") and two.get("teacher") and ("call" in one["teacher"]) != ("call" in two["teacher"]):
+        unknown.append("teacher.call")
+        one, two = (held | {"teacher": held["teacher"] | {"call": None}} for held in (one, two))
+    return differences(one, two), unknown
+
+
+def verdict(name: str, first: str, found: list[str]) -> str:
+    """What differences in the stamps of two reports mean for their numbers."""
+    differ = "; ".join(found)
+    if all(line.startswith("teacher") for line in found):
+        return f"† {name} was measured beside another teacher than {first}, and its distances to the teacher do not compare: {differ}"
+    return f"† {name} was measured otherwise than {first}, and its numbers do not compare: {differ}"
+
+
 def beside(reports: Mapping[str, dict[str, Any]]) -> Table:
     """Reports by name in one table. Every report whose stamp is not the first one's is marked, and what differs is said below."""
     first, *others = reports
-    base = reports[first]
-    said = [f"{first}: {note}" for note in notes(base)]
+    said = [f"{first}: {note}" for note in notes(reports[first])]
     marks = {first: ""}
     for name in others:
-        found = differences(base["protocol"], reports[name]["protocol"])
+        found, unknown = compared(stamp_of(reports[first]), stamp_of(reports[name]))
         marks[name] = " †" if found else ""
-        if found:
-            said.append(f"† {name} was measured otherwise than {first}, and its numbers do not compare: " + "; ".join(found))
+        said += [verdict(name, first, found)] if found else []
+        if unknown:
+            said.append(f"{name} or {first} is of an earlier version, whose stamp lacks {', '.join(unknown)}: not compared")
         said += [f"{name}: {note}" for note in notes(reports[name])]
     samples = [(f"{name}: {row['name']}{marks[name]}", row["metrics"]) for name, report in reports.items() for row in report["rows"]]
     table = Table("", *(title for title, _ in samples), caption="\n".join(said) or None)
