@@ -480,7 +480,8 @@ def test_pictures_are_kept_when_asked_for(tmp_path):
     options = {"keep_images": tmp_path / "pictures", "prompts": MANY._replace(ids=ids)}
     evaluated(pipe, tmp_path / "work", **options)
     assert pipe.calls == 8 * 4  # they were not kept the first time
-    folder = tmp_path / "pictures" / "student--4-steps"
+    (folder,) = (tmp_path / "pictures").iterdir()
+    assert folder.name.startswith("student--4-steps-")
     assert len(list(folder.glob("*.png"))) == 80
     expected = protocol.to_bytes(torch.rand(1, 3, 4, 4, generator=protocol.noise_generator(0, 79)))
     assert np.array_equal(np.asarray(Image.open(folder / "000079.png")), expected[0].permute(1, 2, 0).numpy())
@@ -489,6 +490,25 @@ def test_pictures_are_kept_when_asked_for(tmp_path):
     (folder / "000005.png").unlink()
     evaluated(pipe, tmp_path / "work", **options)
     assert pipe.calls == 9 * 4 and (folder / "000005.png").is_file()
+    assert (folder / "pictures.jsonl").read_text().splitlines() == [json.dumps(line) for line in lines] and len(lines) == 80
+    # another sample's pictures are never this one's
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    evaluated(pipe, tmp_path / "work", **options, seed=5)
+    evaluated(pipe, tmp_path / "work", **options)
+    assert pipe.calls == 17 * 4 and len(list((tmp_path / "pictures").iterdir())) == 2
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_shares_keep_pictures_and_the_measuring_call_lists_them(tmp_path):
+    options = {"keep_images": tmp_path / "pictures"}
+    for i in (1, 0):
+        evaluated(Pipe(), tmp_path / "work", share=(i, 2), **options)
+    (folder,) = (tmp_path / "pictures").iterdir()
+    assert len(list(folder.glob("*.png"))) == 80 and not (folder / "pictures.jsonl").exists()
+    pipe, said = Pipe(), []
+    evaluated(pipe, tmp_path / "work", say=said.append, **options)
+    assert pipe.calls == 0 and len((folder / "pictures.jsonl").read_text().splitlines()) == 80
+    assert f"student, 4 steps: pictures in {folder}" in said
 
 
 def test_a_function_in_a_file_and_a_server_judge_as_well(tmp_path):

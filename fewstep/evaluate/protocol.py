@@ -495,7 +495,6 @@ class Drawing(NamedTuple):
     batch: int
     see: Callable[[Tensor, list[str]], dict[str, Tensor]]
     device: str | torch.device
-    keep_images: Path | None
     progress: bool
 
     @property
@@ -511,14 +510,9 @@ class Drawing(NamedTuple):
             return noise_generator(seed, first // self.batch)
         return [noise_generator(seed, i) for i in range(first, end)]
 
-    def picture_path(self, row: dict[str, Any], i: int) -> Path:
-        assert self.keep_images is not None
-        name = "".join(c if c.isalnum() else "-" for c in row["name"].lower())
-        return self.keep_images / name / f"{i:06d}.png"
 
-
-def draw_parts(source: Source, row: dict[str, Any], shards: Shards, wanted: list[int], drawing: Drawing) -> None:
-    """Draw the wanted parts of a row's sample and keep what is seen of each as soon as it is whole."""
+def draw_parts(source: Source, row: dict[str, Any], shards: Shards, wanted: list[int], drawing: Drawing, folder: Path | None) -> None:
+    """Draw the wanted parts of a row's sample and keep what is seen of each as soon as it is whole. folder: for the pictures themselves."""
     batches = [(i, first) for i in wanted for first in range(shards.pictures(i).start, shards.pictures(i).stop, drawing.batch)]
     told = source.call(row["guidance"]) | {"num_inference_steps": row["steps"]}
     parts: list[dict[str, Tensor]] = []
@@ -530,8 +524,8 @@ def draw_parts(source: Source, row: dict[str, Any], shards: Shards, wanted: list
             chunk = [drawing.prompts[p // drawing.images_per_prompt] for p in range(first, end)]
             images, seconds = draw(source.pipe, chunk, drawing.generators(row["seed"], first, end), **told)
             parts.append(drawing.see(images.to(drawing.device), chunk) | {"seconds": torch.tensor([seconds])})
-            if drawing.keep_images is not None:
-                save_pictures(drawing, row, images, first)
+            if folder is not None:
+                save_pictures(folder, images, first)
             if end == pictures.stop:
                 whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
                 shards.save(i, whole | {"evaluations": torch.tensor([float(sum(calls))])}, device=device_name(drawing.device))
@@ -539,26 +533,39 @@ def draw_parts(source: Source, row: dict[str, Any], shards: Shards, wanted: list
                 calls.clear()
 
 
-def save_pictures(drawing: Drawing, row: dict[str, Any], images: Tensor, first: int) -> None:
-    """Pictures as PNG files named by their number, with a line each in pictures.jsonl."""
+def pictures_folder(inside: Path, row: dict[str, Any], key: str) -> Path:
+    """Where a sample's pictures lie: named by the row, and by the sample's key, so that two samples never mix."""
+    name = "".join(c if c.isalnum() else "-" for c in row["name"].lower())
+    return inside / f"{name}-{key[:8]}"
+
+
+def picture_path(folder: Path, i: int) -> Path:
+    return folder / f"{i:06d}.png"
+
+
+def save_pictures(folder: Path, images: Tensor, first: int) -> None:
+    """Pictures as PNG files named by their number."""
     from PIL import Image
 
-    lines = []
     for i, pixels in enumerate(to_bytes(images).permute(0, 2, 3, 1).numpy(), first):
-        path = drawing.picture_path(row, i)
-        replace(path, lambda temporary, pixels=pixels: Image.fromarray(pixels).save(temporary, format="PNG"))
+        replace(picture_path(folder, i), lambda temporary, pixels=pixels: Image.fromarray(pixels).save(temporary, format="PNG"))
+
+
+def write_index(folder: Path, row: dict[str, Any], drawing: Drawing) -> None:
+    """A line in pictures.jsonl for each picture of a whole sample."""
+    lines = []
+    for i in range(drawing.n):
         prompt = i // drawing.images_per_prompt
-        line = {"file": path.name, "prompt": drawing.prompts[prompt], "seed": row["seed"], "picture": i}
-        lines.append(json.dumps(line | ({"id": drawing.ids[prompt]} if drawing.ids else {})))
-    with (drawing.picture_path(row, first).parent / "pictures.jsonl").open("a") as log:
-        log.write("\n".join(lines) + "\n")
+        line = {"file": picture_path(folder, i).name, "prompt": drawing.prompts[prompt], "seed": row["seed"], "picture": i}
+        lines.append(json.dumps(line | ({"id": drawing.ids[prompt]} if drawing.ids else {})) + "\n")
+    replace(folder / "pictures.jsonl", lambda temporary: temporary.write_text("".join(lines)))
 
 
-def unfinished(shards: Shards, row: dict[str, Any], drawing: Drawing) -> list[int]:
+def unfinished(shards: Shards, folder: Path | None) -> list[int]:
     """Parts that are missing, or whose pictures are, when those are to be kept."""
     missing = set(shards.missing())
-    if drawing.keep_images is not None:
-        missing |= {i for i in range(shards.count) if not all(drawing.picture_path(row, p).is_file() for p in shards.pictures(i))}
+    if folder is not None:
+        missing |= {i for i in range(shards.count) if not all(picture_path(folder, p).is_file() for p in shards.pictures(i))}
     return sorted(missing)
 
 
@@ -608,7 +615,7 @@ def evaluate(
     work, cache: folders that keep what was seen of the student's and of the teacher's pictures, and of real ones, by the content of
     pipeline, scorers and protocol; their use is said. A sample that is there in part is gone on with. shipped: a folder that `ship`
     filled: a sample found there is not drawn, only timed over a few batches. share (i, n): draw the i-th of n shares of every sample,
-    measure nothing and return None. keep_images: a folder for the pictures themselves.
+    measure nothing and return None. keep_images: a folder for the pictures themselves, each sample's in one of its own.
 
     Returns {"protocol", "interval", "student", "teacher", "rows", "best_solver", "left_out"}: each row has name, solver, steps, guidance,
     seed, n, sample (drawn, kept or shipped), device and metrics (see `measure`); best_solver names the few-step teacher nearest to the
@@ -655,7 +662,7 @@ def evaluate(
         return observe(images, scorers, utility, prompts=some, judges=judges, extractors=used)
 
     ids = named.ids if named else None
-    drawing = Drawing(texts, ids, images_per_prompt, noise, batch, see, device, keep_images, progress)
+    drawing = Drawing(texts, ids, images_per_prompt, noise, batch, see, device, progress)
     # neither real pictures, the machine nor the teacher decide what a student draws
     common = protocol.stamp() | {"data": None, "neighbours": None, "device": None, "extractor": None}
 
@@ -663,7 +670,8 @@ def evaluate(
         """(the row, saying where its sample came from; what was seen of it, or None where only a share was drawn)."""
         note = {**identity, "protocol": common, "row": row, "call": source.call(row["guidance"])}
         shards = Shards(folder, note, drawing.n, size=drawing.part_size())
-        missing = unfinished(shards, row, drawing)
+        pictures = pictures_folder(keep_images, row, shards.key) if keep_images else None
+        missing = unfinished(shards, pictures)
         silent = {i: names for i in range(shards.count) if i not in missing and (names := without_scores(shards, i))}
         if silent:
             names = ", ".join(sorted({name for part in silent.values() for name in part}))
@@ -671,11 +679,14 @@ def evaluate(
             missing = sorted({*missing, *silent})
         elif missing and len(missing) < shards.count and share == (0, 1):
             say(f"{row['name']}: {shards.count - len(missing)} of {shards.count} parts are in {folder}, going on with the others")
-        draw_parts(source, row, shards, my_share(missing, share), drawing)
+        draw_parts(source, row, shards, my_share(missing, share), drawing, pictures)
         if not missing:
             say(f"{row['name']}: read from {shards.path(0)}" + (f" and {shards.count - 1} more" if shards.count > 1 else ""))
         if share != (0, 1):
             return row, None
+        if pictures is not None:
+            write_index(pictures, row, drawing)
+            say(f"{row['name']}: pictures in {pictures}")
         seen: dict[str, Matrix] = dict(shards.open())
         return row | {"sample": "drawn" if missing else "kept", "device": ", ".join(shards.devices())}, seen
 
