@@ -1,10 +1,12 @@
 """Evaluation of any model: drawn part by part, stopped and gone on with, shared among processes, with a stamp on every number."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import fidelity
@@ -23,6 +25,7 @@ from fewstep.evaluate import protocol, store
 from fewstep.evaluate.distances import frechet, jackknife, kernel_distance, polynomial, precision_recall
 from fewstep.evaluate.features import Extractor
 from fewstep.evaluate.measure import measure
+from fewstep.evaluate.pictures import Pictures
 from fewstep.evaluate.sets import PromptSet
 from fewstep.evaluate.store import Rows
 from fewstep.rewards.clip import CLIPScore
@@ -171,8 +174,8 @@ def test_two_numbers_never_have_one_name(sample):
     assert found["fid.twin_data"]["value"] == pytest.approx(frechet(data["net"], seen["features/twin"]), abs=1e-9)
     assert found["kid.twin_data"]["value"] != found["kid_data"]["value"]
     assert measuring.told_apart([NET, UNIT]) == [NET, UNIT]
-    assert [protocol.label(name) for name in ("fid_data", "fid.twin_data", "kid.my_net.v2_teacher", "my.judge_x")] == [
-        "FID to data ↓", "FID of twin to data ↓", "KID of my_net.v2 to teacher ↓", "my.judge_x ↑",
+    assert [protocol.label(name) for name in ("fid_data", "fid.twin_data", "fd_dino_teacher", "kid.my_net.v2_teacher", "my.judge_x")] == [
+        "FID to data ↓", "FID of twin to data ↓", "FD-dino to teacher ↓", "KID of my_net.v2 to teacher ↓", "my.judge_x ↑",
     ]  # fmt: skip
 
 
@@ -610,6 +613,50 @@ def test_numbers_beside_another_teacher_are_marked(tmp_path):
         text = text_of(protocol.beside({"a": one, "b": early}))
         assert ("†" in text) == marked and "whose stamp lacks teacher.call: not compared" in text
     assert text_of(protocol.beside({"a": one, "b": json.loads(json.dumps(one))})).count("†") == 0
+
+
+def test_how_pictures_and_prompts_reach_a_scorer_is_in_the_stamp_and_the_key(tmp_path):
+    """The same weights behind other preprocessing or another vocabulary are another measurement, and nothing kept is taken for it."""
+
+    def scorer(**changes):
+        return CLIPScore(tiny_clip(), changes.pop("tokenizer", tiny_tokenizer()), PREPROCESS._replace(**changes))
+
+    def run(**changes):
+        return evaluated(Pipe(), tmp_path, scorers={"clip": scorer(**changes)}, extractors=[], extractor="clip", data=real)
+
+    looked_at = []
+    real = Pictures({"n": 12}, 12, lambda i: looked_at.append(i) or Image.new("RGB", (9, 9), (20 * i, 0, 99)))
+    one, again = run(), run()
+    assert len(looked_at) == 12 and "fd_clip_data" in one["rows"][0]["metrics"]
+    assert again["rows"][0]["sample"] == "kept" and one["protocol"] == again["protocol"]
+    renamed = tiny_tokenizer()
+    renamed.add_tokens(["zebra"])
+    other = run(mean=(0.1, 0.2, 0.3))
+    assert len(looked_at) == 24
+    others = {"clip.pictures": other, "clip.vocabulary": run(tokenizer=renamed)}
+    for field, other in others.items():
+        assert other["rows"][0]["sample"] == "drawn"
+        (line,) = protocol.differences(one["protocol"], other["protocol"])
+        assert line.startswith(f"preprocess.{field}: ")
+    assert "mean=(" in one["protocol"]["preprocess"]["clip"]["pictures"]  # in words
+    judges = [SimpleNamespace(net=torch.nn.Identity(), preprocess=PREPROCESS._replace(crop=crop)) for crop in (None, (2, 2))]
+    assert protocol.identity_of(judges[0]) != protocol.identity_of(judges[1])
+    function = functools.partial(torch.clamp, min=0.5)
+    assert protocol.in_words(function).endswith("clamp(min=0.5)") and "0x" not in protocol.in_words(lambda x: x)
+
+
+def test_reports_of_before_stand_in_one_table_with_todays():
+    """The embedded world's own: equal where both stamps say something, and what the earlier one lacks is named."""
+    results = Path(__file__).parent.parent / "docs" / "results"
+    early, other = (json.loads((results / f"{name}.json").read_text()) for name in ("gndmr", "gndmr-remote"))
+    assert protocol.compared(protocol.stamp_of(early), protocol.stamp_of(other)) == ([], [])
+    teacher = protocol.stamp_of(early)["teacher"] | {"call": {"guidance_scale": 3.0}}
+    today = early | {"protocol": early["protocol"] | {"teacher": teacher, "preprocess": {}}}
+    text = " ".join(text_of(protocol.beside({"today": today, "early": early})).split())
+    assert "†" not in text and "early or today is of an earlier version, whose stamp lacks preprocess, teacher.call: not compared" in text
+    today["protocol"]["teacher"] = teacher | {"steps": 20}
+    text = " ".join(text_of(protocol.beside({"today": today, "early": early})).split())
+    assert "† early was measured beside another teacher than today" in text and "teacher.steps: 20 / 28" in text
 
 
 def test_what_was_left_out_stands_below_the_table(tmp_path):

@@ -99,7 +99,7 @@ def make_clip(folder: str | None, resize: int | None, device: str | torch.device
 
     first = in_words(resize)
     width, weights = int(scorer.model.config.projection_dim), fingerprint(scorer.model)
-    return [Extractor("extractor-clip", "fd_clip", "cmmd", True, features, width, weights, f"{first}then the model's own preprocessing")]
+    return [Extractor("extractor-clip", "fd_clip", "cmmd", True, features, width, weights, f"{first}then {scorer.preprocess}")]
 
 
 def in_words(resize: int | None) -> str:

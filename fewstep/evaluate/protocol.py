@@ -102,6 +102,7 @@ class Protocol:
     extractor: str | None  # whose features FD-clip, precision, recall and diversity use
     extractors: dict[str, dict[str, str]]  # name -> weights (SHA-256), resize
     scorers: dict[str, str]  # name -> SHA-256 of its weights
+    preprocess: dict[str, dict[str, str]]  # of scorers: what pictures go through, SHA-256 of the vocabulary that prompts are read with
     utility: str | None  # SHA-256 of the source file that defines it
     data: dict[str, Any] | None  # of real pictures: n and SHA-256 of their features or files
     neighbours: int  # k of precision and recall
@@ -454,8 +455,22 @@ def check(
         raise ValueError(f"features of real pictures must be (more than {width}, {width}) for {extractor!r}, got {tuple(data.shape)}")
 
 
+def preparation(scorer: CLIPScore) -> dict[str, str]:
+    """How a scorer brings pictures and prompts to its network."""
+    return {"pictures": in_words(scorer.preprocess), "vocabulary": sha256(scorer.tokenizer.get_vocab())}
+
+
+def in_words(function: Callable[..., Any]) -> str:
+    """A preprocessing's settings, or the name of a function with what it is told; the same in every process."""
+    if isinstance(function, functools.partial):
+        told = [*map(repr, function.args), *(f"{key}={value!r}" for key, value in sorted(function.keywords.items()))]
+        return f"{in_words(function.func)}({', '.join(told)})"
+    named = function if inspect.isroutine(function) else type(function)
+    return repr(function) if isinstance(function, tuple) else f"{named.__module__}.{named.__qualname__}"
+
+
 def identity_of(judge: Any) -> str:
-    """SHA-256 over all the weights that a judge holds, or what it says of its name and version, or that of a function and its file."""
+    """SHA-256 over a judge's weights and preprocessing, or what it says of its name and version, or SHA-256 of a function and its file."""
     digest, found = hashlib.sha256(), False
     holder = getattr(judge, "__self__", judge)
     for name, value in sorted(vars(holder).items()) if hasattr(holder, "__dict__") else ():
@@ -467,6 +482,8 @@ def identity_of(judge: Any) -> str:
                 digest.update(fingerprint(part).encode()) if isinstance(part, nn.Module) else add_tensor(digest, "", part)
     called = getattr(judge, "__name__", "score")
     if found:
+        if callable(preprocess := getattr(holder, "preprocess", None)):
+            digest.update(in_words(preprocess).encode())
         if called != "score":  # another method of the same weights
             digest.update(called.encode())
         return digest.hexdigest()
@@ -649,6 +666,7 @@ def evaluate(
         extractors={e.name: {"weights": e.weights, "resize": e.resize} for e in used},
         scorers={name: fingerprint(scorer.model) for name, scorer in scorers.items()}
         | {name: identity_of(judge) for name, judge in (judges or {}).items()},
+        preprocess={name: preparation(scorer) for name, scorer in scorers.items()},
         utility=utility_hash(utility),
         data=data.identity if isinstance(data, Pictures) else None if data is None else {"n": len(data), "sha256": sha256(data.tolist())},
         neighbours=neighbours,
@@ -726,7 +744,8 @@ def evaluate(
             _, reference = teacher_sample(last, timed=False)
         real = data
         if isinstance(data, Pictures):
-            by_name = {e.name: e for e in used}
+            # what is kept of real pictures is named by how they were brought to size, which a scorer's own stamp says elsewhere
+            by_name = {e.name: e._replace(resize=in_words(scorers[e.name].preprocess)) if e.name in scorers else e for e in used}
             real = features_of(data, by_name, folder, batch=batch, device=device, share=share, progress=progress)
         if share != (0, 1):
             say(f"share {share[0]} of {share[1]} is drawn. When all are, the same call without a share measures")
@@ -803,6 +822,8 @@ def label(name: str) -> str:
     kind, _, network = stem.partition(".")
     if network and kind in DISTANCES and what in ("data", "teacher"):
         return LABELS[f"{kind}_{what}"].replace(" to ", f" of {network} to ", 1)
+    if kind.startswith("fd_") and what in ("data", "teacher"):
+        return f"FD-{stem.removeprefix('fd_')} to {what} ↓"
     return "  above shuffled captions ↑" if name.endswith(SHUFFLED) else f"{name} ↑"
 
 
@@ -842,7 +863,7 @@ def differences(stamp: Any, other: Any, prefix: str = "") -> list[str]:
     return [f"{prefix}: {shown[0]} / {shown[1]}"]
 
 
-LATER = ("teacher",)  # fields that the first reports' stamps lack
+LATER = ("teacher", "preprocess")  # fields that the first reports' stamps lack
 
 
 def stamp_of(report: dict[str, Any]) -> dict[str, Any]:
