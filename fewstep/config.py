@@ -72,7 +72,7 @@ class WeightsConfig:
     budget: float = 1.5
     """Adaptive: the KL allowed, as a multiple of the KL that distribution matching alone reaches."""
     warmup: int = 50
-    """Adaptive: updates with weight 0 in which that KL is measured."""
+    """Adaptive: evaluations of R_dm (an update each, without reuse.evaluation) at weight 0 in which that KL is measured."""
     eta: float = 0.1
     """Adaptive: step of the log weight."""
     cap: float = 10.0
@@ -256,7 +256,15 @@ class Config:
             (self.scorer.keys() <= self.reward.keys(), "scorer", f"names {sorted(self.scorer.keys() - self.reward.keys())}, not in reward"),
             (not self.judge or any(name != "discriminator" for name in self.reward), "judge", "nothing to judge: add --reward.NAME WEIGHT"),
             (weights.budget >= 1, "weights.budget", f"below 1 it lies under the KL that R_dm alone reaches, got {weights.budget}"),
-            (mode != "adaptive" or 1 <= weights.warmup < self.updates, "weights.warmup", f"must be 1 .. updates - 1, got {weights.warmup}"),
+            (
+                mode != "adaptive" or (weights.warmup >= 1 and weights.warmup * self.reuse.evaluation < self.updates),
+                "weights.warmup", f"counts evaluations of R_dm, each of up to reuse.evaluation updates: it must be at least 1 and end "
+                f"before update {self.updates}, got {weights.warmup} x {self.reuse.evaluation}; until then no other reward has weight",
+            ),
+            (
+                self.fake.on == "all" or self.fake.condition == "none" or self.steps == 1,
+                "fake.on", "last leaves the fake untrained at every other step that it is conditioned on: set fake.condition to none",
+            ),
             (not weights.project or mode == "fixed", "weights.project", f"is for fixed weights, not {mode}"),
             (weights.eta > 0, "weights.eta", f"must be positive, got {weights.eta}"),
             (weights.cap > 0.05, "weights.cap", f"must be above 0.05, where the weight starts, got {weights.cap}"),

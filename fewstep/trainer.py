@@ -20,7 +20,7 @@ from fewstep import checkpoint, importance, losses
 from fewstep.config import Config
 from fewstep.denoiser import Cond, Denoiser
 from fewstep.prompts import Batches
-from fewstep.rewards.base import OnlineReward, Reward, RewardError
+from fewstep.rewards.base import OnlineReward, Reward, RewardError, checked
 from fewstep.rewards.heldout import HeldOut, Parting
 from fewstep.student import Student
 from fewstep.transforms import advantages, group_rms, modulate, project, weigh
@@ -230,7 +230,7 @@ class Trainer:
         sample = self.sample_of(rollout, k, x0.detach().requires_grad_(len(pathwise) > len(self.anchors)))
         others = {name: term.reward for name, term in pathwise.items() if not term.anchor}
         with self.precision():
-            signals = {name: term.reward(sample) for name, term in pathwise.items() if term.anchor}
+            signals = {name: checked(name, term.reward(sample), sample) for name, term in pathwise.items() if term.anchor}
             found, logs = self.ask_with_judges(others, sample) if fresh else (self.ask_in_parts(others, sample), {})
         signals |= found
         anchor, at = torch.zeros_like(sample.x0), Signal(None, None)
@@ -254,7 +254,7 @@ class Trainer:
         for rows in parts if rewards else []:
             piece = sample if len(parts) == 1 else sample.rows(rows)
             for name, reward in rewards.items():
-                found[name].append(reward(piece))
+                found[name].append(checked(name, reward(piece), piece))
 
         def joined(values: tuple[Tensor | None, ...]) -> Tensor | None:
             known = [value for value in values if value is not None]
@@ -319,14 +319,18 @@ class Trainer:
         if own.mode == "advantage":
             if not signals:
                 return anchor, None, logs
-            total = sum(values[name] * advantages(score, group).clamp(-5, 5) for name, score in scores.items())
-            return modulate(anchor, total, 1.0), None, logs
+            pushes = [values[name] * advantages(score, group).clamp(-5, 5) for name, score in scores.items()]
+            # each is clipped alone, and a sample that one reward could not score keeps what the others say of it
+            total = torch.stack([torch.where(torch.isnan(push), torch.zeros_like(push), push) for push in pushes]).sum(0)
+            return modulate(anchor, total, 1.0, clip=math.inf), None, logs
         extra, force = torch.zeros_like(anchor), {}
         for name, direction in directions.items():
             if own.mode == "sum":
                 part = values[name] * torch.where(valid[name].view(-1, *[1] * (anchor.ndim - 1)), direction, torch.zeros_like(direction))
+            elif own.project:  # at RMS 1 first: what little is left of a direction that opposes is not to be blown up to full size
+                unit = weigh(torch.zeros_like(anchor), {name: direction}, {name: 1.0}, group, valid=valid)
+                part = values[name] * project(anchor, unit)
             else:
-                direction = project(anchor, direction) if own.project else direction
                 part = weigh(torch.zeros_like(anchor), {name: direction}, values, group, valid=valid)
             extra, force[name] = extra + part, rms(part)
         # an advantage of size 1 pushes as hard as a direction of RMS 1 (policy_updates)
@@ -469,7 +473,8 @@ class Trainer:
 
     def simulate(self) -> Rollout:
         """Fresh prompts simulated up to one state, drawn anew (DMD2's backward simulation); with fake.on last, the last one."""
-        return self.new_rollout(until=int(torch.randint(self.student.steps, (1,))))
+        last = self.student.steps - 1
+        return self.new_rollout(until=last if self.config.fake.on == "last" else int(torch.randint(last + 1, (1,))))
 
     def online_step(self, rollout: Rollout) -> Tensor:
         """A step for each sample, (B,): every step equally often up to rounding, which sample gets which drawn anew."""

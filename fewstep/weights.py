@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
+
+UNREACHED = math.log(100)  # a weight this far below where it starts moves nothing
 
 
 def dual_step(log_weight: float, kl: float, budget: float, *, eta: float, cap: float) -> float:
@@ -58,6 +61,7 @@ class Adaptive:
     kl: float | None = field(default=None, init=False)
     lag: float | None = field(default=None, init=False)
     b: float | None = field(default=None, init=False)
+    told: bool = field(default=False, init=False)  # of a budget out of reach
 
     def __post_init__(self) -> None:
         if self.budget < 1:
@@ -90,6 +94,14 @@ class Adaptive:
             following = dual_step(self.log_weight, kl, self.b, eta=self.eta, cap=self.cap)
             if following < self.log_weight or known_lag <= self.lag_limit * self.b:
                 self.log_weight = following
+            if not self.told and self.log_weight < math.log(self.start) - UNREACHED:
+                self.told = True
+                warnings.warn(
+                    f"the KL to the teacher, {kl:.3g}, stays above its budget {self.b:.3g} with next to no weight on other rewards "
+                    f"({self.now_total():.1g}): they do not push any more. Raise weights.budget, or weights.warmup where the score of R_dm "
+                    "still fell when it ended",
+                    stacklevel=2,
+                )
         logs = {"kl": kl, "weight": self.now_total()}
         return logs if self.b is None else logs | {"budget": self.b, "weight_at_cap": float(self.log_weight >= math.log(self.cap))}
 

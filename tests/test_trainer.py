@@ -1,8 +1,10 @@
 """The loop on a tiny random teacher: bit-exact resume, stops on NaN, what is trained and what is not."""
 
 import copy
+import dataclasses
 import functools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,9 @@ import torch
 
 from fewstep import checkpoint, cli
 from fewstep.prompts import read
+from fewstep.rewards.base import PixelReward, RewardError, as_reward
+from fewstep.transforms import advantages
+from fewstep.types import Signal
 
 OPTIONS = [
     *("--groups", "2", "--group-size", "2", "--reuse.rollout", "3", "--save-every", "100"),
@@ -141,6 +146,70 @@ def test_nothing_left_out_gives_the_same_continuation(teacher_folder, prompt_fil
     for _ in range(3):
         whole.step()
     assert_same(later, whole.state())
+
+
+def combined(trainer, **signals):
+    """(anchor's part, the rewards' part, anchor) of 16 samples in one group."""
+    anchor = torch.randn(16, *trainer.latent_shapes[0], generator=torch.Generator().manual_seed(0))
+    found = {name: make(anchor) for name, make in signals.items()}
+    own, extra, _ = trainer.combine(anchor, found, torch.zeros(16, dtype=torch.long))
+    return own, extra, anchor
+
+
+def test_project_leaves_nothing_of_a_direction_that_opposes(teacher_folder, prompt_file):
+    trainer = run_of(teacher_folder, prompt_file, "--reward.redness", "0.3", "--weights.project", "true").trainer
+    for share in (0.0, 0.01):  # of something else in it
+        aside = torch.randn(16, *trainer.latent_shapes[0], generator=torch.Generator().manual_seed(1))
+        _, extra, anchor = combined(trainer, redness=lambda x, share=share, aside=aside: Signal(torch.arange(16.0), -3 * x + share * aside))
+        assert float(extra.square().mean().sqrt()) < 0.3 * (share + 1e-5)
+        assert share == 0 or bool((extra.flatten(1) * anchor.flatten(1)).sum(1).ge(-1e-5).all())
+
+
+def test_advantages_are_clipped_one_by_one_and_a_missing_one_takes_no_other_with_it(teacher_folder, prompt_file):
+    trainer = run_of(
+        teacher_folder, prompt_file, "--reward.redness", "2", "--reward.contrast", "1", "--weights.mode", "advantage",
+        "--weights.max-masked", "0.5",
+    ).trainer  # fmt: skip
+    best, unknown = torch.zeros(16), torch.arange(16.0)
+    best[3], unknown[3] = 1, math.nan
+    own, extra, anchor = combined(trainer, redness=lambda x: Signal(best, None), contrast=lambda x: Signal(unknown, None))
+    assert extra is None
+    a = float(advantages(best, torch.zeros(16, dtype=torch.long))[3])
+    assert 2 * a > 5  # together beyond the clip, each alone within it
+    torch.testing.assert_close(own[3], (1 + 2 * a) * anchor[3])
+
+
+@pytest.mark.parametrize("made, words", [
+    (lambda x: Signal(torch.zeros(len(x), 1), None), r"a score of shape \(4, 1\); it must be \(4,\)"),
+    (lambda x: Signal(torch.tensor(1.0), None), r"a score of shape \(\); it must be \(4,\)"),
+    (lambda x: Signal(None, torch.zeros(len(x), 1, 1, 1)), r"a direction of shape \(4, 1, 1, 1\); it must be \(4, "),
+    (lambda x: Signal([1.0] * len(x), None), "a score that is list"),
+    (lambda x: x.mean((1, 2, 3)), r"returned Tensor; a Reward returns a Signal"),
+], ids=["column", "one number", "broadcast", "list", "no signal"])  # fmt: skip
+def test_a_reward_object_is_held_to_its_contract(teacher_folder, prompt_file, made, words):
+    trainer = run_of(teacher_folder, prompt_file, "--reward.redness", "0.3").trainer
+    trainer.terms["redness"] = dataclasses.replace(trainer.terms["redness"], reward=lambda sample: made(sample.x0))
+    with pytest.raises(RewardError, match=words):
+        trainer.step()
+
+
+def test_a_function_with_a_default_is_one_of_pictures():
+    assert isinstance(as_reward(lambda images, prompts=None: images.mean((1, 2, 3)), "mine"), PixelReward)
+
+
+def test_a_fake_of_the_last_step_learns_no_other(teacher_folder, prompt_file):
+    options = ("--fake.on", "last", "--fake.condition", "none", "--reuse.backward-simulation", "true", "--reuse.rollout", "1")
+    trainer = run_of(teacher_folder, prompt_file, *options).trainer
+    assert {len(trainer.simulate().states) for _ in range(8)} == {trainer.student.steps}
+    with pytest.raises(cli.UserError, match=r"fake.on: last leaves the fake untrained"):
+        run_of(teacher_folder, prompt_file, "--fake.on", "last")
+
+
+def test_a_warm_up_that_would_not_end_is_refused(teacher_folder, prompt_file):
+    options = ("--reward.redness", "1", "--weights.mode", "adaptive", "--weights.warmup", "4")
+    assert run_of(teacher_folder, prompt_file, *options).config.weights.warmup == 4  # of 8 updates
+    with pytest.raises(cli.UserError, match=r"weights.warmup: .* before update 8, got 4 x 2"):
+        run_of(teacher_folder, prompt_file, *options, "--reuse.evaluation", "2")
 
 
 def test_only_student_and_fake_move(teacher_folder, prompt_file):

@@ -1,6 +1,7 @@
 """The adaptive weight, eq. (7): one dual variable for one fidelity budget."""
 
 import math
+import warnings
 
 import pytest
 
@@ -118,3 +119,17 @@ def test_on_a_gaussian_the_weight_settles_at_its_budget():
         assert abs(sum(tail) / len(tail) / weights.b - 1) < 0.1 and max(tail) / weights.b < 1.1
         assert weights.log_weight < math.log(weights.cap)
         assert weights.now_total() * pull == pytest.approx(math.sqrt(2 * (weights.b - kl_0)), rel=0.1)
+
+
+def test_a_budget_out_of_reach_is_told_once():
+    """A KL that no weight can bring under the budget takes the weight to nothing, which would look like a reward that does not help."""
+    weights = Adaptive({"a": 1.0}, budget=1.0, warmup=1)
+    weights.observe(-1.0, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(20):
+            weights.observe(-1.6, None)
+    with pytest.warns(UserWarning, match=r"stays above its budget 1 .*Raise weights.budget") as told:
+        for _ in range(200):
+            weights.observe(-1.6, None)
+    assert len(told) == 1

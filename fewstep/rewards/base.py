@@ -82,6 +82,25 @@ class PixelReward:
         return score if score.is_floating_point() else score.float()
 
 
+def checked(name: str, signal: Any, sample: Sample) -> Signal:
+    """What a reward said, as it is. Raises RewardError when it is no Signal of the sample's shapes and device.
+
+    A direction that broadcasts (B, 1, 1, 1) is one of those: it would push every pixel alike, and nobody would see it.
+    """
+    if not isinstance(signal, Signal):
+        raise RewardError(f"reward {name!r} returned {type(signal).__name__}; a Reward returns a Signal(score, direction)")
+    for part, value, wanted in (("score", signal.score, sample.x0.shape[:1]), ("direction", signal.direction, sample.x0.shape)):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise RewardError(f"reward {name!r} returned a {part} that is {type(value).__name__}; it must be a tensor {tuple(wanted)}")
+        if value.shape != wanted:
+            raise RewardError(f"reward {name!r} returned a {part} of shape {tuple(value.shape)}; it must be {tuple(wanted)}")
+        if value.device != sample.x0.device:
+            raise RewardError(f"reward {name!r} returned a {part} on {value.device}; the samples are on {sample.x0.device}")
+    return signal
+
+
 def as_reward(value: Any, name: str) -> Reward:
     """A Reward as it is; a function of (images, prompts) as a PixelReward. Raises RewardError for anything else."""
     if not callable(value):
@@ -90,5 +109,6 @@ def as_reward(value: Any, name: str) -> Reward:
         parameters = inspect.signature(value).parameters.values()
     except (TypeError, ValueError):  # builtins without a signature can only be functions of pictures
         return PixelReward(value, name)
-    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return value if len(needed) == 1 else PixelReward(value, name)
+    # those with a default count: f(images, prompts=None) is a function of pictures
+    taken = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return value if len(taken) == 1 else PixelReward(value, name)
