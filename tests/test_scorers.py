@@ -19,7 +19,7 @@ from fewstep.rewards import REWARDS, hps, rows, sources
 from fewstep.rewards.aesthetic import Aesthetic
 from fewstep.rewards.clip import CLIPScore, PickScore
 from fewstep.rewards.hps import HPS
-from fewstep.rewards.pixels import Preprocess, filter_weights, read_preprocess, resize_8bit, shorter_edge
+from fewstep.rewards.pixels import Preprocess, filter_weights, read_preprocess, resize_8bit
 
 PIL_NUMBER = {"bilinear": 2, "bicubic": 3}
 
@@ -79,20 +79,29 @@ def test_the_resizes_gradient_is_that_of_its_filters():
     assert bool((gradient == 0).all())  # clipped: brighter than white is white
 
 
-def test_hps_resizes_floats_and_keeps_the_published_centre():
-    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-    images = noise(1, 41, 60, extreme=True)
-    height, width = shorter_edge(41, 60, 24)
+@pytest.mark.parametrize(
+    "shape, inside",  # where the picture is in 24 x 24: (top, left, height, width), by hand
+    [((41, 60), (4, 0, 16, 24)), ((60, 41), (0, 4, 24, 16)), ((48, 34), (0, 3, 24, 17)), ((34, 48), (3, 0, 17, 24)),
+     ((10, 16), (4, 0, 15, 24)), ((48, 29), (0, 5, 24, 14)), ((48, 31), (0, 4, 24, 16)), ((768, 1344), (5, 0, 14, 24)),
+     ((60, 60), (0, 0, 24, 24)), ((24, 24), (0, 0, 24, 24)), ((24, 17), (0, 3, 24, 17))],
+)  # fmt: skip
+def test_hps_sees_the_whole_picture_on_black(shape, inside):
+    mean, std = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.25, 0.3]).view(3, 1, 1)
+    images = F.interpolate(noise(1, 5, 5, extreme=True), shape)
+    top, left, height, width = inside
     # PIL's pictures of 32-bit floats are neither rounded nor clipped
     channels = [Image.fromarray(channel.numpy(), mode="F").resize((width, height), 3) for channel in images[0]]
     whole = torch.from_numpy(np.stack([np.asarray(channel) for channel in channels]))
-    assert whole.max() > 1.05 and whole.min() < -0.05
-    left = round((width - 24) / 2)
-    expected = (whole[:, :, left : left + 24] - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    assert (hps.preprocess(images, size=24, mean=mean, std=std)[0] - expected).abs().max() < 1e-4
+    assert whole.max() > 1.02 or max(shape) == 24  # the resize overshoots
+    expected = torch.zeros(3, 24, 24)  # black before it is normalised
+    expected[:, top : top + height, left : left + width] = whole
+    found = hps.preprocess(images, size=24, mean=tuple(mean.flatten().tolist()), std=tuple(std.flatten().tolist()))
+    assert (found[0] - (expected - mean) / std).abs().max() < 1e-4  # the promise is 1e-3
+
+
+def test_the_aesthetics_centre_is_torchvisions():
     for margin, left in ((1, 0), (3, 2), (5, 2), (7, 4), (4, 2)):  # halves go to the even number
         columns, plain = torch.arange(24.0 + margin).expand(1, 3, 24, -1), {"mean": (0,) * 3, "std": (1,) * 3}
-        assert hps.preprocess(columns, size=24, **plain)[0, 0, 0, 0] == left
         assert Preprocess(24, (24, 24), **plain, halves="even")(columns)[0, 0, 0, 0] == left
         assert Preprocess(24, (24, 24), **plain)(columns)[0, 0, 0, 0] == margin // 2  # transformers rounds them down
 

@@ -5,21 +5,30 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.rewards.clip import CLIPScore
-from fewstep.rewards.pixels import Preprocess, centre, normalise, resize_float, shorter_edge
+from fewstep.rewards.pixels import Preprocess, normalise, resize_float
 
 
 def preprocess(images: Tensor, *, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """(B, 3, H, W) in [0, 1] -> (B, 3, size, size), as the published code does it with torchvision of 0.17 or later.
+    """(B, 3, H, W) in [0, 1] -> (B, 3, size, size), as the published scores are made (hpsv2 1.2.0, torchvision of 0.17 or later).
 
-    It turns the picture into floats first, so that the resize is neither rounded nor clipped.
+    The whole picture is seen: its longer edge is brought to `size`, and black fills the rest evenly on both sides, the odd pixel
+    below or to the right. The picture is turned into floats first, so that the resize is neither rounded nor clipped.
     """
-    height, width = shorter_edge(*images.shape[2:], size)
+    height, width = longer_edge(*images.shape[2:], size)
     if (height, width) != images.shape[2:]:
         images = resize_float(images, height, width)
-    return normalise(centre(images, size, size, halves="even"), mean, std)
+    top, left = (size - height) // 2, (size - width) // 2
+    return normalise(F.pad(images, (left, size - width - left, top, size - height - top)), mean, std)
+
+
+def longer_edge(height: int, width: int, size: int) -> tuple[int, int]:
+    """(height, width) whose longer edge is `size`, the shorter one rounded, a half to the even number."""
+    scale = size / max(height, width)
+    return round(height * scale), round(width * scale)
 
 
 class HPS(CLIPScore):
