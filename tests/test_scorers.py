@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_evaluate import PROMPTS, text_config, tiny_clip, tiny_tokenizer, to_pil
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, SiglipConfig, SiglipModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -18,6 +19,7 @@ from fewstep import cli
 from fewstep.rewards import REWARDS, hps, rows, sources
 from fewstep.rewards.aesthetic import Aesthetic
 from fewstep.rewards.clip import CLIPScore, PickScore
+from fewstep.rewards.convert import convert
 from fewstep.rewards.hps import HPS
 from fewstep.rewards.pixels import Preprocess, filter_weights, read_preprocess, resize_8bit
 
@@ -187,6 +189,75 @@ def test_a_folder_of_another_kind_of_model_is_refused(tmp_path):
         CLIPScore.load(tmp_path)
 
 
+@pytest.fixture
+def damage(tmp_path):
+    """A CLIP's folder whose weights are what a function makes of them."""
+    folder = save_clip(tmp_path / "damaged")
+
+    def damaged(change):
+        state = load_file(folder / "model.safetensors")
+        save_file(change(state), folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return damaged
+
+
+def without(*starts):
+    return lambda state: {name: value for name, value in state.items() if not name.startswith(starts)}
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (without("vision_model", "visual_projection"), r"damaged: .* whole CLIPModel: 2\d missing, as vision_model\.\w+"),
+        (without("logit_scale"), "1 missing, as logit_scale"),
+        (lambda state: state | {"visual_projection.weight": torch.zeros(9, 16)}, "another shape, as visual_projection.weight .9, 16."),
+        (lambda state: state | {"text_model.head.weight": torch.zeros(1)}, "1 unknown, as text_model.head.weight"),
+        (lambda state: tiny_siglip().state_dict(), r"\d+ missing, as .*; \d+ unknown, as logit_bias"),
+    ],
+    ids=["no vision tower", "one tensor less", "another shape", "one tensor more", "another model"],
+)  # fmt: skip
+def test_weights_that_are_not_the_models_are_refused(damage, change, words, tmp_path):
+    """transformers draws what is missing at random, and says so where nobody looks."""
+    folder = damage(change)
+    with pytest.raises(ValueError, match=words):
+        CLIPScore.load(folder)
+    torch.save(tiny_head(), tmp_path / "head.pth")
+    if "vision" in words:  # the aesthetic predictor reads this half alone
+        convert("aesthetic", tmp_path / "head.pth", tmp_path / "made", clip=str(folder))
+        with pytest.raises(ValueError, match=r"whole CLIPVisionModelWithProjection: 2\d missing, as vision_model"):
+            Aesthetic.load(tmp_path / "made")
+
+
+def test_the_buffers_of_old_versions_are_no_foreign_weights(damage):
+    folder = damage(lambda state: state | {f"{half}_model.embeddings.position_ids": torch.arange(8)[None] for half in ("text", "vision")})
+    assert bool(torch.isfinite(CLIPScore.load(folder).score(noise(1, 16, 16), ["cat"])).all())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_a_file_that_is_cut_off_is_refused_before_any_model_is_made(tmp_path, capsys, share, monkeypatch, prompt_file):
+    folder = save_clip(tmp_path / "clip")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match=r"clip/model.safetensors: damaged, or no safetensors file .*; get it again"):
+        CLIPScore.load(folder)
+    monkeypatch.setattr(cli, "build", lambda *_: pytest.fail("the teacher is loaded before the scorer's file is looked at"))
+    line = refused(capsys, "distill", "--reward.clip", "1", "--scorer.clip", folder, "--output", tmp_path / "run")
+    assert "scorer.clip" in line and "model.safetensors: damaged" in line
+    assert "model.safetensors: damaged" in refused(capsys, "serve-reward", "clip", "--scorer", folder)
+
+
+def test_a_shard_that_is_not_there_is_named(tmp_path):
+    folder = save_clip(tmp_path / "clip")
+    tiny_clip().save_pretrained(folder, max_shard_size="10KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    gone = sorted(folder.glob("model-*.safetensors"))[-1]
+    assert bool(torch.isfinite(CLIPScore.load(folder).score(noise(1, 16, 16), ["cat"])).all())
+    gone.unlink()
+    with pytest.raises(ValueError, match=f"clip: cannot be read .*{gone.name}"):
+        CLIPScore.load(folder)
+
+
 # HPS
 
 
@@ -331,6 +402,10 @@ def test_the_aesthetic_score_is_the_published_head_on_unit_features(tmp_path):
     images.requires_grad_()
     (gradient,) = torch.autograd.grad(scorer.score(images, [""] * 5).sum(), images)
     assert bool((gradient.flatten(1).norm(dim=1) > 0).all())
+    torch.save(tiny_head(widths=(9, 10, 6, 5, 4, 1)), tmp_path / "other.pth")
+    convert("aesthetic", tmp_path / "other.pth", tmp_path / "other", clip=str(clip))
+    with pytest.raises(ValueError, match="the head reads 9 features, but its CLIP has 8: it belongs to another CLIP"):
+        Aesthetic.load(tmp_path / "other")
 
 
 # Conversion

@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.rewards.base import PixelReward
 from fewstep.rewards.clip import CLIPScore, read_config
 from fewstep.rewards.pixels import Preprocess
-from fewstep.rewards.sources import check_safetensors, fetch
+from fewstep.rewards.sources import check_safetensors, fetch, read_model
 from fewstep.types import Sample, Signal
 
 if TYPE_CHECKING:
@@ -29,14 +29,14 @@ class Aesthetic:
 
     def __init__(self, vision: CLIPVisionModelWithProjection, head: dict[str, Tensor], preprocess: Preprocess):
         self.vision = vision.float().eval().requires_grad_(False)
-        self.head = {name: value.to(vision.device, torch.float32) for name, value in check_head(head).items()}
+        self.head = {name: value.to(vision.device, torch.float32) for name, value in check_head(head, vision.config.projection_dim).items()}
         self.preprocess = preprocess
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Aesthetic:
         """Read the folder that `fewstep convert-reward aesthetic` made, and the CLIP that it names.
 
-        Raises ValueError naming what is missing.
+        Raises ValueError naming what is missing or, among the weights, not these models'.
         """
         from safetensors.torch import load_file
         from transformers import CLIPVisionModelWithProjection
@@ -47,8 +47,7 @@ class Aesthetic:
         check_safetensors(folder)
         head = load_file(Path(folder) / "model.safetensors")
         preprocess = CLIPScore.read_preprocess(clip, size)._replace(halves="even")  # it was published with torchvision's centre
-        check_safetensors(clip)
-        vision = CLIPVisionModelWithProjection.from_pretrained(clip, use_safetensors=True).to(device)
+        vision = read_model(CLIPVisionModelWithProjection, clip, more=True).to(device)  # the text's half is not read
         return cls(vision, head, preprocess)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -63,10 +62,13 @@ class Aesthetic:
         return PixelReward(self.score, "Aesthetic")(sample)
 
 
-def check_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The head's tensors as they are. Raises ValueError when they are of another head."""
+def check_head(state: dict[str, Tensor], width: int | None = None) -> dict[str, Tensor]:
+    """The head's tensors as they are. width: that of the CLIP's features. Raises ValueError when they are of another head."""
     wanted = {f"layers.{n}.{kind}" for n in LAYERS for kind in ("weight", "bias")}
     if state.keys() != wanted:
         odd = ", ".join(sorted(state.keys() ^ wanted)[:4])
         raise ValueError(f"not the linear head (layers {', '.join(map(str, LAYERS))} of weight and bias): missing or unknown {odd}")
+    read = state[f"layers.{LAYERS[0]}.weight"].shape[1]
+    if width is not None and read != width:
+        raise ValueError(f"the head reads {read} features, but its CLIP has {width}: it belongs to another CLIP")
     return state

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep.rewards.base import PixelReward
 from fewstep.rewards.pixels import Preprocess, read_preprocess
-from fewstep.rewards.sources import check_safetensors
+from fewstep.rewards.sources import read_model
 from fewstep.types import Sample, Signal
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class CLIPScore:
         """Read a folder with a CLIPModel or SiglipModel, its tokenizer and its preprocessing (preprocessor_config.json, or
         processor_config.json as transformers 5 writes it). processor: a folder with the last two, for a model that lacks them.
 
-        Raises ValueError naming what is missing.
+        Raises ValueError naming what is missing or, among the weights, not this model's.
         """
         import transformers
 
@@ -49,8 +49,7 @@ class CLIPScore:
         own = any((Path(folder) / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
         beside = folder if own or processor is None else processor
         preprocess = cls.read_preprocess(Path(beside), int(config.get("vision_config", {}).get("image_size", 224)))
-        check_safetensors(folder)
-        model = getattr(transformers, FAMILIES[config["model_type"]]).from_pretrained(folder, use_safetensors=True).to(device)
+        model = read_model(getattr(transformers, FAMILIES[config["model_type"]]), folder).to(device)
         with_words = folder if any(Path(folder).glob("tokenizer*")) else beside
         return cls(model, transformers.AutoTokenizer.from_pretrained(with_words, trust_remote_code=False), preprocess)
 

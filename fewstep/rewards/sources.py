@@ -132,6 +132,7 @@ def locate(name: str, source: str | None, *, assets: Path | None = None, flag: s
     if path.suffix.lower() in PICKLES:
         raise ValueError(convert_hint(name, source))
     if path.is_dir():
+        check_headers(path)
         return str(path)
     if path.exists() or hub is None or source.startswith((".", "~")):
         raise ValueError(f"{source}: no such folder, and not a hub id (owner/name@commit)")
@@ -171,14 +172,47 @@ def fetch(source: str, *, weights: bool = True) -> Path:
         raise ValueError(f"{source}: cannot be read from the hub ({type(error).__name__}: {error})") from error
 
 
+def check_headers(folder: str | Path) -> None:
+    """Raises ValueError naming a safetensors file of the folder that is cut off or none; no weights are read."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            safe_open(path, framework="numpy")  # its header tells how long the file has to be
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: damaged, or no safetensors file ({error}); get it again") from error
+
+
 def check_safetensors(folder: str | Path) -> None:
-    """Raises ValueError for a model's folder without safetensors, naming the pickle that it holds instead, if any."""
+    """Raises ValueError for a model's folder without whole safetensors, naming the pickle that it holds instead, if any."""
+    check_headers(folder)
     if any(Path(folder).glob("*.safetensors")):
         return
     pickles = sorted(path for path in Path(folder).glob("*") if path.suffix in PICKLES)
     if pickles:
         raise ValueError(convert_hint("NAME", pickles[0]))
     raise ValueError(f"{folder}: holds no weights (*.safetensors)")
+
+
+def read_model(kind: Any, folder: str | Path, *, more: bool = False) -> Any:
+    """The transformers model of class `kind` in a folder, all its weights the folder's own: transformers draws the others at random.
+
+    more: the folder may hold weights that the class does not read. Raises ValueError naming the folder and the weights that are amiss.
+    """
+    check_safetensors(folder)
+    # ignored so that they are told like the others
+    told = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
+    try:
+        model, report = kind.from_pretrained(folder, **told)
+    except OSError as error:  # a shard that the index names is not there
+        raise ValueError(f"{folder}: cannot be read ({' '.join(str(error).split())[:300]})") from error
+    unknown = [] if more else [name for name in report["unexpected_keys"] if not name.endswith("position_ids")]  # old versions kept them
+    shapes = [f"{name} {tuple(held)}, not {tuple(wanted)}" for name, held, wanted in report["mismatched_keys"]]
+    amiss = {"missing": sorted(report["missing_keys"]), "unknown": sorted(unknown), "of another shape": sorted(shapes)}
+    said = [f"{len(names)} {what}, as {names[0]}" for what, names in amiss.items() if names]
+    if said:
+        raise ValueError(f"{folder}: its weights are not those of a whole {type(model).__name__}: {'; '.join(said)}; get them again")
+    return model
 
 
 def build(name: str, source: str, *, device: Any = "cpu") -> Any:
