@@ -1014,7 +1014,8 @@ def evaluate_command(arguments: list[str]) -> int:
     tables, arguments = table_flags(arguments, ("extractor", "judge"))
     parser = simple_parser(
         "evaluate",
-        "Measure a student beside its teacher: distances of features (--extractor.NAME [WEIGHTS]: inception, clip), "
+        "Measure a student beside its teacher: distances of features (--extractor.NAME [SOURCE]: inception, clip, or a name of your own "
+        "for a vision model's folder or hub id or path/to/file.py:function), "
         "rewards as judges (--judge.NAME [SOURCE]), cost. See docs/evaluation.md.",
     )
     parser.add_argument(

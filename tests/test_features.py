@@ -1,4 +1,6 @@
-"""Extractors: InceptionV3 as torch-fidelity has it, any CLIP; what a picture goes through before them."""
+"""Extractors: InceptionV3 as torch-fidelity has it, any CLIP, other vision models, functions; what a picture goes through before them."""
+
+import json
 
 import fidelity
 import numpy as np
@@ -6,9 +8,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from test_evaluate import tiny_clip, to_pil
+from test_scorers import Hub, save_clip, tiny_siglip
+from transformers import BertConfig, BertModel, Dinov2Config, Dinov2ForImageClassification, Dinov2Model, ViTConfig, ViTModel
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from fewstep.evaluate import features
-from fewstep.evaluate.features import crop, make_extractors, square, to_bytes
+from fewstep.evaluate import features, protocol
+from fewstep.evaluate.features import Extractor, crop, make_extractors, square, to_bytes
+from fewstep.rewards.clip import CLIPScore
 
 
 def pictures(n, height, width, seed=0):
@@ -103,6 +112,168 @@ def test_weights_that_are_none_are_refused_and_run_no_code(weights, tmp_path, mo
         make_extractors([("inceptoin", None)], resize=None, device="cpu")
     with pytest.raises(ValueError, match=r"give the folder of a CLIP model .*--extractor.clip FOLDER"):
         make_extractors([("clip", None)], resize=None, device="cpu")
+
+
+# CLIPs, other vision models, functions
+
+
+def made(*sources, resize=None):
+    return make_extractors([(name, str(source)) for name, source in sources], resize=resize, device="cpu")
+
+
+SHAPE = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
+
+
+def save_dinov2(folder, **changed):
+    """A DINOv2 with its own processor: 32 pixels, of which the middle 28."""
+    torch.manual_seed(0)
+    Dinov2Model(Dinov2Config(**SHAPE)).save_pretrained(folder)
+    BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}, resample=3, **changed).save_pretrained(folder)
+    return folder
+
+
+def test_dinov2_features_are_its_class_token_on_its_own_preprocessing(tmp_path):
+    """Through transformers' own processor and model, behind whose norm the published FD-DINOv2 takes them."""
+    folder, images = save_dinov2(tmp_path / "dino"), pictures(3, 40, 53)
+    (extractor,) = made(("dino", folder))
+    pixels = BitImageProcessorPil.from_pretrained(folder)(to_pil(images), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = Dinov2Model.from_pretrained(folder).eval()(pixel_values=torch.as_tensor(pixels)).last_hidden_state[:, 0]
+    torch.testing.assert_close(extractor.function(images), expected, rtol=0, atol=1e-5)
+    assert (expected[0] - expected[1]).norm() > 0.01 * expected[0].norm()
+    assert (extractor.name, extractor.frechet, extractor.kernel, extractor.unit) == ("extractor-dino", "fd_dino", None, False)
+    assert extractor.width == 12 and "crop=(28, 28)" in extractor.resize
+    assert [protocol.label(f"fd_dino_{what}") for what in ("data", "teacher")] == ["FD-dino to data ↓", "FD-dino to teacher ↓"]
+    assert protocol.label("fd_clip_data") == protocol.LABELS["fd_clip_data"]
+    (small,) = made(("dino", folder), resize=20)
+    assert torch.equal(small.function(images), extractor.function(square(to_bytes(images), 20) / 255)) and "20 x 20" in small.resize
+    headed = Dinov2ForImageClassification(Dinov2Config(**SHAPE))
+    headed.dinov2.load_state_dict(Dinov2Model.from_pretrained(folder).state_dict())
+    headed.save_pretrained(folder)
+    (same,) = made(("dino", folder))  # what is on top is not read
+    assert same.weights == extractor.weights and torch.equal(same.function(images), extractor.function(images))
+
+
+def test_a_vit_is_read_like_its_processor_does(tmp_path):
+    torch.manual_seed(0)
+    model, images = ViTModel(ViTConfig(**SHAPE)).eval(), pictures(2, 40, 53)
+    model.save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 28, "width": 28}).save_pretrained(tmp_path)
+    (extractor,) = made(("vit", tmp_path))
+    pixels = ViTImageProcessorPil.from_pretrained(tmp_path)(to_pil(images), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        torch.testing.assert_close(extractor.function(images), model(pixel_values=torch.as_tensor(pixels)).pooler_output, rtol=0, atol=1e-5)
+
+
+def test_several_clips_and_siglips_measure_in_one_call(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    first, second, siglip = save_clip(tmp_path / "a"), save_clip(tmp_path / "b", model=tiny_clip(seed=5)), save_clip(tmp_path / "s")
+    tiny_siglip().save_pretrained(siglip)
+    SiglipImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(siglip)
+    hub = Hub(second)
+    for name in ("HfApi", "snapshot_download"):
+        monkeypatch.setattr(huggingface_hub, name, getattr(hub, name))
+    found = made(("clip", first), ("other", "owner/model"), ("siglip", siglip))
+    assert [(e.name, e.frechet, e.kernel) for e in found] == [
+        ("extractor-clip", "fd_clip", "cmmd"), ("extractor-other", "fd_other", None), ("extractor-siglip", "fd_siglip", None),
+    ]  # fmt: skip
+    assert hub.asked == [("owner/model", None), ("owner/model", hub.commit)]
+    images = pictures(2, 20, 27)
+    for extractor, folder in zip(found, (first, second, siglip), strict=True):
+        seen = extractor.function(images)
+        assert torch.equal(seen, CLIPScore.load(folder).image_features(images)) and extractor.unit
+        assert seen.shape[1] == extractor.width
+    assert [e.width for e in found] == [8, 8, 16] and len({e.weights for e in found}) == 3
+    (alone,) = made(("clip", siglip))
+    assert alone.width == 16 and alone.weights == found[2].weights and alone.frechet == "fd_clip"
+
+
+MINE = """
+def means(images):
+    return images.mean((2, 3))
+def corners(images):
+    return images[:, :, 0, :2].flatten(1)
+def flat(images):
+    return images.mean((1, 2, 3))
+def broken(images):
+    raise KeyError("no")
+"""
+
+
+def test_a_function_of_the_users_own_is_an_extractor(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    images = pictures(3, 20, 27) + 0.3 / 255
+    means, corners = made(("means", f"{tmp_path}/mine.py:means"), ("corners", f"{tmp_path}/mine.py:corners"))
+    assert torch.equal(means.function(images), (to_bytes(images).float() / 255).mean((2, 3)))  # rounded as a file holds them
+    assert (means.width, corners.width, means.frechet, corners.name) == (3, 6, "fd_means", "extractor-corners")
+    assert means.weights != corners.weights  # of one file
+    (tmp_path / "mine.py").write_text(MINE + "#")
+    assert made(("means", f"{tmp_path}/mine.py:means"))[0].weights != means.weights
+    for name, words in (
+        ("flat", r"must return a tensor \(2, d\) for 2 pictures, got \(2,\)"), ("broken", "raised KeyError on pictures .*no"),
+        ("none", "has no function 'none'"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"extractor.mine: .*mine.py:? ?.*{words}"):
+            made(("mine", f"{tmp_path}/mine.py:{name}"))
+
+
+def test_too_few_pictures_for_an_extractor_leave_its_distance_out():
+    """Nothing else of a long evaluation is lost with it, and a solver is the nearest by whatever distance there is."""
+    extractors = [Extractor(f"extractor-{name}", f"fd_{name}", width=width) for name, width in (("wide", 40), ("mine", 2))]
+    generator, said = torch.Generator().manual_seed(0), {}
+    seen, other = ({e.name: torch.randn(12, e.width, generator=generator) for e in extractors} for _ in range(2))
+    observed = {f"features/{name}": torch.nn.functional.normalize(values) for name, values in seen.items()}
+    prompts = [f"a {i}" for i in range(6)]
+    options = {"extractor": extractors, "teacher": other, "draws": 5, "left_out": said}
+    found = protocol.measure(observed, prompts, torch.arange(12) // 2, {}, **options)
+    assert said == {"fd_wide_teacher": "12 pictures, but the covariance of 40 features needs more than 40"}
+    assert list(found) == ["fd_mine_teacher", "diversity"]
+    assert protocol.nearness(found) == found["fd_mine_teacher"]["value"] > 0
+
+
+def test_a_model_that_cannot_be_an_extractor_is_refused(tmp_path):
+    def refused(words, change=lambda folder: None, **options):
+        folder = save_dinov2(tmp_path / f"dino-{len(list(tmp_path.iterdir()))}", **options)
+        change(folder)
+        with pytest.raises(ValueError, match=f"extractor.dino: .*{words}") as error:
+            made(("dino", folder))
+        assert "\n" not in str(error.value)
+
+    def rewritten(name, **values):
+        def change(folder):
+            config = json.loads((folder / name).read_text())
+            (folder / name).write_text(json.dumps({key: value for key, value in (config | values).items() if value is not ...}))
+
+        return change
+
+    processor = "preprocessor_config.json"
+    refused(
+        "SamImageProcessor does more than resize, crop and normalise",
+        rewritten(processor, image_processor_type="SamImageProcessor"),
+    )
+    refused("None does more .*or is not known here", rewritten(processor, image_processor_type=...))
+    refused("do_rescale is not as it is read here; give a function", do_rescale=False)
+    refused("size is not as it is read here", rewritten(processor, size=32))
+    refused("config.json: cannot be read", lambda folder: (folder / "config.json").unlink())
+    refused("cannot be read .*model type `?dinov9", rewritten("config.json", model_type="dinov9"))
+    refused("not those of a whole Dinov2Model: .* missing", rewritten("config.json", num_hidden_layers=2))
+    refused("holds no weights", lambda folder: (folder / "model.safetensors").unlink())
+
+    def bert(folder):
+        sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 9}
+        BertModel(BertConfig(**sizes)).save_pretrained(folder)
+
+    refused("a BertModel does not read pictures", bert)
+    for name, source, words in (
+        ("dino", "nowhere", "unknown; known: inception, clip. One of your own: --extractor.dino"),
+        ("dino", "./no/where", "unknown; known"),
+        ("dino", "./nowhere", "./nowhere: no such folder, and not a hub id"),
+        ("di/no", tmp_path, "a name is made of letters, digits, - and _"),
+        ("dino", "nowhere.py:f", "nowhere.py: no such file"),
+    ):
+        with pytest.raises(ValueError, match=f"extractor.{name}: .*{words}"):
+            made((name, source))
 
 
 def test_without_torch_fidelity_the_extra_is_named(monkeypatch):

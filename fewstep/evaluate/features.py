@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,16 +16,18 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from fewstep.evaluate.store import fingerprint
-from fewstep.rewards.clip import CLIPScore
+from fewstep.rewards import sources as origins
+from fewstep.rewards.clip import FAMILIES, CLIPScore, read_config, read_processor
 
 PATCH = 299  # edge of the crop that patch-FID looks at, as InceptionV3 reads it
+PROCESSORS = ("Bit", "CLIP", "Siglip", "ViT")  # what transformers calls those that resize, crop and normalise, in this order, and no more
 
 
 class Extractor(NamedTuple):
     """A network whose features pictures are compared by, and what the distances of its features are called."""
 
     name: str  # of what is kept of it: "features/NAME"
-    frechet: str  # its Frechet distance: fid, patch_fid, fd_clip
+    frechet: str  # its Frechet distance: fid, patch_fid, fd_NAME
     kernel: str | None = None  # its kernel distance: kid, cmmd
     unit: bool = True  # features are kept at unit length, and enter every distance times sqrt(d)
     function: Callable[[Tensor], Tensor] | None = None  # pictures (B, 3, H, W) in [0, 1] -> (B, d)
@@ -84,22 +88,94 @@ def crop(images: Tensor, edge: int) -> Tensor:
 
 def of_scorer(name: str, scorer: CLIPScore) -> Extractor:
     """A scorer that is there already as an extractor: its unit image features."""
-    width = int(scorer.model.config.projection_dim)
-    return Extractor(name, "fd_clip", None, True, scorer.image_features, width, fingerprint(scorer.model), "the scorer's own")
+    return Extractor(name, "fd_clip", None, True, scorer.image_features, scorer.width, fingerprint(scorer.model), "the scorer's own")
 
 
-def make_clip(folder: str | None, resize: int | None, device: str | torch.device) -> list[Extractor]:
-    """Image features of any CLIP in a folder: FD-clip, and CMMD, whose published numbers are those of OpenAI's ViT-L/14 at 336 px."""
-    if folder is None:
-        raise ValueError("give the folder of a CLIP model (config, safetensors, preprocessing): --extractor.clip FOLDER")
-    scorer = CLIPScore.load(folder, device=device)
+def make_clip(source: str | None, resize: int | None, device: str | torch.device) -> list[Extractor]:
+    """Image features of any CLIP or SigLIP in a folder or on the hub: FD-clip, and CMMD, whose published numbers are those of OpenAI's
+    ViT-L/14 at 336 px."""
+    if source is None:
+        raise ValueError("give the folder of a CLIP model (config, safetensors, preprocessing) or its hub id: --extractor.clip FOLDER")
+    scorer = CLIPScore.load(origins.fetch(origins.resolve(source)), device=device)
 
     def features(images: Tensor) -> Tensor:
         return scorer.image_features(square(to_bytes(images), resize).float() / 255)
 
     first = in_words(resize)
-    width, weights = int(scorer.model.config.projection_dim), fingerprint(scorer.model)
+    width, weights = scorer.width, fingerprint(scorer.model)
     return [Extractor("extractor-clip", "fd_clip", "cmmd", True, features, width, weights, f"{first}then {scorer.preprocess}")]
+
+
+def make_other(name: str, source: str | None, resize: int | None, device: str | torch.device) -> list[Extractor]:
+    """An extractor under a name of the user's own: a CLIP beside the first, another vision model of transformers, a function in a file."""
+    if source is None or not (origins.is_code(source) or Path(source).expanduser().is_dir() or origins.HUB.fullmatch(source)):
+        raise ValueError(
+            f"unknown; known: {', '.join(EXTRACTORS)}. One of your own: --extractor.{name} with the folder or hub id of a vision model, "
+            "or path/to/file.py:function"
+        )
+    if not re.fullmatch(r"\w[\w-]*", name, re.ASCII):
+        raise ValueError("a name is made of letters, digits, - and _")
+    if origins.is_code(source):
+        return [of_function(name, source, resize)]
+    folder = origins.fetch(origins.resolve(source))
+    if read_config(folder / "config.json").get("model_type") in FAMILIES:
+        (clip,) = make_clip(str(folder), resize, device)
+        return [clip._replace(name=f"extractor-{name}", frechet=f"fd_{name}", kernel=None)]
+    return [of_vision(name, folder, resize, device)]
+
+
+def of_vision(name: str, folder: Path, resize: int | None, device: str | torch.device) -> Extractor:
+    """The pooled features of a transformers vision model, as they are: DINOv2's are its class token behind the last norm.
+
+    Raises ValueError for a model without them, and for preprocessing that is not the resize, centre and normalisation of `Preprocess`.
+    """
+    from transformers import AutoModel
+
+    path, processor = read_processor(folder)
+    kind = str(processor.get("image_processor_type") or processor.get("feature_extractor_type"))
+    own = "give a function that does all of it, path/to/file.py:function"
+    if re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind) not in PROCESSORS:
+        raise ValueError(f"{path}: {kind} does more than resize, crop and normalise, or is not known here; {own}")
+    off = [key for key in ("do_resize", "do_rescale", "do_normalize") if not processor.get(key, True)]
+    if off or isinstance(processor.get("size"), int):  # a size that is one number is an edge to some of them and a square to others
+        raise ValueError(f"{path}: {' and '.join(off) or 'size'} is not as it is read here; {own}")
+    preprocess = CLIPScore.read_preprocess(folder, read_config(folder / "config.json").get("image_size", 224))
+    model = origins.read_model(AutoModel, folder, more=True).to(device).float().eval().requires_grad_(False)  # a head is not read
+
+    def features(images: Tensor) -> Tensor:
+        pictures = square(to_bytes(images), resize).float() / 255
+        pooled = getattr(model(pixel_values=preprocess(pictures.to(device))), "pooler_output", None)
+        if pooled is None:
+            raise ValueError(f"{folder}: a {type(model).__name__} has no pooled features (pooler_output); {own}")
+        return pooled.flatten(1)
+
+    if model.main_input_name != "pixel_values":
+        raise ValueError(f"{folder}: a {type(model).__name__} does not read pictures")
+    width, words = features(torch.zeros(1, 3, 8, 8)).shape[1], f"{in_words(resize)}then {preprocess}"
+    return Extractor(f"extractor-{name}", f"fd_{name}", None, False, features, width, fingerprint(model), words)
+
+
+def of_function(name: str, source: str, resize: int | None) -> Extractor:
+    """A function in a file: pictures (B, 3, H, W) in [0, 1] -> features (B, d), which are taken as they are."""
+    function = origins.load_function(source)
+
+    @torch.no_grad()
+    def features(images: Tensor) -> Tensor:
+        pictures = square(to_bytes(images), resize).float() / 255
+        try:
+            found = function(pictures)
+        except Exception as error:
+            shape = " x ".join(map(str, pictures.shape))
+            raise ValueError(f"{source}: raised {type(error).__name__} on pictures ({shape}): {error}") from error
+        if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(images):
+            shape = tuple(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            raise ValueError(f"{source}: must return a tensor ({len(images)}, d) for {len(images)} pictures, got {shape}")
+        return found
+
+    width = features(torch.zeros(2, 3, resize or PATCH, resize or PATCH)).shape[1]
+    version = f"file-{origins.version(source)}:{source.rpartition(':')[2]}"
+    words = f"{in_words(resize)}then as the function has it"
+    return Extractor(f"extractor-{name}", f"fd_{name}", None, False, features, width, version, words)
 
 
 def in_words(resize: int | None) -> str:
@@ -162,13 +238,12 @@ EXTRACTORS: dict[str, Callable[[str | None, int | None, Any], list[Extractor]]] 
 
 
 def make_extractors(sources: Iterable[tuple[str, str | None]], *, resize: int | None, device: str | torch.device) -> list[Extractor]:
-    """Extractors by their name in EXTRACTORS and where their weights are. Raises ValueError naming the flag."""
+    """Extractors by their name, in EXTRACTORS or of the user's own, and where each is from. Raises ValueError naming the flag."""
     made = []
     for name, source in sources:
-        if name not in EXTRACTORS:
-            raise ValueError(f"extractor.{name}: unknown; known: {', '.join(EXTRACTORS)}")
+        make = EXTRACTORS.get(name) or partial(make_other, name)
         try:
-            made += EXTRACTORS[name](source, resize, device)
+            made += make(source, resize, device)
         except (OSError, ValueError) as error:
             raise ValueError(f"extractor.{name}: {error}") from error
     return made

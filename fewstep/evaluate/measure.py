@@ -270,7 +270,7 @@ def distances_of(
         check_finite(features, "generated")
         mine, theirs = as_distances_take(e, features), other
         check_finite(other, what)
-    if min(n, len(other)) <= d and e.kernel:
+    if min(n, len(other)) <= d and (e.kernel or e.frechet != "fd_clip"):  # a scorer's alone was refused before anything was drawn
         left_out[name] = f"{min(n, len(other))} pictures, but the covariance of {d} features needs more than {d}"
     elif n * d <= SMALL:
         frechet(theirs, mine)  # refuses what has no covariance

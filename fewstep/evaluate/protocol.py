@@ -445,7 +445,7 @@ def check(
         raise ValueError(f"images_per_prompt must be at least 1, got {images_per_prompt}")
     if extractor is None:
         return
-    width = scorers[extractor].model.config.projection_dim
+    width = scorers[extractor].width
     if len(prompts) * images_per_prompt <= width:
         raise ValueError(
             f"{len(prompts)} prompts x {images_per_prompt} pictures = {len(prompts) * images_per_prompt}, but the Frechet distance of "
@@ -789,7 +789,8 @@ NEAREST = ("fid_teacher", "fd_clip_teacher", "kid_teacher", "cmmd_teacher")
 
 def nearness(metrics: Measured) -> float:
     """The first distance to the teacher there is; 0 without any."""
-    return next((metrics[name]["value"] for name in NEAREST if name in metrics), 0.0)
+    named = [name for name in metrics if name.startswith("fd_") and name.endswith("_teacher")]
+    return next((metrics[name]["value"] for name in [*NEAREST, *named] if name in metrics), 0.0)
 
 
 # Showing

@@ -56,12 +56,9 @@ class CLIPScore:
     @classmethod
     def read_preprocess(cls, folder: Path, size: int) -> Any:
         """What the folder's image processor does. size: the edge of the pictures that the model reads."""
-        path = folder / "processor_config.json"
-        if not path.is_file():
-            path = path.with_name("preprocessor_config.json")
-        config = read_config(path)
+        path, config = read_processor(folder)
         try:
-            return read_preprocess(config.get("image_processor", config), size)
+            return read_preprocess(config, size)
         except KeyError as error:
             raise ValueError(f"{path}: needs image_mean, image_std and a resample of 2 or 3 (or none); stumbled over {error}") from error
 
@@ -69,6 +66,12 @@ class CLIPScore:
     def scale(self) -> float:
         """What the cosine is multiplied by."""
         return 100.0
+
+    @property
+    def width(self) -> int:
+        """d of the features. Asked of the model itself: CLIP and SigLIP keep it under other names."""
+        with torch.no_grad():
+            return self.image_features(torch.zeros(1, 3, 8, 8)).shape[1]
 
     def image_features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, d) of unit length, differentiable in the pixels."""
@@ -105,6 +108,15 @@ class PickScore(CLIPScore):
     @property
     def scale(self) -> float:
         return float(self.model.logit_scale.exp())
+
+
+def read_processor(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """What a folder says of its image processor, and the file that says it. Raises ValueError."""
+    path = folder / "processor_config.json"
+    if not path.is_file():
+        path = path.with_name("preprocessor_config.json")
+    config = read_config(path)
+    return path, config.get("image_processor", config)
 
 
 def read_config(path: Path) -> dict[str, Any]:

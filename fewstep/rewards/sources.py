@@ -128,9 +128,14 @@ def locate(name: str, source: str | None, *, assets: Path | None = None, flag: s
         raise ValueError(missing(name, row, flag or f"--scorer.{name}"))
     source = source or row.model
     assert source is not None
-    path, hub = Path(source).expanduser(), HUB.fullmatch(source)
-    if path.suffix.lower() in PICKLES:
+    if Path(source).suffix.lower() in PICKLES:
         raise ValueError(convert_hint(name, source))
+    return resolve(source)
+
+
+def resolve(source: str) -> str:
+    """The folder, or the hub id with its commit; without one it gets the newest. Raises ValueError."""
+    path, hub = Path(source).expanduser(), HUB.fullmatch(source)
     if path.is_dir():
         check_headers(path)
         return str(path)
@@ -204,7 +209,7 @@ def read_model(kind: Any, folder: str | Path, *, more: bool = False) -> Any:
     told = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
     try:
         model, report = kind.from_pretrained(folder, **told)
-    except OSError as error:  # a shard that the index names is not there
+    except (OSError, ValueError) as error:  # a shard that the index names is not there; a kind of model that is not known
         raise ValueError(f"{folder}: cannot be read ({' '.join(str(error).split())[:300]})") from error
     unknown = [] if more else [name for name in report["unexpected_keys"] if not name.endswith("position_ids")]  # old versions kept them
     shapes = [f"{name} {tuple(held)}, not {tuple(wanted)}" for name, held, wanted in report["mismatched_keys"]]
