@@ -553,3 +553,23 @@ def test_scores_of_8_bit_pictures_do_not_depend_on_how_they_are_held():
             (resize_8bit(images.to(dtype), 7, 9, "bicubic") * 255).round(), (resize_8bit(images, 7, 9, "bicubic") * 255).round()
         )
     assert math.isnan(float(resize_8bit(torch.full((1, 3, 8, 8), math.nan), 4, 4, "bicubic")[0, 0, 0, 0]))
+
+
+# All at once
+
+
+def test_the_recipe_with_four_rewards_runs_on_their_folders(hps_folder, teacher_folder, prompt_file, tmp_path):
+    """Each scores every update, and pulls as soon as there is a KL to be a multiple of: the first update has none."""
+    clip = save_clip(tmp_path / "clip")
+    torch.save(tiny_head(), tmp_path / "head.pth")
+    convert("aesthetic", tmp_path / "head.pth", tmp_path / "aesthetic", clip=str(clip))
+    folders = {"clip": clip, "pickscore": save_clip(tmp_path / "pick", model=tiny_clip(seed=5)), "hps": hps_folder}
+    sources = [f"--scorer.{name}={folder}" for name, folder in (folders | {"aesthetic": tmp_path / "aesthetic"}).items()]
+    small = ["--updates=3", "--groups=2", "--group_size=2", "--steps=2", "--fake.updates=1", "--device=cpu", "--weights.warmup=2"]
+    told = ["--teacher", str(teacher_folder), "--prompts", str(prompt_file), "--output", str(tmp_path / "run")]
+    assert cli.main(["distill", "gndmr-4", *told, *small, *sources]) == 0
+    updates = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(updates) == 3
+    for name in ("clip", "pickscore", "hps", "aesthetic"):
+        assert all(math.isfinite(update[f"{name}/score"]) and update[f"{name}/masked"] == 0 for update in updates), name
+        assert updates[-1][f"{name}/share"] > 0, name
