@@ -136,6 +136,16 @@ def normalise(arguments: list[str], names: dict[str, type]) -> list[str]:
             out[-1] += "=null"  # its own source
         if names.get(name) is bool and not equals and following.lower() not in ("true", "false"):
             out.append("true")
+    return as_lists_of_sizes(out)
+
+
+def as_lists_of_sizes(arguments: list[str]) -> list[str]:
+    """`--size 1024x768,768x1024` as the list that it is; the config says what is no size."""
+    out: list[str] = []
+    for argument in arguments:
+        flag, equals, value = argument.rpartition("=") if argument.startswith("--size=") else ("", "", argument)
+        is_size = not value.startswith(("[", "--")) and (equals or out[-1:] == ["--size"])
+        out.append(f"{flag}{equals}{json.dumps(value.split(','))}" if is_size else argument)
     return out
 
 

@@ -226,16 +226,23 @@ def target_guidance(row: str, config: Any | None) -> float:
 
 def reference(plan: Plan, guidance: float) -> Any:
     """FD-clip features of the teacher's 28-step sample that cells are compared to; drawn once and kept."""
+    from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     from fewstep.evaluate.features import scaled
 
+    # a sample of another size or of other prompts would make a distance that looks like any other
+    made = {"prompts": protocol.sha256(world.prompts("evaluate")[: plan.prompts]), "n": str(plan.prompts * plan.images_per_prompt)}
     path = plan.output / ("reference.safetensors" if guidance == world.TEACHER_GUIDANCE else f"reference-guidance-{guidance:g}.safetensors")
-    if not path.is_file():
+    kept = None
+    if path.is_file():
+        with safe_open(path, "pt") as file:
+            kept = file.metadata()
+    if kept != made:
         pipe = protocol.open_pipeline(world.TEACHER, plan.device)
         observed = observe_pipeline(plan, pipe, steps=world.TEACHER_STEPS, guidance=guidance, seed=REFERENCE_SEED)
         features = scaled(observed["features/clip-heldout"]).contiguous()
-        protocol.replace(path, lambda temporary: save_file({"features": features}, temporary))
+        protocol.replace(path, lambda temporary: save_file({"features": features}, temporary, metadata=made))
     return load_file(path)["features"]
 
 

@@ -331,6 +331,17 @@ def test_sample_names_never_come_from_the_prompt(finished, tmp_path, capsys):
     assert "made for 4 steps" in refused(capsys, "sample", str(finished), "--prompt", "x", "--steps", "8")
 
 
+@pytest.mark.parametrize(
+    "told", [["--size", "16x8,8x16"], ["--size=16x8,8x16"], ["--size", '["16x8", "8x16"]'], ["--size", "[16x8, 8x16]"]], ids=" ".join
+)
+def test_sizes_are_told_plainly_or_as_a_list(told):
+    assert cli.parse_config(told).sizes() == [(16, 8), (8, 16)]
+
+
+def test_what_is_no_size_is_said(capsys):
+    assert "HEIGHTxWIDTH, as 1024x768; got '512'" in refused(capsys, "distill", "--size", "512")
+
+
 def test_a_sample_is_of_the_size_that_was_trained_at(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
     config = tmp_path / "run" / "config.yaml"

@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import save_file
 
 from fewstep import cli, compare, world
+from fewstep.evaluate import protocol
 from fewstep.weights import Adaptive
 
 
@@ -26,7 +27,9 @@ def cell(row, seed, fd):
 def small(folder, evaluations, **settings):
     """A plan of small cells, in whose folder the world's own pictures stand for the teacher's sample: that takes half a minute to draw."""
     plan = compare.Plan(folder, evaluations, 3, 24, 1, options=("--groups", "2", "--group-size", "2"), **settings)
-    save_file({"features": compare.instruments(plan)[2][:72].contiguous()}, folder / "reference.safetensors")
+    prompts, _, data = compare.instruments(plan)
+    made = {"prompts": protocol.sha256(prompts), "n": "72"}
+    save_file({"features": data[:72].contiguous()}, folder / "reference.safetensors", metadata=made)
     return plan
 
 
@@ -105,6 +108,16 @@ def test_measuring_along_the_training_changes_nothing(tmp_path):
     assert "along" not in plain and [m["evaluations"] >= 150 for m in marked["along"]] == [True, True]
     assert marked["along"][-1]["fd_clip_teacher"] == marked["metrics"]["fd_clip_teacher"]  # the last mark is the finished student
     assert compare.run_cell(plan, row._replace(cost=0.5), 0)["updates"] < plain["updates"]
+
+
+def test_a_teachers_sample_of_another_plan_is_drawn_anew(tmp_path, monkeypatch):
+    plan = small(tmp_path, 300)
+    monkeypatch.setattr(protocol, "open_pipeline", lambda *_: (_ for _ in ()).throw(RuntimeError("drawn")))
+    assert len(compare.reference(plan, world.TEACHER_GUIDANCE)) == 72
+    with pytest.raises(RuntimeError, match="drawn"):
+        compare.reference(dataclasses.replace(plan, images_per_prompt=4), world.TEACHER_GUIDANCE)
+    with pytest.raises(RuntimeError, match="drawn"):
+        compare.reference(dataclasses.replace(plan, prompts=36, images_per_prompt=2), world.TEACHER_GUIDANCE)
 
 
 def test_a_reward_with_a_price_uses_up_the_budget(tmp_path):

@@ -111,6 +111,7 @@ def public(config):
 
 
 def refused(capsys, *arguments):
+    capsys.readouterr()  # the bars of what was loaded before it
     assert cli.main(["export", *map(str, arguments)]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("fewstep: error: "), lines

@@ -365,6 +365,17 @@ def test_recomputed_activations_give_the_gradient(teachers, name):
     assert all(torch.equal(grad, recomputed[key]) for key, grad in plain.items())
 
 
+def test_grids_are_decoded_a_picture_at_a_time(teachers):
+    backbone = models.load(str(teachers / "StableDiffusionPipeline"))
+    roles, seen = backbone.roles(lora_rank=2), []
+    backbone.pipe.vae.decoder.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    with backbone.drawing(roles.student, backbone.scheduler(2)) as pipe:
+        pipe(["a cat"] * 3, num_inference_steps=2, **backbone.student_call | backbone.told_size())
+    assert seen == [1, 1, 1]
+    backbone.decode(torch.zeros(3, *backbone.latent_shape()))
+    assert seen[3:] == [3]  # training decodes its batch at once, as before
+
+
 def test_a_teacher_with_a_lora_merged_in_is_a_teacher(teachers, tmp_path):
     """Distil my LoRA: fused and saved by stock diffusers, it is read as any folder, and is not the base."""
     from diffusers import DiffusionPipeline
