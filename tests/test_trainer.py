@@ -148,6 +148,76 @@ def test_nothing_left_out_gives_the_same_continuation(teacher_folder, prompt_fil
     assert_same(later, whole.state())
 
 
+def gradients(trainer):
+    """Of the student, as its optimizer gets them; the step itself is left out."""
+    found = {}
+
+    def step():
+        found.update({name: p.grad.clone() for name, p in trainer.parameters.items() if p.grad is not None})
+
+    trainer.optimizer.step = step
+    return found
+
+
+def by_autograd(output, trainer, of_output):
+    names, parameters = zip(*trainer.parameters.items(), strict=True)
+    made = torch.autograd.grad(output, parameters, of_output, allow_unused=True)
+    return {name: grad for name, grad in zip(names, made, strict=True) if grad is not None}
+
+
+def assert_gradients(found, wanted):
+    size = max(float(grad.abs().max()) for grad in wanted.values())
+    assert size > 0 and found.keys() >= wanted.keys()
+    for name, grad in wanted.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-5 * size)
+
+
+def test_an_importance_weight_is_on_matching_alone(teacher_folder, prompt_file):
+    """d loss / d theta = -mean of (rho d_dm + lambda d_reward) dx0/dtheta: a reward's direction belongs to x0, not to the renoised xt."""
+    trainer = run_of(teacher_folder, prompt_file, "--reward.redness", "0.3", "--student.max-norm", "1e9").trainer
+    rollout = trainer.new_rollout()
+    block, x0, _ = trainer.evaluate(rollout, None)
+    assert block.extra is not None and float(block.extra.abs().max()) > 0
+    rho = torch.tensor([0.5, 2.0, 1.0, 0.0])
+    wanted = by_autograd(
+        trainer.predict(rollout, block.xk, block.k), trainer, -(rho.view(-1, 1, 1, 1) * block.anchor + block.extra) / x0.numel()
+    )
+    found = gradients(trainer)
+    trainer.student_update(rollout, block, x0, rho)
+    assert_gradients(found, wanted)
+
+
+def test_an_importance_weight_is_todays_density_over_that_of_the_evaluation(teacher_folder, prompt_file):
+    trainer = run_of(teacher_folder, prompt_file, "--reuse.evaluation", "2", "--reuse.min-ess", "0", "--reuse.rho-max", "1.5").trainer
+    rollout = trainer.new_rollout()
+    block, _, _ = trainer.evaluate(rollout, None)
+    with torch.no_grad():
+        for parameter in trainer.parameters.values():
+            parameter.mul_(1.002)
+    x0, rho, logs = trainer.reweigh(rollout, block)
+    alpha, sigma = (f(block.t).double().view(-1, 1, 1, 1) for f in (trainer.student.schedule.alpha, trainer.student.schedule.sigma))
+    now, then = (
+        torch.distributions.Normal(alpha * x.detach().double(), sigma).log_prob(block.xt.double()).flatten(1).sum(1) for x in (x0, block.x0)
+    )
+    assert float((now - then).abs().min()) > 1e-4  # the student has moved
+    torch.testing.assert_close(rho.double(), (now - then).exp().clamp(max=1.5), rtol=1e-3, atol=1e-5)
+    assert logs["reuse/rho_max"] == pytest.approx(float((now - then).exp().max()), rel=1e-3)
+
+
+def test_a_policy_gradient_climbs_its_advantage_with_the_force_of_a_direction(teacher_folder, prompt_file):
+    """Where the ratio is 1: -lambda / sqrt(D) times the mean of A d log p / d theta over samples and transitions."""
+    trainer = run_of(teacher_folder, prompt_file, "--reward.contrast", "0.1", "--via.contrast", "policy").trainer
+    rollout = trainer.new_rollout()
+    advantage = torch.tensor([1.0, -1.0, 0.5, math.nan])
+    trainer.advantages = {"contrast": advantage}
+    log_prob = trainer.student.log_prob(rollout)
+    assert log_prob.shape == (4, trainer.student.steps - 1)
+    force = 0.1 / rollout.x0[0, 0].numel() ** 0.5
+    wanted = by_autograd(log_prob[:3], trainer, -force * advantage[:3, None].expand_as(log_prob[:3]) / log_prob[:3].numel())
+    trainer.policy_updates(rollout)
+    assert_gradients({name: p.grad for name, p in trainer.parameters.items()}, wanted)
+
+
 def combined(trainer, **signals):
     """(anchor's part, the rewards' part, anchor) of 16 samples in one group."""
     anchor = torch.randn(16, *trainer.latent_shapes[0], generator=torch.Generator().manual_seed(0))
