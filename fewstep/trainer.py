@@ -551,7 +551,10 @@ class Trainer:
             logs["reuse/permitted"] = importance.permitted_updates(log_ratio, min_ess=max(reuse.min_ess, 1e-3))
         if not ess >= reuse.min_ess:
             return None, None, logs
-        return x0, importance.weights(log_ratio, rho_max=reuse.rho_max), logs
+        rho = importance.weights(log_ratio, rho_max=reuse.rho_max)
+        # the ess counts the high noise levels most, and the low ones lose their weight first
+        logs["reuse/weight_low_noise"] = float(rho[block.t.argsort()[: max(1, len(rho) // 4)]].mean())
+        return x0, rho, logs
 
     def run(self, output: Path, *, stop: Callable[[], bool]) -> Iterator[dict[str, float]]:
         """Update until `config.updates`, logging to metrics.jsonl and saving as the config says; yields after each update.

@@ -201,6 +201,7 @@ def test_an_importance_weight_is_todays_density_over_that_of_the_evaluation(teac
     )
     assert float((now - then).abs().min()) > 1e-4  # the student has moved
     torch.testing.assert_close(rho.double(), (now - then).exp().clamp(max=1.5), rtol=1e-3, atol=1e-5)
+    assert logs["reuse/weight_low_noise"] == pytest.approx(float(rho[block.t.argmin()]))  # a quarter of four
     assert logs["reuse/rho_max"] == pytest.approx(float((now - then).exp().max()), rel=1e-3)
 
 
