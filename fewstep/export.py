@@ -368,6 +368,13 @@ def results_markdown(report: dict[str, Any]) -> str:
     )
 
 
+def draws_from_pictures(pipeline: type) -> bool:
+    """Whether diffusers has an image-to-image pipeline of the same family."""
+    import diffusers
+
+    return hasattr(diffusers, pipeline.__name__.removesuffix("Pipeline") + "Img2ImgPipeline")
+
+
 def model_card(student: Averaged, to: str, folder: Path, *, name: str | None = None, results: str | None = None) -> ModelCard:
     """The card that goes into `folder`, which holds one of FORMS and, where there is one, samples.png.
 
@@ -399,6 +406,11 @@ def model_card(student: Averaged, to: str, folder: Path, *, name: str | None = N
         folder=name or folder.name, teacher=config.teacher if on_hub(config.teacher) else place, scheduler=type(scheduler).__name__,
         steps=steps, call=f"{guided}, {size}", file=", ".join(path.name for path in folder.glob("*.safetensors")),
     )  # fmt: skip
+    from_picture = (
+        f" In image-to-image pipelines `strength=j/{steps}` runs the last j of these timesteps; a strength between two such values is "
+        "rounded to one of them."
+    )
+    from_picture *= draws_from_pictures(backbone.pipeline)
     picture = f"\n![rows: prompts; columns: teacher, teacher at {steps} steps, student](samples.png)\n"
     text = f"""---
 {data.to_yaml()}
@@ -416,8 +428,7 @@ teacher guidance {guidance:g}, {rewards_in_words(config, student.rewards)}.
 {usage}
 
 {"This is" if to == "kohya" else "The scheduler in this folder carries"} the grid the student was trained on, timesteps {grid}; \
-with another number of steps or another scheduler it is no longer the model that was trained. In image-to-image pipelines \
-`strength=j/{steps}` runs the last j of these timesteps; a strength between two such values is rounded to one of them.
+with another number of steps or another scheduler it is no longer the model that was trained.{from_picture}
 
 ## Guidance
 

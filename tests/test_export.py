@@ -508,6 +508,19 @@ def hub(monkeypatch):
     return Hub
 
 
+def test_only_a_family_with_an_image_to_image_pipeline_is_told_of_it(runs, tmp_path, monkeypatch):
+    import diffusers
+
+    from fewstep import export
+
+    assert export.draws_from_pictures(diffusers.FluxPipeline) and not export.draws_from_pictures(diffusers.PixArtSigmaPipeline)
+    folder, _ = runs("StableDiffusionPipeline")
+    for told in (True, False):
+        monkeypatch.setattr(export, "draws_from_pictures", lambda pipeline, told=told: told)
+        assert cli.main(["export", str(folder), "--to", "lora", "--output", str(tmp_path / str(told))]) == 0
+        assert ("image-to-image" in (tmp_path / str(told) / "README.md").read_text()) is told
+
+
 def test_push_uploads_the_export_and_nothing_else(runs, hub, tmp_path, capsys):
     folder, _ = runs("StableDiffusionPipeline")
     (folder / "secret.txt").write_text("not for others")
