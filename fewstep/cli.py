@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import itertools
 import json
 import signal
@@ -211,16 +212,28 @@ def check_recipe(path: Path, names: dict[str, type]) -> None:
     walk(recipe, "")
 
 
-def parse_config(arguments: list[str]) -> Config:
-    """The config of a run from flags and a recipe. Raises UserError naming the flag, or the file and key."""
+@functools.cache
+def config_parser() -> Any:
+    """Made once: to read the config's docstrings takes longer than to parse a run's flags."""
     import jsonargparse
 
     from fewstep.config import Config
-    from fewstep.rewards.sources import is_code, settle_via
 
     class Parser(jsonargparse.ArgumentParser):
         def error(self, message: str, ex: Exception | None = None):
             raise UserError(" ".join(message.replace("Parser key", "key").split())) from ex
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = Parser(prog="fewstep distill", description="Distil a teacher into a few-step student.")
+    parser.add_argument("--config", action="config", help="YAML recipe (the same keys)")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def parse_config(arguments: list[str]) -> Config:
+    """The config of a run from flags and a recipe. Raises UserError naming the flag, or the file and key."""
+    from fewstep.config import Config
+    from fewstep.rewards.sources import is_code, settle_via
 
     names = field_names(Config)
     arguments = normalise(arguments, names)
@@ -228,10 +241,7 @@ def parse_config(arguments: list[str]) -> Config:
     recipes = [arguments[i + 1] for i, argument in enumerate(arguments[:-1]) if argument == "--config"]
     for recipe in recipes:
         check_recipe(Path(recipe), names)
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = Parser(prog="fewstep distill", description="Distil a teacher into a few-step student.")
-    parser.add_argument("--config", action="config", help="YAML recipe (the same keys)")
-    parser.add_class_arguments(Config)
+    parser = config_parser()
     for recipe in recipes:  # alone first, so that a wrong type is blamed on the file that holds it
         try:
             parser.parse_args(["--config", recipe])
