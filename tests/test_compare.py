@@ -111,13 +111,18 @@ def test_measuring_along_the_training_changes_nothing(tmp_path):
 
 
 def test_a_teachers_sample_of_another_plan_is_drawn_anew(tmp_path, monkeypatch):
-    plan = small(tmp_path, 300)
-    monkeypatch.setattr(protocol, "open_pipeline", lambda *_: (_ for _ in ()).throw(RuntimeError("drawn")))
-    assert len(compare.reference(plan, world.TEACHER_GUIDANCE)) == 72
-    with pytest.raises(RuntimeError, match="drawn"):
-        compare.reference(dataclasses.replace(plan, images_per_prompt=4), world.TEACHER_GUIDANCE)
-    with pytest.raises(RuntimeError, match="drawn"):
-        compare.reference(dataclasses.replace(plan, prompts=36, images_per_prompt=2), world.TEACHER_GUIDANCE)
+    plan, opened = small(tmp_path, 300), []
+    monkeypatch.setattr(world, "TEACHER_STEPS", 1)
+    monkeypatch.setattr(protocol, "open_pipeline", lambda *told, own=protocol.open_pipeline: opened.append(told) or own(*told))
+    standing_in = compare.reference(plan, world.TEACHER_GUIDANCE)
+    assert len(standing_in) == 72 and not opened
+    other = dataclasses.replace(plan, prompts=36, images_per_prompt=2)  # as many, of other prompts
+    for _ in range(2):
+        drawn = compare.reference(other, world.TEACHER_GUIDANCE)
+        assert drawn.shape == standing_in.shape and not bool((drawn == standing_in).all())
+    assert len(opened) == 1  # and kept
+    compare.reference(dataclasses.replace(plan, prompts=2), world.TEACHER_GUIDANCE)
+    assert len(opened) == 2
 
 
 def test_a_reward_with_a_price_uses_up_the_budget(tmp_path):
@@ -206,6 +211,8 @@ def test_a_cell_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
 @pytest.mark.timeout(600)  # a minute and a half of one quiet core
 def test_a_quick_comparison_from_end_to_end_and_again(tmp_path, capsys):
     folder = tmp_path / "compare"
+    folder.mkdir()
+    small(folder, 200)
     assert cli.main(["compare", "--quick", "--output", str(folder)]) == 0
     assert "making 6" in capsys.readouterr().out
     report = json.loads((folder / "compare.json").read_text())
