@@ -454,7 +454,7 @@ def fd_per_step(plan: Plan, run: Any, seed: int, target: float) -> list[float]:
 
 @functools.cache
 def row_config(plan: Plan, row: Row) -> Any:
-    """The config of a row's cells but for their seed: parsing one takes a tenth of a second, and a table has some hundred cells."""
+    """The config of a row's cells but for their seed: parsed once, for a table of some hundred cells."""
     from fewstep import cli
 
     # the number of updates bounds nothing here: a cell ends by its network evaluations
