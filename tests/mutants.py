@@ -315,12 +315,8 @@ HARMLESS: dict[tuple[str, str], str] = {
     ("rewards.distribution", "return bcast(self.schedule.alpha(t), x0) * x0 + bcast(self.schedule.sigma(t), noise) * noise"): SAME_SIZE,
     ("rewards.distribution", "return scale_direction(difference, magnitude, torch.ones_like(group), leave_one_out=self.leave_one_out)"):
         "one group under another name",
-    ("rewards.distribution",
-     "t = noise_levels(torch.ones_like(sample.group), self.t_range, \"stratified\")[torch.randperm(len(x0))] if t is None else t"):
+    ("rewards.distribution", "t = noise_levels(torch.ones_like(sample.group), self.t_range, \"stratified\")[torch.randperm(len(sample.group))]"):
         "one group under another name",
-    ("rewards.distribution",
-     "t = noise_levels(torch.zeros_like(sample.group), self.t_range, \"stratified\")[torch.randperm(len(noise))] if t is None else t"):
-        SAME_SIZE,
     ("rewards.distribution", "(nothing) def lag(self, new: Sample, old: Sample, *, kl: bool = False) -> Lag:"):
         "what comes back are floats: without no_grad it only costs memory",
     ("rewards.distribution", "losses.append(float(denoising( target(sample.x0, noise, alpha, sigma, self.fake.prediction),prediction)))"):
