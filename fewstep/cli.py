@@ -75,6 +75,18 @@ def main(arguments: list[str] | None = None) -> int:
         return complain(f"{error}. Nothing was updated with it; go on from the last checkpoint with --resume", code=1)
     except FloatingPointError as error:  # nothing was updated or saved after it: the last checkpoint is the state to go on from
         return complain(f"{error}. Lower student.lr or fake.lr, or go on from the last checkpoint with --resume", code=1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's
+            raise
+        first = ". ".join(str(error).split(". ")[:2])  # what was asked for; torch goes on about its allocator
+        return complain(f"{first}. {SMALLER.get(arguments[0], '')}".strip(), code=1)
+
+
+SMALLER = {  # what takes less of a device's memory, by command
+    "distill": "`fewstep distill ... --dry-run` says what a run needs; --memory.micro-groups 1, --memory.checkpointing, --lora-rank 64 and "
+    "--memory.optimizer adamw8bit take less. What was saved is whole",
+    "evaluate": "A smaller --batch takes less; what was drawn is kept",
+}
 
 
 def complain(message: str, *, code: int = 2) -> int:

@@ -331,6 +331,23 @@ def test_sample_names_never_come_from_the_prompt(finished, tmp_path, capsys):
     assert "made for 4 steps" in refused(capsys, "sample", str(finished), "--prompt", "x", "--steps", "8")
 
 
+def test_a_device_that_is_full_is_told_in_one_line_with_what_takes_less(monkeypatch, capsys):
+    def full(arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB. See docs")
+
+    monkeypatch.setattr(cli, "distill_command", full)
+    assert cli.main(["distill"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Tried to allocate 2.00 GiB" in line and "--memory.micro-groups 1" in line and "--dry-run" in line
+
+    def wrong(arguments):
+        raise RuntimeError("a shape")
+
+    monkeypatch.setattr(cli, "distill_command", wrong)
+    with pytest.raises(RuntimeError, match="a shape"):
+        cli.main(["distill"])
+
+
 @pytest.mark.parametrize(
     "told", [["--size", "16x8,8x16"], ["--size=16x8,8x16"], ["--size", '["16x8", "8x16"]'], ["--size", "[16x8, 8x16]"]], ids=" ".join
 )
