@@ -4,7 +4,7 @@
 
 A student, its teacher and the teacher with few steps are drawn (and the teacher's second sample), 256 x 256 pixels, with 2048 features a
 picture; FID and KID to the teacher with their intervals are measured for each row. A real pipeline and a real extractor add their own time
-and memory to these; nothing of what is here grows with either. Memory is the peak of the process's resident memory (Unix).
+and memory to these; nothing of what is here grows with either. Memory is the peak of the process's resident memory (Linux).
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
-import sys
 import tempfile
 import time
 from importlib.metadata import version
@@ -22,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from step import resident
 from torch import Tensor, nn
 
 from fewstep.evaluate import protocol
@@ -63,14 +62,13 @@ def pixels(size: int) -> Extractor:
     return Extractor("pixels", "fid", "kid", False, lambda x: x.flatten(1)[:, :: 3 * size**2 // FEATURES][:, :FEATURES].clone(), FEATURES)
 
 
-def resident() -> float:
+def most() -> float:
     """The peak of this process's resident memory so far, in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / MIB if sys.platform == "darwin" else peak / 1024  # bytes there, KiB elsewhere
+    return resident("VmHWM") / MIB
 
 
 def measure(pictures: int, size: int, batch: int = 16) -> dict[str, Any]:
-    libraries, told = resident(), {"began": time.perf_counter()}
+    libraries, told = most(), {"began": time.perf_counter()}
     with tempfile.TemporaryDirectory() as folder:
         common: dict[str, Any] = {
             "prompts": PromptSet("numbers", [f"picture {i}" for i in range(pictures)]), "scorers": {}, "extractors": [pixels(size)],
@@ -82,7 +80,7 @@ def measure(pictures: int, size: int, batch: int = 16) -> dict[str, Any]:
 
         protocol.evaluate(source(0.9), teacher=source(1.0), share=(0, 2), **common)
         protocol.evaluate(source(0.9), teacher=source(1.0), share=(1, 2), **common)
-        told["drawn"], drawing = time.perf_counter(), resident()
+        told["drawn"], drawing = time.perf_counter(), most()
         report = protocol.evaluate(source(0.9), teacher=source(1.0), **common)
         assert report is not None
         told["measured"] = time.perf_counter()
@@ -97,7 +95,7 @@ def measure(pictures: int, size: int, batch: int = 16) -> dict[str, Any]:
         "metrics": sorted(report["rows"][0]["metrics"]),
         "seconds": seconds,
         "pictures_per_second": samples * pictures / sum(seconds.values()),
-        "peak_mib": resident(),
+        "peak_mib": most(),
         "peak_mib_drawing": drawing,
         "libraries_mib": libraries,
         "disk_mib": disk / MIB,

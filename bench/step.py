@@ -172,13 +172,12 @@ class Plain:
         import torch
         from reference import Reference, copies
 
-        from fewstep import cli, world
+        from fewstep import cli, models, world
         from fewstep.prompts import Batches
 
         self.config = config = cli.resolve_hardware(cli.parse_config(options))
         torch.manual_seed(config.seed)
-        dtype = torch.bfloat16 if config.memory.frozen == "bf16" else torch.float32
-        backbone = teacher(family, config.device, dtype, reduced=config.device != "cuda")
+        backbone = teacher(family, config.device, models.frozen_dtype(config), reduced=config.device != "cuda")
         prompts = world.prompts("train")
         backbone.prepare(prompts)
         roles = copies(backbone, lora_rank=config.lora_rank, checkpointing=config.memory.checkpointing, guidance=config.matching.guidance)

@@ -476,9 +476,7 @@ def check_judges(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
             if sources.is_code(source) or sources.is_remote(source):
                 if source == config.scorer.get(name):
                     raise ValueError(f"{source} is what the student is trained on; a judge is held out")
-                found[name] = sources.open_judge(name, source)
-                if sources.is_remote(source):
-                    server_of(found[name]).timeout = config.remote.timeout
+                found[name] = sources.open_judge(name, source, timeout=config.remote.timeout)
             elif source == HELD_OUT:
                 from fewstep import world
 
@@ -573,6 +571,26 @@ def make_terms(config: Config, roles: Any, functions: dict[str, Any]) -> dict[st
     return terms
 
 
+def check_backbone(backbone: Any, config: Config) -> tuple[Any, list[tuple[int, int, int]]]:
+    """(times, latent shapes) of a run. Raises UserError naming the key that this teacher, or what is installed, cannot do."""
+    from fewstep.trainer import optimizer_class
+
+    key = "steps"
+    try:
+        times = backbone.times(config.steps)
+        key = "size"
+        latent_shapes = [backbone.latent_shape(size) for size in config.sizes()]
+        key = "teacher"
+        backbone.check_guidance(config.matching.guidance)
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from error
+    try:
+        optimizer_class(config.memory.optimizer)
+    except ImportError as error:
+        raise UserError(str(error)) from error
+    return times, latent_shapes
+
+
 def build(
     config: Config, prompts: list[str], source: str, functions: dict[str, Any] | None = None, judges: dict[str, Any] | None = None
 ) -> Run:
@@ -587,29 +605,21 @@ def build(
     from fewstep.prompts import Batches
     from fewstep.rewards.distribution import DistributionMatching
     from fewstep.student import Student
-    from fewstep.trainer import Term, Trainer, optimizer_class
+    from fewstep.trainer import Term, Trainer
     from fewstep.weights import Adaptive, Fixed
 
     config = resolve_hardware(config)
     device = config.device
     torch.manual_seed(config.seed)
     try:
-        backbone = models.load(source, device=device, dtype=torch.bfloat16 if config.memory.frozen == "bf16" else torch.float32)
-        times = backbone.times(config.steps)
+        backbone = models.load(source, device=device, dtype=models.frozen_dtype(config))
     except models.UnsupportedTeacher as error:
         raise UserError(f"teacher: {error}") from error
-    except ValueError as error:
-        raise UserError(f"steps: {error}") from error
-    try:
-        latent_shapes = [backbone.latent_shape(size) for size in config.sizes()]
-    except ValueError as error:
-        raise UserError(f"size: {error}") from error
+    times, latent_shapes = check_backbone(backbone, config)  # before the prompts are encoded, which may take hours
     conditioned = config.fake.condition == "step" and config.steps > 1
     guidance = config.matching.guidance
+    backbone.prepare(prompts)
     try:
-        backbone.check_guidance(guidance)
-        optimizer_class(config.memory.optimizer)
-        backbone.prepare(prompts)  # may take hours: what can be refused has been
         roles = backbone.roles(
             lora_rank=config.lora_rank, fake_steps=config.steps if conditioned else 0, guidance=guidance,
             checkpointing=config.memory.checkpointing, int8_teacher=config.memory.teacher == "int8", compiled=config.compile,
@@ -633,7 +643,6 @@ def build(
     others, decoder = make_terms(config, roles, functions or {}), Counted(backbone.decode)
     held_out = make_judges(config, judges or {})
     asked = {**(functions or {}), **{f"judge.{name}": judge for name, judge in held_out.items()}}
-    servers = {name: server for name, function in asked.items() if (server := server_of(function)) is not None}
     counted = {"student": roles.student, "teacher": roles.teacher, "fake": roles.fake, "decoder": decoder}
     trainer = Trainer(
         Student(roles.student, schedule, times),
@@ -648,7 +657,7 @@ def build(
         weights=weights,
         counted=counted | {name: other.reward for name, other in others.items() if isinstance(other.reward, Counted)},
         judges=held_out,
-        news={name: server.news for name, server in servers.items()},
+        news={name: server.news for name, function in asked.items() if (server := server_of(function)) is not None},
     )
     return Run(config, backbone, roles, trainer)
 
@@ -727,14 +736,12 @@ def dry_run(config: Config, source: str, prompts: int) -> int:
     models.quiet_libraries()
     from fewstep import needs
 
+    config = resolve_hardware(config)
     try:
-        print(needs.report(source, resolve_hardware(config), prompts))
-    except needs.Refused as error:
-        raise UserError(f"{error.key}: {error}") from error
+        check_backbone(needs.skeleton(source, models.frozen_dtype(config)), config)
+        print(needs.report(source, config, prompts))
     except ValueError as error:
         raise UserError(f"teacher: {error}") from error
-    except ImportError as error:
-        raise UserError(str(error)) from error
     return 0
 
 

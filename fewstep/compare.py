@@ -449,7 +449,8 @@ def fd_per_step(plan: Plan, run: Any, seed: int, target: float) -> list[float]:
             rollout = trainer.student.rollout(noise, trainer.encode(chunk), generator=generator)
             for k, x0 in enumerate(rollout.x0):
                 features[k].append(scorer.image_features(trainer.decode(x0)).cpu())
-    return [float(frechet(scaled(torch.cat(of_step)), reference(plan, target))) for of_step in features]
+    teacher = reference(plan, target)
+    return [float(frechet(scaled(torch.cat(of_step)), teacher)) for of_step in features]
 
 
 @functools.cache

@@ -72,7 +72,7 @@ def read(folder: Path, config: Config) -> tuple[Averaged, bool]:
         found = checkpoint.newest(folder / "checkpoints", only=("update", "student", "ema"))
         if found is None and not finished:
             raise CannotExport(f"{folder}: no checkpoint was saved yet; let the run go on (save_every {config.save_every})")
-        kept_in = stored_dtype(folder) if finished else frozen_dtype(config)
+        kept_in = stored_dtype(folder) if finished else models.frozen_dtype(config)
         backbone = models.load(str(folder) if found is None else teacher, dtype=kept_in)
     except checkpoint.DamagedCheckpoint as error:
         raise CannotExport(" ".join(str(error).split())) from error
@@ -93,12 +93,6 @@ def read(folder: Path, config: Config) -> tuple[Averaged, bool]:
         raise CannotExport(f"{path}: its student is another network than {teacher} (has the teacher changed since?)")
     pipe = backbone.student_pipeline(roles, weights, config.steps)
     return Averaged(config, backbone, pipe, weights, update, logged_weights(folder, config, update)), finished
-
-
-def frozen_dtype(config: Config) -> dtype:
-    import torch
-
-    return torch.bfloat16 if config.memory.frozen == "bf16" else torch.float32
 
 
 def stored_dtype(folder: Path) -> dtype:

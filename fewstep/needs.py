@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.config import Config
-from fewstep.models import UnsupportedTeacher, family
+from fewstep.models import UnsupportedTeacher, family, frozen_dtype
 from fewstep.models.backbone import Backbone, Roles
 
 GIB = 2**30
@@ -190,7 +190,7 @@ def measure(source: str, config: Config, prompts: int) -> Needs:
     Activations are those that the student's backward pass needs, in the arithmetic of the training; work space of kernels and the
     allocator's reserve come on top, some tenths. The rewards' own models are not in it.
     """
-    frozen = torch.bfloat16 if config.memory.frozen == "bf16" else torch.float32
+    frozen = frozen_dtype(config)
     backbone = skeleton(source, frozen)
     batch = config.groups * config.group_size
     together = min(config.memory.micro_groups * config.group_size or batch, batch)
@@ -289,34 +289,8 @@ def largest_part(config: Config, needs: Needs, room: float) -> int:
     return min(max(together, int(spare * together // needs.activations)), config.groups)
 
 
-class Refused(ValueError):
-    """What a run would refuse; key: of its config."""
-
-    def __init__(self, key: str, problem: object) -> None:
-        super().__init__(str(problem))
-        self.key = key
-
-
-def check(source: str, config: Config) -> None:
-    """As `build` does before it encodes a prompt. Raises Refused, and ImportError for an optimizer that is not installed."""
-    from fewstep.trainer import optimizer_class
-
-    backbone = skeleton(source, torch.float32)
-    for key, problem in (
-        ("steps", lambda: backbone.times(config.steps)),
-        ("size", lambda: [backbone.latent_shape(size) for size in config.sizes()]),
-        ("teacher", lambda: backbone.check_guidance(config.matching.guidance)),
-    ):
-        try:
-            problem()
-        except ValueError as error:
-            raise Refused(key, error) from error
-    optimizer_class(config.memory.optimizer)
-
-
 def report(source: str, config: Config, prompts: int) -> str:
     """What `fewstep distill --dry-run` prints."""
-    check(source, config)
     needs = measure(source, config, prompts)
     total, name = capacity(config.device)
 

@@ -83,6 +83,11 @@ def crop(images: Tensor, edge: int) -> Tensor:
     return images[:, :, top : top + edge, left : left + edge]
 
 
+def as_kept(images: Tensor, edge: int | None) -> Tensor:
+    """(B, 3, H, W) in [0, 1] -> the same as PNG files of `edge` pixels would hold it, in [0, 1]."""
+    return square(to_bytes(images), edge).float() / 255
+
+
 # The extractors: name on the command line -> who makes them from (weights, resize, device)
 
 
@@ -99,7 +104,7 @@ def make_clip(source: str | None, resize: int | None, device: str | torch.device
     scorer = CLIPScore.load(origins.fetch(origins.resolve(source)), device=device)
 
     def features(images: Tensor) -> Tensor:
-        return scorer.image_features(square(to_bytes(images), resize).float() / 255)
+        return scorer.image_features(as_kept(images, resize))
 
     first = in_words(resize)
     width, weights = scorer.width, fingerprint(scorer.model)
@@ -143,7 +148,7 @@ def of_vision(name: str, folder: Path, resize: int | None, device: str | torch.d
     model = origins.read_model(AutoModel, folder, more=True).to(device).float().eval().requires_grad_(False)  # a head is not read
 
     def features(images: Tensor) -> Tensor:
-        pictures = square(to_bytes(images), resize).float() / 255
+        pictures = as_kept(images, resize)
         pooled = getattr(model(pixel_values=preprocess(pictures.to(device))), "pooler_output", None)
         if pooled is None:
             raise ValueError(f"{folder}: a {type(model).__name__} has no pooled features (pooler_output); {own}")
@@ -161,7 +166,7 @@ def of_function(name: str, source: str, resize: int | None) -> Extractor:
 
     @torch.no_grad()
     def features(images: Tensor) -> Tensor:
-        pictures = square(to_bytes(images), resize).float() / 255
+        pictures = as_kept(images, resize)
         try:
             found = function(pictures)
         except Exception as error:
@@ -173,9 +178,8 @@ def of_function(name: str, source: str, resize: int | None) -> Extractor:
         return found
 
     width = features(torch.zeros(2, 3, resize or PATCH, resize or PATCH)).shape[1]
-    version = f"file-{origins.version(source)}:{source.rpartition(':')[2]}"
     words = f"{in_words(resize)}then as the function has it"
-    return Extractor(f"extractor-{name}", f"fd_{name}", None, False, features, width, version, words)
+    return Extractor(f"extractor-{name}", f"fd_{name}", None, False, features, width, origins.function_version(source), words)
 
 
 def in_words(resize: int | None) -> str:

@@ -641,15 +641,13 @@ def evaluate(
     named = prompts if isinstance(prompts, PromptSet) else None
     texts = named.prompts if named else list(prompts)
     check(texts, images_per_prompt, scorers, extractor, data, repeats=named is not None)
-    every = ([of_scorer(extractor, scorers[extractor])] if extractor else []) + list(extractors)
-    check_names(told_apart(every), scorers, judges or (), shared=extractor is not None)
+    used = told_apart(([of_scorer(extractor, scorers[extractor])] if extractor else []) + list(extractors))
+    check_names(used, scorers, judges or (), shared=extractor is not None)
     own = opened(student, device)
     left_out: dict[str, str] = {}
-    used = every
-    if min(own.size) < PATCH and any(e.frechet == "patch_fid" for e in used):
+    if min(own.size) < PATCH and any(e.frechet.startswith("patch_fid") for e in used):
         left_out["patch-FID"] = f"pictures of {own.size[0]} x {own.size[1]} hold no crop of {PATCH} pixels"
-        used = [e for e in used if e.frechet != "patch_fid"]
-    used = told_apart(used)
+        used = [e for e in used if not e.frechet.startswith("patch_fid")]
     if extractors or judges or noise != "batch" or precision != "fp32":
         shipped = None  # what ships was drawn and seen without these
     packages = ["torch", "diffusers", "transformers", "fewstep"] + (["torch-fidelity", "pillow"] if extractors else [])

@@ -8,7 +8,12 @@ import logging
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from fewstep.config import Config
 
 # pipeline class in model_index.json -> (module, class) of its adapter
 FAMILIES = {
@@ -69,6 +74,13 @@ def family(source: str) -> Any:
 def load(source: str, **options: Any) -> Any:
     """Read a teacher (folder or hub id) into its family's adapter. Raises UnsupportedTeacher."""
     return family(source).load(source, **options)
+
+
+def frozen_dtype(config: Config) -> torch.dtype:
+    """Of a run's frozen parts. config: with its hardware resolved; what was left to the machine counts as float32."""
+    import torch
+
+    return torch.bfloat16 if config.memory.frozen == "bf16" else torch.float32
 
 
 SUPPORT = ("pipeline", "recipe", "predicts", "guidance", "LoRA file", "kohya file")

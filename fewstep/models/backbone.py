@@ -562,10 +562,10 @@ class Backbone:
         pipe.register_modules(**{self.part: network.model, "scheduler": scheduler})
         pipe.set_progress_bar_config(disable=True)
         # pictures are decoded one at a time, where the decoder can: sixteen of 1024 x 1024 would take 26 GB in bf16 beside the training
-        slices = getattr(pipe.vae, "use_slicing", False)
+        slices = getattr(pipe.vae, "use_slicing", None)
         try:
-            if hasattr(pipe.vae, "enable_slicing"):
-                pipe.vae.enable_slicing()
+            if slices is not None:
+                pipe.vae.use_slicing = True
             for name, value in weights.items():
                 own[name].data = value.to(own[name])
             network.switch()
@@ -573,7 +573,7 @@ class Backbone:
             with self.text_encoders(), mixed, torch.no_grad():
                 yield pipe
         finally:
-            if hasattr(pipe.vae, "enable_slicing"):
+            if slices is not None:
                 pipe.vae.use_slicing = slices
             for name, value in before.items():
                 own[name].data = value

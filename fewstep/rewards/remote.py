@@ -29,13 +29,12 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.rewards.base import PixelReward, RewardError
-from fewstep.rewards.sources import check_url, is_loopback
+from fewstep.rewards.sources import TIMEOUT, check_url, is_loopback
 
 PROTOCOL = 1
 TRIES = 3
 BACKOFF = 1.0  # seconds before the second try; twice as long before each further one
 LONGEST_WAIT = 30.0  # seconds, whatever a server asks for
-TIMEOUT = 120.0  # seconds for one try of one request, from connecting to the last byte
 HEALTH_TIMEOUT = 10.0
 MAX_REQUEST = 32 * 2**20  # bytes of pictures in one request; one picture may be larger
 MAX_REPLY = 64 * 2**10  # bytes, and as many again for every thousand pictures

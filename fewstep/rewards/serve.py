@@ -35,8 +35,7 @@ Score = Callable[[Any, list[str]], Any]  # images (B, 3, H, W) in [0, 1] as a to
 def load(what: str, scorer: str | None, device: str) -> tuple[str, str, Score]:
     """(name, version, function) of a named reward or of path/to/file.py:function. Raises ValueError or ImportError."""
     if sources.is_code(what):
-        function = what.rpartition(":")[2]  # in the version too: two functions of one file are two rewards
-        return function, f"file-{sources.version(what)}:{function}", sources.load_function(what)
+        return what.rpartition(":")[2], sources.function_version(what), sources.load_function(what)
     if what not in REWARDS:
         raise ValueError(f"unknown reward {what!r}; known: {', '.join(REWARDS)}, or path/to/file.py:function")
     if what in OWN:

@@ -25,6 +25,7 @@ HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 WORDS = ("*.json", "*.txt", "*.model")  # configs, tokenizers, preprocessing
+TIMEOUT = 120.0  # seconds for one try of one request to a server, from connecting to the last byte
 
 
 def is_code(value: Any) -> bool:
@@ -230,8 +231,10 @@ def build(name: str, source: str, *, device: Any = "cpu") -> Any:
     return getattr(importlib.import_module(module), kind).load(fetch(source), device=device, **options)
 
 
-def open_judge(name: str, source: str | None, *, assets: Path | None = None, device: Any = "cpu") -> Any:
+def open_judge(name: str, source: str | None, *, assets: Path | None = None, device: Any = "cpu", timeout: float = TIMEOUT) -> Any:
     """A reward to score with and never to train on: a named one from a folder or the hub, a function in a file, a server.
+
+    timeout: seconds for one try of a server.
 
     A function of (images (B, 3, H, W), prompts) -> (B,), or an object whose `score` is one. Raises ValueError or OSError.
     """
@@ -240,8 +243,13 @@ def open_judge(name: str, source: str | None, *, assets: Path | None = None, dev
     if is_remote(source):
         from fewstep.rewards.remote import Remote
 
-        return Remote(str(source), name).connect().ask
+        return Remote(str(source), name, timeout=timeout).connect().ask
     return build(name, locate(name, source, assets=assets, flag=f"--judge.{name}"), device=device)
+
+
+def function_version(source: str) -> str:
+    """Of path/to/file.py:function: its name too, for two functions of one file are not the same."""
+    return f"file-{version(source)}:{source.rpartition(':')[2]}"
 
 
 def version(source: str) -> str:
