@@ -1,5 +1,6 @@
 """The remote reward: a real server on loopback, and every way in which one may fail. Each fault asserts that it was met."""
 
+import argparse
 import http.client
 import json
 import math
@@ -405,7 +406,7 @@ def served(what, *options, environment=()):
         yield url
     finally:
         process.terminate()
-        process.communicate(timeout=120)  # a worker that is still importing torch ends when it has
+        process.communicate(timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -553,9 +554,10 @@ def test_a_picture_too_large_is_not_decoded(monkeypatch):
 def test_several_workers_answer_side_by_side_and_one_that_dies_is_replaced(reward_file, tmp_path):
     slow = tmp_path / "slow.py"
     slow.write_text(
-        "import os, time\n"
+        "import ctypes, os, time\n"
         "def pid(images, prompts):\n"
         "    if 'die' in prompts:\n"
+        "        ctypes.PyDLL(None).usleep(900_000)\n"  # it keeps the interpreter to itself: nothing in the worker can answer then
         "        os._exit(9)\n"
         "    time.sleep(0.3)\n"
         "    return [float(os.getpid())] * len(prompts)\n"
@@ -563,15 +565,28 @@ def test_several_workers_answer_side_by_side_and_one_that_dies_is_replaced(rewar
     with served(f"{slow}:pid", "--workers", "2", "--batch", "1") as url:
         reward = Remote(url, "mine", backoff=0.5, tries=6).connect()
         assert reward.workers == 2
-        seen = set()
-        for _ in range(20):
-            seen |= set(reward.ask(pictures(4), ["p"] * 4).tolist())
-            if len(seen) == 2:
-                break
-        assert len(seen) == 2
+        first = both(reward)
         with pytest.warns(UserWarning, match="1 pictures are masked"):
             assert bool(torch.isnan(Remote(url, "mine", tries=1).connect().ask(pictures(1), ["die"])).all())
-        assert bool(torch.isfinite(reward.ask(pictures(2), ["p"] * 2)).all())
+        assert len(both(reward) & first) == 1
+
+
+def both(reward):
+    """The processes that answer, asked until there are two."""
+    seen, deadline = set(), time.monotonic() + 60
+    while len(seen) < 2 and time.monotonic() < deadline:
+        seen |= set(reward.ask(pictures(4), ["p"] * 4).tolist())
+    assert len(seen) == 2
+    return seen
+
+
+def test_a_worker_that_cannot_load_its_model_ends_the_server(tmp_path, capsys):
+    broken = tmp_path / "broken.py"
+    broken.write_text("import os\nos._exit(5)\n")
+    options = argparse.Namespace(what=f"{broken}:score", scorer=None, device="cpu", batch=1, workers=1)
+    with serve.claim(free_port()) as held:
+        assert serve.supervise(options, held) == 1
+    assert "ended with status 5 before its model was loaded" in capsys.readouterr().out
 
 
 def test_rewards_of_other_environments_are_called_as_their_packages_want(monkeypatch):

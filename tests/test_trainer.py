@@ -53,9 +53,9 @@ def tensors(state):
 
 def assert_same(a, b):
     (first, rest_a), (second, rest_b) = tensors(a), tensors(b)
-    assert first.keys() == second.keys()
-    the_rest_is_equal = rest_a == rest_b  # outside the assert: pytest would spell the difference of long lists out, for minutes
-    assert the_rest_is_equal
+    # outside the asserts: pytest would spell the difference of long lists out, for minutes
+    names_are_equal, the_rest_is_equal = first.keys() == second.keys(), rest_a == rest_b
+    assert names_are_equal and the_rest_is_equal
     different = [name for name in first if not torch.equal(first[name], second[name])]
     assert not different
 

@@ -10,12 +10,16 @@ import argparse
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
+import signal
 import socket
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
 from typing import Any
 
 from fewstep.rewards import REWARDS, sources
@@ -24,7 +28,7 @@ PROTOCOL = 1
 HOST = "127.0.0.1"  # another machine reaches it through a tunnel or a TLS proxy
 MAX_BODY = 64 * 2**20  # bytes
 MAX_PIXELS = 4096 * 4096  # of all pictures of a request
-SPEC = "FEWSTEP_SERVE_REWARD"  # what the worker processes are told, as JSON
+GRACE = 10.0  # seconds that workers have to end what they are at
 
 Score = Callable[[Any, list[str]], Any]  # images (B, 3, H, W) in [0, 1] as a torch tensor, B prompts -> B numbers
 
@@ -238,11 +242,69 @@ def busy(port: int, error: OSError) -> ValueError:
     return ValueError(f"--port: {HOST}:{port} cannot be listened on ({error.strerror}); end what listens there, or choose another port")
 
 
-def factory() -> Any:
-    """The application in a worker process, from what `command` left in its environment."""
-    spec = json.loads(os.environ[SPEC])
-    name, version, score = load(spec["what"], spec["scorer"], spec["device"])
-    return application(name, version, score, batch=spec["batch"], workers=spec["workers"], device=spec["device"])
+SETTINGS: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}  # of uvicorn
+
+
+def work(options: argparse.Namespace, held: socket.socket, ready: Any) -> None:
+    """What one of several workers does, in a process of its own: load the model, set `ready`, serve until it is told to end."""
+    import uvicorn
+
+    def end_with_parent() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)  # a parent that was killed outright cannot tell its workers; they would keep the port and the memory
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    name, version, score = load(options.what, options.scorer, options.device)
+    served = application(name, version, score, batch=options.batch, workers=options.workers, device=options.device)
+    ready.set()
+    uvicorn.Server(uvicorn.Config(served, **SETTINGS)).run(sockets=[held])
+
+
+def supervise(options: argparse.Namespace, held: socket.socket) -> int:
+    """Keeps `options.workers` workers at one socket until SIGTERM or Ctrl+C; returns the exit status.
+
+    Whether a worker lives is asked of the operating system, not of the worker: one whose model keeps the interpreter busy
+    is not taken for a dead one, and one that died while it did is replaced at once. One that ends before its model is
+    loaded would end so again: then all end.
+    """
+    context = multiprocessing.get_context("spawn")
+
+    def started() -> tuple[Any, Any]:
+        ready = context.Event()
+        process = context.Process(target=work, args=(options, held, ready))
+        process.start()
+        return process, ready
+
+    def told(number: int, frame: Any) -> None:
+        raise SystemExit(0)
+
+    before = signal.signal(signal.SIGTERM, told)
+    workers: list[tuple[Any, Any]] = []
+    try:
+        while True:
+            workers += [started() for _ in range(options.workers - len(workers))]
+            wait([process.sentinel for process, _ in workers])
+            for process, ready in [worker for worker in workers if not worker[0].is_alive()]:
+                ended = f"worker {process.pid} ended with status {process.exitcode}"
+                if not ready.is_set():
+                    print(f"{ended} before its model was loaded; the server ends", flush=True)
+                    return 1
+                print(f"{ended}; another takes its place", flush=True)
+                workers.remove((process, ready))
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is being done
+        for process, _ in workers:
+            process.terminate()
+        patience = time.monotonic() + GRACE
+        for process, _ in workers:
+            process.join(max(0.0, patience - time.monotonic()))
+            process.kill()  # one that keeps the interpreter busy does not hear the first
+            process.join()
+        signal.signal(signal.SIGTERM, before)
 
 
 def command(arguments: list[str]) -> int:
@@ -265,24 +327,19 @@ def command(arguments: list[str]) -> int:
         import uvicorn
     except ImportError as error:
         raise ValueError(f"the server needs {error.name}: pip install 'fewstep[serve]'") from error
-    device = check_device(options.device)
+    options.device = check_device(options.device)
     with claim(options.port) as held:  # before the model is loaded, which may take minutes
         try:
-            name, version, score = load(options.what, options.scorer, device)
+            name, version, score = load(options.what, options.scorer, options.device)
         except (ImportError, OSError) as error:
             raise ValueError(f"{options.what}: cannot be built here ({type(error).__name__}: {error})") from error
         try:
             held.listen()
         except OSError as error:  # another server, started beside this one, was first
             raise busy(options.port, error) from error
-        print(f"{name} ({version}) on http://{HOST}:{options.port}, {options.workers} worker(s) on {device}", flush=True)
-        settings = {"fd": held.fileno(), "log_level": "warning", "access_log": False, "server_header": False}
+        print(f"{name} ({version}) on http://{HOST}:{options.port}, {options.workers} worker(s) on {options.device}", flush=True)
         if options.workers == 1:
-            uvicorn.run(application(name, version, score, batch=options.batch, device=device), **settings)
+            uvicorn.run(application(name, version, score, batch=options.batch, device=options.device), fd=held.fileno(), **SETTINGS)
             return 0
         del score  # it was built to see that it can be; each worker builds its own
-        spec = {"what": options.what, "scorer": options.scorer, "device": device, "batch": options.batch, "workers": options.workers}
-        os.environ[SPEC] = json.dumps(spec)
-        # a worker whose model keeps the interpreter busy is not to be taken for a dead one
-        uvicorn.run("fewstep.rewards.serve:factory", factory=True, workers=options.workers, timeout_worker_healthcheck=600, **settings)
-    return 0
+        return supervise(options, held)
