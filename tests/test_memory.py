@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep import cli, models, trainer
 from fewstep.models.backbone import Adapters, AddedLinear
+from fewstep.rewards.base import OnlineReward
+from fewstep.types import Signal
 
 
 @pytest.fixture
@@ -65,6 +67,30 @@ def test_no_more_than_a_part_passes_through_a_network_at_once(teacher_folder, pr
         loop.counted[role].network.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
     loop.step()
     assert max(seen) == 2  # one group; the guided teacher's doubled batch in parts too
+
+
+def test_an_online_reward_needs_no_draw_to_learn_in_parts(teacher_folder, prompt_file):
+    """One with module and loss alone (base.OnlineReward) learns from parts what it learns from the whole."""
+    loop = run_of(teacher_folder, prompt_file, "--precision", "fp32", "--groups", "3", "--memory.micro-groups", "2").trainer
+    rollout = loop.new_rollout()
+    sample = loop.sample_of(rollout, loop.online_step(rollout))
+
+    class Learner:
+        module = torch.nn.Linear(sample.x0[0].numel(), 1)
+
+        def __call__(self, sample):
+            return Signal(None, None)
+
+        def loss(self, sample):
+            return (self.module(sample.x0.flatten(1)) ** 2).mean()
+
+    reward = Learner()
+    assert isinstance(reward, OnlineReward)
+    reward.loss(sample).backward()
+    whole = reward.module.weight.grad.clone()
+    reward.module.zero_grad()
+    assert float(loop.online_loss(reward, sample)) == pytest.approx(float(reward.loss(sample).detach()), rel=1e-5)
+    torch.testing.assert_close(reward.module.weight.grad, whole)
 
 
 @pytest.mark.parametrize("rank", ["0", "2"])

@@ -25,16 +25,17 @@ class Reward(Protocol):
 
 @runtime_checkable
 class OnlineReward(Reward, Protocol):
-    """A reward that learns while the student learns: the fake denoiser of R_dm, a discriminator."""
+    """A reward that learns while the student learns: the fake denoiser of R_dm, a discriminator.
+
+    Where it also has `draw(sample) -> dict[str, Tensor]`, whatever its loss takes at random, a row a sample, its loss takes that as
+    keywords, and a batch that passes through the networks in parts has the loss that it would have whole. Without `draw` each part
+    draws its own.
+    """
 
     module: nn.Module
 
-    def draw(self, sample: Sample) -> dict[str, Tensor]:
-        """What the loss of these samples takes at random, a row each: drawn for the whole batch even where its loss is taken in parts."""
-        ...
-
-    def loss(self, sample: Sample, **drawn: Tensor) -> Tensor:
-        """Loss of `module` on a sample of the student's outputs (scalar): a mean over samples. What is not given is drawn."""
+    def loss(self, sample: Sample) -> Tensor:
+        """Loss of `module` on a sample of the student's outputs (scalar): a mean over samples."""
         ...
 
 
