@@ -56,6 +56,11 @@ class MatchingConfig:
     """Noise levels at which teacher and fake are compared."""
     levels: Literal["stratified", "uniform"] = "stratified"
     """How a group's noise levels are drawn."""
+    level_density: Literal["uniform", "logit-normal", "shifted"] = "uniform"
+    """Where in t_range noise levels lie, for teacher, fake and the fake's training: evenly, most in the middle, or shifted towards noise;
+    those drawn more often weigh more."""
+    shift: float = 3.0
+    """How far shifted levels are: t -> shift t / (1 + (shift - 1) t)."""
     draws: int = 1
     """Noise levels at which every sample is compared: a steadier direction, for three more network evaluations each."""
     score_weight: Literal["likelihood", "matching"] = "matching"
@@ -233,6 +238,7 @@ class Config:
             (0 <= self.matching.gamma <= 1, "matching.gamma", f"must lie in [0, 1], got {self.matching.gamma}"),
             (0 < low < high <= 1, "matching.t_range", f"must satisfy 0 < low < high <= 1, got {low}, {high}"),
             (not self.matching.leave_one_out or self.group_size > 1, "matching.leave_one_out", "needs group_size of at least 2"),
+            (self.matching.shift > 0, "matching.shift", f"must be positive, got {self.matching.shift}"),
             (self.matching.draws >= 1, "matching.draws", f"must be at least 1, got {self.matching.draws}"),
             (self.matching.draws == 1 or not self.matching.leave_one_out, "matching.draws", "must be 1 with matching.leave_one_out"),
             (

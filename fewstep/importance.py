@@ -6,7 +6,8 @@ another density, and the ratio of the two is what an old evaluation must be weig
 
 from __future__ import annotations
 
-import torch
+import math
+
 from torch import Tensor
 
 from fewstep.schedule import bcast
@@ -38,14 +39,31 @@ def effective_sample_size(weights: Tensor) -> Tensor:
     return w.sum() ** 2 / (len(w) * (w**2).sum())
 
 
-def permitted_updates(log_ratio: Tensor, *, min_ess: float) -> float:
-    """How many updates one evaluation may serve before the expected effective sample size exp(-v) falls under `min_ess`.
+def move(x0_old: Tensor, x0_new: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """v = |alpha (x0_new - x0_old)|^2 / sigma^2, (B,): the log ratio (8) of xt drawn at x0_old is N(-v / 2, v), so E[rho^2] = exp(v)."""
+    return (alpha / sigma).double() ** 2 * (x0_new - x0_old).double().pow(2).flatten(1).sum(1)
 
-    log_ratio (B,): after *one* update. v = |alpha delta|^2 / sigma^2 is estimated by E[log_ratio^2], of which v^2 / 4 + v is the
-    value (log_ratio ~ N(-v/2, v)); a drift grows v with the square of the number of updates.
+
+def expected_sample_size(move: Tensor) -> float:
+    """What `effective_sample_size` of untruncated weights tends to, given the moves v (B,): E[rho]^2 / E[rho^2] = 1 / mean exp(v).
+
+    Unlike the size of a drawn sample it does not overestimate where a few large weights were not drawn.
     """
-    second = float((log_ratio.double() ** 2).mean())
-    v = 2 * (-1 + (1 + second) ** 0.5)
-    if v == 0:
+    return float(1 / move.double().exp().mean())
+
+
+def permitted_updates(move: Tensor, *, min_ess: float) -> float:
+    """How many updates one evaluation may serve before the expected sample size falls under `min_ess`, in [1, inf].
+
+    move (B,): v after *one* update; a drift grows it with the square of the number of updates. Where all v are equal this is
+    1 + sqrt(log(1 / min_ess) / v).
+    """
+    if not float(move.max()) > 0:
         return float("inf")
-    return 1 + (-torch.log(torch.tensor(min_ess, dtype=torch.float64)).item() / v) ** 0.5
+    # 1 / mean exp(s^2 v) = min_ess lies between the s at which the largest v alone and the mean v alone would reach it
+    bound = -math.log(min_ess)
+    low, high = (bound / float(move.max())) ** 0.5, (bound / float(move.mean())) ** 0.5
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if expected_sample_size(middle**2 * move) >= min_ess else (low, middle)
+    return 1 + low

@@ -163,6 +163,7 @@ class Trainer:
         self.counted = counted or {"student": student.denoiser}
         self.news = news or {}
         self.rollout: Rollout | None = None
+        self.earlier: dict[int, Rollout] = {}  # the last of each other size, by its place in `latent_shapes`
         self.used = 0  # evaluations the current rollout has fed
         self.block: Block | None = None
         self.advantages: dict[str, Tensor] = {}  # (B,) of the current rollout, by reward, for policy gradients
@@ -458,15 +459,13 @@ class Trainer:
     def online_loss(self, reward: OnlineReward, sample: Sample) -> Tensor:
         """The loss of an online reward's own network on a sample; its gradient is added up part by part."""
         parts, total = self.parts(len(sample.group)), torch.zeros((), device=self.device)
-        drawn = reward.draw(sample) if len(parts) > 1 else {}
+        draw = getattr(reward, "draw", None) if len(parts) > 1 else None
+        drawn = {} if draw is None else draw(sample)
         for rows in parts:
+            piece = sample if len(parts) == 1 else sample.rows(rows)
             with self.precision():
-                if len(parts) == 1:
-                    loss = reward.loss(sample)
-                else:
-                    piece = sample.rows(rows)
-                    loss = reward.loss(piece, **{key: value[rows] for key, value in drawn.items()})
-                    loss = loss * (len(piece.group) / len(sample.group))
+                loss = reward.loss(piece, **{key: value[rows] for key, value in drawn.items()})
+            loss = loss * (len(piece.group) / len(sample.group))  # a mean over the batch is the weighted mean of its parts'
             loss.backward()
             total += loss.detach()
         return total
@@ -513,7 +512,11 @@ class Trainer:
                 self.rollout = self.simulate()
                 self.rollouts += 1
             elif self.rollout is None or self.used == self.config.reuse.rollout:
-                old, self.rollout, self.used, self.advantages = self.rollout, self.new_rollout(), 0, {}
+                sizes = len(self.latent_shapes)
+                if self.rollout is not None:
+                    self.earlier[(self.rollouts - 1) % sizes] = self.rollout
+                old = self.earlier.pop(self.rollouts % sizes, None)  # outputs of another size are harder or easier to denoise
+                self.rollout, self.used, self.advantages = self.new_rollout(), 0, {}
                 self.rollouts += 1
                 if old is not None:
                     more, lag = self.lags(self.rollout, old)
@@ -545,15 +548,21 @@ class Trainer:
             return x0, None, {}
         alpha, sigma = self.student.schedule.alpha(block.t), self.student.schedule.sigma(block.t)
         log_ratio = importance.log_ratio(block.xt, block.x0, x0.detach(), alpha, sigma)
-        ess = float(importance.effective_sample_size((log_ratio - log_ratio.max()).exp()))
-        logs = {"reuse/ess": ess, "reuse/rho_max": float(log_ratio.exp().max())}
+        moves = importance.move(block.x0, x0.detach(), alpha, sigma)
+        # by quarters of the noise levels: the low ones lose their weight long before the batch as a whole does
+        quarters = block.t.argsort().chunk(4)
+        ess = min(importance.expected_sample_size(moves[rows]) for rows in quarters)
+        logs = {
+            "reuse/ess": ess,
+            "reuse/ess_of_all": float(importance.effective_sample_size((log_ratio - log_ratio.max()).exp())),
+            "reuse/rho_max": float(log_ratio.exp().max()),
+        }
         if block.used == 1:
-            logs["reuse/permitted"] = importance.permitted_updates(log_ratio, min_ess=max(reuse.min_ess, 1e-3))
+            least = max(reuse.min_ess, 1e-3)
+            logs["reuse/permitted"] = min(importance.permitted_updates(moves[rows], min_ess=least) for rows in quarters)
         if not ess >= reuse.min_ess:
             return None, None, logs
         rho = importance.weights(log_ratio, rho_max=reuse.rho_max)
-        # the ess counts the high noise levels most, and the low ones lose their weight first
-        logs["reuse/weight_low_noise"] = float(rho[block.t.argsort()[: max(1, len(rho) // 4)]].mean())
         return x0, rho, logs
 
     def run(self, output: Path, *, stop: Callable[[], bool]) -> Iterator[dict[str, float]]:
@@ -583,9 +592,9 @@ class Trainer:
         return {name: value.detach().clone() for name, value in zip(self.parameters, self.ema.shadow_params, strict=True)}
 
     def state(self) -> dict[str, Any]:
-        rollout = None
-        if self.rollout is not None:
-            rollout = {"states": self.rollout.states, "x0": self.rollout.x0, "group": self.rollout.group, "prompts": self.rollout.prompts}
+        def kept(rollout: Rollout) -> dict[str, Any]:
+            return {"states": rollout.states, "x0": rollout.x0, "group": rollout.group, "prompts": rollout.prompts}
+
         return {
             "update": self.update,
             "rollouts": self.rollouts,
@@ -598,7 +607,8 @@ class Trainer:
             "online_optimizer": {name: optimizer.state_dict() for name, optimizer in self.online.items()},
             "rng": checkpoint.rng_state(),
             "batches": self.batches.state(),
-            "rollout": rollout,
+            "rollout": None if self.rollout is None else kept(self.rollout),
+            "earlier": {size: kept(rollout) for size, rollout in self.earlier.items()},
             "block": None if self.block is None else vars(self.block),
             "advantages": self.advantages,
             "weights": self.weights.state(),
@@ -618,12 +628,8 @@ class Trainer:
         self.ema.to(self.device)
         self.update, self.rollouts, self.used, self.running = state["update"], state["rollouts"], state["used"], state["running"]
         self.batches.load_state(state["batches"])
-        self.rollout = None
-        if state["rollout"] is not None:
-            saved = state["rollout"]
-            cond = {key: value.to(self.device) for key, value in self.encode(saved["prompts"]).items()}
-            states, x0, group = (saved[key].to(self.device) for key in ("states", "x0", "group"))
-            self.rollout = Rollout(states, x0, self.student.times[: len(states)], cond, group, saved["prompts"])
+        self.rollout = None if state["rollout"] is None else self.as_rollout(state["rollout"])
+        self.earlier = {size: self.as_rollout(saved) for size, saved in state["earlier"].items()}
         self.block = None if state["block"] is None else Block(**{key: self.here(value) for key, value in state["block"].items()})
         self.advantages = {name: self.here(value) for name, value in state["advantages"].items()}
         self.weights.load_state(state["weights"])
@@ -633,6 +639,12 @@ class Trainer:
         for name, (forwards, backwards) in state["counted"].items():
             self.counted[name].forwards, self.counted[name].backwards = forwards, backwards
         checkpoint.set_rng_state(state["rng"])  # last: nothing above may draw from it
+
+    def as_rollout(self, saved: dict[str, Any]) -> Rollout:
+        """A rollout as `state` keeps it; its conditions are made again from its prompts."""
+        cond = {key: value.to(self.device) for key, value in self.encode(saved["prompts"]).items()}
+        states, x0, group = (saved[key].to(self.device) for key in ("states", "x0", "group"))
+        return Rollout(states, x0, self.student.times[: len(states)], cond, group, saved["prompts"])
 
     def here(self, value: Any) -> Any:
         return value.to(self.device) if isinstance(value, Tensor) else value

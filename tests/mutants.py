@@ -40,6 +40,7 @@ MODULES = {
     "importance": ("test_importance.py",),
     "losses": ("test_policy.py", "test_distribution.py"),
     "student": ("test_student.py", "test_policy.py"),
+    "levels": ("test_distribution.py",),
     "rewards.distribution": ("test_distribution.py", "test_tilt.py"),
     "weights": ("test_weights.py", "test_tilt.py"),
 }
@@ -297,25 +298,25 @@ HARMLESS: dict[tuple[str, str], str] = {
     ("transforms", "rows = torch.ones_like(flat[:, -1]) if valid is None else valid.to(flat)"): "every column is as long",
     ("transforms", "rows = torch.ones_like(flat[:, 1]) if valid is None else valid.to(flat)"): "every column is as long",
     **{
-        ("rewards.distribution", f"place, peers = rank_in_group({key}, shuffle=True)  # among those with the same stratum"):
+        ("levels", f"place, peers = rank_in_group({key}, shuffle=True)  # among those with the same stratum"):
             "another key that no two pairs of size and rank share"
         for key in (
             "size * (len(group) - 1) + rank", "size * (len(group) + 0) + rank", "size * (len(group) + 2) + rank",
             "size * (len(group) + 1) - rank", "size / (len(group) + 1) + rank",
         )
     },
-    ("rewards.distribution", "order = order[torch.argsort(group[order], stable=False)]"): "which member has which stratum is arbitrary",
-    ("rewards.distribution", "start = torch.cumsum(count, -1) - count"): ONE_DIMENSION,
+    ("levels", "order = order[torch.argsort(group[order], stable=False)]"): "which member has which stratum is arbitrary",
+    ("levels", "start = torch.cumsum(count, -1) - count"): ONE_DIMENSION,
     ("rewards.distribution", "grid = torch.linspace(*self.t_range, 4096, dtype=torch.float64)"): "the integral's error is 1e-7 either way",
     ("rewards.distribution", "grid = torch.linspace(*self.t_range, 4098, dtype=torch.float64)"): "the integral's error is 1e-7 either way",
     ("rewards.distribution", "noise = torch.randn_like(old.x0)"): SAME_SIZE,
-    ("rewards.distribution", "t = noise_levels(torch.ones_like(new.group), self.t_range, \"stratified\")"): "one group under another name",
-    ("rewards.distribution", "t = noise_levels(torch.zeros_like(old.group), self.t_range, \"stratified\")"): SAME_SIZE,
+    ("rewards.distribution", "t = self.noise_levels(torch.ones_like(new.group), \"stratified\")"): "one group under another name",
+    ("rewards.distribution", "t = self.noise_levels(torch.zeros_like(old.group), \"stratified\")"): SAME_SIZE,
     ("rewards.distribution", "return bcast(self.schedule.alpha(t), noise) * x0 + bcast(self.schedule.sigma(t), x0) * noise"): SAME_SIZE,
     ("rewards.distribution", "return bcast(self.schedule.alpha(t), x0) * x0 + bcast(self.schedule.sigma(t), noise) * noise"): SAME_SIZE,
     ("rewards.distribution", "return scale_direction(difference, magnitude, torch.ones_like(group), leave_one_out=self.leave_one_out)"):
         "one group under another name",
-    ("rewards.distribution", "t = noise_levels(torch.ones_like(sample.group), self.t_range, \"stratified\")[torch.randperm(len(sample.group))]"):
+    ("rewards.distribution", "t = self.noise_levels(torch.ones_like(sample.group), \"stratified\")[torch.randperm(len(sample.group))]"):
         "one group under another name",
     ("rewards.distribution", "(nothing) def lag(self, new: Sample, old: Sample, *, kl: bool = False) -> Lag:"):
         "what comes back are floats: without no_grad it only costs memory",

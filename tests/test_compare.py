@@ -100,6 +100,13 @@ def test_settled_reads_the_last_quarter_after_the_warm_up():
     assert abs(last[-1]["weights/kl"] / own.b - found.kl_over_budget) > 0.05  # the running mean lies elsewhere
 
 
+@pytest.fixture
+def no_distances_by_step(monkeypatch):
+    """They cost as much as a sample; the quick comparison takes them."""
+    monkeypatch.setattr(compare, "fd_per_step", lambda *told: [])
+
+
+@pytest.mark.usefixtures("no_distances_by_step")
 def test_measuring_along_the_training_changes_nothing(tmp_path):
     plan, row = small(tmp_path, 300), compare.EVERY_ROW["GNDM"]
     plain, marked = (compare.run_cell(plan, r, 0) for r in (row, row._replace(marks=2)))
@@ -125,6 +132,7 @@ def test_a_teachers_sample_of_another_plan_is_drawn_anew(tmp_path, monkeypatch):
     assert len(opened) == 2
 
 
+@pytest.mark.usefixtures("no_distances_by_step")
 def test_a_reward_with_a_price_uses_up_the_budget(tmp_path):
     plan, row = small(tmp_path, 600), compare.EVERY_ROW["GNDMR, expensive reward"]
     cell = compare.run_cell(plan, row, 0)
@@ -212,9 +220,12 @@ def test_a_cell_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
 def test_a_quick_comparison_from_end_to_end_and_again(tmp_path, capsys):
     folder = tmp_path / "compare"
     folder.mkdir()
-    small(folder, 200)
+    plan, teacher = small(folder, 200), "teacher, 28 steps"
+    there = compare.cell_path(plan, teacher, 100)  # half a minute's drawing; the teacher's other rows are made
+    there.parent.mkdir()
+    there.write_text(json.dumps(cell(teacher, 100, 0.1) | {"stamp": compare.stamp_of(plan, teacher, 100), "commit": "0"}))
     assert cli.main(["compare", "--quick", "--output", str(folder)]) == 0
-    assert "making 6" in capsys.readouterr().out
+    assert "1 of 6 cells are there; making 5" in capsys.readouterr().out
     report = json.loads((folder / "compare.json").read_text())
     assert [row["row"] for row in report["rows"]][-2:] == ["DMD", "GNDM"] and report["rows"][-1]["paired"]
     students = [c for c in report["cells"] if "costs" in c]
@@ -230,6 +241,7 @@ def test_a_quick_comparison_from_end_to_end_and_again(tmp_path, capsys):
     assert "5 of 6 cells are there; making 1" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_distances_by_step")
 def test_an_adaptive_cell_is_judged_by_a_fresh_fake(tmp_path):
     plan, row = small(tmp_path, 700, judge_updates=4), compare.EVERY_ROW["GNDMR adaptive"]
     plan.output.joinpath("cells").mkdir()
@@ -238,7 +250,7 @@ def test_an_adaptive_cell_is_judged_by_a_fresh_fake(tmp_path):
     stood = compare.settled(cell["trace"])
     assert 0 < stood.kl_over_budget < 10 and stood.weight > 0
     assert judged["budget"] > 0 and judged["gap"] == pytest.approx(judged["fresh"] - judged["own"])
-    assert len(judged["heldout"]) == 5 and judged["updates"] == 4 and json.dumps(cell)
+    assert 2 <= judged["updates"] <= 4 and len(judged["kls"]) == len(judged["heldout"]) == judged["updates"] + 1 and json.dumps(cell)
     # two rewards share each decoded picture, and both go backward through it
     costs, flops = cell["costs"], cell["flops"]
     assert costs["clip"] == costs["preference"] == costs["decoder"] > 0 and costs["decoder"] % 3 == 0
@@ -285,9 +297,11 @@ def test_fields_that_came_after_the_first_cells_leave_their_stamps_alone(tmp_pat
     anywhere = {"output": "", "device": "cpu", "precision": "bf16"}
     plain = cli.as_plain(compare.cell_config(plan, compare.EVERY_ROW["GNDM"], 100)) | anywhere
     first = {key: value for key, value in plain.items() if key not in compare.LATER}
+    first["matching"] = {key: value for key, value in first["matching"].items() if f"matching.{key}" not in compare.LATER}
     assert compare.stamp_of(plan, "GNDM", 100)["config"] == compare.protocol.sha256(first)
-    turned = dataclasses.replace(plan, options=(*plan.options, "--memory.checkpointing"))
-    assert compare.stamp_of(turned, "GNDM", 100)["config"] != compare.protocol.sha256(first)
+    for turned in ("--memory.checkpointing", "--matching.level-density=shifted"):
+        other = dataclasses.replace(plan, options=(*plan.options, turned))
+        assert compare.stamp_of(other, "GNDM", 100)["config"] != compare.protocol.sha256(first)
 
 
 def test_a_stamp_is_the_same_on_every_machine(tmp_path):

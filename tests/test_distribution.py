@@ -2,13 +2,15 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from gaussians import Affine, D, flat, gaussian_denoiser, joint_points, marginal, scaled, sigma_points, spd, unflat, vector
 
 from fewstep import losses
 from fewstep.denoiser import Denoiser
+from fewstep.levels import density_named, noise_levels, rank_in_group
 from fewstep.rewards.base import OnlineReward
-from fewstep.rewards.distribution import DistributionMatching, noise_levels, rank_in_group
+from fewstep.rewards.distribution import DistributionMatching
 from fewstep.schedule import DDPM, Flow
 from fewstep.student import Student
 from fewstep.types import Sample
@@ -67,11 +69,13 @@ def kl(mean_q, cov_q, mean_p, cov_p):
     return 0.5 * (torch.trace(inverse @ cov_q) + gap @ inverse @ gap - D + torch.logdet(cov_p) - torch.logdet(cov_q))
 
 
-def test_score_is_the_log_density_ratio_between_the_ends():
+@pytest.mark.parametrize("levels", [{}, {"level_density": "logit-normal"}, {"level_density": "shifted", "shift": 2.0}], ids=str)
+def test_score_is_the_log_density_ratio_between_the_ends(levels):
+    """Whatever the density of the levels: (4) divides by it."""
     schedule = Flow()
     mu, cov_p, m, factor, network, teacher, fake = parts(schedule)
     low, high = 0.02, 0.98
-    matching = DistributionMatching(teacher, fake, schedule, t_range=(low, high))
+    matching = DistributionMatching(teacher, fake, schedule, t_range=(low, high), **levels)
     z, eps = joint_points()
     x0 = network(z, None, None).detach()
     # Gauss-Legendre in log t: the integrand is steep near t_min
@@ -82,7 +86,8 @@ def test_score_is_the_log_density_ratio_between_the_ends():
     for t, weight in zip(times, node_weights, strict=True):
         time = torch.full((len(z),), float(t), dtype=torch.float64)
         score = matching.evaluate(x0, {}, torch.zeros(len(z), dtype=torch.long), t=time, noise=eps).score.mean()
-        total += float(score) / (high - low) * t * weight * (edge[1] - edge[0]) / 2
+        pi = 1 / float(matching.density.spacing(time[:1], (low, high)))
+        total += float(score) * pi * t * weight * (edge[1] - edge[0]) / 2
     expected = []
     for t in (low, high):
         time = torch.tensor(t, dtype=torch.float64)
@@ -221,6 +226,47 @@ def test_guidance_pushes_along_the_condition():
     torch.testing.assert_close(guided.direction - plain.direction, 2 * difference)
     torch.testing.assert_close(guided.score, plain.score)
     torch.testing.assert_close(plain.direction, conditional(plain.xt, t, {}) - fake(plain.xt, t, {}))
+
+
+DENSITIES = [density_named("uniform"), density_named("logit-normal"), density_named("shifted"), density_named("shifted", shift=0.5)]
+PLACES = ["uniform", "logit-normal", "shifted", "shifted-down"]
+
+
+@pytest.mark.parametrize("density", DENSITIES, ids=PLACES)
+def test_a_density_is_the_derivative_of_its_ranks_and_they_invert(density):
+    t = torch.linspace(0.02, 0.98, 49, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(density.at(density.rank(t)), t, rtol=1e-10, atol=1e-12)
+    (slope,) = torch.autograd.grad(density.rank(t).sum(), t)
+    torch.testing.assert_close(density.slope(t), slope, rtol=1e-8, atol=1e-12)
+    ends = density.rank(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    assert ends.tolist() == pytest.approx([0, 1])
+    nodes, node_weights = np.polynomial.legendre.leggauss(60)
+    at = torch.tensor((nodes + 1) / 2 * 0.6 + 0.1)
+    assert float((torch.tensor(node_weights) * 0.3 / density.spacing(at, (0.1, 0.7))).sum()) == pytest.approx(1, rel=1e-10)
+
+
+def test_the_densities_are_the_named_ones():
+    t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    z = torch.distributions.Normal(0.0, 1.0).cdf((t / (1 - t)).log())
+    torch.testing.assert_close(density_named("logit-normal").rank(t), z)
+    assert density_named("shifted").at(t).tolist() == pytest.approx([3 * u / (1 + 2 * u) for u in t.tolist()])
+    for bad, word in ((dict(name="cosine"), "uniform, logit-normal, shifted"), (dict(name="shifted", shift=0.0), "positive")):
+        with pytest.raises(ValueError, match=word):
+            density_named(**bad)
+
+
+@pytest.mark.parametrize("density", DENSITIES, ids=PLACES)
+def test_strata_are_of_equal_probability(density):
+    """Member j of G lies in the j-th of G parts that are equally probable; without strata the ranks are uniform."""
+    torch.manual_seed(0)
+    group, low, high = torch.arange(3).repeat(4), *density.rank(torch.tensor([0.1, 0.9], dtype=torch.float64)).tolist()
+    for _ in range(5):
+        t = noise_levels(group, (0.1, 0.9), "stratified", density)
+        place = (density.rank(t) - low) / (high - low)
+        assert bool(((t >= 0.1) & (t <= 0.9)).all())
+        assert (place * 4).long().tolist() == [j for j in range(4) for _ in range(3)]
+    place = (density.rank(noise_levels(torch.arange(4000), (0.1, 0.9), "uniform", density)) - low) / (high - low)
+    assert scipy.stats.kstest(place.numpy(), "uniform").pvalue > 0.01
 
 
 def test_strata_cover_the_range_once_a_group():
@@ -474,11 +520,12 @@ def test_sigma_points_integrate_a_quadratic():
     assert unflat(torch.zeros(2, D)).shape == (2, D, 1, 1)
 
 
-def test_the_matching_score_is_the_value_of_the_reward_it_ascends():
-    """Eq. (2) with w = 1 / SNR, up to the KL left at t_max: E[score] = -integral of w (KL_t - KL_tmax) over t_range."""
+@pytest.mark.parametrize("levels", [{}, {"level_density": "logit-normal"}, {"level_density": "shifted", "shift": 2.0}], ids=str)
+def test_the_matching_score_is_the_value_of_the_reward_it_ascends(levels):
+    """Eq. (2) with w = pi / SNR, times the range's length, up to the KL left at t_max: E[score] = -integral of w (KL_t - KL_tmax)."""
     schedule, (low, high) = Flow(), (0.02, 0.98)
     mu, cov_p, m, factor, network, teacher, fake = parts(schedule)
-    matching = DistributionMatching(teacher, fake, schedule, t_range=(low, high), score_weight="matching")
+    matching = DistributionMatching(teacher, fake, schedule, t_range=(low, high), score_weight="matching", **levels)
     z, eps = joint_points()
     x0, group = network(z, None, None).detach(), torch.zeros(4 * 4, dtype=torch.long)
     nodes, node_weights = np.polynomial.legendre.leggauss(80)
@@ -493,8 +540,9 @@ def test_the_matching_score_is_the_value_of_the_reward_it_ascends():
     for t, weight in zip(times, node_weights, strict=True):
         time = torch.full((len(z),), float(t), dtype=torch.float64)
         score = float(matching.evaluate(x0, {}, group, t=time, noise=eps).score.mean())
-        total += score * weight / 2  # times the density of t: the score already holds 1 / pi
-        expected -= (t / (1 - t)) ** 2 * (divergence(t) - divergence(high)) * weight * (high - low) / 2
+        pi = 1 / float(matching.density.spacing(time[:1], (low, high)))
+        total += score * pi * weight * (high - low) / 2
+        expected -= pi * (high - low) * (t / (1 - t)) ** 2 * (divergence(t) - divergence(high)) * weight * (high - low) / 2
     assert total == pytest.approx(expected, rel=1e-4) and total < 0
 
 

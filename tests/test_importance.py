@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from fewstep.importance import effective_sample_size, log_ratio, permitted_updates, weights
+from fewstep.importance import effective_sample_size, expected_sample_size, log_ratio, move, permitted_updates, weights
 
 SHAPE = (3, 2, 2)
 
@@ -80,12 +80,28 @@ def test_effective_sample_size():
         assert float(effective_sample_size(scale * w)) == pytest.approx(expected, rel=1e-12)
 
 
-def test_permitted_updates_follow_the_measured_move():
+def test_the_expected_size_is_the_limit_of_the_drawn_one():
     torch.manual_seed(0)
+    x = torch.randn(200_000, 3, 1, 1, dtype=torch.float64)
+    alpha, sigma = torch.full((len(x),), 0.8, dtype=torch.float64), torch.full((len(x),), 0.5, dtype=torch.float64)
+    new = x + torch.tensor([0.1, -0.2, 0.15], dtype=torch.float64).view(3, 1, 1)
+    v = move(x, new, alpha, sigma)
+    assert v.tolist()[:2] == pytest.approx([0.0725 * 0.64 / 0.25] * 2) and v.dtype == torch.float64
+    xt = 0.8 * x + 0.5 * torch.randn_like(x)
+    drawn = effective_sample_size(log_ratio(xt, x, new, alpha, sigma).exp())
+    assert expected_sample_size(v) == pytest.approx(math.exp(-0.0725 * 0.64 / 0.25)) == pytest.approx(float(drawn), rel=0.01)
+    # of two levels: E[rho] is 1 at both, and the second moments are averaged
+    assert expected_sample_size(torch.tensor([0.0, math.log(3)])) == pytest.approx(0.5)
+
+
+def test_permitted_updates_follow_the_measured_move():
     for v in (0.01, 0.1, 1.0):
-        ratio = math.sqrt(v) * torch.randn(1_000_000, dtype=torch.float64) - v / 2
-        assert permitted_updates(ratio, min_ess=0.5) == pytest.approx(1 + math.sqrt(math.log(2) / v), rel=0.01)
+        assert permitted_updates(torch.full((5,), v), min_ess=0.5) == pytest.approx(1 + math.sqrt(math.log(2) / v), rel=1e-6)
+    mixed = torch.tensor([0.05, 0.4, 2.0], dtype=torch.float64)
+    several = permitted_updates(mixed, min_ess=0.5)
+    assert expected_sample_size((several - 1) ** 2 * mixed) == pytest.approx(0.5, rel=1e-6)
     assert permitted_updates(torch.zeros(3), min_ess=0.5) == math.inf
+    assert permitted_updates(torch.full((3,), 1e6), min_ess=0.5) == pytest.approx(1, abs=1e-3)
 
 
 def test_what_has_no_density_or_no_sense_is_refused():

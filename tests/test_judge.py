@@ -24,28 +24,44 @@ class Shifted(nn.Module):
         return gaussian_denoiser(self.mean + self.shift, self.cov).network(xt, timestep, cond)
 
 
-def test_a_fresh_fake_finds_the_kl_that_a_lagging_one_hides():
+def setting():
+    """(teacher, R_dm whose fake is half way behind the student, draw, R_dm with the exact fake, a fake that starts as the teacher)."""
     torch.manual_seed(0)
     cov, schedule = spd(1), Flow()
     mu, m = vector(0), vector(0) + 1.5 * vector(3)
     factor = torch.linalg.cholesky(cov)
     teacher = gaussian_denoiser(mu, cov)
-    lagging = gaussian_denoiser(m + 0.5 * (mu - m), cov)  # half way behind the student
-    matching = DistributionMatching(teacher, lagging, schedule, t_range=(0.05, 0.95), score_weight="matching")
+    lagging, exact = (
+        DistributionMatching(teacher, gaussian_denoiser(mean, cov), schedule, t_range=(0.05, 0.95), score_weight="matching")
+        for mean in (m + 0.5 * (mu - m), m)
+    )
 
     def draw():
         x0 = (m + torch.randn(64, D, dtype=torch.float64) @ factor.T).view(64, *SHAPE)
         k = torch.zeros(64, dtype=torch.long)
         return Sample(x0, torch.ones(64), k, {}, [""] * 64, torch.arange(64), lambda x: x)
 
-    fresh = Denoiser(Shifted(mu, cov), schedule, "sample")  # starts as the teacher
-    verdict = judge(matching, fresh, draw, updates=150, lr=0.1, batches=12, precision=nullcontext)
-    exact = DistributionMatching(teacher, gaussian_denoiser(m, cov), schedule, t_range=(0.05, 0.95), score_weight="matching")
+    return lagging, draw, exact, Denoiser(Shifted(mu, cov), schedule, "sample")
+
+
+def test_a_fresh_fake_finds_the_kl_that_a_lagging_one_hides():
+    matching, draw, exact, fresh = setting()
+    lagging = matching.fake
+    verdict = judge(matching, fresh, draw, most=1500, lr=0.03, batches=12, precision=nullcontext)
     wanted = -torch.stack([exact.evaluate(s.x0, s.cond, s.group).score.mean() for s in (draw() for _ in range(40))]).mean()
     # eq. (4): the KL of a fake that is a half behind is smaller by KL(q || q_fake), which for equal covariances is (1/2)^2 of the whole
     assert abs(verdict.fresh - wanted) < 0.1 * wanted
     assert abs(verdict.gap - 0.25 * wanted) < 0.05 * wanted + 3 * verdict.gap_error
     assert verdict.own < 0.85 * verdict.fresh
-    assert len(verdict.heldout) == 9 and verdict.heldout[-1] < verdict.heldout[0]
-    assert abs(verdict.heldout[-1] - verdict.heldout[-2]) < 0.01 * (verdict.heldout[0] - verdict.heldout[-1])
+    assert verdict.converged and verdict.updates < 1500  # it stops when it knows what there is to know
+    assert len(verdict.kls) == len(verdict.heldout) and verdict.kls[-1] == verdict.fresh and verdict.heldout[-1] < verdict.heldout[0]
+    assert abs(verdict.kls[0]) < 1e-9 * wanted  # the teacher as a fake sees no distance
     assert lagging is matching.fake  # the run's own R_dm is left as it was
+
+
+def test_a_judge_that_had_too_little_time_says_so():
+    """Its rate fell to zero at the end, and its curve with it: that is not taken for convergence."""
+    matching, draw, _, fresh = setting()
+    verdict = judge(matching, fresh, draw, most=30, lr=0.003, batches=4, precision=nullcontext)
+    assert not verdict.converged and verdict.updates == 30 and len(verdict.kls) == 31
+    assert verdict.fresh < verdict.own  # it knows less than the run's own

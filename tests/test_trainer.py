@@ -71,8 +71,19 @@ def assert_same(a, b):
         (3, EVERYTHING),
         (4, EVERYTHING),
         (3, ("--reuse.backward-simulation", "true", "--reuse.rollout", "1")),
+        (4, ("--size", "16x8,8x16", "--reuse.rollout", "1")),
     ],
-    ids=["mid-rollout", "end-of-rollout", "second-rollout", "lora", "unconditioned", "mid-evaluation", "rewards", "backward-simulation"],
+    ids=[
+        "mid-rollout",
+        "end-of-rollout",
+        "second-rollout",
+        "lora",
+        "unconditioned",
+        "mid-evaluation",
+        "rewards",
+        "backward-simulation",
+        "sizes",
+    ],
 )
 def test_resume_is_bit_exact(teacher_folder, prompt_file, tmp_path, stop_at, options):
     straight = run_of(teacher_folder, prompt_file, *options).trainer
@@ -88,6 +99,21 @@ def test_resume_is_bit_exact(teacher_folder, prompt_file, tmp_path, stop_at, opt
     for _ in range(7 - stop_at):
         second.step()
     assert_same(straight.state(), second.state())
+
+
+def test_the_lag_is_between_rollouts_of_one_size(teacher_folder, prompt_file):
+    """Outputs of another size are harder or easier to denoise, which is no lag; each size waits for its own second rollout."""
+    trainer = run_of(teacher_folder, prompt_file, "--size", "16x8,8x16", "--reuse.rollout", "1").trainer
+    seen, lag, rollouts = [], trainer.terms["dm"].reward.lag, []
+    trainer.terms["dm"].reward.lag = lambda new, old, kl: seen.append((new.x0, old.x0)) or lag(new, old, kl=kl)
+    logs = []
+    for _ in range(4):
+        logs.append(trainer.step())
+        rollouts.append(trainer.rollout.x0)
+    assert ["dm/lag" in log for log in logs] == [False, False, True, True]
+    for (new, old), (now, then) in zip(seen, ((2, 0), (3, 1)), strict=True):  # of each sample a step of its own was taken
+        assert all(any(torch.equal(x0, one) for one in rollouts[now][:, i]) for i, x0 in enumerate(new))
+        assert all(any(torch.equal(x0, one) for one in rollouts[then][:, i]) for i, x0 in enumerate(old))
 
 
 def snapshot(trainer):
@@ -201,8 +227,30 @@ def test_an_importance_weight_is_todays_density_over_that_of_the_evaluation(teac
     )
     assert float((now - then).abs().min()) > 1e-4  # the student has moved
     torch.testing.assert_close(rho.double(), (now - then).exp().clamp(max=1.5), rtol=1e-3, atol=1e-5)
-    assert logs["reuse/weight_low_noise"] == pytest.approx(float(rho[block.t.argmin()]))  # a quarter of four
+    moves = (alpha / sigma * (x0.detach().double() - block.x0.double())).pow(2).flatten(1).sum(1)
+    assert logs["reuse/ess"] == pytest.approx(float((-moves.max()).exp()), rel=1e-3)  # a quarter of four is one sample
     assert logs["reuse/rho_max"] == pytest.approx(float((now - then).exp().max()), rel=1e-3)
+
+
+def test_the_lowest_noise_levels_decide_whether_an_evaluation_serves_again(teacher_folder, prompt_file):
+    """In a batch whose weights are fine as a whole, those of the least noise are gone."""
+    trainer = run_of(teacher_folder, prompt_file, "--reuse.evaluation", "2", "--groups", "4", "--group-size", "4").trainer
+    rollout = trainer.new_rollout()
+    block, _, _ = trainer.evaluate(rollout, None)
+    block.used = 1
+    block.t = torch.linspace(0.02, 0.98, 16, dtype=torch.float64)[torch.randperm(16)]
+    away = torch.randn_like(block.x0)
+    away /= away.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    x0 = trainer.predict(rollout, block.xk, block.k).detach()
+    block.x0 = x0 + 0.06 * away
+    # the noise of the evaluation lay across the move
+    alpha, sigma = (f(block.t).float().view(-1, 1, 1, 1) for f in (trainer.student.schedule.alpha, trainer.student.schedule.sigma))
+    block.xt = alpha * (block.x0 + x0) / 2
+    none, _, logs = trainer.reweigh(rollout, block)
+    assert none is None and logs["reuse/ess_of_all"] > 0.99 and logs["reuse/ess"] < 0.5
+    v = sorted((0.06 * alpha / sigma).double().pow(2).flatten().tolist())[-4:]
+    assert logs["reuse/ess"] == pytest.approx(4 / sum(math.exp(each) for each in v), rel=1e-3)
+    assert 1 < logs["reuse/permitted"] < 2
 
 
 def test_a_policy_gradient_climbs_its_advantage_with_the_force_of_a_direction(teacher_folder, prompt_file):

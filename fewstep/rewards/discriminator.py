@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.denoiser import Denoiser, repeat
-from fewstep.rewards.distribution import noise_levels
+from fewstep.levels import noise_levels
 from fewstep.schedule import bcast
 from fewstep.types import Sample, Signal
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Denoiser, guide, target, to_x0
+from fewstep.levels import DensityName, Levels, density_named, noise_levels
 from fewstep.losses import denoising
 from fewstep.schedule import Schedule, bcast
 from fewstep.transforms import group_mean, scale_direction
 from fewstep.types import Evaluation, Sample, Signal
 
 Normalize = Literal["group", "sample", "batch", "channel", "none"]
-Levels = Literal["stratified", "uniform"]
 ScoreWeight = Literal["likelihood", "matching"]
 
 
@@ -23,35 +23,6 @@ class Lag(NamedTuple):
 
     loss: float  # in its denoising loss
     kl: float | None  # in the unit of R_dm's score, when asked for
-
-
-def rank_in_group(group: Tensor, *, shuffle: bool = False) -> tuple[Tensor, Tensor]:
-    """(position of each sample among its group's members, size of its group), each (B,) int64; any order of `group`.
-
-    Positions follow the order of the batch, or a random one with `shuffle`.
-    """
-    order = torch.randperm(len(group), device=group.device) if shuffle else torch.arange(len(group), device=group.device)
-    order = order[torch.argsort(group[order], stable=True)]
-    _, index, count = torch.unique(group[order], return_inverse=True, return_counts=True)
-    start = torch.cumsum(count, 0) - count
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(group), device=group.device) - start[index]
-    size = torch.empty_like(order)
-    size[order] = count[index]
-    return rank, size
-
-
-def noise_levels(group: Tensor, t_range: tuple[float, float], levels: Levels) -> Tensor:
-    """Times (B,) float64 in t_range. Stratified: member j of G draws from the j-th of G equal strata, so a group's mean over
-    its members is a quadrature over noise levels (section 4); the P groups of a batch share each stratum out among themselves, in a
-    random order, so the batch is one too, P times finer."""
-    low, high = t_range
-    u = torch.rand(len(group), dtype=torch.float64, device=group.device)
-    if levels == "stratified":
-        rank, size = rank_in_group(group)
-        place, peers = rank_in_group(size * (len(group) + 1) + rank, shuffle=True)  # among those with the same stratum
-        u = (rank + (place + u) / peers) / size
-    return low + (high - low) * u
 
 
 class DistributionMatching:
@@ -65,9 +36,11 @@ class DistributionMatching:
         none     1
       times n(t)^-gamma, with n(t) = sigma / sqrt(alpha^2 + sigma^2) the denoising scale of unit-variance data at that level:
       gamma = 0 keeps the raw size of the difference over noise levels, gamma = 1 evens it out.
-    score: one draw of eq. (4) with t uniform on t_range, from the unguided conditional teacher, and
+    levels: how a group's t are drawn; level_density, shift: where on t_range, here and in the fake's training. A level that is drawn
+      more often weighs more in what the direction ascends.
+    score: one draw of eq. (4), from the unguided conditional teacher, and
         score_weight "likelihood"  W = 1: log p/q of x0, whose draws at low noise are huge
-                     "matching"    W_t = integral of w from t_min to t, for the w = 1 / SNR of a direction that keeps its raw size
+                     "matching"    W_t = integral of w from t_min to t, for the w ~ pi / SNR of a direction that keeps its raw size
                                    over noise levels: the value of (2) that the direction ascends (up to the group's scale), and
                                    steady, since -1/2 dSNR/dt W_t stays bounded where W = 1 explodes
 
@@ -88,6 +61,8 @@ class DistributionMatching:
         gamma: float = 0.0,
         t_range: tuple[float, float] = (0.02, 0.98),
         levels: Levels = "stratified",
+        level_density: DensityName = "uniform",
+        shift: float = 3.0,
         step_condition: bool = False,
         score_weight: ScoreWeight = "likelihood",
         draws: int = 1,
@@ -107,13 +82,15 @@ class DistributionMatching:
         self.teacher, self.fake, self.schedule, self.draws = teacher, fake, schedule, draws
         self.guidance, self.normalize, self.leave_one_out, self.gamma = guidance, normalize, leave_one_out, gamma
         self.t_range, self.levels, self.step_condition = (float(t_range[0]), float(t_range[1])), levels, step_condition
+        self.density = density_named(level_density, shift=shift)
         if score_weight not in get_args(ScoreWeight):
             raise ValueError(f"score_weight must be one of {', '.join(get_args(ScoreWeight))}, got {score_weight!r}")
         self.score_weight = score_weight
         if score_weight == "matching":
             # trapezoids of w = 1 / SNR on a grid finer than any native timestep
             grid = torch.linspace(*self.t_range, 4097, dtype=torch.float64)
-            w = 1 / schedule.snr(grid)
+            # drawn more often is weighed more: against uniform levels, by pi times the length of the range
+            w = (self.t_range[1] - self.t_range[0]) / self.density.spacing(grid, self.t_range) / schedule.snr(grid)
             if not bool(torch.isfinite(w).all()):
                 raise ValueError(
                     f"score_weight='matching' needs some signal at every noise level, and t = {t_range[1]} has none: end t_range below it"
@@ -122,15 +99,19 @@ class DistributionMatching:
         self.module = fake
 
     def score_coefficient(self, t: Tensor) -> Tensor:
-        """(1 / pi(t)) (-1/2 dSNR/dt) W_t of eq. (4), pi uniform on t_range. t (B,) float64 -> (B,)."""
+        """(1 / pi(t)) (-1/2 dSNR/dt) W_t of eq. (4), pi the density of the levels on t_range. t (B,) float64 -> (B,)."""
         low, high = self.t_range
-        coefficient = (high - low) * self.schedule.snr_decay(t)
+        coefficient = self.density.spacing(t, self.t_range) * self.schedule.snr_decay(t)
         if self.score_weight == "likelihood":
             return coefficient
         place = ((t.double() - low) / (high - low)).clamp(0, 1) * (len(self._integral) - 1)
         index = place.floor().long().clamp(max=len(self._integral) - 2)
         integral = self._integral.to(t.device)
         return coefficient * (integral[index] + (place - index) * (integral[index + 1] - integral[index])).to(coefficient)
+
+    def noise_levels(self, group: Tensor, levels: Levels) -> Tensor:
+        """Times (B,) float64 in this object's range, of its density."""
+        return noise_levels(group, self.t_range, levels, self.density)
 
     def renoise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         return bcast(self.schedule.alpha(t), x0) * x0 + bcast(self.schedule.sigma(t), x0) * noise
@@ -151,7 +132,7 @@ class DistributionMatching:
         Given t (B,) and noise (B, C, H, W) it is deterministic; otherwise both are drawn. No gradient flows: eq. (3) is
         already the gradient in x0, and the dependence of q on the student adds nothing (E_q[grad log q] = 0).
         """
-        t = noise_levels(group, self.t_range, self.levels) if t is None else t
+        t = self.noise_levels(group, self.levels) if t is None else t
         noise = torch.randn_like(x0) if noise is None else noise
         xt = self.renoise(x0, t, noise)
         if self.guidance == 1.0:
@@ -205,7 +186,7 @@ class DistributionMatching:
 
     def draw(self, sample: Sample) -> dict[str, Tensor]:
         """Times t (B,), stratified over the batch in a random order, and noise (B, C, H, W) for the fake's loss."""
-        t = noise_levels(torch.zeros_like(sample.group), self.t_range, "stratified")[torch.randperm(len(sample.group))]
+        t = self.noise_levels(torch.zeros_like(sample.group), "stratified")[torch.randperm(len(sample.group))]
         return {"t": t, "noise": torch.randn_like(sample.x0)}
 
     def loss(self, sample: Sample, *, t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
@@ -222,16 +203,16 @@ class DistributionMatching:
     def lag(self, new: Sample, old: Sample, *, kl: bool = False) -> Lag:
         """The fake's held-out error on the newest outputs minus its error on those it was trained on, at the same (t, noise).
 
+        new and old are of one size.
+
         kl: also in the unit of the score, two more calls of the teacher: its own error on each output is subtracted, since how hard
         an output is to denoise varies far more between batches than how well the fake knows it.
         """
-        t = noise_levels(torch.zeros_like(new.group), self.t_range, "stratified")
+        t = self.noise_levels(torch.zeros_like(new.group), "stratified")
         noise = torch.randn_like(new.x0)
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         losses, gaps = [], []
         for sample in (new, old):
-            if noise.shape != sample.x0.shape:  # rollouts of two sizes
-                noise = torch.randn_like(sample.x0)
             xt = self.renoise(sample.x0, t, noise)
             prediction = self.fake.predict(xt, t, self.fake_cond(sample.cond, sample.k))
             losses.append(float(denoising(prediction, target(sample.x0, noise, alpha, sigma, self.fake.prediction))))
