@@ -374,7 +374,7 @@ def test_a_sample_is_of_the_size_that_was_trained_at(finished, tmp_path, capsys)
 def test_ctrl_c_saves_and_resume_ends_where_an_unbroken_run_ends(teacher_folder, prompt_file, tmp_path):
     base = ["--teacher", str(teacher_folder), "--prompts", str(prompt_file), *SMALL]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "fewstep.cli", "distill", *base, "--updates", "30", "--output", str(tmp_path / "broken")]
+    command = [sys.executable, "-m", "fewstep.cli", "distill", *base, "--updates", "16", "--output", str(tmp_path / "broken")]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = tmp_path / "broken" / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -385,12 +385,12 @@ def test_ctrl_c_saves_and_resume_ends_where_an_unbroken_run_ends(teacher_folder,
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "saved. Go on with" in output
     stopped = max(int(path.name[5:]) for path in (tmp_path / "broken" / "checkpoints").iterdir())
-    assert 3 <= stopped < 30
+    assert 3 <= stopped < 16
     assert cli.main(["distill", "--output", str(tmp_path / "broken"), "--resume"]) == 0
-    assert cli.main(["distill", *base, "--updates", "30", "--output", str(tmp_path / "whole")]) == 0
+    assert cli.main(["distill", *base, "--updates", "16", "--output", str(tmp_path / "whole")]) == 0
     from safetensors.torch import load_file
 
-    name = "checkpoints/step-00000030/state.safetensors"
+    name = "checkpoints/step-00000016/state.safetensors"
     a, b = load_file(tmp_path / "broken" / name), load_file(tmp_path / "whole" / name)
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 

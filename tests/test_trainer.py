@@ -18,7 +18,7 @@ from fewstep.types import Signal
 
 OPTIONS = [
     *("--groups", "2", "--group-size", "2", "--reuse.rollout", "3", "--save-every", "100"),
-    *("--student.lr", "1e-3", "--fake.condition", "step"),
+    *("--student.lr", "1e-3", "--fake.condition", "step", "--fake.updates", "2"),
 ]
 
 
