@@ -28,6 +28,7 @@ from fewstep.types import Rollout, Sample, Signal
 from fewstep.weights import Adaptive, Fixed
 
 Parameters = dict[str, nn.Parameter]
+NEVER_REUSED = 20  # evaluations refused a second use, and not one allowed, after which a run says so
 
 
 @dataclass
@@ -560,6 +561,15 @@ class Trainer:
         if block.used == 1:
             least = max(reuse.min_ess, 1e-3)
             logs["reuse/permitted"] = min(importance.permitted_updates(moves[rows], min_ess=least) for rows in quarters)
+            logs["reuse/refused"] = float(not ess >= reuse.min_ess)
+            # refused each time, every evaluation has served one update, so the updates count them
+            if self.update == NEVER_REUSED and self.running["reuse/refused"] == logs["reuse/refused"] == 1:
+                warnings.warn(
+                    f"reuse.evaluation {reuse.evaluation}: none of the first {NEVER_REUSED} evaluations could serve a second update, since "
+                    f"the student moves too far in one (the last move permits {logs['reuse/permitted']:.3g}); what "
+                    "this costs, a pass of the student an update, buys nothing. Set reuse.evaluation to 1, or lower student.lr",
+                    stacklevel=2,
+                )
         if not ess >= reuse.min_ess:
             return None, None, logs
         rho = importance.weights(log_ratio, rho_max=reuse.rho_max)

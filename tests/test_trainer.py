@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -503,6 +504,18 @@ def test_an_evaluation_is_dropped_when_its_weights_degenerate(teacher_folder, pr
     assert logs["reuse/ess"] < 0.9999 and "dm/score" in logs  # evaluated anew
     # two predictions, one of them where the weights were refused: its graph was dropped, and costs no backward pass
     assert (student.forwards - before[0], student.backwards - before[1]) == (2 * 4, 4)
+
+
+@pytest.mark.parametrize("lr, told", [("1e-2", 1), ("1e-6", 0)])
+def test_a_run_says_that_its_evaluations_are_never_reused(teacher_folder, prompt_file, monkeypatch, lr, told):
+    monkeypatch.setattr("fewstep.trainer.NEVER_REUSED", 3)
+    run = run_of(teacher_folder, prompt_file, "--reuse.evaluation", "4", "--student.lr", lr)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(5):
+            run.trainer.step()
+    said = [str(each.message) for each in found if "reuse.evaluation" in str(each.message)]
+    assert len(said) == told and all("none of the first 3 evaluations" in each and "lower student.lr" in each for each in said)
 
 
 def test_policy_ratio_is_one_on_policy_and_moves_afterwards(teacher_folder, prompt_file):
