@@ -810,10 +810,10 @@ def sample_grid(pipe: Any, prompts: list[str], *, steps: int, call: dict[str, An
     return images.view(len(prompts), SAMPLES_PER_PROMPT, *images.shape[1:])
 
 
-def student_grid(run: Run, prompts: list[str]) -> Any:
-    """The grid of the averaged student, drawn on the training's own network."""
+def student_grid(run: Run, prompts: list[str], weights: dict[str, Any]) -> Any:
+    """The grid of the student with the given (averaged) weights, drawn on the training's own network."""
     backbone, steps = run.backbone, run.config.steps
-    student = backbone.drawing(run.roles.student, backbone.scheduler(steps), run.trainer.averaged())
+    student = backbone.drawing(run.roles.student, backbone.scheduler(steps), weights)
     with student as pipe:
         return sample_grid(pipe, prompts, steps=steps, call=backbone.student_call | backbone.told_size(run.config.sizes()[0]))
 
@@ -841,7 +841,7 @@ def draw_progress(run: Run, output: Path, prompts: list[str]) -> None:
 
     trainer, steps = run.trainer, run.config.steps
     title = f"student, {steps} steps, update {trainer.update}"
-    images = student_grid(run, prompts)
+    images = student_grid(run, prompts, trainer.averaged())
     grid.save({title: images}, prompts, output / "samples" / f"update-{trainer.update:08d}.png")
 
 
@@ -867,7 +867,7 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
     elif config.evaluate:
         print(f"not measured: fewstep evaluate {output} --prompts FILE, with --extractor.NAME and --judge.NAME")
     shown = grid_prompts(config, prompts)
-    columns = teacher_grids(run, shown, best) | {f"student, {config.steps} steps": student_grid(run, shown)}
+    columns = teacher_grids(run, shown, best) | {f"student, {config.steps} steps": student_grid(run, shown, weights)}
     grid.save(columns, shown, output / "samples.png")
     export.model_card(student, "diffusers", output, results=results).save(output / "README.md")
     print(f"student in {output}; look at {output / 'samples.png'}")

@@ -25,7 +25,7 @@ class Needs(NamedTuple):
 
     networks: int  # teacher, student and fake, with what they train
     decoder: int
-    text: int  # the text encoders, on the device only before the training
+    text: int  # the text encoders
     optimizer: int  # moments, and the student's running average
     gradients: int
     activations: int  # of the part of a batch that passes together, with what its backward pass needs
@@ -36,19 +36,14 @@ class Needs(NamedTuple):
     trained: int  # parameters of the student
     parameters: int  # of the teacher's network
     flops: float
-
-    @property
-    def training(self) -> int:
-        return self.networks + self.decoder + self.optimizer + self.gradients + self.activations + self.conditions
-
-    @property
-    def encoding(self) -> int:
-        return self.text + self.networks + self.decoder
+    encoding: int  # on the device, at the start: the teacher's network is there and the text encoders read the prompts
+    training: int  # on the device
+    drawing: int  # on the device, between two updates and at the end: no gradients, but all that the stock pipeline is made of
 
     @property
     def device(self) -> int:
-        """The larger of the two."""
-        return max(self.training, self.encoding)
+        """The largest of the three."""
+        return max(self.encoding, self.training, self.drawing)
 
 
 def size(tensors: Iterable[Tensor]) -> int:
@@ -195,7 +190,7 @@ def measure(source: str, config: Config, prompts: int) -> Needs:
     batch = config.groups * config.group_size
     together = min(config.memory.micro_groups * config.group_size or batch, batch)
     text, decoder = (size(p for m in modules for p in m.parameters()) for modules in (backbone.text_modules(), [backbone.pipe.vae]))
-    parameters = sum(p.numel() for p in backbone.model.parameters())
+    parameters, base = sum(p.numel() for p in backbone.model.parameters()), size(backbone.model.parameters())
     guided = config.matching.guidance != 1 and backbone.embedded_guidance is None
     roles = backbone.roles(lora_rank=config.lora_rank, fake_steps=config.steps, guidance=config.matching.guidance)
     held = {id(p): p for role in roles[:3] for p in role.parameters()}
@@ -207,15 +202,19 @@ def measure(source: str, config: Config, prompts: int) -> Needs:
     if config.memory.teacher == "int8":
         networks -= round(size(roles.teacher.parameters()) * (1 - 1 / frozen.itemsize))
     condition = size(backbone.random_conditions(1).values())
+    resting = text + decoder if torch.device(config.device).type == "cpu" else 0  # what would lie on the CPU is on the device then too
+    looks = any(name != "discriminator" for name in config.reward)  # at pictures, in every update: the decoder stays
     shapes = [backbone.latent_shape(at) for at in config.sizes()]
     found = [activations(backbone, roles, config, shape, together) for shape in shapes]
+    activated = max(kept for kept, _ in found)
+    held_throughout = networks + moments + averaged + condition * batch
     return Needs(
         networks=networks,
         decoder=decoder,
         text=text,
         optimizer=moments + averaged,
         gradients=gradients,
-        activations=max(kept for kept, _ in found),
+        activations=activated,
         conditions=condition * batch,
         cached=condition * prompts,
         student_folder=parameters * frozen.itemsize + decoder + text,
@@ -223,6 +222,9 @@ def measure(source: str, config: Config, prompts: int) -> Needs:
         trained=sum(p.numel() for p in trained["student"]),
         parameters=parameters,
         flops=sum(flops for _, flops in found) / len(found) * batch * passes(config, guided),
+        encoding=base + (resting or text),
+        training=held_throughout + gradients + activated + (resting or decoder * looks),
+        drawing=held_throughout + averaged + text + decoder,  # the average is copied out and lies in place of the student's own
     )
 
 
@@ -305,10 +307,13 @@ def report(source: str, config: Config, prompts: int) -> str:
         f"  {gib(needs.optimizer)}  optimizers' moments and the student's average",
         f"  {gib(needs.gradients)}  gradients",
         f"  {gib(needs.activations)}  activations (estimate: kernels' work space and the allocator's reserve come on top)",
-        f"  {gib(needs.decoder)}  decoder",
+        f"  {gib(needs.decoder)}  autoencoder",
+        f"  {gib(needs.text)}  text encoders",
         f"  {gib(needs.conditions)}  conditions of a batch",
+        "the most that is there at once:",
+        f"  {gib(needs.encoding)}  while prompts are encoded",
         f"  {gib(needs.training)}  in training",
-        f"  {gib(needs.encoding)}  before it, while prompts are encoded ({gib(needs.text).strip()} text encoders)",
+        f"  {gib(needs.drawing)}  while samples are drawn (decoding a picture comes on top)",
         f"{needs.flops * config.updates / 1e15:,.2f} PFLOP in {config.updates} updates, rewards and decoder apart",
         f"on disk: {gib(needs.student_folder).strip()} student, {gib(needs.checkpoints).strip()} checkpoints, "
         f"{gib(needs.cached).strip()} conditions of {prompts} prompts",
@@ -322,5 +327,6 @@ def report(source: str, config: Config, prompts: int) -> str:
         lines.append(f"  room for --memory.micro-groups {larger}: fewer and larger passes, for which a GPU waits less")
     if not fits:
         for flag, bytes_ in savings(source, config, prompts):
-            lines.append(f"  {gib(bytes_)} with {flag}")
+            if bytes_ < needs.device:
+                lines.append(f"  {gib(bytes_)} with {flag}")
     return "\n".join(lines)

@@ -1,12 +1,15 @@
 """What a run trades for memory changes how an update is computed, not what it is."""
 
+import contextlib
 import copy
+import importlib
 from collections import Counter
 
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
+from pipelines import PIPELINES
 from test_trainer import run_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -192,7 +195,30 @@ def test_the_text_encoders_are_on_the_device_only_while_prompts_are_encoded(teac
     assert next(encoder.parameters()).device.type == "cpu" and next(backbone.pipe.unet.parameters()).device.type == "meta"
     with pytest.raises(NotImplementedError):  # a meta module has nothing to bring back to the CPU: it was there
         backbone.prepare(["never seen before"])
-    assert seen == ["meta"]
+    assert set(seen) == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "Flux2KleinPipeline", "QwenImagePipeline"])  # each has its own decode
+def test_the_autoencoder_is_on_the_device_while_samples_are_drawn_and_once_a_reward_has_looked(name, monkeypatch):
+    module, kind = models.FAMILIES[name]
+    backbone = getattr(importlib.import_module(module), kind)(PIPELINES[name](), "", device="meta")  # any device that is not the CPU
+    vae, moves = backbone.pipe.vae, []
+    assert next(vae.parameters()).device.type == "cpu" and next(backbone.model.parameters()).device.type == "meta"
+    monkeypatch.setattr(backbone, "encode", lambda prompts: {})
+    role = backbone.roles(lora_rank=2).student
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # there is none for the meta device
+        for part in (vae, *backbone.text_modules()):
+            patch.setattr(part, "to", lambda device, part=part: moves.append((part, torch.device(device).type)))
+        with backbone.drawing(role, backbone.scheduler(1)):
+            there, moves[:] = [*moves], []
+        parts = [*backbone.text_modules(), vae]
+        assert there == [(part, "meta") for part in parts] and moves == [(part, "cpu") for part in parts]
+    assert backbone.decode(torch.zeros(1, *backbone.latent_shape(), device="meta")).device.type == "meta"
+    assert next(vae.parameters()).device.type == "meta"  # and stays
+    with backbone.on_device([vae]):
+        pass
+    assert next(vae.parameters()).device.type == "meta"
 
 
 def test_eight_bits_of_the_teacher_are_near_it_and_leave_the_student_alone(teacher_folder):

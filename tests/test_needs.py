@@ -63,6 +63,10 @@ def test_networks_optimizers_and_activations_of_every_family(teachers, name, ran
     assert found.gradients == student + fake and found.optimizer == 2 * (student + fake) + student
     assert found.trained == sum(p.numel() for p in roles.student_parameters.values())
     own = {x.untyped_storage()._cdata for x in [*roles.student.parameters(), *roles.student.buffers()]}
+    # all lies in one memory on a CPU, whatever the phase
+    assert found.encoding == sum(p.nbytes for p in models.load(source).model.parameters()) + text + decoder
+    assert found.drawing == found.networks + found.optimizer + found.conditions + student + text + decoder
+    assert found.training == found.drawing - student + found.gradients + found.activations
     noise = torch.randn(4, *backbone.latent_shape(config.sizes()[0]))
     cond = backbone.random_conditions(4)
     real = kept_by_autograd(roles, own, roles.student.network, noise, torch.full((4,), 500.0), cond)
@@ -109,6 +113,25 @@ def test_what_is_turned_changes_what_is_needed(teachers):
     assert needs.measure(source, dataclasses.replace(config, lora_rank=2), 7).device < plain.device
 
 
+def test_a_gpu_holds_in_each_phase_what_the_run_places_there(teachers, monkeypatch):
+    monkeypatch.setattr(needs, "activations", lambda *args: (1000, 1.0))  # of tiny weights they are nearly all there is
+    source = str(teachers / "StableDiffusion3Pipeline")
+    config = dataclasses.replace(config_of("--teacher", source, "--size", "[16x16]", "--lora-rank", "2"), device="cuda")
+    plain, looking, apart = (
+        needs.measure(source, dataclasses.replace(config, reward=reward), 7) for reward in ({}, {"clip": 1.0}, {"discriminator": 1.0})
+    )
+    throughout = plain.networks + plain.optimizer + plain.conditions
+    assert plain.training == apart.training == throughout + plain.gradients + plain.activations
+    assert looking.training == plain.training + plain.decoder
+    assert plain.encoding < plain.networks + plain.text  # the adapters come after it
+    # here the samples take the most: what fits in training alone does not fit
+    assert plain.device == plain.drawing == looking.drawing > throughout + plain.text + plain.decoder > plain.training
+    monkeypatch.setattr(needs, "capacity", lambda device: (plain.training / 0.9, "a GPU"))
+    told = needs.report(source, config, 7).splitlines()
+    assert sum("DOES NOT FIT" in line for line in told) == 1 and any("while samples are drawn" in line for line in told)
+    assert not any("--memory.checkpointing" in line or "micro-groups" in line for line in told)  # which would not help
+
+
 def test_a_gpu_with_room_is_told_of_larger_parts(teachers, monkeypatch):
     source = str(teachers / "StableDiffusion3Pipeline")
     config = config_of("--teacher", source, "--size", "[32x32]", "--groups", "8", "--memory.micro-groups", "1")
@@ -148,7 +171,8 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(teachers, prompt_file, tm
     assert cli.main(call) == 0
     told = capsys.readouterr().out
     assert "DOES NOT FIT: a very small device" in told
-    assert all(flag in told for flag in ("--memory.micro-groups 1", "--memory.checkpointing", "--lora-rank 64", "adamw8bit"))
+    assert all(flag in told for flag in ("--memory.micro-groups 1", "--memory.checkpointing", "adamw8bit"))
+    assert "--lora-rank 64" not in told  # more than all of these tiny weights
 
 
 def test_a_dry_run_refuses_what_the_run_would(teachers, prompt_file, tmp_path, capsys, monkeypatch):

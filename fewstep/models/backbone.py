@@ -279,7 +279,7 @@ class Backbone:
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
-            if isinstance(part, nn.Module) and part not in self.text_modules():
+            if isinstance(part, nn.Module) and part not in (*self.text_modules(), pipe.vae):  # those rest on the CPU until they are needed
                 part.to(self.device)
         self.embeddings = Embeddings(self.encode_on_device, self.text_fingerprint, cache)
 
@@ -346,9 +346,13 @@ class Backbone:
 
     def decode(self, x0: Tensor) -> Tensor:
         """Latents -> images (B, 3, H, W) in [0, 1], as the stock pipeline does; differentiable."""
-        config = self.pipe.vae.config
-        latents = x0 / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-        return (self.pipe.vae.decode(latents.to(self.pipe.vae.dtype), return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+        vae = self.decoder()
+        latents = x0 / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        return (vae.decode(latents.to(vae.dtype), return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+
+    def decoder(self) -> Any:
+        """The autoencoder, on the device from now on: whoever decodes in training does so in every update."""
+        return self.pipe.vae.to(self.device)
 
     def takes_guidance(self) -> bool:
         """Whether the teacher can be guided; one that is distilled to few steps may not."""
@@ -373,9 +377,9 @@ class Backbone:
         return [part for part in parts if isinstance(part, nn.Module)]
 
     @contextmanager
-    def text_encoders(self) -> Iterator[None]:
-        """The text encoders on the device for as long as this lasts; else they rest on the CPU, and only cached prompts are read."""
-        moved = [module for module in self.text_modules() if next(module.parameters()).device.type != self.device.type]
+    def on_device(self, modules: list[nn.Module]) -> Iterator[None]:
+        """The modules on the device for as long as this lasts; those that rested on the CPU do so again afterwards."""
+        moved = [module for module in modules if next(module.parameters()).device.type != self.device.type]
         for module in moved:
             module.to(self.device)
         try:
@@ -385,7 +389,7 @@ class Backbone:
                 module.to("cpu")
 
     def encode_on_device(self, prompt: str) -> Cond:
-        with self.text_encoders():
+        with self.on_device(self.text_modules()):
             return self.encode_one(prompt)
 
     def prepare(self, prompts: list[str]) -> None:
@@ -397,7 +401,7 @@ class Backbone:
             return
         missing = self.embeddings.missing([*prompts, self.empty])
         if missing:
-            with self.text_encoders():
+            with self.on_device(self.text_modules()):
                 for prompt in missing:
                     self.embeddings[prompt]
 
@@ -570,7 +574,7 @@ class Backbone:
                 own[name].data = value.to(own[name])
             network.switch()
             mixed = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)  # full weights are float32
-            with self.text_encoders(), mixed, torch.no_grad():
+            with self.on_device([*self.text_modules(), pipe.vae]), mixed, torch.no_grad():
                 yield pipe
         finally:
             if slices is not None:

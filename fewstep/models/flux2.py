@@ -58,7 +58,7 @@ class Flux2Klein(Flux):
         return 2 * self.pipe.vae_scale_factor
 
     def decode(self, x0: Tensor) -> Tensor:
-        vae = self.pipe.vae
+        vae = self.decoder()
         mean, variance = (value.view(1, -1, 1, 1).to(x0) for value in (vae.bn.running_mean, vae.bn.running_var))
         latents = F.pixel_shuffle(x0 * (variance + vae.config.batch_norm_eps).sqrt() + mean, 2)
         return (vae.decode(latents.to(vae.dtype), return_dict=False)[0] / 2 + 0.5).clamp(0, 1)

@@ -74,7 +74,7 @@ class QwenImage(Backbone):
         return edge, edge
 
     def decode(self, x0: Tensor) -> Tensor:
-        vae = self.pipe.vae
+        vae = self.decoder()
         mean, std = (torch.tensor(values).to(x0).view(1, -1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
         frames = (x0 * std + mean).unsqueeze(2)  # a video of one frame
         return (vae.decode(frames.to(vae.dtype), return_dict=False)[0][:, :, 0] / 2 + 0.5).clamp(0, 1)
