@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -93,21 +93,29 @@ def attention_backends() -> list[SDPBackend]:
     return [backend for backend, enabled in allowed.items() if enabled]
 
 
+class Again(ExitStack):
+    """What a block is computed again under: the adapter, and the attention kernels, that it was first computed with.
+
+    Entered anew for each backward pass through it: rewards share the graph of a picture.
+    """
+
+    def __init__(self, adapters: Adapters | None):
+        super().__init__()
+        self.adapters, self.adapter, self.kernels = adapters, adapters.on if adapters else None, attention_backends()
+
+    def __enter__(self) -> Again:
+        if self.adapters and self.adapter is not None:
+            self.adapters.switch(self.adapter)
+        self.enter_context(sdpa_kernel(self.kernels))
+        return self
+
+
 def recompute(adapters: Adapters | None) -> Callable[..., Any]:
-    """A checkpoint function for diffusers' blocks. By the time of the backward pass another role may have used the base: a block is
-    computed again under the adapter, and with the attention kernels, that it was first computed with."""
+    """A checkpoint function for diffusers' blocks. By the time of the backward pass another role may have used the base."""
 
     def run(block: Callable[..., Any], *args: Any) -> Any:
-        on, kernels = adapters.on if adapters else None, attention_backends()
-
-        @contextmanager
-        def again() -> Iterator[None]:
-            if adapters and on is not None:
-                adapters.switch(on)
-            with sdpa_kernel(kernels):
-                yield
-
-        return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
+        again = Again(adapters)
+        return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
 
     return run
 
