@@ -28,7 +28,8 @@ def distill(
     address (weight 1); or a pair of one of these and its weight.
     judges: name -> a function of (images, prompts), or where a named one comes from, None for its own source: scored beside the
     rewards, never trained on.
-    config: any other field of `fewstep.config.Config`; groups as dicts, `student={"lr": 1e-4}`.
+    config: any other field of `fewstep.config.Config`; groups as dicts, `student={"lr": 1e-4}`. What is not given is as in the recipe of
+    the teacher's family.
     Raises fewstep.cli.UserError for what `fewstep distill` would refuse, KeyboardInterrupt when it was stopped early.
     """
     from pathlib import Path
@@ -46,7 +47,8 @@ def distill(
             functions[name] = given
     beside = {name: judge for name, judge in (judges or {}).items() if not callable(judge)}
     own = {"teacher": teacher, "prompts": prompts, "steps": steps, "output": output, "reward": weights, "scorer": scorers, **config}
-    parsed = cli.parse_config([*cli.as_arguments(own), *(f"--judge.{name}={source or 'null'}" for name, source in beside.items())])
+    arguments = [*cli.as_arguments(own), *(f"--judge.{name}={source or 'null'}" for name, source in beside.items())]
+    parsed = cli.parse_config(cli.on_family_recipe(arguments))
     if cli.distill(parsed, functions, {name: judge for name, judge in (judges or {}).items() if callable(judge)}) != 0:
         raise KeyboardInterrupt(f"stopped early; the run in {output} can be resumed")
     return Path(output)

@@ -23,6 +23,7 @@ commands:
   distill [RECIPE]        make a few-step student; with no argument: the embedded teacher, GNDM, 4 steps;
                           RECIPE is a YAML file, or a method: dmd, dmd2, gndm, dmdr, gndmr, gndmr-1, gndmr-4, gndm-is,
                           gndmr-is; or a family's teacher: sd, sdxl, sd3, flux, flux2, sana, pixart, z_image, qwen_image
+                          (with --teacher, what is not set is as in its family's)
   sample FOLDER           draw pictures with a student
   models                  list the model families and what each supports
   export FOLDER           write a student as a diffusers folder, a LoRA or a file for ComfyUI; push it to the hub
@@ -143,6 +144,9 @@ def normalise(arguments: list[str], names: dict[str, type]) -> list[str]:
             name = f"{name.partition('.')[0]}.{flag.partition('.')[2]}"  # a key is the user's own word
         elif name not in names and name not in ("help", "config"):
             raise UserError(f"--{flag}: unknown option{nearest(name, names)}")
+        if name == "config" and equals:
+            out += ["--config", recipe_path(value)]
+            continue
         out.append(f"--{name}{equals}{value}")
         following = arguments[i + 1] if i + 1 < len(arguments) else "--"
         if name.startswith("judge.") and not equals and following.startswith("--"):
@@ -242,15 +246,27 @@ def config_parser() -> Any:
     return parser
 
 
-def parse_config(arguments: list[str]) -> Config:
-    """The config of a run from flags and a recipe. Raises UserError naming the flag, or the file and key."""
+def recipes_and_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The files after `--config`, and the other arguments."""
+    recipes, flags, left = [], [], iter(arguments)
+    for argument in left:
+        if argument == "--config":
+            recipes.append(next(left, ""))
+        else:
+            flags.append(argument)
+    return recipes, flags
+
+
+def read_config(arguments: list[str]) -> tuple[Config, list[str], list[str]]:
+    """(the config that recipes and flags spell, its values not yet checked; the recipes; the flags).
+
+    A recipe overrides those before it, a flag every recipe, wherever it stands. Raises UserError naming the flag, or the file and key.
+    """
     from fewstep.config import Config
-    from fewstep.rewards.sources import is_code, settle_via
 
     names = field_names(Config)
     arguments = normalise(arguments, names)
-    arguments = saved_recipe(arguments) + arguments
-    recipes = [arguments[i + 1] for i, argument in enumerate(arguments[:-1]) if argument == "--config"]
+    recipes, flags = recipes_and_flags(saved_recipe(arguments) + arguments)
     for recipe in recipes:
         check_recipe(Path(recipe), names)
     parser = config_parser()
@@ -259,9 +275,16 @@ def parse_config(arguments: list[str]) -> Config:
             parser.parse_args(["--config", recipe])
         except UserError as error:
             raise UserError(f"{recipe}: {error}") from error
-    parsed = parser.instantiate(parser.parse_args(arguments))
-    config = Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
-    given = flag_values(arguments)
+    parsed = parser.instantiate(parser.parse_args([part for recipe in recipes for part in ("--config", recipe)] + flags))
+    return Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)}), recipes, flags
+
+
+def parse_config(arguments: list[str]) -> Config:
+    """The config of a run from recipes and flags. Raises UserError naming the flag, or the file and key."""
+    from fewstep.rewards.sources import is_code, settle_via
+
+    config, recipes, flags = read_config(arguments)
+    given = flag_values(flags)
     for table in ("scorer", "judge"):
         for key, value in getattr(config, table).items():
             name = f"{table}.{key}"
@@ -275,6 +298,36 @@ def parse_config(arguments: list[str]) -> Config:
     if problems:
         raise UserError("; ".join(problems))
     return config
+
+
+def on_family_recipe(arguments: list[str]) -> list[str]:
+    """A run's flags and recipes on top of the recipe of its teacher's family; says in one line what that one decides.
+
+    The embedded teacher has the defaults, and a run that goes on its own config. A teacher that cannot be read is refused later.
+    """
+    from fewstep import models
+
+    config, *_ = read_config(arguments)
+    if config.teacher == "world" or config.resume:
+        return arguments
+    try:
+        name = models.family_name(models.pipeline_class(config.teacher))
+    except models.UnsupportedTeacher:
+        return arguments
+    whole = [str(Path(__file__).parent / "recipes" / f"{name}.yaml"), *arguments]
+    before, now = (as_values(as_plain(each)) for each in (config, read_config(whole)[0]))
+    changed = ", ".join(f"{key} {now[key]}" for key in now if now[key] != before[key])
+    if changed:
+        print(f"what you did not set is as in the recipe {name}, which is not measured: {changed}")
+    return whole
+
+
+def as_values(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value of what a nested dictionary holds."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        found |= as_values(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def saved_recipe(arguments: list[str]) -> list[str]:
@@ -663,7 +716,7 @@ def build(
 
 
 def distill_command(arguments: list[str]) -> int:
-    return distill(parse_config(arguments))
+    return distill(parse_config(on_family_recipe(arguments)))
 
 
 def distill(config: Config, functions: dict[str, Any] | None = None, judges: dict[str, Any] | None = None) -> int:

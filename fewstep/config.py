@@ -278,7 +278,10 @@ class Config:
             (0 <= weights.max_masked <= 1, "weights.max_masked", f"must lie in [0, 1], got {weights.max_masked}"),
             (0 < self.remote.timeout <= 86400, "remote.timeout", f"must be positive and at most a day (86400), got {self.remote.timeout}"),
             (self.memory.micro_groups >= 0, "memory.micro_groups", f"must be 0 (all) or more, got {self.memory.micro_groups}"),
-            (not self.lora_rank or self.memory.teacher == "exact", "memory.teacher", "int8 needs full weights: LoRA shares the base"),
+            (
+                not self.lora_rank or self.memory.teacher == "exact",
+                "memory.teacher", "int8 needs full weights (lora_rank 0): LoRA shares the base",
+            ),
             (self.discriminator.lr > 0, "discriminator.lr", f"must be positive, got {self.discriminator.lr}"),
         ]  # fmt: skip
         return [f"{key}: {message}" for fine, key, message in checks if not fine]

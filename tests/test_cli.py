@@ -1,5 +1,6 @@
 """The command line: what a person gets for good and for bad input."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -20,7 +21,9 @@ from fewstep import cli, models
 from fewstep.config import Config
 
 ROOT = Path(fewstep.__file__).parents[1]
-SMALL = ["--groups", "2", "--group-size", "2", "--save-every", "2", "--sample-every", "0"]
+# full weights in one part, not as the recipe of the tiny teacher's family has it
+SMALL = ["--groups", "2", "--group-size", "2", "--save-every", "2", "--sample-every", "0", "--lora-rank", "0",
+         "--memory.micro-groups", "0", "--memory.checkpointing", "false"]  # fmt: skip
 
 
 def refused(capsys, *arguments):
@@ -132,7 +135,7 @@ def test_every_recipe_is_read_and_is_what_its_name_says(tmp_path):
     assert all(name in cli.HELP for name in configs)
     for family in families:
         config, text = configs.pop(family), Path(cli.recipe_path(family)).read_text()
-        assert config.teacher.count("/") == 1 and config.lora_rank and config.sizes()[0] in ((512, 512), (1024, 1024))
+        assert config.teacher.count("/") == 1 and config.lora_rank and not config.size
         assert "NOT MEASURED" in text and "hours of one H100" in text
     four = configs.pop("gndmr-4")  # of real teachers: two of its rewards are converted first
     with pytest.raises(cli.UserError, match="fewstep convert-reward hps"):
@@ -152,6 +155,40 @@ def test_every_recipe_is_read_and_is_what_its_name_says(tmp_path):
     assert configs["gndmr-is"].reuse.evaluation == configs["gndm-is"].reuse.evaluation == 2
 
 
+def test_what_a_run_is_not_told_it_takes_from_its_teachers_family(teacher_folder, tmp_path, capsys):
+    own, told = tmp_path / "own.yaml", ["--teacher", str(teacher_folder)]
+    own.write_text("student:\n  lr: 3e-3\nupdates: 7\n")
+
+    def read(*arguments):
+        config = cli.parse_config(cli.on_family_recipe(list(arguments)))
+        return config, capsys.readouterr().out
+
+    family = cli.parse_config(["sd"])
+    config, said = read(*told)
+    assert config == dataclasses.replace(family, teacher=str(teacher_folder))
+    assert said.count("\n") == 1 and "recipe sd" in said and "student.lr 0.0001" in said and "matching.guidance 4.5" in said
+    # flags above the user's own recipes, wherever they stand, above the family's, above the defaults
+    config, said = read("--updates", "9", *told, str(own), "dmd", "--groups=2")
+    assert (config.updates, config.groups, config.student.lr, config.student.ema) == (9, 2, 1e-4, 0.99)
+    assert config.matching.normalize == "sample" and config.fake.lr == family.fake.lr and "updates" not in said
+    assert read(str(own), *told)[0].student.lr == 3e-3
+    own.write_text(f"teacher: {teacher_folder}\n")
+    assert read(str(own))[0] == dataclasses.replace(family, teacher=str(teacher_folder))
+    for whole in ([], ["gndm"], ["sd"], ["--teacher", "./nowhere"]):  # the embedded teacher; all is said; refused later
+        config, said = read(*whole)
+        assert config == cli.parse_config(whole) and not said
+
+
+def test_a_run_that_goes_on_takes_nothing_from_a_recipe(teacher_folder, tmp_path, capsys):
+    saved = cli.as_plain(cli.parse_config(["--teacher", str(teacher_folder)]))  # made before there was a recipe
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    for told in ([], ["--teacher", str(teacher_folder)]):
+        arguments = ["--output", str(tmp_path), "--resume", *told]
+        assert cli.on_family_recipe(arguments) == arguments
+    again = [str(tmp_path / "config.yaml")]  # a saved config says all
+    assert cli.parse_config(cli.on_family_recipe(again)) == cli.parse_config(again) and not capsys.readouterr().out
+
+
 def test_a_function_becomes_a_reward_and_survives_the_whole_run(teacher_folder, prompt_file, tmp_path):
     seen = []
 
@@ -159,7 +196,8 @@ def test_a_function_becomes_a_reward_and_survives_the_whole_run(teacher_folder, 
         seen.append(len(prompts))
         return images.mean((1, 2, 3))
 
-    small = {"groups": 2, "group_size": 2, "updates": 2, "save_every": 1, "sample_every": 0}
+    small = {"groups": 2, "group_size": 2, "updates": 2, "save_every": 1, "sample_every": 0, "lora_rank": 0,
+             "memory": {"micro_groups": 0, "checkpointing": False}}  # fmt: skip
     out = fewstep.distill(str(teacher_folder), str(prompt_file), rewards={"mine": (mine, 0.5)}, output=str(tmp_path / "out"), **small)
     assert seen == [4, 4] and yaml.safe_load((out / "config.yaml").read_text())["reward"] == {"mine": 0.5}
     logs = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -418,7 +456,7 @@ def test_prompts_that_are_too_long_are_counted(teacher_folder):
 def test_python_interface(teacher_folder, prompt_file, tmp_path):
     path = fewstep.distill(
         str(teacher_folder), str(prompt_file), steps=2, output=str(tmp_path / "out"), updates=1, groups=2, group_size=2,
-        student={"lr": 1e-3}, evaluate=False,
+        student={"lr": 1e-3}, evaluate=False, lora_rank=0,
     )  # fmt: skip
     pipe = fewstep.load(path)
     assert pipe.scheduler.config.original_inference_steps == 2

@@ -308,7 +308,8 @@ def test_a_lora_file_gives_the_same_student_on_the_teacher(teachers, name, tmp_p
 
 
 SMALL = ["--updates", "2", "--groups", "2", "--group-size", "2", "--fake.updates", "1", "--save-every", "1", "--sample-every", "0",
-         "--evaluate", "false", "--precision", "fp32", "--device", "cpu"]  # fmt: skip
+         "--evaluate", "false", "--precision", "fp32", "--device", "cpu", "--lora-rank", "0", "--memory.micro-groups", "0",
+         "--memory.checkpointing", "false"]  # fmt: skip
 
 
 @every_family

@@ -205,7 +205,8 @@ def bright(images, prompts):
 def test_a_run_with_judges_and_one_that_goes_on(teacher_folder, prompt_file, tmp_path):
     file, out = tmp_path / "mine.py", tmp_path / "out"
     file.write_text(JUDGES)
-    small = ["--groups", "2", "--group-size", "2", "--sample-every", "0", "--evaluate", "false"]
+    small = ["--groups", "2", "--group-size", "2", "--sample-every", "0", "--evaluate", "false", "--lora-rank", "0",
+             "--memory.micro-groups", "0", "--memory.checkpointing", "false"]  # fmt: skip
     command = ["distill", "--teacher", str(teacher_folder), "--prompts", str(prompt_file), "--output", str(out), *small]
     assert cli.main([*command, "--updates", "2", "--reward.red", f"{file}:red", "--judge.bright", f"{file}:bright"]) == 0
     logs = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -232,7 +233,8 @@ def test_the_worlds_own_twins_are_other_models(teacher_folder):
 def test_the_python_interface_takes_judges(teacher_folder, prompt_file, tmp_path):
     import fewstep
 
-    small = {"groups": 2, "group_size": 2, "updates": 1, "sample_every": 0, "evaluate": False}
+    small = {"groups": 2, "group_size": 2, "updates": 1, "sample_every": 0, "evaluate": False, "lora_rank": 0,
+             "memory": {"micro_groups": 0, "checkpointing": False}}  # fmt: skip
     out = fewstep.distill(
         str(teacher_folder), str(prompt_file), rewards={"red": redness}, judges={"red": brightness}, output=str(tmp_path / "out"), **small
     )

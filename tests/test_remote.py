@@ -674,7 +674,8 @@ def test_what_cannot_be_served_is_said_in_one_line(capsys, monkeypatch, tmp_path
 
 # In a run
 
-SMALL = ["--groups", "2", "--group-size", "2", "--save-every", "1", "--sample-every", "0", "--evaluate", "false"]
+SMALL = ["--groups", "2", "--group-size", "2", "--save-every", "1", "--sample-every", "0", "--evaluate", "false", "--lora-rank", "0",
+         "--memory.micro-groups", "0", "--memory.checkpointing", "false"]  # fmt: skip
 
 
 def run(*arguments):
@@ -858,7 +859,8 @@ def test_a_function_without_gradient_says_what_to_do(reward_file, teacher_folder
 
 
 def test_python_takes_the_same_three_kinds(faulty, reward_file, teacher_folder, prompt_file, tmp_path):
-    small = {"groups": 2, "group_size": 2, "updates": 1, "save_every": 1, "sample_every": 0, "evaluate": False}
+    small = {"groups": 2, "group_size": 2, "updates": 1, "save_every": 1, "sample_every": 0, "evaluate": False, "lora_rank": 0,
+             "memory": {"micro_groups": 0, "checkpointing": False}}  # fmt: skip
     rewards = {"far": faulty.url, "near": (f"{reward_file}:redness", 0.5), "own": lambda images, prompts: images.mean((1, 2, 3))}
     out = fewstep.distill(str(teacher_folder), str(prompt_file), rewards=rewards, output=str(tmp_path / "out"), **small)
     told = json.loads((out / "rewards.json").read_text())[0]["rewards"]

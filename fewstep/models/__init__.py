@@ -65,6 +65,11 @@ def pipeline_class(source: str) -> str:
     return name
 
 
+def family_name(pipeline: str) -> str:
+    """Of a pipeline class: its adapter's file, and its recipe."""
+    return FAMILIES[pipeline][0].rpartition(".")[2]
+
+
 def family(source: str) -> Any:
     """The adapter class of a teacher's or a student's family (folder or hub id). Raises UnsupportedTeacher."""
     module, name = FAMILIES[pipeline_class(source)]
@@ -94,7 +99,7 @@ def support() -> list[tuple[str, ...]]:
         guidance = f"embedded, {kind.embedded_guidance:g}" if kind.embedded_guidance is not None else f"{kind.default_guidance:g}"
         predicts = "flow" if kind.flow else "eps, v or x0"
         files = ("yes" if can else "no" for can in (kind.saves_lora(), kind.kohya))
-        rows.append((pipeline, module.rpartition(".")[2], predicts, guidance, *files))
+        rows.append((pipeline, family_name(pipeline), predicts, guidance, *files))
     return rows
 
 
