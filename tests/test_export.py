@@ -262,8 +262,7 @@ def test_a_finished_run_is_exported_as_it_was_left(teachers, prompt_file, tmp_pa
     shutil.copytree(teachers / "StableDiffusionPipeline", teacher)
     assert cli.main(["distill", "--teacher", str(teacher), "--prompts", str(prompt_file), "--output", str(folder), "--updates", "2",
                      "--lora-rank", "2", "--groups", "2", "--group-size", "2", "--sample-every", "0", "--memory.checkpointing",
-                     "false", "--precision",
-                     "bf16" if frozen == "bf16" else "fp32", "--memory.frozen", frozen]) == 0  # fmt: skip
+                     "false", "--precision", "bf16" if frozen == "bf16" else "fp32", "--memory.frozen", frozen]) == 0  # fmt: skip
 
     def differ(one, other):
         """Files of a folder that the other has not, or has with another content (of safetensors: other tensors)."""

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from pipelines import GUIDED, PIPELINES
 
 from fewstep import cli, models
+from fewstep.config import Config
 from fewstep.denoiser import guide
 from fewstep.models.backbone import AddedLinear
 from fewstep.student import Student
@@ -96,6 +97,25 @@ def test_the_default_size_is_the_stock_pipelines(teachers, name):
     latents = drawn[0] if isinstance(drawn[0], torch.Tensor) else drawn[0][0]  # some give the tokens' positions too
     size = (1024, 1024) if name == "SanaPipeline" else None  # which it draws of every model: fewstep's calls name the size
     assert latents.shape == backbone.to_pipeline(torch.zeros(2, *backbone.latent_shape(size))).shape
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "ZImagePipeline"])  # the others have positions for any size
+def test_a_size_without_positions_is_refused_before_the_network_is_called(teachers, name):
+    backbone = models.load(str(teachers / name))
+    student, cond, step = backbone.roles().student, backbone.encode(PROMPTS[:1]), backbone.size_step()
+    height, width = backbone.size_limit()
+
+    def predict(*size):
+        with torch.no_grad():
+            return student(torch.randn(1, *backbone.latent_shape(size)), torch.ones(1), cond)
+
+    assert bool(torch.isfinite(predict(height, step)).all()) and bool(torch.isfinite(predict(step, width)).all())
+    for size in ((height + step, step), (step, width + step)):
+        config = Config(size=["x".join(map(str, size))])
+        with pytest.raises(cli.UserError, match=f"size: .* up to {height} x {width} pixels, got {size[0]} x {size[1]}"):
+            cli.check_backbone(backbone, config)
+        with mock.patch.object(type(backbone), "size_limit", lambda self: None), pytest.raises((ValueError, IndexError)):
+            predict(*size)
 
 
 @every_family

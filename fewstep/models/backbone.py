@@ -339,6 +339,10 @@ class Backbone:
         """Pixels that a picture's height and width are a multiple of."""
         return self.scale()
 
+    def size_limit(self) -> tuple[int, int] | None:
+        """(height, width) in pixels of the largest picture that the network has positions for; None: it has them for any."""
+        return None
+
     def default_size(self) -> tuple[int, int]:
         """(height, width) in pixels of the stock pipeline's pictures."""
         size = self.model.config.sample_size
@@ -459,6 +463,9 @@ class Backbone:
         scale, step = self.scale(), self.size_step()
         if height % step or width % step or height < step or width < step:
             raise ValueError(f"a picture of {type(self).__name__} measures a multiple of {step} pixels each way, got {height} x {width}")
+        limit = self.size_limit()
+        if limit and (height > limit[0] or width > limit[1]):
+            raise ValueError(f"{self.source} has positions for pictures up to {limit[0]} x {limit[1]} pixels, got {height} x {width}")
         return self.channels(), height // scale, width // scale
 
     def scheduler(self, steps: int) -> Any:

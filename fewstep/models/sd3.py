@@ -44,6 +44,10 @@ class StableDiffusion3(Backbone):
     def size_step(self) -> int:
         return self.model.config.patch_size * self.scale()
 
+    def size_limit(self) -> tuple[int, int]:
+        edge = self.model.config.pos_embed_max_size * self.size_step()
+        return edge, edge
+
     def longest_text(self) -> tuple[Any, int]:
         if self.pipe.tokenizer_3 is None:  # without T5, the CLIP encoders are all that reads
             return super().longest_text()

@@ -61,6 +61,10 @@ class ZImage(Backbone):
     def size_step(self) -> int:
         return 2 * self.scale()
 
+    def size_limit(self) -> tuple[int, int]:
+        _, rows, columns = self.model.config.axes_lens
+        return rows * self.size_step(), columns * self.size_step()
+
     def default_size(self) -> tuple[int, int]:
         return SIZE, SIZE
 
