@@ -10,10 +10,12 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import yaml
+from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 
 import fewstep
@@ -222,6 +224,13 @@ def test_unsupported_and_damaged_teachers(capsys, tmp_path, teacher_folder, prom
     (folder / "model_index.json").write_text("{")
     assert "not a diffusers pipeline index" in refused(capsys, "distill", "--teacher", str(folder), *options)
     shutil.copy(teacher_folder / "model_index.json", folder)
+    (tmp_path / "loose").mkdir()
+    (tmp_path / "loose" / "v1-5.safetensors").write_bytes(b"")
+    for loose in (tmp_path / "loose", tmp_path / "loose" / "v1-5.safetensors"):
+        assert "from_single_file(FILE).save_pretrained(FOLDER)" in refused(capsys, "distill", "--teacher", str(loose), *options)
+    with mock.patch("huggingface_hub.hf_hub_download", side_effect=EntryNotFoundError("404\nClient Error")):
+        line = refused(capsys, "distill", "--teacher", "me/checkpoint", *options)
+    assert "404 Client Error" in line and "from_single_file" in line
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "cannot be read as a StableDiffusionPipeline" in refused(capsys, "distill", "--teacher", str(folder), *options)

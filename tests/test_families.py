@@ -397,6 +397,22 @@ def test_grids_are_decoded_a_picture_at_a_time(teachers):
     assert seen[3:] == [3]  # training decodes its batch at once, as before
 
 
+def test_weights_in_fp16_alone_are_read(teachers, tmp_path):
+    """`*.fp16.safetensors`, as many repositories have them; the part that is missing among those is named."""
+    name = "StableDiffusionXLPipeline"
+    pipe = models.load(str(teachers / name)).pipe.to(torch.float16)
+    pipe.save_pretrained(tmp_path, variant="fp16", safe_serialization=True)
+    assert not [path for path in tmp_path.rglob("*.safetensors") if ".fp16." not in path.name]
+    with pytest.warns(UserWarning, match="fp16 alone"):
+        backbone = models.load(str(tmp_path))
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        mine, halves = (dict(getattr(each, part).named_parameters()) for each in (backbone.pipe, pipe))
+        assert mine.keys() == halves.keys() and all(torch.equal(mine[key], halves[key].float()) for key in mine)
+    (tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    with pytest.raises(models.UnsupportedTeacher, match=r"no file named diffusion_pytorch_model\.safetensors .*unet"):
+        models.load(str(tmp_path))
+
+
 def test_a_teacher_with_a_lora_merged_in_is_a_teacher(teachers, tmp_path):
     """Distil my LoRA: fused and saved by stock diffusers, it is read as any folder, and is not the base."""
     from diffusers import DiffusionPipeline

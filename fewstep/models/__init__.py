@@ -29,6 +29,12 @@ FAMILIES = {
 }
 
 
+SINGLE_FILE = (
+    "a single-file checkpoint is saved as a folder with diffusers first, by the pipeline class of its family: "
+    "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+)
+
+
 class UnsupportedTeacher(ValueError):
     """A teacher that cannot be read, or whose family has no adapter; the message says which are known."""
 
@@ -39,19 +45,26 @@ def pipeline_class(source: str) -> str:
     if folder.is_dir():
         index = folder / "model_index.json"
         if not index.is_file():
-            raise UnsupportedTeacher(f"{folder}: no model_index.json there; a teacher is a diffusers pipeline folder or a hub id")
+            held = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".ckpt")]
+            hint = f"; {SINGLE_FILE}" if held else ""
+            raise UnsupportedTeacher(f"{folder}: no model_index.json there; a teacher is a diffusers pipeline folder or a hub id{hint}")
+    elif folder.is_file():
+        raise UnsupportedTeacher(f"{folder}: a file; a teacher is a diffusers pipeline folder or a hub id; {SINGLE_FILE}")
     elif folder.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise UnsupportedTeacher(
             f"{source}: no such folder, and not a hub id (owner/name); a teacher is a diffusers pipeline folder or a hub id"
         )
     else:
         import huggingface_hub as hub
+        from huggingface_hub.errors import EntryNotFoundError
 
         try:
             index = Path(hub.hf_hub_download(source, "model_index.json"))
         except Exception as error:  # the hub's client raises many kinds; each means that this teacher cannot be read
+            reason = " ".join(str(error).split())
+            hint = f"; {SINGLE_FILE}" if isinstance(error, EntryNotFoundError) else ""
             raise UnsupportedTeacher(
-                f"{source}: cannot read its model_index.json from the hub ({type(error).__name__}: {error})"
+                f"{source}: cannot read its model_index.json from the hub ({type(error).__name__}: {reason}){hint}"
             ) from error
     try:
         name = json.loads(index.read_text())["_class_name"]

@@ -6,6 +6,7 @@ A family is a subclass that says what its stock pipeline does in one denoising s
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -260,6 +261,19 @@ def filled(mask: Tensor) -> bool:
     return mask.device.type != "meta" and not bool(mask.all())
 
 
+def read(pipeline: type[DiffusionPipeline], source: str, **options: Any) -> Any:
+    """A stock pipeline; where its weights are there in fp16 alone (`*.fp16.safetensors`), those, with a warning."""
+    try:
+        return pipeline.from_pretrained(source, **options)
+    except OSError as error:  # a file is missing
+        try:
+            pipe = pipeline.from_pretrained(source, variant="fp16", **options)
+        except ValueError:  # diffusers': there are no such files
+            raise error from None
+    warnings.warn(f"{source}: its weights are there in fp16 alone; the teacher is what is left of it in those numbers", stacklevel=4)
+    return pipe
+
+
 class Backbone:
     """One teacher pipeline: encodes prompts, decodes latents, makes the three roles, exports the student."""
 
@@ -295,7 +309,7 @@ class Backbone:
     def load(cls, source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, cache: Path | None = None) -> Backbone:
         """dtype: of the frozen parts. Raises UnsupportedTeacher with the path and the reason when a part is missing or damaged."""
         try:
-            pipe = cls.pipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **cls.load_options)
+            pipe = read(cls.pipeline, source, dtype=dtype, use_safetensors=True, **cls.load_options)
         except Exception as error:  # diffusers, transformers and safetensors raise many kinds; each means an unreadable teacher
             raise UnsupportedTeacher(f"{source}: cannot be read as a {cls.pipeline.__name__} ({type(error).__name__}: {error})") from error
         pipe.set_progress_bar_config(disable=True)
