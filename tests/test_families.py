@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, PNDMScheduler, SchedulerMixin
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pipelines import GUIDED, PIPELINES
@@ -231,7 +231,7 @@ def stock_noise(backbone, noises):
     """The noise of `training_images` as a stock pipeline is given its first, and as its scheduler draws the rest."""
     return {
         "latents": backbone.to_call(noises[0]).contiguous(),
-        "noise": torch.stack([backbone.to_pipeline(noise) for noise in noises[1:]]),
+        "noise": torch.stack([backbone.to_pipeline(noise) for noise in noises])[1:],
     }
 
 
@@ -305,6 +305,41 @@ def test_exported_folders_draw_in_a_fresh_process_what_training_drew(teachers, t
     for folder, (mine, times) in expected.items():
         assert (images[folder] - mine).abs().max() <= 1e-4, folder
         torch.testing.assert_close(images[folder + ".times"], times, rtol=0, atol=1e-4)
+
+
+# of Stable Diffusion 1.5, as its repository has it
+PNDM = PNDMScheduler(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1,
+)  # fmt: skip
+X0 = DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample", timestep_spacing="trailing", clip_sample=False)
+
+
+@pytest.mark.parametrize(
+    "name, scheduler, steps",
+    [
+        *((name, None, steps) for name in ("StableDiffusionPipeline", "StableDiffusion3Pipeline") for steps in (1, 8)),
+        *(("StableDiffusionPipeline", scheduler, steps) for scheduler in (PNDM, X0) for steps in (1, 4, 8)),
+    ],
+    ids=lambda value: value.config.prediction_type if isinstance(value, SchedulerMixin) else value,
+)
+def test_every_prediction_and_grid_is_exported_as_it_was_trained(teachers, name, scheduler, steps, tmp_path):
+    """As above for what differs from the families' defaults, in this process: to 1e-4, at exactly the trained times."""
+    teacher = models.load(str(teachers / name))
+    teacher.pipe.register_modules(scheduler=scheduler or teacher.pipe.scheduler)
+    backbone = type(teacher)(teacher.pipe, teacher.source)
+    roles, weights = moved_student(backbone, 0)
+    mine, noises = training_images(backbone, roles, steps)
+    backbone.save(backbone.student_pipeline(roles, weights, steps), tmp_path)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path)
+    images = stock_images(pipe, **stock_noise(backbone, noises), call=told(backbone) | backbone.student_call)
+    torch.testing.assert_close(images, mine, rtol=0, atol=1e-4)
+    times = backbone.schedule().t_of(pipe.scheduler.timesteps.double())
+    assert len(times) == steps and torch.equal(times, backbone.times(steps))
+    if not backbone.flow:  # training reads its schedule from the exported scheduler: that one must have the teacher's
+        torch.testing.assert_close(pipe.scheduler.alphas_cumprod, teacher.pipe.scheduler.alphas_cumprod)
+    with torch.no_grad():
+        started = backbone.decode(roles.teacher(noises[0], times[0].float().expand(2), backbone.encode(PROMPTS)))
+    assert (started - mine).abs().max() > 1e-3  # the student has moved, so equality says something
 
 
 @every_family
