@@ -47,6 +47,17 @@ def teacher_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def teachers(tmp_path_factory):
+    """Folder with a folder of each family's tiny teacher, saved as any user's would be."""
+    from pipelines import PIPELINES
+
+    root = tmp_path_factory.mktemp("teachers")
+    for name, maker in PIPELINES.items():
+        maker().save_pretrained(root / name, safe_serialization=True)
+    return root
+
+
+@pytest.fixture(scope="session")
 def prompt_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     path.write_text("a cat\na dog\na fish\na bird\na hat\n")

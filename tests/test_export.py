@@ -10,7 +10,6 @@ from unittest import mock
 import pytest
 import torch
 import yaml
-from pipelines import PIPELINES
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -23,15 +22,6 @@ PROMPTS = ["a cat", "two red hats"]
 FAMILIES = ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"]
 UNETS = ["StableDiffusionPipeline", "StableDiffusionXLPipeline"]
 LORA_FILE = "pytorch_lora_weights.safetensors"
-
-
-@pytest.fixture(scope="session")
-def teachers(tmp_path_factory):
-    """Folder of each family's tiny teacher, saved as any user's would be."""
-    root = tmp_path_factory.mktemp("teachers")
-    for name in FAMILIES:
-        PIPELINES[name]().save_pretrained(root / name, safe_serialization=True)
-    return root
 
 
 def interrupted_run(folder, teacher, *, rank, updates=(2, 3)):
@@ -96,13 +86,6 @@ def load_lora(pipe, *args, **kwargs):
     with mock.patch("diffusers.loaders.peft.logger.warning") as warning:
         pipe.load_lora_weights(*args, **kwargs)
     assert not warning.called, warning.call_args
-    return pipe
-
-
-def student_on_teacher(folder, teacher, exported):
-    """The teacher's stock pipeline with an exported LoRA and its scheduler."""
-    pipe = load_lora(models.load(str(teacher)).pipe, exported, adapter_name="student")
-    pipe.scheduler = models.load(str(teacher)).scheduler(4).from_pretrained(exported, subfolder="scheduler")
     return pipe
 
 
@@ -314,93 +297,7 @@ def test_what_was_measured_goes_with_the_student_it_was_measured_on(teachers, ru
     assert "samples.png" in (tmp_path / "finished" / "README.md").read_text()
 
 
-# -- in the tools of stock diffusers -----------------------------------------------------------------------------------
-
-
-def style_lora(teacher, folder):
-    """A LoRA of another rank on the attention alone, as a user's style would be."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    pipe = models.load(str(teacher)).pipe
-    inject_adapter_in_model(LoraConfig(r=3, lora_alpha=3, target_modules=["to_q", "to_v"]), pipe.unet)
-    torch.manual_seed(5)
-    layers = {n.replace(".default.", "."): 0.3 * torch.randn_like(p) for n, p in pipe.unet.named_parameters() if ".lora_" in n}
-    type(pipe).save_lora_weights(folder, unet_lora_layers=layers)
-    return layers
-
-
-def delta(layers, layer):
-    """B A of a layer's LoRA; zero where it has none."""
-    down, up = (layers.get(f"{layer}.lora_{kind}.weight") for kind in "AB")
-    if down is None:
-        return 0
-    return up @ down if down.ndim == 2 else torch.einsum("or,rikl->oikl", up[:, :, 0, 0], down)
-
-
-@pytest.mark.parametrize("name", UNETS)
-def test_a_student_lora_beside_a_style_lora_is_the_sum_of_both(teachers, runs, exported, name, tmp_path):
-    folder, run = runs(name)
-    style = style_lora(teachers / name, tmp_path)
-    pipe = load_lora(student_on_teacher(folder, teachers / name, exported(name, "lora")), tmp_path, adapter_name="style")
-    pipe.set_adapters(["student", "style"])
-    together = draw(pipe)
-    merged = models.load(str(teachers / name)).pipe
-    merged.scheduler = pipe.scheduler
-    student = run.backbone.lora_layers(run.trainer.averaged())
-    with torch.no_grad():
-        for layer, module in merged.unet.named_modules():
-            if isinstance(getattr(module, "weight", None), torch.nn.Parameter):
-                module.weight += delta(student, layer) + delta(style, layer)
-    torch.testing.assert_close(together, draw(merged), rtol=0, atol=1e-4)
-    pipe.set_adapters(["student"])
-    alone = draw(pipe)
-    torch.testing.assert_close(alone, draw(student_of(run)), rtol=0, atol=1e-4)
-    assert (together - alone).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_image_to_image_runs_the_last_steps_of_the_trained_grid(teachers, runs, exported, name):
-    from diffusers import AutoPipelineForImage2Image
-
-    folder, run = runs(name)
-    pipe = AutoPipelineForImage2Image.from_pipe(student_on_teacher(folder, teachers / name, exported(name, "lora")))
-    assert "Img2Img" in type(pipe).__name__
-    backbone, grid = run.backbone, run.backbone.scheduler(4).timesteps.tolist()
-    height, width = backbone.default_size()
-    image = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
-    drawn = {}
-    # a strength between two steps: the UNets' pipelines round it down, SD3's up
-    for steps, strength in ((1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0), (3 if backbone.flow else 2, 0.6)):
-        seen = []
-
-        def watch(pipe, index, t, kept, seen=seen):
-            seen.append(float(t))
-            return kept
-
-        drawn[steps] = draw(pipe, image=image, strength=strength, callback_on_step_end=watch)
-        assert seen == pytest.approx(grid[4 - steps :], abs=1e-3)
-    assert all(bool(torch.isfinite(images).all()) for images in drawn.values())
-    assert (drawn[1] - drawn[4]).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("name", UNETS)
-def test_a_controlnet_at_its_zeros_changes_nothing(teachers, runs, exported, name):
-    import diffusers
-
-    folder, run = runs(name)
-    pipe = student_on_teacher(folder, teachers / name, exported(name, "lora"))
-    plain = draw(pipe)
-    control = diffusers.ControlNetModel.from_unet(
-        models.load(str(teachers / name)).model, conditioning_embedding_out_channels=(4, 8)
-    )  # its last convolutions are zero until it is trained
-    kind = getattr(diffusers, name.replace("Pipeline", "ControlNetPipeline"))
-    with_control = kind(**pipe.components, controlnet=control)
-    height, width = run.backbone.default_size()
-    image = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(draw(with_control, image=image), plain)
-    with torch.no_grad():
-        control.controlnet_mid_block.weight.fill_(0.5)
-    assert (draw(with_control, image=image) - plain).abs().max() > 1e-3
+# -- in stock diffusers --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FAMILIES)

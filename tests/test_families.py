@@ -21,15 +21,6 @@ PROMPTS = ["a cat", "two red hats"]  # copied for each call: some stock pipeline
 every_family = pytest.mark.parametrize("name", PIPELINES)
 
 
-@pytest.fixture(scope="session")
-def teachers(tmp_path_factory):
-    """Folder of each family's tiny teacher, saved as any user's would be."""
-    root = tmp_path_factory.mktemp("families")
-    for name, maker in PIPELINES.items():
-        maker().save_pretrained(root / name, safe_serialization=True)
-    return root
-
-
 def test_every_family_has_a_tiny_pipeline():
     assert list(PIPELINES) == list(models.FAMILIES)
 

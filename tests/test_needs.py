@@ -14,14 +14,6 @@ from fewstep import cli, models, needs
 every_family = pytest.mark.parametrize("name", PIPELINES)
 
 
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    root = tmp_path_factory.mktemp("needs")
-    for name, maker in PIPELINES.items():
-        maker().save_pretrained(root / name, safe_serialization=True)
-    return root
-
-
 def config_of(*options):
     config = cli.parse_config(["--device", "cpu", "--precision", "fp32", "--groups", "2", "--group-size", "2", *options])
     return cli.resolve_hardware(config)
