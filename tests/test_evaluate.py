@@ -393,10 +393,10 @@ def check_showing(report, folder):
     rows = dict(protocol.as_rows(report))
     names = protocol.columns(report)
     assert sum(name.endswith("(best)") for name in names) == 1
-    assert all(len(cells) == len(names) == 5 for cells in rows.values())
+    assert all(len(cells) == len(names) == 6 for cells in rows.values())
     metric = report["rows"][0]["metrics"]["fd_clip_teacher"]
     assert rows["FD-clip to teacher ↓"][0] == f"{metric['value']:.4g} [{metric['low']:.4g}, {metric['high']:.4g}]"
-    assert rows["network evaluations per image"] == ["2", "10", "4", "4", "4"]
+    assert rows["network evaluations per image"] == ["2", "10", "4", "4", "4", "-"]
     assert protocol.as_table(report).row_count == len(protocol.as_rows(report)) == len(report["rows"][0]["metrics"])
     protocol.save(report, folder / "evaluation.json")
     assert json.loads((folder / "evaluation.json").read_text()) == report

@@ -22,7 +22,7 @@ from test_remote import Faulty, served
 from fewstep import cli
 from fewstep.evaluate import measure as measuring
 from fewstep.evaluate import protocol, store
-from fewstep.evaluate.distances import frechet, jackknife, kernel_distance, polynomial, precision_recall
+from fewstep.evaluate.distances import bootstrap, frechet, jackknife, kernel_distance, polynomial, precision_recall
 from fewstep.evaluate.features import Extractor
 from fewstep.evaluate.measure import measure
 from fewstep.evaluate.pictures import Pictures
@@ -342,6 +342,24 @@ def test_the_report_is_what_a_plain_loop_measures(tmp_path):
     assert len(stamp["scorers"]["bright"]) == 64  # of the file that defines it
     assert report["interval"]["jackknife"] == {"blocks of prompts": 20, "metrics": ["kid_teacher"]}
     assert teacher.calls == 3 * 8 * 4  # three samples of eight parts, each of ten pictures in batches of three
+
+
+def test_the_difference_to_the_teacher_is_paired_picture_by_picture(tmp_path):
+    """The noise and the prompts that both had are no part of it: the student here is the teacher, 20% darker."""
+    report = evaluated(Pipe(0.8), tmp_path, teacher=Pipe(1.0), draws=50)
+    assert (report["paired"]["of"], report["paired"]["minus"]) == ("student, 4 steps", "teacher, 28 steps")
+    drawn = torch.stack([torch.rand(3, 4, 4, generator=protocol.noise_generator(0, i)) for i in range(80)])
+    means = -0.2 * drawn.double().mean((1, 2, 3)).view(40, 2).mean(1)
+    found, bounds = report["paired"]["metrics"]["bright"], bootstrap(lambda index: float(means[index].mean()), 40, draws=50, seed=0)
+    assert [found["value"], found["low"], found["high"]] == pytest.approx([float(means.mean()), *bounds], abs=1e-6)
+    student, teacher = (row["metrics"]["bright"] for row in report["rows"][:2])
+    assert found["value"] == pytest.approx(student["value"] - teacher["value"], abs=1e-6)
+    assert found["high"] < 0 and student["high"] > teacher["low"]  # apart, where the intervals of the two overlap
+    assert set(report["paired"]["metrics"]) == {"bright", "diversity"}  # distances of whole samples have no pictures to pair
+    rows = dict(protocol.as_rows(report))
+    assert protocol.columns(report)[-1] == "student - teacher, paired" and rows["bright ↑"][-1] == protocol.cell(found)
+    assert rows["FID to teacher (FID-SD) ↓"][-1] == "-"
+    assert evaluated(Pipe(0.8), tmp_path, draws=50)["paired"] is None
 
 
 def test_a_resumed_evaluation_is_an_unbroken_one(tmp_path):

@@ -156,6 +156,7 @@ def measure(
     seed: int = 0,
     repeats: bool = False,
     left_out: dict[str, str] | None = None,
+    singles: dict[str, Tensor] | None = None,
     device: str | torch.device = "cpu",
 ) -> Measured:
     """Every metric of a sample with its interval, {name: {value, low, high}}.
@@ -165,7 +166,8 @@ def measure(
     and diversity use, or the extractors, the first of which the last three use; data: features (M, d) of real pictures as distances
     take them; teacher: those (N, d) of the teacher's pictures of the same prompts, in the same order; both by extractor where there
     are several. Without them the metrics that need them are left out. left_out: takes the name of a metric that the sample is too
-    small for, and why. device: where sums over all pairs of pictures are taken.
+    small for, and why. singles: takes what each metric that is a mean is the mean of, (P, G) float64, prompts in order, or (P, 1).
+    device: where sums over all pairs of pictures are taken.
 
     Prompts are resampled, each with all its pictures, the teacher's too; data are held fixed. Raises ValueError for repeated
     prompts, groups of unequal size or of one, not more pictures than dimensions, and non-finite features.
@@ -183,15 +185,16 @@ def measure(
     every = torch.arange(len(prompts))
     out: Measured = {}
     left_out = {} if left_out is None else left_out
+    singles = {} if singles is None else singles
 
     def add(name: str, statistic: Callable[[Tensor], float], *, centre: bool = False, bounds: tuple[float, float] = (-np.inf, np.inf)):
         low, high = np.clip(bootstrap(statistic, len(prompts), draws=draws, seed=seed, level=LEVEL, centre=centre), *bounds)
         put(out, name, {"value": statistic(every), "low": float(low), "high": float(high)})
 
     def add_mean(name: str, values: Tensor):
-        """values (N,): equal groups, so the mean over pictures is the mean over prompts of their means."""
-        means = values.double()[rows].mean(1)
-        add(name, lambda index: float(means[index].mean()))
+        """values (N,), or (P,) in the order of the prompts."""
+        singles[name] = values.double()[rows] if len(values) == len(group) else values.double()[:, None]
+        put(out, name, mean_of(singles[name], draws, seed))
 
     extractors = [Extractor(extractor, "fd_clip")] if isinstance(extractor, str) else list(extractor)
     real, other = by_extractor(data, extractors), by_extractor(teacher, extractors)
@@ -223,10 +226,26 @@ def measure(
             size = max(1, SMALL // features.shape[1] // rows.shape[1])
             parts = [slice(i * rows.shape[1], (i + size) * rows.shape[1]) for i in range(0, len(prompts), size)]
             within = torch.cat([spread(features[part], group[part]) for part in parts])
-            add("diversity", lambda index: float(within[index].mean()))
+            add_mean("diversity", within)
         else:
             left_out["diversity"] = "needs at least two pictures of every prompt"
     return out
+
+
+def mean_of(values: Tensor, draws: int, seed: int) -> dict[str, float]:
+    """Mean of values (P, G) with its interval: prompts are resampled, each with all its pictures."""
+    means = values.mean(1)  # equal groups: the mean over pictures is the mean over prompts of their means
+    low, high = bootstrap(lambda index: float(means[index].mean()), len(means), draws=draws, seed=seed, level=LEVEL)
+    return {"value": float(means.mean()), "low": low, "high": high}
+
+
+def paired(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, draws: int = DRAWS, seed: int = 0) -> Measured:
+    """Mean difference mine - theirs, picture by picture, of every metric that is a mean, with its interval.
+
+    mine, theirs: the `singles` of two samples of the same prompts, drawn from the same noise. What pictures of one prompt and noise
+    have in common, good or bad, is no part of the difference, whose interval is so the narrower.
+    """
+    return {name: mean_of(values - theirs[name], draws, seed) for name, values in mine.items() if name in theirs}
 
 
 def by_extractor(features: Matrix | Mapping[str, Matrix] | None, extractors: Sequence[Extractor]) -> dict[str, Matrix]:

@@ -43,6 +43,7 @@ from fewstep.evaluate.measure import (
     check_names,
     jackknifed,
     measure,
+    paired,
     told_apart,
 )
 from fewstep.evaluate.pictures import Pictures
@@ -634,9 +635,10 @@ def evaluate(
     filled: a sample found there is not drawn, only timed over a few batches. share (i, n): draw the i-th of n shares of every sample,
     measure nothing and return None. keep_images: a folder for the pictures themselves, each sample's in one of its own.
 
-    Returns {"protocol", "interval", "student", "teacher", "rows", "best_solver", "left_out"}: each row has name, solver, steps, guidance,
-    seed, n, sample (drawn, kept or shipped), device and metrics (see `measure`); best_solver names the few-step teacher nearest to the
-    teacher; left_out says of metrics why there are none.
+    Returns {"protocol", "interval", "student", "teacher", "rows", "paired", "best_solver", "left_out"}: each row has name, solver, steps,
+    guidance, seed, n, sample (drawn, kept or shipped), device and metrics (see `measure`); paired: of the student minus the teacher at
+    many steps (see `paired`), None without a teacher; best_solver names the few-step teacher nearest to the teacher; left_out says of
+    metrics why there are none.
     """
     named = prompts if isinstance(prompts, PromptSet) else None
     texts = named.prompts if named else list(prompts)
@@ -752,15 +754,17 @@ def evaluate(
         compared = {"extractor": used, "data": real, "neighbours": neighbours, "repeats": named is not None, "device": device}
         if reference is not None:
             compared["teacher"] = {e.name: as_teacher(e, reference) for e in used}
-        rows = []
+        rows, singles = [], []
         for row, seen in samples:
             assert seen is not None
             sights = {name: values for name, values in seen.items() if name.startswith(("features/", "score/", "utility"))}
-            metrics = measure(sights, texts, group, scorers, **compared, draws=draws, left_out=left_out)
+            singles.append({})
+            metrics = measure(sights, texts, group, scorers, **compared, draws=draws, left_out=left_out, singles=singles[-1])
             made = float(network_evaluations(row["steps"], row["guidance"]))
             if "evaluations" in seen:  # those of every part, as they were made
                 made = float(seen["evaluations"][:].sum()) / drawing.n
             rows.append(row | {"n": protocol.n, "metrics": metrics | measure_cost(seen["seconds"][:], made, draws=draws)})
+    differing = paired(*singles[:2], draws=draws) if teacher is not None else {}  # the teacher's sample has the student's seed
     best = min(rows[2:], key=lambda row: nearness(row["metrics"])) if len(rows) > 2 else None
     by_blocks = jackknifed(protocol.n, used, list(rows[0]["metrics"]))
     return {
@@ -769,6 +773,7 @@ def evaluate(
         | ({"jackknife": {"blocks of prompts": BLOCKS, "metrics": by_blocks}} if by_blocks else {}),
         **identity,
         "rows": rows,
+        "paired": {"of": rows[0]["name"], "minus": rows[1]["name"], "metrics": differing} if differing else None,
         "best_solver": best["name"] if best else None,
         "left_out": left_out,
     }
@@ -803,14 +808,15 @@ def cell(measured: dict[str, float] | None) -> str:
 
 
 def columns(report: dict[str, Any]) -> list[str]:
-    """Names of the report's samples, the best few-step teacher marked."""
-    return [row["name"] + (" (best)" if row["name"] == report["best_solver"] else "") for row in report["rows"]]
+    """Names of the report's samples, the best few-step teacher marked, and the paired difference where there is one."""
+    names = [row["name"] + (" (best)" if row["name"] == report["best_solver"] else "") for row in report["rows"]]
+    return names + (["student - teacher, paired"] if report.get("paired") else [])
 
 
 def as_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
     """(metric, one cell for each of `columns`), in a fixed order."""
-    names = list(report["rows"][0]["metrics"])
-    return [(label(name), [cell(row["metrics"].get(name)) for row in report["rows"]]) for name in names]
+    measured = [row["metrics"] for row in report["rows"]] + ([report["paired"]["metrics"]] if report.get("paired") else [])
+    return [(label(name), [cell(metrics.get(name)) for metrics in measured]) for name in measured[0]]
 
 
 def label(name: str) -> str:
