@@ -230,7 +230,7 @@ def test_caption_scores_by_hand(scorer):
 
 
 def observed_of(scorer, images):
-    return protocol.observe(images, {"clip": scorer}, lambda x: x.mean((1, 2, 3)))
+    return protocol.observe(images, protocol.looks({"clip": scorer}, lambda x: x.mean((1, 2, 3))), [""] * len(images))
 
 
 def test_measure_equals_the_metrics_by_hand(scorer):

@@ -375,7 +375,7 @@ def test_a_resumed_evaluation_is_an_unbroken_one(tmp_path):
     whole = evaluated(Pipe(), tmp_path / "whole")
     with pytest.raises(Stop):
         evaluated(Tired(), tmp_path / "broken")
-    assert len(list((tmp_path / "broken").glob("*.safetensors"))) == 2
+    assert len(list((tmp_path / "broken").glob("*.safetensors"))) == 2 * 3  # cost, features, scores
     said, broken = [], Pipe()
     before = broken.calls
     resumed = evaluated(broken, tmp_path / "broken", say=said.append)
@@ -403,7 +403,7 @@ def test_shares_are_the_whole_to_the_bit(tmp_path, noise, request):
     assert_same(kept(tmp_path / "three"), kept(tmp_path / "one"))
     if noise == "batch":  # as `fewstep sample` and the samples that ship with the world are drawn
         images, _ = protocol.generate(pipe, options["prompts"].prompts, 2, steps=3, seed=0, batch=3)
-        found = [store.read(path)["features/flat"] for path in sorted((tmp_path / "one").glob("*.safetensors"))]
+        found = [value for (_, name), value in kept(tmp_path / "one").items() if name == "features/flat"]
         assert torch.equal(torch.cat(found), FLAT.function(images))
 
 
@@ -412,7 +412,7 @@ def test_what_was_drawn_otherwise_is_never_taken(tmp_path):
     evaluated(Pipe(), tmp_path)
     changes = [
         {"seed": 1}, {"steps": 2}, {"prompts": PromptSet("many", ["other", *MANY.prompts[1:]])}, {"images_per_prompt": 3},
-        {"judges": {}}, {"judges": {"bright": dim}}, {"precision": "bf16"},
+        {"judges": {"bright": dim}}, {"precision": "bf16"},
         {"extractors": [FLAT._replace(weights="others")]}, {"extractors": [FLAT._replace(resize="to 3")]},
     ]  # fmt: skip
     for change in changes:
@@ -420,6 +420,36 @@ def test_what_was_drawn_otherwise_is_never_taken(tmp_path):
     assert evaluated(Pipe(0.5), tmp_path)["rows"][0]["sample"] == "drawn"
     assert evaluated(Pipe(), tmp_path, batch=4)["rows"][0]["sample"] == "kept"
     assert evaluated(Pipe(), tmp_path, neighbours=5)["rows"][0]["sample"] == "kept"
+    assert evaluated(Pipe(), tmp_path, judges={})["rows"][0]["sample"] == "kept"
+
+
+def test_one_more_judge_is_all_that_is_computed(tmp_path):
+    """Or one more extractor: the pictures are the same ones, drawn again, and nobody else looks at them again."""
+    looked = []
+
+    def counting(name, function):
+        return lambda *seen: looked.append(name) or function(*seen)
+
+    features = FLAT._replace(function=counting("features", FLAT.function))
+    judges = {"bright": counting("bright", bright)}
+    first = evaluated(Pipe(), tmp_path, extractors=[features], judges=judges)
+    assert looked == ["features", "bright"] * 32 or looked == ["bright", "features"] * 32
+    looked.clear()
+    said, kept_before = [], kept(tmp_path)
+    more = evaluated(
+        Pipe(), tmp_path, extractors=[features], judges=judges | {"dim": counting("dim", dim)}, say=said.append, keep_images=tmp_path / "p"
+    )
+    assert looked == ["dim"] * 32 and said[0] == "student, 4 steps: 8 of 8 parts lack dim; drawn again for that alone"
+    metrics = more["rows"][0]["metrics"]
+    assert {name: metrics[name] for name in first["rows"][0]["metrics"]} == first["rows"][0]["metrics"]  # its seconds too
+    assert metrics["dim"]["value"] == pytest.approx(-metrics["bright"]["value"])
+    after = kept(tmp_path)
+    assert_same(kept_before, {name: after[name] for name in kept_before})
+    looked.clear()
+    again = evaluated(Pipe(), tmp_path, extractors=[features, FLAT._replace(name="tall", function=counting("tall", FLAT.function))],
+                      judges=judges, keep_images=tmp_path / "p")  # fmt: skip
+    assert looked == ["tall"] * 32 and again["rows"][0]["metrics"]["bright"] == metrics["bright"]
+    assert len(list((tmp_path / "p").iterdir())) == 1  # who looks at them makes no other pictures
 
 
 def test_a_damaged_part_is_drawn_again(tmp_path):
@@ -436,16 +466,17 @@ def test_a_judge_that_was_out_of_reach_is_asked_again(tmp_path):
     """A number that was lost to a server's failure is there once it answers; no other part is drawn again."""
     server = Faulty()
     try:
-        judge, said, pipe = server.reward().ask, [], Pipe()
+        judge, said, pipe, looked = server.reward().ask, [], Pipe(), []
+        options = {"judges": {"far": judge}, "extractors": [FLAT._replace(function=lambda x: looked.append(1) or FLAT.function(x))]}
         server.faults = ["500"] * 3  # all tries of one batch
         with pytest.warns(UserWarning, match="3 pictures are masked"):
-            down = evaluated(pipe, tmp_path, judges={"far": judge}, say=said.append)
+            down = evaluated(pipe, tmp_path, **options, say=said.append)
         assert down["left_out"]["far"] == "3 of 80 pictures got no score" and pipe.calls == 8 * 4 and not said
-        up = evaluated(pipe, tmp_path, judges={"far": judge}, say=said.append)
+        up = evaluated(pipe, tmp_path, **options, say=said.append)
         assert "far" not in up["left_out"] and up["rows"][0]["metrics"]["far"]["value"] == pytest.approx(0.9)  # 0, 1, 2 of threes; then 0
-        assert pipe.calls == 9 * 4
+        assert pipe.calls == 9 * 4 and len(looked) == 8 * 4  # no features again
         assert said == ["student, 4 steps: 1 of 8 parts have pictures without a score by far; drawn again to ask again"]
-        evaluated(pipe, tmp_path, judges={"far": judge})
+        evaluated(pipe, tmp_path, **options)
         assert pipe.calls == 9 * 4
     finally:
         server.close()
@@ -538,7 +569,7 @@ def test_a_function_in_a_file_and_a_server_judge_as_well(tmp_path):
     images = (torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 255).round() / 255  # a server is sent 8 bits
     with served(f"{file}:dark") as url:
         scorers, judges = cli.load_judges({"mine": f"{file}:dark", "far": url}, device="cpu", in_world=False)
-        seen = protocol.observe(images, scorers, prompts=["a", "b", "c"], judges=judges)
+        seen = protocol.observe(images, protocol.looks(scorers, judges=judges), ["a", "b", "c"])
         identities = {protocol.identity_of(judge) for judge in judges.values()}
     assert not scorers and len(identities) == 2
     assert torch.equal(seen["score/mine"], 1 - images.flatten(1).mean(1)) and torch.equal(seen["score/far"], seen["score/mine"])
@@ -682,7 +713,7 @@ def test_what_was_left_out_stands_below_the_table(tmp_path):
     report["rows"].append(report["rows"][0] | {"name": "elsewhere", "device": "another machine"})
     text = " ".join(text_of(protocol.as_table(report)).split())
     assert "no diversity within a prompt: needs at least two pictures of every prompt" in text
-    assert "seconds per image are of different machines" in text and "elsewhere: another machine" in text
+    assert "drawn on different machines, whose seconds per image do not compare" in text and "elsewhere: another machine" in text
 
 
 # The command

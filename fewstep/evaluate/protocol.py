@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import platform
 import statistics
@@ -54,12 +55,14 @@ from fewstep.rewards.clip import CLIPScore
 
 Utility = Callable[[Tensor], Tensor]  # (B, 3, H, W) in [0, 1] -> (B,)
 Judge = Callable[[Tensor, list[str]], Tensor]  # pictures (B, 3, H, W) in [0, 1] and their B prompts -> (B,), higher is better
+Look = Callable[[Tensor, list[str]], Tensor]  # pictures (B, 3, H, W) in [0, 1] and their B prompts -> what is kept of them, B rows
 Noise = Literal["picture", "batch"]  # what has a generator of its own
 Seen = Mapping[str, Matrix]
 
 SOLVERS = {"DDIM": "DDIMScheduler", "DPM-Solver++": "DPMSolverMultistepScheduler", "UniPC": "UniPCMultistepScheduler"}
 TEACHER_STEPS = 28
 BATCH = 16  # pictures drawn at a time; where noise is a batch's, it decides with the seed which picture gets which noise
+COST = "cost"  # among what is kept of a sample: seconds and network evaluations of its drawing
 TIMED = 4  # batches drawn to time a teacher whose sample came with it
 
 LABELS = {
@@ -265,29 +268,29 @@ def measure_cost(seconds: Tensor, evaluations: float, *, draws: int = DRAWS, see
 # Observing
 
 
-@torch.no_grad()
-def observe(
-    images: Tensor,
+def looks(
     scorers: Mapping[str, CLIPScore],
     utility: Utility | None = None,
-    *,
-    prompts: list[str] | None = None,
     judges: Mapping[str, Judge] | None = None,
     extractors: Sequence[Extractor] = (),
-) -> dict[str, Tensor]:
-    """All that the metrics need of pictures (B, 3, H, W), on the CPU: each scorer's unit image features (B, d), the utility (B,), the
-    judges' scores of the pictures and their `prompts` (B,), and the features (B, d) of the extractors that are no scorers."""
-    observed = {f"features/{name}": scorer.image_features(images).cpu() for name, scorer in scorers.items()}
+) -> dict[str, Look]:
+    """All that the metrics need to see of pictures, by name: each scorer's unit image features (B, d) and those of the extractors that
+    are no scorers (features/NAME), the utility (B,), the judges' scores (B,) (score/NAME)."""
+
+    def alone(function: Callable[[Tensor], Tensor]) -> Look:
+        return lambda images, prompts: function(images)
+
+    found = {f"features/{name}": alone(scorer.image_features) for name, scorer in scorers.items()}
     if utility is not None:
-        observed["utility"] = utility(images).cpu()
-    for name, judge in (judges or {}).items():
-        assert prompts is not None
-        observed[f"score/{name}"] = torch.as_tensor(judge(images, prompts)).detach().float().cpu()
-    for extractor in extractors:
-        if extractor.name not in scorers:
-            assert extractor.function is not None
-            observed[f"features/{extractor.name}"] = extractor.function(images).float().cpu()
-    return observed
+        found["utility"] = alone(utility)
+    found |= {f"score/{name}": judge for name, judge in (judges or {}).items()}
+    return found | {f"features/{e.name}": alone(e.function) for e in extractors if e.function is not None and e.name not in scorers}
+
+
+@torch.no_grad()
+def observe(images: Tensor, looks: Mapping[str, Look], prompts: list[str]) -> dict[str, Tensor]:
+    """What each look sees of pictures (B, 3, H, W) and their B prompts, B rows, on the CPU."""
+    return {name: torch.as_tensor(look(images, prompts)).detach().float().cpu() for name, look in looks.items()}
 
 
 def observe_sample(
@@ -302,8 +305,9 @@ def observe_sample(
 ) -> dict[str, Tensor]:
     """What `observe` sees of a whole sample, and the seconds per image of each of its batches. sampling: as `batches` takes it."""
     parts, seconds = [], []
+    rows = (prompt for prompt in prompts for _ in range(images_per_prompt))
     for images, each in batches(pipe, prompts, images_per_prompt, **sampling):
-        parts.append(observe(images.to(device), scorers, utility))
+        parts.append(observe(images.to(device), looks(scorers, utility), list(itertools.islice(rows, len(images)))))
         seconds.append(each)
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]} | {"seconds": torch.tensor(seconds)}
 
@@ -511,7 +515,7 @@ class Drawing(NamedTuple):
     images_per_prompt: int
     noise: Noise
     batch: int
-    see: Callable[[Tensor, list[str]], dict[str, Tensor]]
+    looks: Mapping[str, Look]
     device: str | torch.device
     progress: bool
 
@@ -529,25 +533,33 @@ class Drawing(NamedTuple):
         return [noise_generator(seed, i) for i in range(first, end)]
 
 
-def draw_parts(source: Source, row: dict[str, Any], shards: Shards, wanted: list[int], drawing: Drawing, folder: Path | None) -> None:
-    """Draw the wanted parts of a row's sample and keep what is seen of each as soon as it is whole. folder: for the pictures themselves."""
-    batches = [(i, first) for i in wanted for first in range(shards.pictures(i).start, shards.pictures(i).stop, drawing.batch)]
+def draw_parts(
+    source: Source, row: dict[str, Any], kept: Mapping[str, Shards], wanted: Mapping[int, list[str]], drawing: Drawing, folder: Path | None
+) -> None:
+    """Draw the wanted parts of a row's sample, look at each as wanted, and keep what is seen as soon as the part is whole.
+
+    kept, wanted: by look, and of each part which looks, COST among both. folder: for the pictures themselves.
+    """
+    parts = kept[COST].pictures
+    batches = [(i, first) for i in wanted for first in range(parts(i).start, parts(i).stop, drawing.batch)]
     told = source.call(row["guidance"]) | {"num_inference_steps": row["steps"]}
-    parts: list[dict[str, Tensor]] = []
+    seen: list[dict[str, Tensor]] = []
     source.pipe.set_progress_bar_config(disable=True)
     with counted(source.pipe) as calls:
         for i, first in track(batches, row["name"], disable=not drawing.progress):
-            pictures = shards.pictures(i)
-            end = min(first + drawing.batch, pictures.stop)
+            end = min(first + drawing.batch, parts(i).stop)
             chunk = [drawing.prompts[p // drawing.images_per_prompt] for p in range(first, end)]
             images, seconds = draw(source.pipe, chunk, drawing.generators(row["seed"], first, end), **told)
-            parts.append(drawing.see(images.to(drawing.device), chunk) | {"seconds": torch.tensor([seconds])})
+            asked = {name: drawing.looks[name] for name in wanted[i] if name != COST}
+            seen.append(observe(images.to(drawing.device), asked, chunk) | {"seconds": torch.tensor([seconds])})
             if folder is not None:
                 save_pictures(folder, images, first)
-            if end == pictures.stop:
-                whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-                shards.save(i, whole | {"evaluations": torch.tensor([float(sum(calls))])}, device=device_name(drawing.device))
-                parts.clear()
+            if end == parts(i).stop:
+                whole = {name: torch.cat([each[name] for each in seen]) for name in seen[0]}
+                for name in wanted[i]:
+                    cost = {"seconds": whole["seconds"], "evaluations": torch.tensor([float(sum(calls))])}
+                    kept[name].save(i, cost if name == COST else {name: whole[name]}, device=device_name(drawing.device))
+                seen.clear()
                 calls.clear()
 
 
@@ -579,18 +591,32 @@ def write_index(folder: Path, row: dict[str, Any], drawing: Drawing) -> None:
     replace(folder / "pictures.jsonl", lambda temporary: temporary.write_text("".join(lines)))
 
 
-def unfinished(shards: Shards, folder: Path | None) -> list[int]:
-    """Parts that are missing, or whose pictures are, when those are to be kept."""
-    missing = set(shards.missing())
-    if folder is not None:
-        missing |= {i for i in range(shards.count) if not all(picture_path(folder, p).is_file() for p in shards.pictures(i))}
-    return sorted(missing)
+def undrawn(shards: Shards, folder: Path | None) -> list[int]:
+    """Parts whose pictures are not all in the folder that keeps them, if there is one."""
+    if folder is None:
+        return []
+    return [i for i in range(shards.count) if not all(picture_path(folder, p).is_file() for p in shards.pictures(i))]
 
 
-def without_scores(shards: Shards, i: int) -> list[str]:
-    """Judges that left a picture of a part without a score: they may have been out of reach."""
-    kept = shards.read(i, "score/")
-    return [name.removeprefix("score/") for name, scores in kept.items() if not torch.isfinite(scores).all()]
+def unseen(kept: Mapping[str, Shards]) -> dict[int, list[str]]:
+    """Part -> the looks that it lacks; whole parts are not among them."""
+    missing = {name: set(shards.missing()) for name, shards in kept.items()}
+    return {i: names for i in range(kept[COST].count) if (names := [name for name in kept if i in missing[name]])}
+
+
+def unscored(kept: Mapping[str, Shards], lacks: Mapping[int, list[str]]) -> dict[int, list[str]]:
+    """Part -> the judges, as looks, that left a picture of it without a score: they may have been out of reach."""
+    judges = [name for name in kept if name.startswith("score/")]
+    silent = {
+        i: [name for name in judges if name not in lacks.get(i, ()) and not torch.isfinite(kept[name].read(i, name)[name]).all()]
+        for i in range(kept[COST].count)
+    }
+    return {i: names for i, names in silent.items() if names}
+
+
+def in_short(looks: Mapping[int, list[str]]) -> str:
+    """The names of what is looked for, each once."""
+    return ", ".join(dict.fromkeys(name.partition("/")[2] or name for names in looks.values() for name in names))
 
 
 def evaluate(
@@ -631,7 +657,8 @@ def evaluate(
     uses; extractors: others; data: real pictures, or their FD-clip features (M, d), without which the metrics that need them are left out;
     neighbours: k of precision and recall. noise: a picture's own, or, as samples that ship were drawn, that of its batch.
     work, cache: folders that keep what was seen of the student's and of the teacher's pictures, and of real ones, by the content of
-    pipeline, scorers and protocol; their use is said. A sample that is there in part is gone on with. shipped: a folder that `ship`
+    pipeline and protocol, what each scorer, judge and extractor sees apart from the others; their use is said. A sample that is there in
+    part is gone on with, and one that lacks a judge is drawn again for that judge alone. shipped: a folder that `ship`
     filled: a sample found there is not drawn, only timed over a few batches. share (i, n): draw the i-th of n shares of every sample,
     measure nothing and return None. keep_images: a folder for the pictures themselves, each sample's in one of its own.
 
@@ -652,7 +679,8 @@ def evaluate(
         used = [e for e in used if not e.frechet.startswith("patch_fid")]
     if extractors or judges or noise != "batch" or precision != "fp32":
         shipped = None  # what ships was drawn and seen without these
-    packages = ["torch", "diffusers", "transformers", "fewstep"] + (["torch-fidelity", "pillow"] if extractors else [])
+    drawn_by = {package: version(package) for package in ("torch", "diffusers", "transformers", "fewstep")}
+    seen_by = {package: version(package) for package in ("torch-fidelity", "pillow")} if extractors else {}
     protocol = Protocol(
         prompts=sha256(texts),
         set=named.name if named else None,
@@ -673,40 +701,48 @@ def evaluate(
         resolution=own.size[0] if own.size[0] == own.size[1] else list(own.size),
         precision=precision,
         device=device_name(device),
-        versions={package: version(package) for package in packages},
+        versions=drawn_by | seen_by,
     )
 
-    def see(images: Tensor, some: list[str]) -> dict[str, Tensor]:
-        return observe(images, scorers, utility, prompts=some, judges=judges, extractors=used)
-
     ids = named.ids if named else None
-    drawing = Drawing(texts, ids, images_per_prompt, noise, batch, see, device, progress)
-    # neither real pictures, the machine nor the teacher decide what a student draws
-    common = protocol.stamp() | {"data": None, "neighbours": None, "device": None, "extractor": None}
+    drawing = Drawing(texts, ids, images_per_prompt, noise, batch, looks(scorers, utility, judges, used), device, progress)
+    # neither what is compared with, the machine nor who looks at them decide a student's pictures
+    others = ("data", "neighbours", "device", "extractor", "extractors", "scorers", "preprocess", "utility")
+    common = protocol.stamp() | dict.fromkeys(others) | {"versions": drawn_by}
+    # what decides each look, which is kept apart from the others: to add one is to look once more, at the same pictures
+    decided: dict[str, Any] = {COST: None}
+    decided |= {f"features/{name}": [protocol.scorers[name], protocol.preprocess[name]] for name in scorers}
+    decided |= {f"features/{e.name}": [protocol.extractors[e.name], seen_by] for e in used if e.name not in scorers}
+    decided |= {f"score/{name}": protocol.scorers[name] for name in judges or ()}
+    decided |= {"utility": protocol.utility} if utility is not None else {}
 
     def collect(source: Source, row: dict[str, Any], identity: dict[str, str], folder: Path) -> tuple[dict[str, Any], Seen | None]:
         """(the row, saying where its sample came from; what was seen of it, or None where only a share was drawn)."""
         note = {**identity, "protocol": common, "row": row, "call": source.call(row["guidance"])}
-        shards = Shards(folder, note, drawing.n, size=drawing.part_size())
-        pictures = pictures_folder(keep_images, row, shards.key) if keep_images else None
-        missing = unfinished(shards, pictures)
-        silent = {i: names for i in range(shards.count) if i not in missing and (names := without_scores(shards, i))}
+        kept = {name: Shards(folder, note | {"look": [name, by]}, drawing.n, size=drawing.part_size()) for name, by in decided.items()}
+        count, pictures = kept[COST].count, pictures_folder(keep_images, row, sha256(note)) if keep_images else None
+        lacks = unseen(kept)
+        silent = unscored(kept, lacks)
+        some = {i: names for i, names in lacks.items() if len(names) < len(kept)}
         if silent:
-            names = ", ".join(sorted({name for part in silent.values() for name in part}))
-            say(f"{row['name']}: {len(silent)} of {shards.count} parts have pictures without a score by {names}; drawn again to ask again")
-            missing = sorted({*missing, *silent})
-        elif missing and len(missing) < shards.count and share == (0, 1):
-            say(f"{row['name']}: {shards.count - len(missing)} of {shards.count} parts are in {folder}, going on with the others")
-        draw_parts(source, row, shards, my_share(missing, share), drawing, pictures)
-        if not missing:
-            say(f"{row['name']}: read from {shards.path(0)}" + (f" and {shards.count - 1} more" if shards.count > 1 else ""))
+            said = f"{len(silent)} of {count} parts have pictures without a score by {in_short(silent)}"
+            say(f"{row['name']}: {said}; drawn again to ask again")
+        if some:
+            say(f"{row['name']}: {len(some)} of {count} parts lack {in_short(some)}; drawn again for that alone")
+        if len(some) < len(lacks) < count and share == (0, 1):
+            say(f"{row['name']}: {count - len(lacks)} of {count} parts are in {folder}, going on with the others")
+        wanted = {i: lacks.get(i, []) + silent.get(i, []) for i in sorted({*lacks, *silent, *undrawn(kept[COST], pictures)})}
+        draw_parts(source, row, kept, {i: wanted[i] for i in my_share(list(wanted), share)}, drawing, pictures)
+        if not wanted:
+            say(f"{row['name']}: read from {folder}")
         if share != (0, 1):
             return row, None
         if pictures is not None:
             write_index(pictures, row, drawing)
             say(f"{row['name']}: pictures in {pictures}")
-        seen: dict[str, Matrix] = dict(shards.open())
-        return row | {"sample": "drawn" if missing else "kept", "device": ", ".join(shards.devices())}, seen
+        seen: dict[str, Matrix] = {name: rows for shards in kept.values() for name, rows in shards.open().items()}
+        devices = sorted({device for shards in kept.values() for device in shards.devices()})
+        return row | {"sample": "drawn" if wanted else "kept", "device": ", ".join(devices)}, seen
 
     with tempfile.TemporaryDirectory() as scratch:
         own_folder, folder = Path(work or scratch), Path(cache or scratch)
@@ -840,7 +876,8 @@ def notes(report: dict[str, Any]) -> list[str]:
         said.append(f"intervals of {', '.join(other['metrics'])}: jackknife over {other['blocks of prompts']} blocks of prompts")
     devices = {row["name"]: row["device"] for row in report["rows"] if row.get("device")}
     if len(set(devices.values())) > 1:
-        said.append("seconds per image are of different machines: " + "; ".join(f"{name}: {device}" for name, device in devices.items()))
+        each = "; ".join(f"{name}: {device}" for name, device in devices.items())
+        said.append(f"drawn on different machines, whose seconds per image do not compare: {each}")
     return said
 
 

@@ -133,7 +133,7 @@ class Rows:
 
 
 class Shards:
-    """The parts of a sample of `n` pictures: part i holds pictures i * size to (i + 1) * size, in a file named by the sample's key.
+    """The parts of what is seen of `n` pictures: part i holds pictures i * size to (i + 1) * size, in a file named by the key.
 
     The key is a hash of all that decides the numbers, so parts that were made otherwise are never taken for this sample's.
     """
