@@ -150,12 +150,32 @@ def test_what_cannot_be_measured_is_left_out_and_said(sample):
     found = measure(few, PROMPTS[:12], torch.arange(12), {}, **options)
     assert said == {
         "fid_data": "12 pictures, but the covariance of 12 features needs more than 12",
-        "bright": "1 of 12 pictures got no score",
         "diversity": "needs at least two pictures of every prompt",
     }
     assert {"kid_data", "fd_clip_data", "cmmd_data", "precision", "utility"} <= found.keys() and not said.keys() & found.keys()
+    assert found["bright"] == {"value": 1, "low": 1, "high": 1, "masked": 1}  # of the eleven others, never 0
+    few["score/bright"][1:] = torch.nan
+    assert "bright" not in measure(few, PROMPTS[:12], torch.arange(12), {}, **options)
+    assert said["bright"] == "11 of 12 pictures got no score"
     with pytest.raises(ValueError, match="it has 120 pictures, not 12"):
         measure(few, PROMPTS[:12], torch.arange(12), {}, **options, teacher=teacher)
+
+
+def test_a_mean_and_a_difference_are_of_the_pictures_that_have_a_score():
+    """A prompt's mean counts as many pictures as have one; a pair needs both; the interval is that of the prompts that are left."""
+    values = normal(30, 2).double()
+    values[3, 0], values[7] = torch.nan, torch.nan
+    found = measuring.mean_of(values, draws=50, seed=0)
+    assert found["value"] == pytest.approx(float(values[torch.isfinite(values)].mean())) and found["masked"] == 3
+    rest = values[torch.arange(30) != 7]
+    bounds = bootstrap(lambda index: float(rest[index].nanmean()), 29, draws=50, seed=0)
+    assert (found["low"], found["high"]) == pytest.approx(bounds)
+    other = normal(30, 2, seed=1).double()
+    other[5, 1] = torch.inf
+    pairs = measuring.paired({"a": values, "b": values}, {"a": other})
+    assert list(pairs) == ["a"] and pairs["a"]["masked"] == 4
+    assert pairs["a"]["value"] == pytest.approx(float((values - other)[torch.isfinite(values - other)].mean()))
+    assert measuring.paired({"a": values}, {"a": torch.full((30, 2), torch.nan)}) == {}
 
 
 def test_two_numbers_never_have_one_name(sample):
@@ -471,9 +491,17 @@ def test_a_judge_that_was_out_of_reach_is_asked_again(tmp_path):
         server.faults = ["500"] * 3  # all tries of one batch
         with pytest.warns(UserWarning, match="3 pictures are masked"):
             down = evaluated(pipe, tmp_path, **options, say=said.append)
-        assert down["left_out"]["far"] == "3 of 80 pictures got no score" and pipe.calls == 8 * 4 and not said
+        found, row = down["rows"][0]["metrics"]["far"], down["rows"][0]
+        assert found["masked"] == 3 and row["judges"]["far"] == {"asked": 80, "masked": 3, "retried": 2}
+        assert pipe.calls == 8 * 4 and not said
+        (note,) = (note for note in protocol.notes(down) if note.startswith("*"))
+        assert note == "* far: a mean over the pictures that got a score; of 80, none for 3 (student, 4 steps)"
+        assert dict(protocol.as_rows(down))["far ↑"] == [protocol.cell(found)] and protocol.cell(found).endswith("]*")
         up = evaluated(pipe, tmp_path, **options, say=said.append)
-        assert "far" not in up["left_out"] and up["rows"][0]["metrics"]["far"]["value"] == pytest.approx(0.9)  # 0, 1, 2 of threes; then 0
+        row = up["rows"][0]
+        assert row["judges"]["far"] == {"asked": 90, "masked": 0, "retried": 2} and "masked" not in row["metrics"]["far"]
+        assert row["metrics"]["far"]["value"] == pytest.approx(0.9)  # 0, 1, 2 of threes; then 0
+        assert not [note for note in protocol.notes(up) if "far" in note]
         assert pipe.calls == 9 * 4 and len(looked) == 8 * 4  # no features again
         assert said == ["student, 4 steps: 1 of 8 parts have pictures without a score by far; drawn again to ask again"]
         evaluated(pipe, tmp_path, **options)

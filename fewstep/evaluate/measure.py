@@ -37,7 +37,7 @@ from fewstep.evaluate.distances import (
 from fewstep.evaluate.features import Extractor, scaled
 from fewstep.rewards.clip import CLIPScore
 
-Measured = dict[str, dict[str, float]]  # metric -> value, low, high
+Measured = dict[str, dict[str, float]]  # metric -> value, low, high; and masked, the pictures that a mean misses, where it misses any
 Observed = Mapping[str, Matrix]
 
 DRAWS, LEVEL = 200, 0.95  # of every bootstrap interval
@@ -212,11 +212,10 @@ def measure(
         kind, _, judge = name.partition("/")
         if kind in ("score", "utility"):
             scores = observed[name][:]
-            unscored = int((~torch.isfinite(scores)).sum())
-            if unscored:  # a mean over the others would be of other pictures than every other number here
-                left_out[judge or kind] = f"{unscored} of {len(scores)} pictures got no score"
-            else:
+            if has_mean(scores[rows]):
                 add_mean(judge or kind, scores)
+            else:
+                left_out[judge or kind] = f"{int((~torch.isfinite(scores)).sum())} of {len(scores)} pictures got no score"
     if extractors:
         first = extractors[0]
         features = observed[f"features/{first.name}"]
@@ -233,19 +232,33 @@ def measure(
 
 
 def mean_of(values: Tensor, draws: int, seed: int) -> dict[str, float]:
-    """Mean of values (P, G) with its interval: prompts are resampled, each with all its pictures."""
-    means = values.mean(1)  # equal groups: the mean over pictures is the mean over prompts of their means
-    low, high = bootstrap(lambda index: float(means[index].mean()), len(means), draws=draws, seed=seed, level=LEVEL)
-    return {"value": float(means.mean()), "low": low, "high": high}
+    """Mean of values (P, G) with its interval: prompts are resampled, each with all its pictures. A value that is not finite is of a
+    picture that got none: it is no part of the mean, and `masked` counts it. Raises ValueError for values of fewer than two prompts."""
+    there = torch.isfinite(values)
+    some = there.any(1)  # prompts without any value are not resampled
+    sums, counts = values.where(there, 0).sum(1)[some], there.sum(1)[some]
+
+    def mean(index: Tensor) -> float:
+        return float(sums[index].sum() / counts[index].sum())
+
+    low, high = bootstrap(mean, len(sums), draws=draws, seed=seed, level=LEVEL)
+    found = {"value": mean(torch.arange(len(sums))), "low": low, "high": high}
+    return found if bool(there.all()) else found | {"masked": int((~there).sum())}
+
+
+def has_mean(values: Tensor) -> bool:
+    """Whether values (P, G), not finite where there is none, are of two prompts at least."""
+    return int(torch.isfinite(values).any(1).sum()) > 1
 
 
 def paired(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, draws: int = DRAWS, seed: int = 0) -> Measured:
     """Mean difference mine - theirs, picture by picture, of every metric that is a mean, with its interval.
 
     mine, theirs: the `singles` of two samples of the same prompts, drawn from the same noise. What pictures of one prompt and noise
-    have in common, good or bad, is no part of the difference, whose interval is so the narrower.
+    have in common, good or bad, is no part of the difference, whose interval is so the narrower. A pair needs both values.
     """
-    return {name: mean_of(values - theirs[name], draws, seed) for name, values in mine.items() if name in theirs}
+    differences = {name: values - theirs[name] for name, values in mine.items() if name in theirs}
+    return {name: mean_of(values, draws, seed) for name, values in differences.items() if has_mean(values)}
 
 
 def by_extractor(features: Matrix | Mapping[str, Matrix] | None, extractors: Sequence[Extractor]) -> dict[str, Matrix]:

@@ -52,6 +52,7 @@ from fewstep.evaluate.pictures import features as features_of
 from fewstep.evaluate.sets import PromptSet
 from fewstep.evaluate.store import SHARD, Shards, add_tensor, fingerprint, keep, my_share, read, replace, sha256
 from fewstep.rewards.clip import CLIPScore
+from fewstep.rewards.remote import Remote
 
 Utility = Callable[[Tensor], Tensor]  # (B, 3, H, W) in [0, 1] -> (B,)
 Judge = Callable[[Tensor, list[str]], Tensor]  # pictures (B, 3, H, W) in [0, 1] and their B prompts -> (B,), higher is better
@@ -291,6 +292,12 @@ def looks(
 def observe(images: Tensor, looks: Mapping[str, Look], prompts: list[str]) -> dict[str, Tensor]:
     """What each look sees of pictures (B, 3, H, W) and their B prompts, B rows, on the CPU."""
     return {name: torch.as_tensor(look(images, prompts)).detach().float().cpu() for name, look in looks.items()}
+
+
+def retries(judge: Judge) -> int:
+    """Tries that a judge's server had repeated since this was last asked; 0 of a judge without a server."""
+    holder = getattr(judge, "__self__", judge)
+    return int(holder.news().get("retries", 0)) if isinstance(holder, Remote) else 0
 
 
 def observe_sample(
@@ -558,9 +565,25 @@ def draw_parts(
                 whole = {name: torch.cat([each[name] for each in seen]) for name in seen[0]}
                 for name in wanted[i]:
                     cost = {"seconds": whole["seconds"], "evaluations": torch.tensor([float(sum(calls))])}
-                    kept[name].save(i, cost if name == COST else {name: whole[name]}, device=device_name(drawing.device))
+                    found = cost if name == COST else {name: whole[name]}
+                    if name.startswith("score/"):
+                        found |= asking(kept[name], i, name.removeprefix("score/"), len(parts(i)), retries(drawing.looks[name]))
+                    kept[name].save(i, found, device=device_name(drawing.device))
                 seen.clear()
                 calls.clear()
+
+
+def asking(shards: Shards, i: int, judge: str, asked: int, retried: int) -> dict[str, Tensor]:
+    """Pictures of a part that a judge was asked for, and tries that were repeated, added to those of the time before."""
+    before = shards.read(i, "") if shards.whole(i) else {}
+    counts = {f"asked/{judge}": asked, f"retried/{judge}": retried}
+    return {name: torch.tensor([count]) + before.get(name, 0) for name, count in counts.items()}
+
+
+def asked_of(seen: Seen, judge: str) -> dict[str, int]:
+    """Pictures that a judge was asked for (more than there are, where it was asked again), those that have no score now, repeated tries."""
+    masked = int((~torch.isfinite(seen[f"score/{judge}"][:])).sum())
+    return {"asked": int(seen[f"asked/{judge}"][:].sum()), "masked": masked, "retried": int(seen[f"retried/{judge}"][:].sum())}
 
 
 def pictures_folder(inside: Path, row: dict[str, Any], key: str) -> Path:
@@ -663,9 +686,9 @@ def evaluate(
     measure nothing and return None. keep_images: a folder for the pictures themselves, each sample's in one of its own.
 
     Returns {"protocol", "interval", "student", "teacher", "rows", "paired", "best_solver", "left_out"}: each row has name, solver, steps,
-    guidance, seed, n, sample (drawn, kept or shipped), device and metrics (see `measure`); paired: of the student minus the teacher at
-    many steps (see `paired`), None without a teacher; best_solver names the few-step teacher nearest to the teacher; left_out says of
-    metrics why there are none.
+    guidance, seed, n, sample (drawn, kept or shipped), device, metrics (see `measure`) and, where there are judges, what `asked_of` counts
+    of each; paired: of the student minus the teacher at many steps (see `paired`), None without a teacher; best_solver names the few-step
+    teacher nearest to the teacher; left_out says of metrics why there are none.
     """
     named = prompts if isinstance(prompts, PromptSet) else None
     texts = named.prompts if named else list(prompts)
@@ -742,7 +765,8 @@ def evaluate(
             say(f"{row['name']}: pictures in {pictures}")
         seen: dict[str, Matrix] = {name: rows for shards in kept.values() for name, rows in shards.open().items()}
         devices = sorted({device for shards in kept.values() for device in shards.devices()})
-        return row | {"sample": "drawn" if wanted else "kept", "device": ", ".join(devices)}, seen
+        told = {"judges": {name: asked_of(seen, name) for name in judges}} if judges else {}
+        return row | {"sample": "drawn" if wanted else "kept", "device": ", ".join(devices)} | told, seen
 
     with tempfile.TemporaryDirectory() as scratch:
         own_folder, folder = Path(work or scratch), Path(cache or scratch)
@@ -836,23 +860,28 @@ def nearness(metrics: Measured) -> float:
 
 
 def cell(measured: dict[str, float] | None) -> str:
-    """`value [low, high]`, to four digits; the value alone where it is exact."""
+    """`value [low, high]`, to four digits; the value alone where it is exact. A star marks a mean that misses pictures."""
     if measured is None:
         return "-"
     value, low, high = (f"{measured[key]:.4g}" for key in ("value", "low", "high"))
-    return value if measured["low"] == measured["high"] else f"{value} [{low}, {high}]"
+    return (value if measured["low"] == measured["high"] else f"{value} [{low}, {high}]") + ("*" if measured.get("masked") else "")
 
 
 def columns(report: dict[str, Any]) -> list[str]:
     """Names of the report's samples, the best few-step teacher marked, and the paired difference where there is one."""
-    names = [row["name"] + (" (best)" if row["name"] == report["best_solver"] else "") for row in report["rows"]]
-    return names + (["student - teacher, paired"] if report.get("paired") else [])
+    return [name + (" (best)" if name == report["best_solver"] else "") for name in measured_in(report)]
+
+
+def measured_in(report: dict[str, Any]) -> dict[str, Measured]:
+    """Column -> its metrics: the samples, and the paired difference where there is one."""
+    found = {row["name"]: row["metrics"] for row in report["rows"]}
+    return found | ({"student - teacher, paired": report["paired"]["metrics"]} if report.get("paired") else {})
 
 
 def as_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
     """(metric, one cell for each of `columns`), in a fixed order."""
-    measured = [row["metrics"] for row in report["rows"]] + ([report["paired"]["metrics"]] if report.get("paired") else [])
-    return [(label(name), [cell(metrics.get(name)) for metrics in measured]) for name in measured[0]]
+    measured = list(measured_in(report).values())
+    return [(label(name), [cell(metrics.get(name)) for metrics in measured]) for name in dict.fromkeys(itertools.chain(*measured))]
 
 
 def label(name: str) -> str:
@@ -868,9 +897,20 @@ def label(name: str) -> str:
     return "  above shuffled captions ↑" if name.endswith(SHUFFLED) else f"{name} ↑"
 
 
+def plain(name: str) -> str:
+    """A metric's label without what is better."""
+    return label(name).removesuffix(" ↓").removesuffix(" ↑").strip()
+
+
 def notes(report: dict[str, Any]) -> list[str]:
-    """What has to be said beside the numbers: what was left out, intervals of another kind, machines that differ."""
-    said = [f"no {label(name).removesuffix(' ↓').removesuffix(' ↑')}: {why}" for name, why in report.get("left_out", {}).items()]
+    """What has to be said beside the numbers: what was left out, what misses pictures, intervals of another kind, other machines."""
+    said = [f"no {plain(name)}: {why}" for name, why in report.get("left_out", {}).items()]
+    measured = measured_in(report)
+    for name in dict.fromkeys(itertools.chain(*measured.values())):
+        short = {column: masked for column, metrics in measured.items() if (masked := metrics.get(name, {}).get("masked"))}
+        if short:
+            missing = "; ".join(f"{masked} ({column})" for column, masked in short.items())
+            said.append(f"* {plain(name)}: a mean over the pictures that got a score; of {report['protocol']['n']}, none for {missing}")
     other = report["interval"].get("jackknife")
     if other:
         said.append(f"intervals of {', '.join(other['metrics'])}: jackknife over {other['blocks of prompts']} blocks of prompts")
