@@ -1066,8 +1066,11 @@ def table_flags(arguments: list[str], tables: tuple[str, ...]) -> tuple[dict[str
     return found, rest
 
 
-def load_judges(named: dict[str, str | None], *, device: str, in_world: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(judges that are a CLIP, by name; any other rewards as functions of pictures and prompts). Raises UserError naming the flag."""
+def load_judges(named: dict[str, str | None], *, device: str, in_world: bool, timeout: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(judges that are a CLIP, by name; any other rewards as functions of pictures and prompts). Raises UserError naming the flag.
+
+    timeout: as `remote.timeout` of a run.
+    """
     from fewstep import world
     from fewstep.evaluate.measure import is_reserved
     from fewstep.rewards import REWARDS, sources
@@ -1080,7 +1083,7 @@ def load_judges(named: dict[str, str | None], *, device: str, in_world: bool) ->
         if name not in REWARDS and not (sources.is_code(source) or sources.is_remote(source)):
             raise UserError(f"judge.{name}: unknown reward{nearest(name, REWARDS)}. {OWN_JUDGE.format(name)}")
         try:
-            judge = sources.open_judge(name, source, assets=world.ASSETS if in_world else None, device=device)
+            judge = sources.open_judge(name, source, assets=world.ASSETS if in_world else None, device=device, timeout=timeout)
         except (OSError, ValueError) as error:
             raise UserError(f"judge.{name}: {error}") from error
         if isinstance(judge, CLIPScore):
@@ -1103,6 +1106,8 @@ def share_of(text: str | None) -> tuple[int, int]:
 
 
 def evaluate_command(arguments: list[str]) -> int:
+    from fewstep.config import Config, RemoteConfig
+
     tables, arguments = table_flags(arguments, ("extractor", "judge"))
     parser = simple_parser(
         "evaluate",
@@ -1123,6 +1128,10 @@ def evaluate_command(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the rows; the teacher's reference sample uses the next")
     parser.add_argument("--batch", type=int, default=16, help="pictures drawn at a time (default 16)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of the pipelines")
+    default = f"{RemoteConfig().timeout:g}"
+    parser.add_argument(
+        "--remote.timeout", dest="timeout", type=float, metavar="SECONDS", help=f"of a judge's server (default: the run's, or {default})"
+    )
     parser.add_argument("--shard", metavar="I/N", help="draw only this share; a last call without it measures (torchrun does both)")
     parser.add_argument("--keep-images", type=Path, metavar="FOLDER", help="keep the pictures themselves too")
     parser.add_argument("--beside", type=Path, nargs="+", default=[], metavar="REPORT", help="show other reports in one table")
@@ -1137,6 +1146,9 @@ def evaluate_command(arguments: list[str]) -> int:
     for name in ("images_per_prompt", "steps", "teacher_steps", "resize", "batch"):
         if (getattr(options, name) or 1) < 1 or getattr(options, name) == 0:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, got {getattr(options, name)}")
+    remote = (config or Config()).remote if options.timeout is None else RemoteConfig(options.timeout)
+    if problems := Config(remote=remote).problems():
+        raise UserError("; ".join(problems))
     against = options.against or (config.teacher if config else "none")
     teacher = None if against == "none" else resolve_teacher(against)
     steps = options.steps or (config.steps if config else steps_of(folder) if own else None)
@@ -1175,7 +1187,7 @@ def evaluate_command(arguments: list[str]) -> int:
         if options.data is not None:
             told["data"] = pictures.open_pictures(options.data)
         told["extractors"] = features.make_extractors(tables["extractor"].items(), resize=options.resize, device=device)
-        told["scorers"], told["judges"] = load_judges(tables["judge"], device=device, in_world=against == "world")
+        told["scorers"], told["judges"] = load_judges(tables["judge"], device=device, in_world=against == "world", timeout=remote.timeout)
         output = options.output or (folder if own else Path()) / "evaluation.json"
         report = measure_student(folder, teacher, config, output=output, share=share, progress=share[0] == 0 or not launched, **told)
         if launched and share[1] > 1:

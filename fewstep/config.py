@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fewstep.rewards.sources import TIMEOUT
+
 
 @dataclass
 class StudentConfig:
@@ -116,7 +118,7 @@ class DiscriminatorConfig:
 
 @dataclass
 class RemoteConfig:
-    timeout: float = 120.0
+    timeout: float = TIMEOUT
     """Seconds for one try of one request to a server that a reward or a judge stands behind, up to the last byte of its answer."""
 
 

@@ -596,7 +596,8 @@ def test_a_function_in_a_file_and_a_server_judge_as_well(tmp_path):
     file.write_text("def dark(images, prompts):\n    return 1 - images.flatten(1).mean(1)\n")
     images = (torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 255).round() / 255  # a server is sent 8 bits
     with served(f"{file}:dark") as url:
-        scorers, judges = cli.load_judges({"mine": f"{file}:dark", "far": url}, device="cpu", in_world=False)
+        scorers, judges = cli.load_judges({"mine": f"{file}:dark", "far": url}, device="cpu", in_world=False, timeout=7.0)
+        assert judges["far"].__self__.timeout == 7.0
         seen = protocol.observe(images, protocol.looks(scorers, judges=judges), ["a", "b", "c"])
         identities = {protocol.identity_of(judge) for judge in judges.values()}
     assert not scorers and len(identities) == 2
@@ -890,6 +891,7 @@ def free_port():
         ({"--against": "./nowhere"}, "./nowhere: no such folder"),
         ({"--shard": "2/2"}, "--shard: i/n"),
         ({"--batch": "0"}, "--batch: must be at least 1"),
+        ({"--remote.timeout": "0"}, "remote.timeout: must be positive and at most a day (86400), got 0.0"),
         ({"--beside": "CAPTIONS"}, "not a report of fewstep evaluate"),
         ({"--judge.clpi": "x"}, "judge.clpi: unknown reward; did you mean 'clip'"),
         ({"--judge.fid_teacher": "mine.py:f"}, "judge.fid_teacher: another number of the report has this name"),
@@ -911,6 +913,24 @@ def test_a_wrong_argument_gets_one_clear_line(command, tmp_path, capsys, change,
     assert cli.main(arguments) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("fewstep: error: ") and words in lines[-1], lines
+
+
+def test_a_judges_server_has_the_runs_time_or_that_of_the_flag(command, student, tmp_path, monkeypatch):
+    asked = []
+
+    def load(named, *, timeout, **others):
+        asked.append(timeout)
+        raise cli.UserError("enough")
+
+    monkeypatch.setattr(cli, "load_judges", load)
+    assert cli.main(command) == 2 and asked == [120.0]
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "model_index.json").write_text("{}")
+    (folder / "config.yaml").write_text("remote:\n  timeout: 9\n")
+    of_a_run = ["evaluate", str(folder), *command[2:]]
+    assert cli.main(of_a_run) == cli.main([*of_a_run, "--remote.timeout", "7"]) == 2
+    assert asked == [120.0, 9.0, 7.0]
 
 
 def test_a_student_without_a_teacher_and_without_anything_to_measure(command, student, capsys, tmp_path):
