@@ -22,11 +22,14 @@ PROMPTS = ["cat", "dog", "a cat", "a dog", "pie", "a pie"]
 WORDS = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "cat</w>": 3, "dog</w>": 4, "pie</w>": 5}
 
 
-def tiny_tokenizer():
+def tiny_tokenizer(*, end=1, pad="<|endoftext|>"):
+    """end: the number of the token that ends a text; the one that had it takes its."""
     letters = {piece: 6 + i for i, piece in enumerate("acdegiopt")}
     merges = [("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>"), ("p", "i"), ("pi", "e</w>")]
     pieces = {piece: 15 + i for i, piece in enumerate(["ca", "do", "pi", "t</w>", "g</w>", "e</w>"])}
-    return CLIPTokenizer(vocab=WORDS | letters | pieces, merges=merges, model_max_length=8)
+    number = {1: end, end: 1}
+    vocab = {word: number.get(i, i) for word, i in (WORDS | letters | pieces).items()}
+    return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad, model_max_length=8)
 
 
 def text_config():

@@ -350,6 +350,45 @@ def test_hps_is_the_published_network_on_the_published_preprocessing(hps_folder)
     assert bool((gradient.flatten(1).norm(dim=1) > 0).all())
 
 
+@pytest.mark.parametrize(
+    "prompt, cleaned",  # by the tokenizer in hpsv2 1.2.0
+    [
+        ("don’t “quote” ‘it’", "don't \"quote\" 'it'"),
+        ("rock &amp; roll, caf&eacute;, &amp;lt;3 &rsquo;90s", "rock & roll, café, <3 '90s"),
+        ("ﬁne ﬂow, Ĳssel, ǅ", "fine flow, IJssel, Dž"),
+        ("Ｆｕｌｌ ｶ", "Full カ"),
+        ("tab\x07bell\ufeff", "tabbell"),
+        ('naïve—dash…, ½ H₂O, 日本語 😀 8k (masterpiece:1.2) 5" <b>', 'naïve—dash…, ½ H₂O, 日本語 😀 8k (masterpiece:1.2) 5" <b>'),
+    ],
+)
+def test_hps_cleans_prompts_as_published(prompt, cleaned):
+    assert hps.cleaned(prompt) == cleaned
+
+
+def test_hps_scores_what_the_cleaned_prompt_says(hps_folder):
+    scorer = HPS.load(hps_folder)
+    plain, other = scorer.text_features(["a cat", "a dog"]), scorer.text_features(["  A &#99;AT\n", "a\t\tdｏg"])
+    assert torch.equal(plain, other) and not torch.equal(plain[0], plain[1])
+
+
+@pytest.mark.parametrize("end, stated", [(1, 1), (20, 20), (20, 2)])  # 2: as CLIP's old configurations say, where the highest number ends
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "a</w>"])  # the published tokenizer pads with number 0, another word
+def test_what_pads_a_text_does_not_change_its_score(hps_folder, end, stated, pad):
+    """Open_clip pads every text to its full length with number 0 and reads it where it ends: so must any padding come to the same."""
+    scorer = HPS.load(hps_folder)
+    scorer.tokenizer = tiny_tokenizer(end=end, pad=pad)
+    scorer.model.text_model.eos_token_id = stated
+    prompts = ["cat", "a dog", "a cat a dog pie", " ".join(["pie a"] * 20)]
+    ids = torch.zeros(4, 8, dtype=torch.long)
+    for row, prompt in zip(ids, prompts, strict=True):
+        words = [tiny_tokenizer(end=end).convert_tokens_to_ids(f"{word}</w>") for word in prompt.split()]
+        whole = [0, *words[:6], end]  # cut so that its end is still there
+        row[: len(whole)] = torch.tensor(whole)
+    images = noise(4, 16, 16)
+    expected = open_clip_cosine(open_clip_state(), scorer.preprocess(images), ids, end=end)
+    torch.testing.assert_close(scorer.score(images, prompts), expected, rtol=0, atol=1e-5)
+
+
 def test_hps_equals_open_clip_where_it_can_be_imported():
     try:
         from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg

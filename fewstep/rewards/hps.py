@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import html
+import re
+import unicodedata
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +34,21 @@ def longer_edge(height: int, width: int, size: int) -> tuple[int, int]:
     return round(height * scale), round(width * scale)
 
 
+STRAIGHT = str.maketrans(dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'") | dict.fromkeys("\u201c\u201d\u201e\u201f", '"'))
+TYPESET = re.compile("[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\ufb00-\ufb06\uff01-\uffef]")  # ligatures, full and half width
+UNSEEN = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]")  # control characters
+
+
+def cleaned(prompt: str) -> str:
+    """A prompt as the published tokenizer, open_clip's, cleans it before it splits it into words: HTML's entities and ligatures written
+    out, quotes straight, letters of one width, no control characters. Blanks and case are left to the tokenizer, which does the same.
+
+    What was once decoded by a wrong table ("schÃ¶n"), which is mended there, is read as it stands.
+    """
+    prompt = UNSEEN.sub("", html.unescape(html.unescape(prompt)))
+    return TYPESET.sub(lambda found: unicodedata.normalize("NFKC", found[0]), prompt).translate(STRAIGHT)
+
+
 class HPS(CLIPScore):
     """The cosine itself, as the published `score` returns it; its tables show 100 times that.
 
@@ -40,6 +58,10 @@ class HPS(CLIPScore):
     @property
     def scale(self) -> float:
         return 1.0
+
+    def text_features(self, prompts: list[str]) -> Tensor:
+        """As a CLIPScore's, of the cleaned prompts."""
+        return super().text_features([cleaned(prompt) for prompt in prompts])
 
     @classmethod
     def read_preprocess(cls, folder: Path, size: int) -> partial[Tensor]:
