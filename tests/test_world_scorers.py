@@ -1,5 +1,7 @@
 """The world's gold utility and scorers: closed forms, invariances, and the shipped models."""
 
+import ast
+import inspect
 import itertools
 import math
 from pathlib import Path
@@ -51,6 +53,15 @@ def tiny(tokenizer):
 
     torch.manual_seed(0)
     return make_clip(tokenizer, patch=16, width=32, layers=1).eval()
+
+
+def test_gold_is_all_in_its_file():
+    """A report tells it by the hash of that file, which would not see a change in anything else that it called or read."""
+    tree = list(ast.walk(ast.parse(Path(inspect.getfile(gold_utility)).read_text())))
+    imported = {name for node in tree if isinstance(node, ast.Import) for name in (alias.name for alias in node.names)}
+    imported |= {node.module for node in tree if isinstance(node, ast.ImportFrom)}
+    assert {name.partition(".")[0] for name in imported} == {"__future__", "torch"}
+    assert not {"open", "__import__", "load", "from_file"} & {getattr(node, "id", getattr(node, "attr", "")) for node in tree}
 
 
 def test_gold_has_an_interior_peak_in_saturation_and_sharpness(images):

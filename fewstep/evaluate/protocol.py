@@ -362,7 +362,10 @@ def content_of(
 
 
 def utility_hash(utility: Utility | None) -> str | None:
-    """SHA-256 of the source file that defines a utility."""
+    """SHA-256 of the source file that defines a utility: of all it is, where that file calls torch alone, as the world's does (tested).
+
+    The torch that ran it is among a stamp's versions.
+    """
     return None if utility is None else hashlib.sha256(Path(inspect.getfile(utility)).read_bytes()).hexdigest()
 
 
