@@ -327,7 +327,7 @@ def test_the_folder_draws_in_stock_diffusers_what_the_student_draws_in_training(
 def test_lora_file_gives_the_same_student_on_the_teacher(teacher_folder, prompt_file, tmp_path):
     from diffusers import StableDiffusionPipeline
 
-    config = cli.parse_config(["--teacher", str(teacher_folder), "--student.lr", "1e-2", "--lora-rank", "2", *SMALL])
+    config = cli.parse_config(["--teacher", str(teacher_folder), "--student.lr", "1e-2", *SMALL, "--lora-rank", "2"])
     run = cli.build(config, ["a cat"], str(teacher_folder))
     for _ in range(3):
         run.trainer.step()
