@@ -772,14 +772,14 @@ def distill(config: Config, functions: dict[str, Any] | None = None, judges: dic
 
 def judge_records(config: Config, functions: dict[str, Any]) -> dict[str, dict[str, str]]:
     """Where each judge of a run comes from and in which version."""
+    from fewstep import world
     from fewstep.rewards import sources
 
-    own = {name: source for name, source in config.judge.items() if source == HELD_OUT and name not in functions}
+    own = [name for name, source in config.judge.items() if source == HELD_OUT and name not in functions]
+    twins = {name: {"source": f"the embedded world's, {HELD_OUT}", "version": sources.version(str(world.TWINS[name]))} for name in own}
     named = {name: source for name, source in config.judge.items() if source is not None}
     others = [name for name in dict.fromkeys([*config.judge, *functions]) if name not in own]
-    return {name: {"source": f"the embedded world's, {HELD_OUT}"} for name in own} | sources.records(
-        others, named, functions, assets=assets(config)
-    )
+    return twins | sources.records(others, named, functions, assets=assets(config))
 
 
 def dry_run(config: Config, source: str, prompts: int) -> int:

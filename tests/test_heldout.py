@@ -10,6 +10,7 @@ from test_trainer import brightness, redness, run_of
 
 from fewstep import checkpoint, cli
 from fewstep.prompts import read
+from fewstep.rewards import sources
 from fewstep.rewards.heldout import HeldOut, Parting, parting
 from fewstep.trainer import rms, spread_of
 from fewstep.types import Sample
@@ -228,6 +229,8 @@ def test_the_worlds_own_twins_are_other_models(teacher_folder):
     assert torch.equal(gold(images, ["a cat", "a dog"]), gold(images, ["", ""]))  # it reads no prompt
     config = cli.parse_config(["gndmr", "--judge.clip", "held-out", "--judge.preference", "held-out"])
     assert cli.check_judges(config, {}) == {} and set(cli.make_judges(cli.resolve_hardware(config), {})) == {"clip", "preference"}
+    told = cli.judge_records(config, {})
+    assert told["clip"]["version"] == sources.version(str(world.ASSETS / "clip-heldout")) != told["preference"]["version"]
 
 
 def test_the_python_interface_takes_judges(teacher_folder, prompt_file, tmp_path):

@@ -13,6 +13,7 @@ IMAGES_PER_PROMPT = 8  # of an evaluation, unless told otherwise
 TEACHER_STEPS = 28
 TEACHER_GUIDANCE = 3.0
 VARIANTS = 8  # jittered copies of each picture in the reference features; the first is the picture itself
+TWINS = {"clip": ASSETS / "clip-heldout", "preference": Path(__file__).parent / "utility.py"}  # what each reward's `held_out` judge is
 NEIGHBOURS = 3 * VARIANTS  # k of precision and recall: a copy's nearest neighbours are the other copies of its picture
 
 
