@@ -7,6 +7,7 @@ import difflib
 import functools
 import itertools
 import json
+import re
 import signal
 import sys
 from pathlib import Path
@@ -228,6 +229,25 @@ def check_recipe(path: Path, names: dict[str, type]) -> None:
     walk(recipe, "")
 
 
+WRONG_TYPE = re.compile(r"Parser key \"([\w.]+)\": .*?Expected an? (.+?)\. Got value: (.*)")
+PAIR = "two numbers in brackets, as [0.9, 0.99]"
+KINDS = {
+    "<class 'int'>": "a whole number", "<class 'float'>": "a number", "<class 'bool'>": "true or false",
+    "<class 'tuple'>": PAIR, "tuple with 2 elements": PAIR,
+}  # fmt: skip
+
+
+def in_plain_words(message: str) -> str:
+    """What the parser says of a value of the wrong type, without the names that types have in Python."""
+    found = WRONG_TYPE.search(message)
+    if found is None:
+        return message.replace("Parser key", "key")
+    key, kind, value = found.groups()
+    choices = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)
+    wanted = f"one of {choices[1].replace(chr(39), '')}" if choices else KINDS.get(kind, kind)
+    return f"{key}: must be {wanted}; got {value}"
+
+
 @functools.cache
 def config_parser() -> Any:
     """Made once: to read the config's docstrings takes longer than to parse a run's flags."""
@@ -237,7 +257,7 @@ def config_parser() -> Any:
 
     class Parser(jsonargparse.ArgumentParser):
         def error(self, message: str, ex: Exception | None = None):
-            raise UserError(" ".join(message.replace("Parser key", "key").split())) from ex
+            raise UserError(in_plain_words(" ".join(message.split()))) from ex
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(prog="fewstep distill", description="Distil a teacher into a few-step student.")
