@@ -214,7 +214,8 @@ def check_recipe(path: Path, names: dict[str, type]) -> None:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
-        raise UserError(f"{path}: a recipe is a list of `key: value` lines, this holds {type(recipe).__name__}")
+        held = "nothing" if recipe is None else "a list" if isinstance(recipe, list) else f"only {recipe!r}"
+        raise UserError(f"{path}: a recipe is a list of `key: value` lines, this holds {held}")
 
     def walk(node: dict[Any, Any], prefix: str) -> None:
         for key, value in node.items():

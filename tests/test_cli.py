@@ -123,8 +123,9 @@ def test_bad_input_gets_one_clear_line(capsys, tmp_path, prompt_file, arguments,
         ("stepz: 3", "did you mean 'steps'"),
         ("steps: many", "recipe.yaml: steps: must be a whole number; got many"),
         ("steps: [3", "not valid YAML"),
-        ("- steps", "this holds list"),
-        ("", "this holds NoneType"),
+        ("- steps", "this holds a list"),
+        ("steps", "this holds only 'steps'"),
+        ("", "this holds nothing"),
     ],
 )
 def test_bad_recipes_name_the_file(capsys, tmp_path, text, words):
