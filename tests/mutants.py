@@ -279,6 +279,13 @@ HARMLESS: dict[tuple[str, str], str] = {
     ("losses", "log_ratio = (log_prob - old_log_prob).clone()[known]"): "the result is a float: no gradient passes",
     ("losses", "return 0 * log_prob.mean()"): "0 either way, and so is its gradient",
     ("losses", "return 0 / log_prob.sum()"): "0 either way, and so is its gradient",
+    **{
+        ("importance", line): "bisected to the last bit either way"
+        for line in (
+            "low, high = (middle, high) if expected_sample_size(middle**2 * move) > min_ess else (low, middle)",
+            "for _ in range( 61):", "for _ in range( 59):", "return 1 + high",
+        )
+    },
     ("student", "dimensions = x0[ -1].numel()"): "every row has as many elements",
     ("student", "return bcast(self.schedule.alpha(t), noise) * x0 + bcast(self.schedule.sigma(t), x0) * noise"): SAME_SIZE,
     ("student", "return bcast(self.schedule.alpha(t), x0) * x0 + bcast(self.schedule.sigma(t), noise) * noise"): SAME_SIZE,

@@ -97,9 +97,10 @@ def test_the_expected_size_is_the_limit_of_the_drawn_one():
 def test_permitted_updates_follow_the_measured_move():
     for v in (0.01, 0.1, 1.0):
         assert permitted_updates(torch.full((5,), v), min_ess=0.5) == pytest.approx(1 + math.sqrt(math.log(2) / v), rel=1e-6)
-    mixed = torch.tensor([0.05, 0.4, 2.0], dtype=torch.float64)
-    several = permitted_updates(mixed, min_ess=0.5)
-    assert expected_sample_size((several - 1) ** 2 * mixed) == pytest.approx(0.5, rel=1e-6)
+    for mixed in ([0.05, 0.4, 2.0], [0.0, 2.0]):  # one that has not moved permits no more to the others
+        moves = torch.tensor(mixed, dtype=torch.float64)
+        several = permitted_updates(moves, min_ess=0.6)
+        assert expected_sample_size((several - 1) ** 2 * moves) == pytest.approx(0.6, rel=1e-6)
     assert permitted_updates(torch.zeros(3), min_ess=0.5) == math.inf
     assert permitted_updates(torch.full((3,), 1e6), min_ess=0.5) == pytest.approx(1, abs=1e-3)
 
