@@ -103,7 +103,8 @@ class ReuseConfig:
     rho_max: float = 2.0
     """Truncation of the importance weights."""
     min_ess: float = 0.5
-    """Effective sample size of the weights under which an evaluation is not reused any more."""
+    """Expected effective sample size of the weights, of the quarter of a batch's noise levels where it is smallest, under which an
+    evaluation is not reused any more."""
     backward_simulation: bool = False
     """Fresh prompts simulated for every student and every fake update, keeping one state, as DMD2 does (a baseline)."""
 
