@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from fewstep import world
 from fewstep.evaluate import protocol
+from fewstep.rewards.serve import end_with_parent
 from fewstep.weights import Adaptive, mean_rate
 
 REFERENCE_SEED = 10_000  # of the teacher's sample that distances are taken to; cells draw with their own seeds
@@ -515,21 +516,6 @@ def kept(plan: Plan) -> Cells:
         else:
             print(f"{path.name}: {'made with other settings' if known else 'of no row that is known'}, not used")
     return cells
-
-
-def end_with_parent() -> None:
-    """Let this worker end when the process that started it is gone: a killed run leaves nobody training on."""
-    import multiprocessing
-    import threading
-
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def make_cell(plan: Plan, row: str, seed: int) -> dict[str, Any]:

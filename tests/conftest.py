@@ -46,15 +46,19 @@ def teacher_folder(tmp_path_factory):
     return folder
 
 
+def saved(root, makers):
+    """`root`, with a folder of each maker's pipeline by its name."""
+    for name, maker in makers.items():
+        maker().save_pretrained(root / name, safe_serialization=True)
+    return root
+
+
 @pytest.fixture(scope="session")
 def teachers(tmp_path_factory):
     """Folder with a folder of each family's tiny teacher, saved as any user's would be."""
     from pipelines import PIPELINES
 
-    root = tmp_path_factory.mktemp("teachers")
-    for name, maker in PIPELINES.items():
-        maker().save_pretrained(root / name, safe_serialization=True)
-    return root
+    return saved(tmp_path_factory.mktemp("teachers"), PIPELINES)
 
 
 @pytest.fixture(scope="session")

@@ -327,7 +327,9 @@ HARMLESS: dict[tuple[str, str], str] = {
         "one group under another name",
     ("rewards.distribution", "(nothing) def lag(self, new: Sample, old: Sample, *, kl: bool = False) -> Lag:"):
         "what comes back are floats: without no_grad it only costs memory",
-    ("rewards.distribution", "losses.append(float(denoising( target(sample.x0, noise, alpha, sigma, self.fake.prediction),prediction)))"):
+    ("rewards.distribution", "(nothing) def known(self, sample: Sample, xt: Tensor, t: Tensor, noise: Tensor, *, teacher: Tensor | None) -> tuple[float, float | None]:"):
+        "what comes back are floats: without no_grad it only costs memory",
+    ("rewards.distribution", "loss = float(denoising( target(sample.x0, noise, alpha, sigma, self.fake.prediction),prediction))"):
         "the squared error is symmetric, and no gradient is taken",
     ("weights", "return min( math.log(cap),log_weight + eta * min(max(1 - kl / budget, -1.0), 1.0))"): "min is symmetric",
     ("weights", "return min(log_weight + eta * min( 1.0,max(1 - kl / budget, -1.0)), math.log(cap))"): "min is symmetric",

@@ -4,6 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
+from conftest import saved
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pipelines import flux, flux2
 from torch import nn
@@ -23,10 +24,7 @@ MAKERS = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("flux")
-    for name, maker in MAKERS.items():
-        maker().save_pretrained(root / name, safe_serialization=True)
-    return root
+    return saved(tmp_path_factory.mktemp("flux"), MAKERS)
 
 
 @pytest.fixture

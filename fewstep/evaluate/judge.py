@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser, target, to_x0
-from fewstep.losses import denoising
+from fewstep.denoiser import Denoiser
 from fewstep.rewards.distribution import DistributionMatching
 from fewstep.types import Sample
 
@@ -112,15 +111,12 @@ def hold(matching: DistributionMatching, sample: Sample) -> Held:
     return Held(sample, t, noise, xt, matching.teacher(xt, t, sample.cond))
 
 
-@torch.no_grad()
 def asked(matching: DistributionMatching, held: list[Held], precision: Callable[[], Any]) -> tuple[Tensor, float]:
     """(the KL by `matching.fake` in each held batch, (batches,) float64; that fake's mean loss on them), one pass of it a batch."""
     kls, losses = [], []
     for sample, t, noise, xt, teacher in held:
-        alpha, sigma = matching.schedule.alpha(t), matching.schedule.sigma(t)
         with precision():
-            prediction = matching.fake.predict(xt, t, matching.fake_cond(sample.cond, sample.k))
-        losses.append(float(denoising(prediction, target(sample.x0, noise, alpha, sigma, matching.fake.prediction))))
-        x0 = to_x0(prediction, xt, alpha, sigma, matching.fake.prediction)
-        kls.append(-float(matching.score(sample.x0, x0, teacher, t).mean()))  # a KL is minus the mean score, eq. (4)
+            loss, score = matching.known(sample, xt, t, noise, teacher=teacher)
+        losses.append(loss)
+        kls.append(-score)  # a KL is minus the mean score, eq. (4)
     return torch.tensor(kls, dtype=torch.float64), sum(losses) / len(losses)

@@ -200,6 +200,19 @@ class DistributionMatching:
         return denoising(prediction, wanted)
 
     @torch.no_grad()
+    def known(self, sample: Sample, xt: Tensor, t: Tensor, noise: Tensor, *, teacher: Tensor | None) -> tuple[float, float | None]:
+        """(the fake's loss on a sample renoised to xt (B, C, H, W) at t (B,), the mean score there by that same pass of the fake).
+
+        teacher: its unguided x0 (B, C, H, W) at xt, without which there is no score.
+        """
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        prediction = self.fake.predict(xt, t, self.fake_cond(sample.cond, sample.k))
+        loss = float(denoising(prediction, target(sample.x0, noise, alpha, sigma, self.fake.prediction)))
+        if teacher is None:
+            return loss, None
+        return loss, float(self.score(sample.x0, to_x0(prediction, xt, alpha, sigma, self.fake.prediction), teacher, t).mean())
+
+    @torch.no_grad()
     def lag(self, new: Sample, old: Sample, *, kl: bool = False) -> Lag:
         """The fake's held-out error on the newest outputs minus its error on those it was trained on, at the same (t, noise).
 
@@ -210,13 +223,10 @@ class DistributionMatching:
         """
         t = self.noise_levels(torch.zeros_like(new.group), "stratified")
         noise = torch.randn_like(new.x0)
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         losses, gaps = [], []
         for sample in (new, old):
             xt = self.renoise(sample.x0, t, noise)
-            prediction = self.fake.predict(xt, t, self.fake_cond(sample.cond, sample.k))
-            losses.append(float(denoising(prediction, target(sample.x0, noise, alpha, sigma, self.fake.prediction))))
-            if kl:
-                fake = to_x0(prediction, xt, alpha, sigma, self.fake.prediction)
-                gaps.append(float(self.score(sample.x0, fake, self.teacher(xt, t, sample.cond), t).mean()))
+            loss, score = self.known(sample, xt, t, noise, teacher=self.teacher(xt, t, sample.cond) if kl else None)
+            losses.append(loss)
+            gaps.append(score)
         return Lag(losses[0] - losses[1], gaps[0] - gaps[1] if kl else None)

@@ -245,17 +245,24 @@ def busy(port: int, error: OSError) -> ValueError:
 SETTINGS: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}  # of uvicorn
 
 
+def end_with_parent() -> None:
+    """Let this process end when the one that started it is gone: one that was killed outright cannot tell its workers, and they would train
+    on, or keep the port and the memory."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def work(options: argparse.Namespace, held: socket.socket, ready: Any) -> None:
     """What one of several workers does, in a process of its own: load the model, set `ready`, serve until it is told to end."""
     import uvicorn
 
-    def end_with_parent() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)  # a parent that was killed outright cannot tell its workers; they would keep the port and the memory
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
     name, version, score = load(options.what, options.scorer, options.device)
     served = application(name, version, score, batch=options.batch, workers=options.workers, device=options.device)
     ready.set()
