@@ -130,9 +130,10 @@ def peak_of(system: str, family: str, options: list[str]) -> dict[int, int]:
 
 
 def options_of(family: str, rank: int) -> list[str]:
-    """As bench/step.py on a GPU, but for two groups: the parts of a batch pass one after the other, so that two need what many need."""
-    meta = ["--device", "cpu", "--precision", "fp32", "--memory.frozen", "fp32"]
-    return [*step.flags("cuda", family, "lora"), "--lora-rank", str(rank), "--groups", "2", "--fake.condition", "none", *meta]
+    """As bench/step.py on a GPU, but for two groups in parts of one: parts pass one after the other, so that two need what many need."""
+    parts = ["--groups", "2", "--memory.micro-groups", "1"]
+    meta = ["--fake.condition", "none", "--device", "cpu", "--precision", "fp32", "--memory.frozen", "fp32"]
+    return [*step.flags("cuda", family, "lora"), "--lora-rank", str(rank), *parts, *meta]
 
 
 COLUMNS = ("family", "rank", "batch", "ours, GB", "reference, GB", "ratio")

@@ -412,6 +412,18 @@ def test_recomputed_activations_give_the_gradient(teachers, name):
     assert all(torch.equal(grad, recomputed[key]) for key, grad in plain.items())
 
 
+@every_family
+def test_the_repeated_blocks_are_what_is_compiled(teachers, name, monkeypatch):
+    """Most of the network, no part of it twice; diffusers names no blocks of SD3, Sana and PixArt."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    model = models.load(str(teachers / name)).roles(lora_rank=2, compiled=True).student.network.model
+    inside = [part for block in compiled for part in block.modules()]
+    assert len(compiled) > 1 and len(inside) == len(set(inside)) and set(inside) < set(model.modules())
+    layers = [part for part in model.modules() if isinstance(part, torch.nn.Linear)]
+    assert len(set(layers) & set(inside)) > 0.6 * len(layers)
+
+
 def test_grids_are_decoded_a_picture_at_a_time(teachers):
     backbone = models.load(str(teachers / "StableDiffusionPipeline"))
     roles, seen = backbone.roles(lora_rank=2), []

@@ -6,6 +6,7 @@ A family is a subclass that says what its stock pipeline does in one denoising s
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -26,6 +27,8 @@ from fewstep.denoiser import Cond, Denoiser, Prediction, join
 from fewstep.models import UnsupportedTeacher
 from fewstep.models.embeddings import Embeddings
 from fewstep.schedule import DDPM, Flow, Schedule
+
+TRACES = 64  # of one block's function that torch may keep
 
 
 class Roles(NamedTuple):
@@ -94,6 +97,28 @@ def attention_backends() -> list[SDPBackend]:
     return [backend for backend, enabled in allowed.items() if enabled]
 
 
+@contextmanager
+def attention() -> Iterator[None]:
+    """The attention kernels of one pass of a network: where a gradient is recorded, all that are allowed but cuDNN's.
+
+    Its forward pass is the fastest on an H100, its backward pass is not to be trusted: with torch 2.11 it ended FLUX.1's first update
+    in an illegal memory access, and gives NaN under some masks (pytorch issue 196678).
+    """
+    if not torch.is_grad_enabled() or not torch.backends.cuda.cudnn_sdp_enabled():
+        yield
+        return
+    with sdpa_kernel([backend for backend in attention_backends() if backend != SDPBackend.CUDNN_ATTENTION]):
+        yield
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks that a network is a stack of: those that diffusers names, else the entries of the lists that it holds."""
+    names = set(model._repeated_blocks or ())
+    if names:
+        return [module for module in model.modules() if type(module).__name__ in names]
+    return [block for held in model.children() if isinstance(held, nn.ModuleList) for block in held]
+
+
 class Again(ExitStack):
     """What a block is computed again under: the adapter, and the attention kernels, that it was first computed with.
 
@@ -151,7 +176,7 @@ class Network(nn.Module):
         self.switch()
         if self.guidance is not None:
             cond = {**cond, "guidance": torch.full((len(xt),), self.guidance, device=xt.device)}
-        with self.add_step(cond):
+        with self.add_step(cond), attention():
             return self.backbone[0].predict(self.model, xt, timestep, cond)
 
     def features(self, xt: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
@@ -543,8 +568,10 @@ class Backbone:
             if self.pipe.vae._supports_gradient_checkpointing:  # AutoencoderDC and AutoencoderKLQwenImage do not
                 self.pipe.vae.enable_gradient_checkpointing(recompute(None))
         if compiled:
-            for model in set(models):
-                model.compile_repeated_blocks()
+            # traced for each kind of block and each role, with a gradient and without: beyond its limit torch would stop compiling
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, TRACES)
+            for block in itertools.chain.from_iterable(map(repeated_blocks, set(models))):
+                block.compile()
         networks = (
             Network(self, models[0], adapters=adapters, adapter="", guidance=guidance),
             Network(self, models[1], adapters=adapters, adapter="student", guidance=own),
