@@ -97,13 +97,14 @@ class ReuseConfig:
     rollout: int = 1
     """Evaluations of R_dm that one rollout feeds (U), each from other states; 1 is a fresh rollout for each."""
     evaluation: int = 1
-    """Student updates that one evaluation of R_dm serves (M), with importance weights, eq. (8)."""
+    """Student updates that one evaluation of the rewards serves (M): R_dm's with importance weights, eq. (8), and made anew where they
+    degenerate; the other rewards' directions as they are."""
     weighted: bool = True
     """Weigh a reused evaluation by its importance ratio; false reuses it as it is (the rival to beat)."""
     rho_max: float = 2.0
     """Truncation of the importance weights."""
     min_ess: float = 0.5
-    """Expected effective sample size of the weights, of the quarter of a batch's noise levels where it is smallest, under which an
+    """Expected effective sample size of the weights, of the quarter of a batch's noise levels where it is smallest, under which R_dm's
     evaluation is not reused any more."""
     backward_simulation: bool = False
     """Fresh prompts simulated for every student and every fake update, keeping one state, as DMD2 does (a baseline)."""

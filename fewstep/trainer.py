@@ -51,7 +51,7 @@ class Term:
 
 @dataclass
 class Block:
-    """One evaluation of the rewards, kept for the student updates that it serves."""
+    """One evaluation of the rewards, kept for the student updates that it serves. R_dm's may be made anew before the others'."""
 
     k: Tensor  # (B,) state of each sample
     xk: Tensor  # (B, C, H, W)
@@ -60,7 +60,8 @@ class Block:
     extra: Tensor | None  # (B, C, H, W), the other rewards' part: it belongs to x0, not to xt, and is reused unweighted
     xt: Tensor | None  # (B, C, H, W), where R_dm was evaluated; without it there is nothing to weigh
     t: Tensor | None  # (B,)
-    used: int = 0
+    used: int = 0  # updates that R_dm's part has served
+    served: int = 0  # updates that the other rewards' part has
 
 
 def finite_or_stop(value: Tensor, what: str, update: int) -> None:
@@ -227,17 +228,21 @@ class Trainer:
             x0 = rollout.x0[k, torch.arange(len(k), device=k.device)].float()  # of the same weights: its graph is made part by part
         else:
             x0 = self.predict(rollout, xk, k)
-        pathwise = {name: term for name, term in self.terms.items() if term.via == "pathwise"}
+        others = {name: term.reward for name, term in self.terms.items() if term.via == "pathwise" and not term.anchor}
         # R_dm brings its own gradient; the rewards beside it may need one in x0
-        sample = self.sample_of(rollout, k, x0.detach().requires_grad_(len(pathwise) > len(self.anchors)))
-        others = {name: term.reward for name, term in pathwise.items() if not term.anchor}
+        sample = self.sample_of(rollout, k, x0.detach().requires_grad_(bool(others)))
+        anchor, at, logs = self.ask_anchor(sample, lag)
         with self.precision():
-            signals = {name: checked(name, term.reward(sample), sample) for name, term in pathwise.items() if term.anchor}
-            found, logs = self.ask_with_judges(others, sample) if fresh else (self.ask_in_parts(others, sample), {})
-        signals |= found
-        anchor, at = torch.zeros_like(sample.x0), Signal(None, None)
+            signals, judged = self.ask_with_judges(others, sample) if fresh else (self.ask_in_parts(others, sample), {})
+        anchor, extra, more = self.combine(anchor, signals, sample.group)
+        return Block(k, xk, x0.detach(), anchor, extra, at.xt, at.t), x0, logs | judged | more
+
+    def ask_anchor(self, sample: Sample, lag: float | None) -> tuple[Tensor, Signal, dict[str, float]]:
+        """(R_dm's direction (B, C, H, W), its whole signal, logs); the weights of the other rewards hear its score."""
+        anchor, at, logs = torch.zeros_like(sample.x0), Signal(None, None), {}
         for name in self.anchors:
-            at = signals.pop(name)
+            with self.precision():
+                at = checked(name, self.terms[name].reward(sample), sample)
             if at.direction is None:
                 raise RewardError(f"{name} is the anchor and gave no direction")
             anchor = at.direction
@@ -246,8 +251,14 @@ class Trainer:
             if at.score is not None:
                 logs[f"{name}/score"] = float(at.score.mean())
                 logs |= {f"weights/{key}": value for key, value in self.weights.observe(logs[f"{name}/score"], lag).items()}
-        anchor, extra, more = self.combine(anchor, signals, sample.group)
-        return Block(k, xk, x0.detach(), anchor, extra, at.xt, at.t), x0, logs | more
+        return anchor, at, logs
+
+    def ask_anchor_again(self, rollout: Rollout, block: Block, x0: Tensor) -> dict[str, float]:
+        """R_dm's part of a block, made anew at the same states where the student is now, x0 (B, C, H, W); the others' part stays."""
+        sample = self.sample_of(rollout, block.k, x0.detach())
+        block.anchor, at, logs = self.ask_anchor(sample, None)
+        block.x0, block.xt, block.t, block.used = sample.x0, at.xt, at.t, 0
+        return logs
 
     def ask_in_parts(self, rewards: dict[str, Reward], sample: Sample) -> dict[str, Signal]:
         """What rewards say of a sample, part by part, each part's pictures decoded once for all of them."""
@@ -378,7 +389,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()  # frees them: no two networks' gradients are held at once
         self.ema.step(list(self.parameters.values()))
-        block.used += 1
+        block.used, block.served = block.used + 1, block.served + 1
         return logs | {
             "loss": float(loss),
             "grad_norm": float(norm),
@@ -505,8 +516,12 @@ class Trainer:
         x0 = weight = None
         if self.block is not None:  # serve once more, if the student is still where the evaluation was made
             x0, weight, logs = self.reweigh(self.rollout, self.block)
-            if x0 is None:
-                logs |= self.finish_block()
+            if logs.get("reuse/refused"):
+                if self.block.extra is None:
+                    logs |= self.finish_block()
+                else:  # what the other rewards said of x0 bears the move, and may have cost far more
+                    logs |= self.online_updates(self.rollout, self.block.used)
+                    logs |= self.ask_anchor_again(self.rollout, self.block, x0)
         if self.block is None:
             lag = None
             if self.config.reuse.backward_simulation:
@@ -526,7 +541,7 @@ class Trainer:
             self.block, x0, more = self.evaluate(self.rollout, lag)
             logs |= more
         logs |= self.student_update(self.rollout, self.block, x0, weight)
-        if self.block.used == self.config.reuse.evaluation:
+        if self.block.served == self.config.reuse.evaluation:
             logs |= self.finish_block()
         self.update += 1
         logs |= {f"evaluations/{name}": float(denoiser.cost) for name, denoiser in self.counted.items()}
@@ -541,8 +556,9 @@ class Trainer:
         self.used, self.block = self.used + 1, None
         return logs
 
-    def reweigh(self, rollout: Rollout, block: Block) -> tuple[Tensor | None, Tensor | None, dict[str, float]]:
-        """(x0 today, importance weights of the block's evaluation or None, logs); x0 is None when the weights have degenerated."""
+    def reweigh(self, rollout: Rollout, block: Block) -> tuple[Tensor, Tensor | None, dict[str, float]]:
+        """(x0 today, importance weights of the block's evaluation or None, logs). Where the weights have degenerated there are none, and
+        `reuse/refused` is 1."""
         reuse = self.config.reuse
         x0 = self.predict(rollout, block.xk, block.k)
         if block.xt is None or not reuse.weighted:
@@ -553,27 +569,25 @@ class Trainer:
         # by quarters of the noise levels: the low ones lose their weight long before the batch as a whole does
         quarters = block.t.argsort().chunk(4)
         ess = min(importance.expected_sample_size(moves[rows]) for rows in quarters)
+        refused = not ess >= reuse.min_ess
         logs = {
             "reuse/ess": ess,
             "reuse/ess_of_all": float(importance.effective_sample_size((log_ratio - log_ratio.max()).exp())),
             "reuse/rho_max": float(log_ratio.exp().max()),
+            "reuse/refused": float(refused),
         }
         if block.used == 1:
             least = max(reuse.min_ess, 1e-3)
             logs["reuse/permitted"] = min(importance.permitted_updates(moves[rows], min_ess=least) for rows in quarters)
-            logs["reuse/refused"] = float(not ess >= reuse.min_ess)
             # refused each time, every evaluation has served one update, so the updates count them
-            if self.update == NEVER_REUSED and self.running["reuse/refused"] == logs["reuse/refused"] == 1:
+            if self.update == NEVER_REUSED and self.running["reuse/refused"] == refused == 1 and block.extra is None:
                 warnings.warn(
                     f"reuse.evaluation {reuse.evaluation}: none of the first {NEVER_REUSED} evaluations could serve a second update, since "
                     f"the student moves too far in one (the last move permits {logs['reuse/permitted']:.3g}); what "
                     "this costs, a pass of the student an update, buys nothing. Set reuse.evaluation to 1, or lower student.lr",
                     stacklevel=2,
                 )
-        if not ess >= reuse.min_ess:
-            return None, None, logs
-        rho = importance.weights(log_ratio, rho_max=reuse.rho_max)
-        return x0, rho, logs
+        return x0, None if refused else importance.weights(log_ratio, rho_max=reuse.rho_max), logs
 
     def run(self, output: Path, *, stop: Callable[[], bool]) -> Iterator[dict[str, float]]:
         """Update until `config.updates`, logging to metrics.jsonl and saving as the config says; yields after each update.

@@ -71,6 +71,7 @@ def assert_same(a, b):
         (2, ("--fake.condition", "none")),
         (3, EVERYTHING),
         (4, EVERYTHING),
+        (4, (*EVERYTHING, "--reuse.min-ess", "1", "--reuse.evaluation", "3")),
         (3, ("--reuse.backward-simulation", "true", "--reuse.rollout", "1")),
         (4, ("--size", "16x8,8x16", "--reuse.rollout", "1")),
     ],
@@ -82,6 +83,7 @@ def assert_same(a, b):
         "unconditioned",
         "mid-evaluation",
         "rewards",
+        "asked-again",
         "backward-simulation",
         "sizes",
     ],
@@ -247,8 +249,8 @@ def test_the_lowest_noise_levels_decide_whether_an_evaluation_serves_again(teach
     # the noise of the evaluation lay across the move
     alpha, sigma = (f(block.t).float().view(-1, 1, 1, 1) for f in (trainer.student.schedule.alpha, trainer.student.schedule.sigma))
     block.xt = alpha * (block.x0 + x0) / 2
-    none, _, logs = trainer.reweigh(rollout, block)
-    assert none is None and logs["reuse/ess_of_all"] > 0.99 and logs["reuse/ess"] < 0.5
+    _, none, logs = trainer.reweigh(rollout, block)
+    assert none is None and logs["reuse/refused"] == 1 and logs["reuse/ess_of_all"] > 0.99 and logs["reuse/ess"] < 0.5
     v = sorted((0.06 * alpha / sigma).double().pow(2).flatten().tolist())[-4:]
     assert logs["reuse/ess"] == pytest.approx(4 / sum(math.exp(each) for each in v), rel=1e-3)
     assert 1 < logs["reuse/permitted"] < 2
@@ -256,7 +258,7 @@ def test_the_lowest_noise_levels_decide_whether_an_evaluation_serves_again(teach
 
 def test_a_policy_gradient_climbs_its_advantage_with_the_force_of_a_direction(teacher_folder, prompt_file):
     """Where the ratio is 1: -lambda / sqrt(D) times the mean of A d log p / d theta over samples and transitions."""
-    trainer = run_of(teacher_folder, prompt_file, "--reward.contrast", "0.1", "--via.contrast", "policy").trainer
+    trainer = run_of(teacher_folder, prompt_file, "--reward.contrast", "0.1", "--via.contrast", "policy", "--precision", "fp32").trainer
     rollout = trainer.new_rollout()
     advantage = torch.tensor([1.0, -1.0, 0.5, math.nan])
     trainer.advantages = {"contrast": advantage}
@@ -504,6 +506,37 @@ def test_an_evaluation_is_dropped_when_its_weights_degenerate(teacher_folder, pr
     assert logs["reuse/ess"] < 0.9999 and "dm/score" in logs  # evaluated anew
     # two predictions, one of them where the weights were refused: its graph was dropped, and costs no backward pass
     assert (student.forwards - before[0], student.backwards - before[1]) == (2 * 4, 4)
+
+
+def test_where_its_weights_degenerate_rdm_is_asked_again_and_the_other_rewards_are_not(teacher_folder, prompt_file):
+    options = ("--reuse.evaluation", "3", "--reuse.min-ess", "0.9999", "--student.lr", "1e-2", "--reward.redness", "0.3")
+    trainer = run_of(teacher_folder, prompt_file, *options).trainer
+    matching, beside, learn, blocks, learned = trainer.terms["dm"].reward, trainer.terms["redness"].reward, trainer.online_updates, [], []
+    asked = {"dm": [], "redness": []}
+    original = matching.evaluate
+    matching.evaluate = lambda x0, *args, **rest: asked["dm"].append(x0) or original(x0, *args, **rest)
+    trainer.terms["redness"].reward = lambda sample: asked["redness"].append(trainer.update) or beside(sample)
+    trainer.online_updates = lambda rollout, times: learned.append((trainer.update, times)) or learn(rollout, times)
+    update = trainer.student_update
+
+    def spy(rollout, block, x0, weight):
+        assert weight is None and torch.equal(block.x0, x0)  # R_dm speaks of where the student is
+        blocks.append(dataclasses.replace(block))
+        return update(rollout, block, x0, weight)
+
+    trainer.student_update = spy
+    logs = [trainer.step() for _ in range(6)]
+    assert asked["redness"] == [0, 3] and len(asked["dm"]) == 6
+    assert all(torch.equal(block.x0, x0) for block, x0 in zip(blocks, asked["dm"], strict=True))
+    for first in (0, 3):
+        one, *others = blocks[first : first + 3]
+        for other in others:
+            assert torch.equal(other.xk, one.xk) and torch.equal(other.k, one.k) and torch.equal(other.extra, one.extra)
+            assert not torch.equal(other.x0, one.x0) and not torch.equal(other.anchor, one.anchor)
+    assert not torch.equal(blocks[0].extra, blocks[3].extra)
+    # the fake learns as often as the student moves, before it is asked again
+    assert learned == [(1, 1), (2, 1), (2, 1), (4, 1), (5, 1), (5, 1)]
+    assert [log.get("reuse/refused") for log in logs] == [None, 1, 1] * 2 and all("dm/score" in log for log in logs)
 
 
 @pytest.mark.parametrize("lr, told", [("1e-2", 1), ("1e-6", 0)])
