@@ -90,7 +90,7 @@ ROWS = (
             cost=2.0,
             price=PRICE,
         )
-        for what, flags in (("", ()), (", rate 5e-5", ("--student.lr", "5e-5")), (", unweighted", ("--reuse.weighted", "false")))
+        for what, flags in (("", ()), (", unweighted", ("--reuse.weighted", "false")))
     ),
     Row("GNDM, half the cost", ("gndm",), "GNDM, backward simulation", cost=0.5),
     Row("GNDM, half the batch, half the cost", ("gndm", *HALF_BATCH, *TWO_UPDATES), "GNDM, backward simulation", cost=0.5),

@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+KEPT = ("updates", "log_weight", "integral", "kl", "lag", "b")  # of an adaptive weight, by a checkpoint
 UNREACHED = math.log(100)  # a weight this far below where it starts moves nothing
 
 
@@ -46,6 +47,10 @@ class Adaptive:
     For `warmup` updates lambda is 0 and the KL that distribution matching alone reaches is measured; the budget b is
     `budget` times it. KL is the running mean of -score of R_dm plus the fake's held-out lag in the same unit: a fake that
     lags makes the KL look small. lambda never grows while the lag is above `lag_limit` times b.
+
+    The running mean is 1 / (1 - decay) updates late, in a loop with a student that itself answers slowly: a sum of its errors alone
+    swings around the budget. So lambda also leads the sum by what that delay withholds from it, eta / (1 - decay) times the error at
+    hand, which makes it the sum of the errors of the updates themselves but for the clip.
     """
 
     shares: dict[str, float]  # pi_k, made to sum to 1
@@ -58,6 +63,7 @@ class Adaptive:
     decay: float = 0.95  # of the running means
     updates: int = 0
     log_weight: float = field(default=0.0, init=False)
+    integral: float = field(default=0.0, init=False)  # the log weight without its lead: the sum of the errors
     kl: float | None = field(default=None, init=False)
     lag: float | None = field(default=None, init=False)
     b: float | None = field(default=None, init=False)
@@ -70,7 +76,7 @@ class Adaptive:
         if not self.shares or min(self.shares.values()) < 0 or total <= 0:
             raise ValueError(f"shares must be non-negative and not all zero, got {self.shares}")
         self.shares = {name: share / total for name, share in self.shares.items()}
-        self.log_weight = math.log(self.start)
+        self.log_weight = self.integral = math.log(self.start)
 
     def observe(self, score: float, lag: float | None) -> dict[str, float]:
         """Take in one update's mean score of R_dm and, when there is a new one, the lag; returns what is logged.
@@ -91,9 +97,10 @@ class Adaptive:
                         "raise weights.warmup or the batch"
                     )
                 self.b = self.budget * kl
-            following = dual_step(self.log_weight, kl, self.b, eta=self.eta, cap=self.cap)
+            integral = dual_step(self.integral, kl, self.b, eta=self.eta, cap=self.cap)
+            following = dual_step(integral, kl, self.b, eta=self.eta / (1 - self.decay), cap=self.cap)
             if following < self.log_weight or known_lag <= self.lag_limit * self.b:
-                self.log_weight = following
+                self.integral, self.log_weight = integral, following
             if not self.told and self.log_weight < math.log(self.start) - UNREACHED:
                 self.told = True
                 warnings.warn(
@@ -112,7 +119,8 @@ class Adaptive:
         return {name: self.now_total() * share for name, share in self.shares.items()}
 
     def state(self) -> dict[str, Any]:
-        return {"updates": self.updates, "log_weight": self.log_weight, "kl": self.kl, "lag": self.lag, "b": self.b}
+        return {key: getattr(self, key) for key in KEPT}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.updates, self.log_weight, self.kl, self.lag, self.b = (state[k] for k in ("updates", "log_weight", "kl", "lag", "b"))
+        for key in KEPT:
+            setattr(self, key, state[key])

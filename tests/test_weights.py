@@ -121,6 +121,38 @@ def test_on_a_gaussian_the_weight_settles_at_its_budget():
         assert weights.now_total() * pull == pytest.approx(math.sqrt(2 * (weights.b - kl_0)), rel=0.1)
 
 
+def test_the_weight_follows_the_errors_of_the_updates_themselves():
+    """The mean is late; with the lead the log weight is eta times the sum of the errors, not of their late mean."""
+    weights = Adaptive({"a": 1.0}, budget=2.0, warmup=100, eta=0.1)
+    for _ in range(100):
+        weights.observe(-1.0, None)
+    assert weights.log_weight == pytest.approx(math.log(weights.start) + 0.1 * (1 + 20) * 0.5)  # the first error, and the lead
+    before, total = weights.log_weight, 0.0
+    for n in range(60):
+        kl = 2.0 + math.sin(n / 4)  # of a budget of 2
+        weights.observe(-kl, None)
+        total += 1 - kl / 2.0
+        late = 0.5 * 0.95 ** (n + 1)  # what the mean still remembers of the warm-up's error
+        assert weights.log_weight - before == pytest.approx(0.1 * (total + late - 0.5 * 0.95), abs=0.03)
+    assert weights.log_weight - before < weights.integral - math.log(weights.start) - 0.5
+
+
+@pytest.mark.parametrize("pull", [0.3, 1.0])
+def test_with_its_lead_the_weight_does_not_swing_around_the_budget(pull):
+    """A student that answers a weight within some twelve updates; the sum of the errors alone overshoots."""
+    highest = {}
+    for what in ("log_weight", "integral"):
+        weights, kl, seen = Adaptive({"a": 1.0}, budget=1.3, warmup=60, eta=0.2), 10.0, []
+        for _ in range(300):
+            weights.observe(-kl, None)
+            pushed = math.exp(getattr(weights, what)) if weights.b else 0.0
+            kl += (10.0 * (1 + pull * pushed) - kl) / 12
+            seen.append(kl / (weights.b or math.inf))
+        highest[what] = max(seen)
+        assert seen[-1] == pytest.approx(1, abs=0.04)
+    assert highest["log_weight"] < 1.01 and highest["integral"] > 1.08
+
+
 def test_a_budget_out_of_reach_is_told_once():
     """A KL that no weight can bring under the budget takes the weight to nothing, which would look like a reward that does not help."""
     weights = Adaptive({"a": 1.0}, budget=1.0, warmup=1)
