@@ -169,14 +169,22 @@ class Kept:
 
 
 def passes(config: Config, guided: bool) -> float:
-    """Forward passes of one sample through the network that an update costs for each of its samples (a backward counts two)."""
+    """Forward passes of one sample through the network that an update costs for each of its samples (a backward counts two).
+
+    What importance weights will allow is not known before a run, and for a large teacher it is nothing: so R_dm's evaluations are
+    counted as if none served twice, where weights decide. Other rewards' directions serve as often as they are asked to.
+    """
     reuse, fake = config.reuse, config.fake.updates
     trained = 3.0  # forward and backward
-    matching = (2 + guided) * config.matching.draws / reuse.evaluation  # teacher (twice when guided) and fake
+    served = 1 if reuse.weighted and reuse.min_ess > 0 else reuse.evaluation
+    matching = (2 + guided) * config.matching.draws / served  # teacher (twice when guided) and fake
+    beside = config.weights.mode != "advantage" and any(config.via.get(name) != "policy" for name in config.reward)
     if reuse.backward_simulation:  # a simulation stops at each of the K states equally often
         simulated = (config.steps + 1) / 2
         return simulated * (1 + fake) + matching + trained * (1 + fake)
-    return config.steps / (reuse.rollout * reuse.evaluation) + matching + trained * (1 + fake)
+    rollouts = 1 / (reuse.rollout * (reuse.evaluation if beside else served))
+    refused = float(served < reuse.evaluation and not beside)  # a prediction that found the weights gone and serves nothing
+    return config.steps * rollouts + refused + matching + trained * (1 + fake)
 
 
 def measure(source: str, config: Config, prompts: int) -> Needs:

@@ -49,10 +49,11 @@ def distance(first, second):
         ("--lora-rank", "2"),
         ("--reward.redness", "0.3", "--reward.contrast", "0.2", "--via.contrast", "policy"),
         ("--reuse.rollout", "1", "--reuse.evaluation", "2", "--reuse.min-ess", "0"),
+        ("--reuse.rollout", "1", "--reuse.evaluation", "3", "--reuse.min-ess", "1", "--reward.redness", "0.3"),
         ("--reuse.backward-simulation", "--reuse.rollout", "1"),
         ("--weights.mode", "sum", "--reward.redness", "3"),
     ],
-    ids=["plain", "lora", "rewards", "evaluation-reuse", "backward-simulation", "sum"],
+    ids=["plain", "lora", "rewards", "evaluation-reuse", "asked-again", "backward-simulation", "sum"],
 )
 def test_an_update_in_parts_is_the_update(teacher_folder, prompt_file, plain_descent, options):
     start, _ = weights_after(teacher_folder, prompt_file, *options, updates=0)

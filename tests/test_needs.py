@@ -71,6 +71,7 @@ def test_networks_optimizers_and_activations_of_every_family(teachers, name, ran
         (),
         ("--reuse.rollout", "2"),
         ("--reuse.evaluation", "2", "--reuse.min-ess", "0"),
+        ("--reuse.evaluation", "2", "--reuse.min-ess", "1", "--reward.redness", "0.3"),
         ("--matching.guidance", "1"),
         ("--matching.draws", "2"),
         ("--fake.updates", "1"),
@@ -87,6 +88,18 @@ def test_network_evaluations_of_an_update(teacher_folder, prompt_file, options):
         2 * 4 * (3 if run.config.reuse.rollout == run.config.reuse.evaluation == 1 else 1)
     )  # the fake on new and old outputs, to be logged
     assert spent / 4 / 4 == pytest.approx(needs.passes(run.config, run.config.matching.guidance != 1) + lag / 16, abs=1e-9)
+
+
+def test_a_refused_evaluation_costs_a_prediction_more(teacher_folder, prompt_file):
+    refusing = ("--reuse.rollout", "1", "--reuse.evaluation", "2", "--reuse.min-ess", "1")
+    run = run_of(teacher_folder, prompt_file, "--precision", "fp32", *refusing)
+    trainer = run.trainer
+    spent = []
+    for _ in range(3):
+        trainer.step()
+        spent.append(sum(trainer.counted[name].cost for name in ("student", "teacher", "fake")))
+    lag = 2 * 4
+    assert (spent[2] - spent[1] - lag) / 4 == needs.passes(run.config, True)
 
 
 def test_what_is_turned_changes_what_is_needed(teachers):
