@@ -685,8 +685,11 @@ def fronts(summary: list[dict[str, Any]]) -> dict[str, float]:
     return {method: hypervolume(at, corner) for method, at in points.items()}
 
 
+TICKS = [digit * 10.0**power for power in range(-2, 3) for digit in (1, 2, 5)]
+
+
 def plot(summary: list[dict[str, Any]], path: Path) -> None:
-    """Distance to the teacher and to data, a row each, with intervals."""
+    """Distance to the teacher and to data, a row each, with intervals; on a log scale, since a student may have gone astray."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -707,8 +710,15 @@ def plot(summary: list[dict[str, Any]], path: Path) -> None:
             )
         axis.set_yticks(range(len(summary)), [entry["row"] for entry in summary])
         axis.set_xlabel(protocol.LABELS[key].replace("↓", "(lower is better)"))
+        axis.set_xscale("log", nonpositive="clip")  # an interval may reach below zero
+        means = [entry["metrics"][key][0] for entry in summary]
+        low, high = 0.8 * min(means), 1.25 * max(means)
+        axis.set_xticks([tick for tick in TICKS if low <= tick <= high], minor=False)
+        axis.set_xticks([], minor=True)
+        axis.set_xlim(low, high)
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(axis="x", alpha=0.3)
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(summary) - 0.4, -0.6)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
