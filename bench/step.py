@@ -500,6 +500,8 @@ def one_after_the_other(device: str, family: str, modes: list[str], repeat: int)
             ours[mode] = cycles_of(lambda mode=mode: said(f"{family} {mode}", process.ask(parts_of(mode)[1])), repeat)
             if device == "cuda" and mode == first and "out_of_memory" not in process.ready:
                 ready = ready | process.ask(KERNELS)
+                for name, seconds, calls in ready["kernels"][:12]:  # a machine's time may end before the reference has had its turn
+                    print(f"  {seconds:7.3f} s {calls:6} x {name[:100]}", file=sys.stderr, flush=True)
     with Process(tasks["reference"]) as process:
         reference = cycles_of(lambda: said(f"{family} reference", process.ask()), repeat)
     return ours, reference, ready
