@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = {"**student, 4 steps**": "distill.json", "student, 4 steps, 2050 updates": "distill-2050.json"}
 BEYOND = {
     "`gndmr`, 4 steps, 305 updates": "gndmr.json",
-    "the same, preference behind a server": "gndmr-remote.json",
+    "`gndmr`, 600 updates, preference behind a server": "gndmr-remote.json",
 }
 SCORES = {
     "clip": "CLIPScore, trained on ↑",
