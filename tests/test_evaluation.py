@@ -725,8 +725,8 @@ def test_how_pictures_and_prompts_reach_a_scorer_is_in_the_stamp_and_the_key(tmp
 
 def test_reports_of_before_stand_in_one_table_with_todays():
     """The embedded world's own: equal where both stamps say something, and what the earlier one lacks is named."""
-    results = Path(__file__).parent.parent / "docs" / "results"
-    early, later = (json.loads((results / f"{name}.json").read_text()) for name in ("gndmr", "gndmr-remote"))
+    here = Path(__file__).parent
+    early, later = (json.loads(path.read_text()) for path in (here / "early_report.json", here.parent / "docs/results/gndmr-remote.json"))
     assert protocol.compared(protocol.stamp_of(early), protocol.stamp_of(later)) == ([], ["preprocess", "teacher.call"])
     teacher = protocol.stamp_of(early)["teacher"] | {"call": {"guidance_scale": 3.0}}
     today = early | {"protocol": early["protocol"] | {"teacher": teacher, "preprocess": {}}}
