@@ -515,8 +515,8 @@ class Trainer:
         logs: dict[str, float] = {}
         x0 = weight = None
         if self.block is not None:  # serve once more, if the student is still where the evaluation was made
-            x0, weight, logs = self.reweigh(self.rollout, self.block)
-            if logs.get("reuse/refused"):
+            x0, weight, refused, logs = self.reweigh(self.rollout, self.block)
+            if refused:
                 if self.block.extra is None:
                     logs |= self.finish_block()
                 else:  # what the other rewards said of x0 bears the move, and may have cost far more
@@ -556,13 +556,12 @@ class Trainer:
         self.used, self.block = self.used + 1, None
         return logs
 
-    def reweigh(self, rollout: Rollout, block: Block) -> tuple[Tensor, Tensor | None, dict[str, float]]:
-        """(x0 today, importance weights of the block's evaluation or None, logs). Where the weights have degenerated there are none, and
-        `reuse/refused` is 1."""
+    def reweigh(self, rollout: Rollout, block: Block) -> tuple[Tensor, Tensor | None, bool, dict[str, float]]:
+        """(x0 today, importance weights of the block's evaluation or None, whether they have degenerated and serve no more, logs)."""
         reuse = self.config.reuse
         x0 = self.predict(rollout, block.xk, block.k)
         if block.xt is None or not reuse.weighted:
-            return x0, None, {}
+            return x0, None, False, {}
         alpha, sigma = self.student.schedule.alpha(block.t), self.student.schedule.sigma(block.t)
         log_ratio = importance.log_ratio(block.xt, block.x0, x0.detach(), alpha, sigma)
         moves = importance.move(block.x0, x0.detach(), alpha, sigma)
@@ -587,7 +586,7 @@ class Trainer:
                     "this costs, a pass of the student an update, buys nothing. Set reuse.evaluation to 1, or lower student.lr",
                     stacklevel=2,
                 )
-        return x0, None if refused else importance.weights(log_ratio, rho_max=reuse.rho_max), logs
+        return x0, None if refused else importance.weights(log_ratio, rho_max=reuse.rho_max), refused, logs
 
     def run(self, output: Path, *, stop: Callable[[], bool]) -> Iterator[dict[str, float]]:
         """Update until `config.updates`, logging to metrics.jsonl and saving as the config says; yields after each update.

@@ -223,7 +223,8 @@ def test_an_importance_weight_is_todays_density_over_that_of_the_evaluation(teac
     with torch.no_grad():
         for parameter in trainer.parameters.values():
             parameter.mul_(1.002)
-    x0, rho, logs = trainer.reweigh(rollout, block)
+    x0, rho, refused, logs = trainer.reweigh(rollout, block)
+    assert not refused
     alpha, sigma = (f(block.t).double().view(-1, 1, 1, 1) for f in (trainer.student.schedule.alpha, trainer.student.schedule.sigma))
     now, then = (
         torch.distributions.Normal(alpha * x.detach().double(), sigma).log_prob(block.xt.double()).flatten(1).sum(1) for x in (x0, block.x0)
@@ -249,8 +250,8 @@ def test_the_lowest_noise_levels_decide_whether_an_evaluation_serves_again(teach
     # the noise of the evaluation lay across the move
     alpha, sigma = (f(block.t).float().view(-1, 1, 1, 1) for f in (trainer.student.schedule.alpha, trainer.student.schedule.sigma))
     block.xt = alpha * (block.x0 + x0) / 2
-    _, none, logs = trainer.reweigh(rollout, block)
-    assert none is None and logs["reuse/refused"] == 1 and logs["reuse/ess_of_all"] > 0.99 and logs["reuse/ess"] < 0.5
+    _, none, refused, logs = trainer.reweigh(rollout, block)
+    assert refused and none is None and logs["reuse/refused"] == 1 and logs["reuse/ess_of_all"] > 0.99 and logs["reuse/ess"] < 0.5
     v = sorted((0.06 * alpha / sigma).double().pow(2).flatten().tolist())[-4:]
     assert logs["reuse/ess"] == pytest.approx(4 / sum(math.exp(each) for each in v), rel=1e-3)
     assert 1 < logs["reuse/permitted"] < 2
