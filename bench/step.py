@@ -119,16 +119,17 @@ class Ours:
     def __init__(self, family: str, options: list[str]):
         import torch
 
-        from fewstep import cli, models, world
+        from fewstep import composition, models, world
+        from fewstep.flags import parse_config
 
-        config = cli.parse_config(options)
+        config = parse_config(options)
         prompts = world.prompts("train")
 
         def load(source: str, *, device: str, dtype: torch.dtype) -> Any:
             return teacher(family, device, dtype, reduced=device != "cuda")
 
         with mock.patch.object(models, "load", load if family != "world" else models.load):
-            self.run = cli.build(config, prompts, str(world.TEACHER))
+            self.run = composition.build(config, prompts, str(world.TEACHER))
         self.config, self.trainer = self.run.config, self.run.trainer
         self.denoisers = dict(zip(("teacher", "student", "fake"), self.run.roles, strict=False))
 
@@ -138,9 +139,9 @@ class Ours:
 
     def set_reuse(self, reuse: str) -> None:
         """Between two cycles: the next rollout is reused in another way."""
-        from fewstep import cli
+        from fewstep.flags import parse_config
 
-        self.config.reuse = self.trainer.config.reuse = cli.parse_config(REUSE[reuse]).reuse
+        self.config.reuse = self.trainer.config.reuse = parse_config(REUSE[reuse]).reuse
         self.trainer.used = self.config.reuse.rollout  # the last rollout has served
 
     def cycle(self, meter: Meter) -> tuple[int, int]:
@@ -173,10 +174,11 @@ class Plain:
         import torch
         from reference import Reference, copies
 
-        from fewstep import cli, models, world
+        from fewstep import composition, models, world
+        from fewstep.flags import parse_config
         from fewstep.prompts import Batches
 
-        self.config = config = cli.resolve_hardware(cli.parse_config(options))
+        self.config = config = composition.resolve_hardware(parse_config(options))
         torch.manual_seed(config.seed)
         backbone = teacher(family, config.device, models.frozen_dtype(config), reduced=config.device != "cuda")
         prompts = world.prompts("train")
@@ -418,10 +420,10 @@ def flops_of_passes(family: str, device: str, mode: str) -> Flops:
     import networks
     import torch
 
-    from fewstep import cli
     from fewstep.cost import flops
+    from fewstep.flags import parse_config
 
-    config = cli.parse_config(flags(device, family, mode))
+    config = parse_config(flags(device, family, mode))
     made = networks.with_random_conditions(teacher(family, "meta", torch.float32, reduced=device != "cuda"), 2)
     roles = made.roles(lora_rank=config.lora_rank)
     x, t = torch.zeros(1, *made.latent_shape(config.sizes()[0]), device="meta"), torch.zeros(1, device="meta")
@@ -546,9 +548,9 @@ def measure(
     pass of what was run; real: of the model's real size, where that is another."""
     import torch
 
-    from fewstep import cli
+    from fewstep.flags import parse_config
 
-    config = cli.parse_config(options)
+    config = parse_config(options)
     found = {name: summary(of_one, unit, real, config.groups * config.group_size) for name, of_one in cycles.items()}
     known = known_peak(torch.cuda.get_device_name()) if config.device == "cuda" else None
     peak = known or ready.get("peak_flops")
@@ -676,9 +678,9 @@ def cells(found: dict[str, Any]) -> list[str]:
 
 def batch_of(options: list[str]) -> str:
     """Samples an update, and in what parts they pass."""
-    from fewstep import cli
+    from fewstep.flags import parse_config
 
-    config = cli.parse_config(options)
+    config = parse_config(options)
     size = config.groups * config.group_size
     part = config.memory.micro_groups * config.group_size or size
     return f"{size}" + (f" in parts of {part}" if part < size else "") + (", checkpointing" if config.memory.checkpointing else "")

@@ -30,11 +30,12 @@ def distill(
     rewards, never trained on.
     config: any other field of `fewstep.config.Config`; groups as dicts, `student={"lr": 1e-4}`. What is not given is as in the recipe of
     the teacher's family.
-    Raises fewstep.cli.UserError for what `fewstep distill` would refuse, KeyboardInterrupt when it was stopped early.
+    Raises fewstep.errors.UserError for what `fewstep distill` would refuse, KeyboardInterrupt when it was stopped early.
     """
     from pathlib import Path
 
-    from fewstep import cli
+    from fewstep import flags
+    from fewstep.run import distill as run
 
     weights: dict[str, float] = {}
     functions: dict[str, Any] = {}
@@ -47,9 +48,9 @@ def distill(
             functions[name] = given
     beside = {name: judge for name, judge in (judges or {}).items() if not callable(judge)}
     own = {"teacher": teacher, "prompts": prompts, "steps": steps, "output": output, "reward": weights, "scorer": scorers, **config}
-    arguments = [*cli.as_arguments(own), *(f"--judge.{name}={source or 'null'}" for name, source in beside.items())]
-    parsed = cli.parse_config(cli.on_family_recipe(arguments))
-    if cli.distill(parsed, functions, {name: judge for name, judge in (judges or {}).items() if callable(judge)}) != 0:
+    arguments = [*flags.as_arguments(own), *(f"--judge.{name}={source or 'null'}" for name, source in beside.items())]
+    parsed = flags.parse_config(flags.on_family_recipe(arguments))
+    if run(parsed, functions, {name: judge for name, judge in (judges or {}).items() if callable(judge)}) != 0:
         raise KeyboardInterrupt(f"stopped early; the run in {output} can be resumed")
     return Path(output)
 

@@ -283,11 +283,11 @@ def run_cell(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
     """Train one recipe with one seed up to the budget and measure its averaged student."""
     import torch
 
-    from fewstep import cli
+    from fewstep import composition
 
     config = cell_config(plan, row, seed)
     target = target_guidance(row.name, config)
-    run = cli.build(config, world.prompts("train"), str(world.TEACHER))
+    run = composition.build(config, world.prompts("train"), str(world.TEACHER))
     trainer, began, logs = run.trainer, time.perf_counter(), {}
     trace = []
     total = round(plan.evaluations * row.cost)
@@ -459,11 +459,11 @@ def fd_per_step(plan: Plan, run: Any, seed: int, target: float) -> list[float]:
 @functools.cache
 def row_config(plan: Plan, row: Row) -> Any:
     """The config of a row's cells but for their seed: parsed once, for a table of some hundred cells."""
-    from fewstep import cli
+    from fewstep import composition, flags
 
     # the number of updates bounds nothing here: a cell ends by its network evaluations
-    config = cli.parse_config([*row.flags, *plan.options, "--updates", "1000000", "--output", str(plan.output / "none")])
-    return cli.resolve_hardware(replace(config, device=plan.device, memory=replace(config.memory, frozen="fp32")))
+    config = flags.parse_config([*row.flags, *plan.options, "--updates", "1000000", "--output", str(plan.output / "none")])
+    return composition.resolve_hardware(replace(config, device=plan.device, memory=replace(config.memory, frozen="fp32")))
 
 
 def cell_config(plan: Plan, row: Row, seed: int) -> Any:
@@ -477,7 +477,7 @@ def config_of(plan: Plan, row: str, seed: int) -> Any | None:
 
 def stamp_of(plan: Plan, row: str, seed: int) -> dict[str, Any]:
     """What a cell's numbers were made with; a kept cell with another stamp is not used."""
-    from fewstep import cli
+    from fewstep import composition, flags
     from fewstep.config import Config
 
     config, student = config_of(plan, row, seed), EVERY_ROW.get(row)
@@ -485,7 +485,7 @@ def stamp_of(plan: Plan, row: str, seed: int) -> dict[str, Any]:
     if config is not None:
         # the machine and its arithmetic are no setting: they are kept beside the cell (`machine`)
         anywhere = {"output": "", "device": "cpu", "precision": "bf16"}
-        plain, untouched = (cli.as_plain(at) | anywhere for at in (config, cli.resolve_hardware(Config(device="cpu"))))
+        plain, untouched = (flags.as_plain(at) | anywhere for at in (config, composition.resolve_hardware(Config(device="cpu"))))
         for key in LATER:
             *sections, last = key.split(".")
             inside, default = functools.reduce(lambda at, section: (at[0][section], at[1][section]), sections, (plain, untouched))

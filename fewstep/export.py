@@ -435,3 +435,11 @@ and a negative prompt has no effect.
 {results or "Not measured."}
 """
     return ModelCard(text)
+
+
+def steps_of(student: Path) -> int | None:
+    """Steps that a student's scheduler was made for; None when it does not say."""
+    scheduler = json.loads((student / "scheduler" / "scheduler_config.json").read_text())
+    if scheduler.get("stochastic_sampling") and scheduler["_class_name"] == "FlowMatchEulerDiscreteScheduler":
+        return round(1 / (scheduler["shift_terminal"] or 1.0))  # the K-step grid ends at 1/K
+    return scheduler.get("original_inference_steps")

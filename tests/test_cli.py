@@ -19,8 +19,10 @@ from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 
 import fewstep
-from fewstep import cli, models
+from fewstep import cli, composition, flags, models
 from fewstep.config import Config
+from fewstep.errors import UserError
+from fewstep.run import distill
 
 ROOT = Path(fewstep.__file__).parents[1]
 # full weights in one part, not as the recipe of the tiny teacher's family has it
@@ -54,7 +56,7 @@ def test_every_config_field_is_documented_in_the_help(capsys):
         cli.main(["distill", "--help"])
     text = capsys.readouterr().out
 
-    for name in cli.field_names(Config):
+    for name in flags.field_names(Config):
         assert f"--{name}" in text
     assert "Samples per prompt (G)" in text
 
@@ -136,26 +138,26 @@ def test_bad_recipes_name_the_file(capsys, tmp_path, text, words):
 
 
 def test_every_recipe_is_read_and_is_what_its_name_says(tmp_path):
-    configs = {name: cli.parse_config([name, "--output", str(tmp_path)]) for name in cli.recipe_names()}
+    configs = {name: flags.parse_config([name, "--output", str(tmp_path)]) for name in flags.recipe_names()}
     families = {module.rpartition(".")[2] for module, _ in models.FAMILIES.values()}
     assert set(configs) == {"dmd", "dmd2", "gndm", "dmdr", "gndmr", "gndmr-1", "gndmr-4", "gndm-is", "gndmr-is"} | families
     assert all(name in cli.HELP for name in configs)
     for family in families:
-        config, text = configs.pop(family), Path(cli.recipe_path(family)).read_text()
+        config, text = configs.pop(family), Path(flags.recipe_path(family)).read_text()
         assert config.teacher.count("/") == 1 and config.lora_rank and not config.size
         assert "NOT MEASURED" in text and "hours of one H100" in text
     four = configs.pop("gndmr-4")  # of real teachers: two of its rewards are converted first
-    with pytest.raises(cli.UserError, match="fewstep convert-reward hps"):
-        cli.check_rewards(four, {})
+    with pytest.raises(UserError, match="fewstep convert-reward hps"):
+        composition.check_rewards(four, {})
     for config in configs.values():
-        cli.check_rewards(config, {})
+        composition.check_rewards(config, {})
     assert [len(c.reward) for c in (configs["gndmr-1"], configs["gndmr"], four)] == [1, 2, 4]
     assert four.weights == configs["gndmr"].weights == configs["gndmr-1"].weights and set(four.reward.values()) == {1.0}
     assert configs["gndmr"].weights.mode == "adaptive"
-    both = cli.parse_config(["sdxl", "gndmr-4", "--scorer.hps", "./hps"])  # a family's teacher and a method
-    assert both.teacher == cli.parse_config(["sdxl"]).teacher and both.weights == four.weights and both.reward == four.reward
+    both = flags.parse_config(["sdxl", "gndmr-4", "--scorer.hps", "./hps"])  # a family's teacher and a method
+    assert both.teacher == flags.parse_config(["sdxl"]).teacher and both.weights == four.weights and both.reward == four.reward
     assert both.scorer == four.scorer | {"hps": "./hps"}
-    assert configs["gndm"] == cli.parse_config(["--output", str(tmp_path)])  # the defaults
+    assert configs["gndm"] == flags.parse_config(["--output", str(tmp_path)])  # the defaults
     assert configs["dmd"].matching.normalize == configs["dmdr"].matching.normalize == "sample"
     assert configs["dmd2"].reuse.backward_simulation and "discriminator" in configs["dmd2"].reward
     assert configs["dmdr"].weights.mode == "sum" and configs["gndmr"].weights.mode == "adaptive"
@@ -167,10 +169,10 @@ def test_what_a_run_is_not_told_it_takes_from_its_teachers_family(teacher_folder
     own.write_text("student:\n  lr: 3e-3\nupdates: 7\n")
 
     def read(*arguments):
-        config = cli.parse_config(cli.on_family_recipe(list(arguments)))
+        config = flags.parse_config(flags.on_family_recipe(list(arguments)))
         return config, capsys.readouterr().out
 
-    family = cli.parse_config(["sd"])
+    family = flags.parse_config(["sd"])
     config, said = read(*told)
     assert config == dataclasses.replace(family, teacher=str(teacher_folder))
     assert said.count("\n") == 1 and "recipe sd" in said and "student.lr 0.0001" in said and "matching.guidance 4.5" in said
@@ -183,17 +185,17 @@ def test_what_a_run_is_not_told_it_takes_from_its_teachers_family(teacher_folder
     assert read(str(own))[0] == dataclasses.replace(family, teacher=str(teacher_folder))
     for whole in ([], ["gndm"], ["sd"], ["--teacher", "./nowhere"]):  # the embedded teacher; all is said; refused later
         config, said = read(*whole)
-        assert config == cli.parse_config(whole) and not said
+        assert config == flags.parse_config(whole) and not said
 
 
 def test_a_run_that_goes_on_takes_nothing_from_a_recipe(teacher_folder, tmp_path, capsys):
-    saved = cli.as_plain(cli.parse_config(["--teacher", str(teacher_folder)]))  # made before there was a recipe
+    saved = flags.as_plain(flags.parse_config(["--teacher", str(teacher_folder)]))  # made before there was a recipe
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
     for told in ([], ["--teacher", str(teacher_folder)]):
         arguments = ["--output", str(tmp_path), "--resume", *told]
-        assert cli.on_family_recipe(arguments) == arguments
+        assert flags.on_family_recipe(arguments) == arguments
     again = [str(tmp_path / "config.yaml")]  # a saved config says all
-    assert cli.parse_config(cli.on_family_recipe(again)) == cli.parse_config(again) and not capsys.readouterr().out
+    assert flags.parse_config(flags.on_family_recipe(again)) == flags.parse_config(again) and not capsys.readouterr().out
 
 
 def test_a_function_becomes_a_reward_and_survives_the_whole_run(teacher_folder, prompt_file, tmp_path):
@@ -212,10 +214,10 @@ def test_a_function_becomes_a_reward_and_survives_the_whole_run(teacher_folder, 
 
 
 def test_a_reward_that_breaks_its_contract_ends_the_run_with_one_line(teacher_folder, prompt_file, tmp_path, capsys):
-    config = cli.parse_config(["--teacher", str(teacher_folder), "--prompts", str(prompt_file), "--output", str(tmp_path / "out"), *SMALL,
+    config = flags.parse_config(["--teacher", str(teacher_folder), "--prompts", str(prompt_file), "--output", str(tmp_path / "out"), *SMALL,
                                "--updates", "2", "--reward.mine", "1"])  # fmt: skip
     with pytest.raises(ValueError, match="'mine' returned shape"):
-        cli.distill(config, {"mine": lambda images, prompts: images})
+        distill(config, {"mine": lambda images, prompts: images})
 
 
 def test_unsupported_and_damaged_teachers(capsys, tmp_path, teacher_folder, prompt_file):
@@ -244,14 +246,14 @@ def test_unsupported_and_damaged_teachers(capsys, tmp_path, teacher_folder, prom
 def test_recipe_flags_and_keyword_arguments_say_the_same(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("steps: 2\nstudent:\n  lr: 0.001\nmatching:\n  normalize: sample\n")
-    from_file = cli.parse_config([str(path), "--group-size", "4"])
-    flags = cli.parse_config(["--steps=2", "--student.lr=1e-3", "--matching.normalize", "sample", "--group_size", "4"])
-    keywords = cli.parse_config(
-        cli.as_arguments({"steps": 2, "student": {"lr": 1e-3}, "matching": {"normalize": "sample"}, "group_size": 4})
+    from_file = flags.parse_config([str(path), "--group-size", "4"])
+    from_flags = flags.parse_config(["--steps=2", "--student.lr=1e-3", "--matching.normalize", "sample", "--group_size", "4"])
+    keywords = flags.parse_config(
+        flags.as_arguments({"steps": 2, "student": {"lr": 1e-3}, "matching": {"normalize": "sample"}, "group_size": 4})
     )
-    assert from_file == flags == keywords
-    assert cli.parse_config([]) == Config()
-    assert cli.parse_config(["--overwrite", "--seed", "3"]).overwrite is True
+    assert from_file == from_flags == keywords
+    assert flags.parse_config([]) == Config()
+    assert flags.parse_config(["--overwrite", "--seed", "3"]).overwrite is True
 
 
 @pytest.fixture(scope="module")
@@ -310,8 +312,8 @@ STOCK = textwrap.dedent("""
 @pytest.mark.parametrize("options", [(), ("--lora-rank", "2")], ids=["full", "lora"])
 def test_the_folder_draws_in_stock_diffusers_what_the_student_draws_in_training(teacher_folder, prompt_file, tmp_path, options):
     """A fresh process without fewstep, and the training code's own rollout, from the same seed: equal to 1e-5."""
-    config = cli.parse_config(["--teacher", str(teacher_folder), "--student.lr", "1e-2", *SMALL, *options])
-    run = cli.build(config, ["a cat", "a dog"], str(teacher_folder))
+    config = flags.parse_config(["--teacher", str(teacher_folder), "--student.lr", "1e-2", *SMALL, *options])
+    run = composition.build(config, ["a cat", "a dog"], str(teacher_folder))
     for _ in range(3):
         run.trainer.step()
     run.trainer.ema.copy_to(list(run.roles.student_parameters.values()))
@@ -332,8 +334,8 @@ def test_the_folder_draws_in_stock_diffusers_what_the_student_draws_in_training(
 def test_lora_file_gives_the_same_student_on_the_teacher(teacher_folder, prompt_file, tmp_path):
     from diffusers import StableDiffusionPipeline
 
-    config = cli.parse_config(["--teacher", str(teacher_folder), "--student.lr", "1e-2", *SMALL, "--lora-rank", "2"])
-    run = cli.build(config, ["a cat"], str(teacher_folder))
+    config = flags.parse_config(["--teacher", str(teacher_folder), "--student.lr", "1e-2", *SMALL, "--lora-rank", "2"])
+    run = composition.build(config, ["a cat"], str(teacher_folder))
     for _ in range(3):
         run.trainer.step()
     weights = run.trainer.averaged()
@@ -404,7 +406,7 @@ def test_a_device_that_is_full_is_told_in_one_line_with_what_takes_less(monkeypa
     "told", [["--size", "16x8,8x16"], ["--size=16x8,8x16"], ["--size", '["16x8", "8x16"]'], ["--size", "[16x8, 8x16]"]], ids=" ".join
 )
 def test_sizes_are_told_plainly_or_as_a_list(told):
-    assert cli.parse_config(told).sizes() == [(16, 8), (8, 16)]
+    assert flags.parse_config(told).sizes() == [(16, 8), (8, 16)]
 
 
 def test_what_is_no_size_is_said(capsys):

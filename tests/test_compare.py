@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from fewstep import cli, compare, world
+from fewstep import cli, compare, composition, flags, world
 from fewstep.evaluate import protocol
 from fewstep.weights import Adaptive
 
@@ -148,7 +148,7 @@ def test_every_row_can_be_built_and_names_a_baseline_before_it(tmp_path):
     for row in compare.EVERY_ROW.values():
         config = compare.cell_config(plan, row, 3)
         assert config.seed == 3
-        cli.check_rewards(config, {})
+        composition.check_rewards(config, {})
         assert row.baseline is None or row.baseline in names
         names.append(row.name)
     paths = [compare.cell_path(plan, name, 0) for name in names]
@@ -295,7 +295,7 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
 def test_fields_that_came_after_the_first_cells_leave_their_stamps_alone(tmp_path):
     plan = compare.Plan(tmp_path, 100, 2, 4, 1)
     anywhere = {"output": "", "device": "cpu", "precision": "bf16"}
-    plain = cli.as_plain(compare.cell_config(plan, compare.EVERY_ROW["GNDM"], 100)) | anywhere
+    plain = flags.as_plain(compare.cell_config(plan, compare.EVERY_ROW["GNDM"], 100)) | anywhere
     first = {key: value for key, value in plain.items() if key not in compare.LATER}
     first["matching"] = {key: value for key, value in first["matching"].items() if f"matching.{key}" not in compare.LATER}
     assert compare.stamp_of(plan, "GNDM", 100)["config"] == compare.protocol.sha256(first)

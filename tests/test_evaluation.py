@@ -20,6 +20,8 @@ from test_evaluate import tiny_pipeline as other_pipeline
 from test_remote import Faulty, served
 
 from fewstep import cli
+from fewstep.errors import UserError
+from fewstep.evaluate import command as evaluation
 from fewstep.evaluate import measure as measuring
 from fewstep.evaluate import protocol, store
 from fewstep.evaluate.distances import bootstrap, frechet, jackknife, kernel_distance, polynomial, precision_recall
@@ -596,7 +598,7 @@ def test_a_function_in_a_file_and_a_server_judge_as_well(tmp_path):
     file.write_text("def dark(images, prompts):\n    return 1 - images.flatten(1).mean(1)\n")
     images = (torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 255).round() / 255  # a server is sent 8 bits
     with served(f"{file}:dark") as url:
-        scorers, judges = cli.load_judges({"mine": f"{file}:dark", "far": url}, device="cpu", in_world=False, timeout=7.0)
+        scorers, judges = evaluation.load_judges({"mine": f"{file}:dark", "far": url}, device="cpu", in_world=False, timeout=7.0)
         assert judges["far"].__self__.timeout == 7.0
         seen = protocol.observe(images, protocol.looks(scorers, judges=judges), ["a", "b", "c"])
         identities = {protocol.identity_of(judge) for judge in judges.values()}
@@ -920,9 +922,9 @@ def test_a_judges_server_has_the_runs_time_or_that_of_the_flag(command, student,
 
     def load(named, *, timeout, **others):
         asked.append(timeout)
-        raise cli.UserError("enough")
+        raise UserError("enough")
 
-    monkeypatch.setattr(cli, "load_judges", load)
+    monkeypatch.setattr(evaluation, "load_judges", load)
     assert cli.main(command) == 2 and asked == [120.0]
     folder = tmp_path / "run"
     folder.mkdir()

@@ -1,5 +1,6 @@
 """What `fewstep export` writes is the student, in every tool of stock diffusers that the card speaks of; nothing else leaves the house."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -13,7 +14,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fewstep import cli, export, models
+from fewstep import cli, composition, export, flags, models
 from fewstep.models import kohya
 from fewstep.models.sdxl import StableDiffusionXL
 
@@ -27,15 +28,17 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 def interrupted_run(folder, teacher, *, rank, updates=(2, 3)):
     """A run of five updates as it lies on disk after `updates` checkpoints; its averaged students are far from each other's and the
     teacher's, and are not the trained weights. Returns the run."""
-    config = cli.parse_config(["--teacher", str(teacher), "--lora-rank", str(rank), "--updates", "5", "--groups", "2", "--group-size", "2",
-                               "--device", "cpu", "--precision", "fp32", "--output", str(folder)])  # fmt: skip
-    run = cli.build(config, PROMPTS, str(teacher))
+    config = flags.parse_config([
+        "--teacher", str(teacher), "--lora-rank", str(rank), "--updates", "5", "--groups", "2", "--group-size", "2", "--device", "cpu",
+        "--precision", "fp32", "--output", str(folder),
+    ])  # fmt: skip
+    run = composition.build(config, PROMPTS, str(teacher))
     torch.manual_seed(1)
     for run.trainer.update in updates:
         for value in run.trainer.ema.shadow_params:
             value.add_(0.05 * torch.randn_like(value))
         run.trainer.save(folder)
-    (folder / "config.yaml").write_text(yaml.safe_dump(cli.as_plain(run.config), sort_keys=False))
+    (folder / "config.yaml").write_text(yaml.safe_dump(flags.as_plain(run.config), sort_keys=False))
     return run
 
 
@@ -334,7 +337,7 @@ def test_the_card_names_the_teachers_licence(runs, tmp_path, capsys, front, fiel
     teacher.mkdir()
     if front is not None:
         (teacher / "README.md").write_text(f"---\n{front}\n---\n# A teacher\n")
-    config = cli.dataclasses.replace(run.config, teacher=str(teacher))
+    config = dataclasses.replace(run.config, teacher=str(teacher))
     text = str(export.model_card(export.Averaged(config, run.backbone, None, {}, 3, {}), "lora", tmp_path))
     front = yaml.safe_load(text.split("---")[1])
     assert {key: value for key, value in front.items() if key.startswith("license")} == fields
@@ -346,7 +349,7 @@ def test_the_card_names_the_teachers_licence(runs, tmp_path, capsys, front, fiel
 
 def test_a_teacher_on_the_hub_is_the_base_model_and_its_licence_file_stays_there(teachers, runs, tmp_path):
     _, run = runs("StableDiffusionPipeline")
-    config = cli.dataclasses.replace(run.config, teacher="org/teacher")
+    config = dataclasses.replace(run.config, teacher="org/teacher")
     student = export.Averaged(config, run.backbone, None, {}, 3, {})
     card = tmp_path / "README.md"
     card.write_text("---\nlicense: other\nlicense_name: theirs\nlicense_link: LICENSE.md\n---\n")
@@ -366,9 +369,9 @@ def test_the_card_tells_the_guidance_the_grid_and_the_rewards(exported, runs, tm
         text = (exported("StableDiffusionPipeline", to) / "README.md").read_text()
         assert "under guidance 2.5" in text and "`guidance_scale=1.0`" in text and "a negative prompt has no effect" in text
         assert "timesteps [999, 749, 499, 249]" in text and "strength=j/4" in text and "no other reward" in text
-    config = cli.dataclasses.replace(run.config, reward={"clip": 1.0, "red": 3.0}, via={"red": "policy"})
+    config = dataclasses.replace(run.config, reward={"clip": 1.0, "red": 3.0}, via={"red": "policy"})
     assert "`clip` (1), `red` (3, by policy gradient)" in export.rewards_in_words(config, export.logged_weights(tmp_path, config))
-    config = cli.dataclasses.replace(config, weights=cli.dataclasses.replace(config.weights, mode="adaptive"))
+    config = dataclasses.replace(config, weights=dataclasses.replace(config.weights, mode="adaptive"))
     assert "`clip`, `red` (by policy gradient)" in export.rewards_in_words(config, export.logged_weights(tmp_path, config))
     lines = [{"update": 1, "clip/weight": 0.1}, {"update": 2, "clip/weight": 0.2, "red/weight": 0.6}, {"update": 3, "clip/weight": 0.3}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"update": 4, "cl')

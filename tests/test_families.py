@@ -11,9 +11,10 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pipelines import GUIDED, PIPELINES
 
-from fewstep import cli, models
+from fewstep import cli, composition, models
 from fewstep.config import Config
 from fewstep.denoiser import guide
+from fewstep.errors import UserError
 from fewstep.models.backbone import AddedLinear
 from fewstep.student import Student
 
@@ -103,8 +104,8 @@ def test_a_size_without_positions_is_refused_before_the_network_is_called(teache
     assert bool(torch.isfinite(predict(height, step)).all()) and bool(torch.isfinite(predict(step, width)).all())
     for size in ((height + step, step), (step, width + step)):
         config = Config(size=["x".join(map(str, size))])
-        with pytest.raises(cli.UserError, match=f"size: .* up to {height} x {width} pixels, got {size[0]} x {size[1]}"):
-            cli.check_backbone(backbone, config)
+        with pytest.raises(UserError, match=f"size: .* up to {height} x {width} pixels, got {size[0]} x {size[1]}"):
+            composition.check_backbone(backbone, config)
         with mock.patch.object(type(backbone), "size_limit", lambda self: None), pytest.raises((ValueError, IndexError)):
             predict(*size)
 
@@ -367,7 +368,7 @@ def test_distil_and_resume(teachers, name, prompt_file, tmp_path, capsys, monkey
     from safetensors.torch import load_file
 
     monkeypatch.setattr("fewstep.world.TEACHER_STEPS", 2)  # a small samples.png
-    monkeypatch.setattr(cli, "SAMPLES_PER_PROMPT", 1)
+    monkeypatch.setattr("fewstep.run.SAMPLES_PER_PROMPT", 1)
     backbone = models.load(str(teachers / name))
     part, (height, width) = backbone.part, size_of(backbone)
     for output, stops in (("straight", (2,)), ("resumed", (1, 2))):

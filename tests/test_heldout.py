@@ -8,10 +8,12 @@ import pytest
 import torch
 from test_trainer import brightness, redness, run_of
 
-from fewstep import checkpoint, cli
+from fewstep import checkpoint, cli, composition, flags
+from fewstep.errors import UserError
 from fewstep.prompts import read
 from fewstep.rewards import sources
 from fewstep.rewards.heldout import HeldOut, Parting, parting
+from fewstep.run import judge_records
 from fewstep.trainer import rms, spread_of
 from fewstep.types import Sample
 
@@ -122,7 +124,7 @@ def test_its_history_is_saved(teacher_folder, prompt_file):
 
 @pytest.mark.parametrize("options", [(), ("--memory.micro-groups", "1"), ("--via.redness", "policy")], ids=["batch", "parts", "policy"])
 def test_a_judge_sees_the_pictures_that_its_reward_sees_once_a_rollout(teacher_folder, prompt_file, options):
-    config = cli.parse_config([
+    config = flags.parse_config([
         "--teacher", str(teacher_folder), "--updates", "8", "--groups", "2", "--reuse.rollout", "2", "--reward.redness", "0.3", *options
     ])  # fmt: skip
     seen = {"reward": [], "judge": []}
@@ -134,7 +136,7 @@ def test_a_judge_sees_the_pictures_that_its_reward_sees_once_a_rollout(teacher_f
 
         return f
 
-    trainer = cli.build(
+    trainer = composition.build(
         config, read(prompt_file), str(teacher_folder), {"redness": watched("reward")}, {"elsewhere": watched("judge")}
     ).trainer
     logs = [trainer.step() for _ in range(4)]
@@ -227,9 +229,10 @@ def test_the_worlds_own_twins_are_other_models(teacher_folder):
     clip, gold = world.held_out("clip"), world.held_out("preference")
     assert not torch.allclose(clip(images, ["a cat", "a dog"]), trained["clip"].score(images, ["a cat", "a dog"]), atol=0.1)
     assert torch.equal(gold(images, ["a cat", "a dog"]), gold(images, ["", ""]))  # it reads no prompt
-    config = cli.parse_config(["gndmr", "--judge.clip", "held-out", "--judge.preference", "held-out"])
-    assert cli.check_judges(config, {}) == {} and set(cli.make_judges(cli.resolve_hardware(config), {})) == {"clip", "preference"}
-    told = cli.judge_records(config, {})
+    config = flags.parse_config(["gndmr", "--judge.clip", "held-out", "--judge.preference", "held-out"])
+    assert composition.check_judges(config, {}) == {}
+    assert set(composition.make_judges(composition.resolve_hardware(config), {})) == {"clip", "preference"}
+    told = judge_records(config, {})
     assert told["clip"]["version"] == sources.version(str(world.ASSETS / "clip-heldout")) != told["preference"]["version"]
 
 
@@ -242,5 +245,5 @@ def test_the_python_interface_takes_judges(teacher_folder, prompt_file, tmp_path
         str(teacher_folder), str(prompt_file), rewards={"red": redness}, judges={"red": brightness}, output=str(tmp_path / "out"), **small
     )
     assert "red/judge/red" in json.loads((out / "metrics.jsonl").read_text())
-    with pytest.raises(cli.UserError, match="nothing to judge"):
+    with pytest.raises(UserError, match="nothing to judge"):
         fewstep.distill(str(teacher_folder), str(prompt_file), judges={"red": brightness}, output=str(tmp_path / "other"), **small)

@@ -13,7 +13,8 @@ from pipelines import PIPELINES
 from test_trainer import run_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fewstep import cli, models, trainer
+from fewstep import models, trainer
+from fewstep.errors import UserError
 from fewstep.models.backbone import Adapters, AddedLinear
 from fewstep.rewards.base import OnlineReward
 from fewstep.types import Signal
@@ -282,7 +283,7 @@ def test_a_missing_package_is_named(teacher_folder, prompt_file, monkeypatch, op
 
     for name in ("bitsandbytes", "bitsandbytes.optim", "torchao", "torchao.quantization"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(cli.UserError, match=rf"{package}: pip install 'fewstep\[lowmem\]'"):
+    with pytest.raises(UserError, match=rf"{package}: pip install 'fewstep\[lowmem\]'"):
         run_of(teacher_folder, prompt_file, *option)
 
 

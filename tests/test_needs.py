@@ -9,14 +9,14 @@ import torch
 from pipelines import PIPELINES
 from test_trainer import run_of
 
-from fewstep import cli, models, needs
+from fewstep import cli, composition, flags, models, needs
 
 every_family = pytest.mark.parametrize("name", PIPELINES)
 
 
 def config_of(*options):
-    config = cli.parse_config(["--device", "cpu", "--precision", "fp32", "--groups", "2", "--group-size", "2", *options])
-    return cli.resolve_hardware(config)
+    config = flags.parse_config(["--device", "cpu", "--precision", "fp32", "--groups", "2", "--group-size", "2", *options])
+    return composition.resolve_hardware(config)
 
 
 def small(backbone):

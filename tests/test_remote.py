@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import fewstep
-from fewstep import cli
+from fewstep import cli, flags
 from fewstep.rewards import remote, serve, sources
 from fewstep.rewards.base import RewardError
 from fewstep.rewards.remote import Remote, encode, read_scores
@@ -766,7 +766,7 @@ def test_a_server_that_cannot_serve_is_known_before_training(faulty, monkeypatch
 
 def test_scores_alone_are_enough_where_they_only_scale(faulty):
     """weights.mode advantage follows no reward's gradient, so a server's reward needs no policy gradient there, even in one step."""
-    config = cli.parse_config(["--reward.mine", faulty.url, "--weights.mode", "advantage", "--steps", "1"])
+    config = flags.parse_config(["--reward.mine", faulty.url, "--weights.mode", "advantage", "--steps", "1"])
     assert config.via == {}
 
 
@@ -789,9 +789,9 @@ def test_a_function_in_a_file_is_a_reward_by_the_users_own_flag(reward_file, tea
     assert "A run that goes on does not bring its code along: give it again" in capsys.readouterr().err
     again = ["--scorer.mine", f"{reward_file}:redness", "--scorer.other", f"{reward_file}:judge"]
     assert run("--output", out, "--resume", "--updates", 2, *again) == 0
-    assert cli.run_config(out).reward == {"mine": 1.0, "other": 0.5}  # `fewstep evaluate` reads it without running anything
+    assert flags.saved_config(out).reward == {"mine": 1.0, "other": 0.5}  # `fewstep evaluate` reads it without running anything
     # what the flag is short for
-    assert cli.parse_config(["--reward.mine=a.py:f"]) == cli.parse_config(["--reward.mine", "1", "--scorer.mine", "a.py:f"])
+    assert flags.parse_config(["--reward.mine=a.py:f"]) == flags.parse_config(["--reward.mine", "1", "--scorer.mine", "a.py:f"])
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,7 @@ def test_a_file_that_is_cut_off_is_refused_before_any_model_is_made(tmp_path, ca
     (folder / "model.safetensors").write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(ValueError, match=r"clip/model.safetensors: damaged, or no safetensors file .*; get it again"):
         CLIPScore.load(folder)
-    monkeypatch.setattr(cli, "build", lambda *_: pytest.fail("the teacher is loaded before the scorer's file is looked at"))
+    monkeypatch.setattr("fewstep.run.build", lambda *_: pytest.fail("the teacher is loaded before the scorer's file is looked at"))
     line = refused(capsys, "distill", "--reward.clip", "1", "--scorer.clip", folder, "--output", tmp_path / "run")
     assert "scorer.clip" in line and "model.safetensors: damaged" in line
     assert "model.safetensors: damaged" in refused(capsys, "serve-reward", "clip", "--scorer", folder)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep import checkpoint, cli
+from fewstep import checkpoint, composition, flags
+from fewstep.errors import UserError
 from fewstep.prompts import read
 from fewstep.rewards.base import PixelReward, RewardError, as_reward
 from fewstep.transforms import advantages
@@ -43,9 +44,9 @@ def brightness(images, prompts):
 
 
 def run_of(teacher_folder, prompt_file, *options):
-    config = cli.parse_config([*OPTIONS, "--teacher", str(teacher_folder), "--updates", "8", *options])
+    config = flags.parse_config([*OPTIONS, "--teacher", str(teacher_folder), "--updates", "8", *options])
     rewards, judges = {"redness": redness, "contrast": contrast}, {"redness": brightness} if config.reward else {}
-    return cli.build(config, read(prompt_file), str(teacher_folder), rewards, judges)
+    return composition.build(config, read(prompt_file), str(teacher_folder), rewards, judges)
 
 
 def tensors(state):
@@ -324,14 +325,14 @@ def test_a_fake_of_the_last_step_learns_no_other(teacher_folder, prompt_file):
     options = ("--fake.on", "last", "--fake.condition", "none", "--reuse.backward-simulation", "true", "--reuse.rollout", "1")
     trainer = run_of(teacher_folder, prompt_file, *options).trainer
     assert {len(trainer.simulate().states) for _ in range(8)} == {trainer.student.steps}
-    with pytest.raises(cli.UserError, match=r"fake.on: last leaves the fake untrained"):
+    with pytest.raises(UserError, match=r"fake.on: last leaves the fake untrained"):
         run_of(teacher_folder, prompt_file, "--fake.on", "last")
 
 
 def test_a_warm_up_that_would_not_end_is_refused(teacher_folder, prompt_file):
     options = ("--reward.redness", "1", "--weights.mode", "adaptive", "--weights.warmup", "4")
     assert run_of(teacher_folder, prompt_file, *options).config.weights.warmup == 4  # of 8 updates
-    with pytest.raises(cli.UserError, match=r"weights.warmup: .* before update 8, got 4 x 2"):
+    with pytest.raises(UserError, match=r"weights.warmup: .* before update 8, got 4 x 2"):
         run_of(teacher_folder, prompt_file, *options, "--reuse.evaluation", "2")
 
 
@@ -450,7 +451,7 @@ def test_a_checkpoint_of_another_network_is_refused(teacher_folder, prompt_file)
 
 def test_scorer_packages_and_diffusers_stay_where_they_belong():
     """The import table of the house: only models, world, evaluate, export and the trainer's EMA touch diffusers."""
-    root = Path(cli.__file__).parent
+    root = Path(checkpoint.__file__).parent
     allowed = {"models", "world", "evaluate"}
     for path in root.rglob("*.py"):
         relative = path.relative_to(root)

@@ -1,0 +1,308 @@
+"""The composition root: `build(config)` makes every object of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fewstep.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from fewstep.config import Config
+
+
+OWN_JUDGE = "One of your own: --judge.{} path/to/file.py:function, or a server's address"
+HELD_OUT = "held-out"  # a judge's source: the embedded world's own twin of the reward with its name
+
+
+def resolve_teacher(name: str) -> str:
+    """Folder or hub id of a teacher; `world` is the embedded one. Raises UserError, before torch is imported."""
+    from fewstep import export, models
+
+    source = export.teacher_source(name)
+    try:
+        models.pipeline_class(source)
+    except models.UnsupportedTeacher as error:
+        raise UserError(f"teacher: {error}") from error
+    return source
+
+
+def resolve_hardware(config: Config) -> Config:
+    """The config with `auto` replaced by what this machine has."""
+    import torch
+
+    device, precision = config.device, config.precision
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision == "auto":
+        if torch.device(device).type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:  # older torch cannot say
+            abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+            native = bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
+        precision = "bf16" if native else "fp32"
+    memory = config.memory
+    if memory.frozen == "auto":
+        memory = dataclasses.replace(memory, frozen="bf16" if precision == "bf16" and torch.device(device).type == "cuda" else "fp32")
+    if memory.frozen == "bf16" and precision != "bf16":
+        raise UserError(f"memory.frozen: bf16 is for arithmetic in bf16, and precision is {precision}")
+    return dataclasses.replace(config, device=device, precision=precision, memory=memory)
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything `build` made."""
+
+    config: Config
+    backbone: Any
+    roles: Any
+    trainer: Any
+
+
+def assets(config: Config) -> Path | None:
+    """The embedded world's, for a run on its teacher: its rewards know no other pictures."""
+    from fewstep import world
+
+    return world.ASSETS if config.teacher == "world" else None
+
+
+def check_rewards(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
+    """The caller's functions with those that flags name and with the servers, which are asked who they are.
+
+    Raises UserError, before anything slow, for a reward that nobody can make; hub ids in `config.scorer` get their commit.
+    """
+    from fewstep.rewards import REWARDS, sources
+
+    found = dict(functions)
+    for name in config.reward:
+        scorer = config.scorer.get(name)
+        if name in functions or name == "discriminator":
+            continue
+        try:
+            if sources.is_code(scorer):
+                found[name] = sources.load_function(scorer)
+            elif sources.is_remote(scorer):
+                from fewstep.rewards.remote import Remote
+
+                found[name] = Remote(scorer, name, timeout=config.remote.timeout).connect()
+            elif name in REWARDS:
+                located = sources.locate(name, scorer, assets=assets(config))
+                if scorer is not None:
+                    config.scorer[name] = located
+            else:
+                known = [*REWARDS, "discriminator"]
+                raise UserError(f"reward.{name}: unknown reward{nearest(name, known)}. {sources.own_hint(name, resume=config.resume)}")
+        except ValueError as error:
+            raise UserError(f"{'reward' if scorer is None else 'scorer'}.{name}: {error}") from error
+    latents = config.discriminator.latents
+    if "discriminator" in config.reward and (latents is None and config.teacher != "world"):
+        raise UserError(
+            "discriminator.latents: give a safetensors file with latents of real pictures (only the embedded world brings its own)"
+        )
+    if latents is not None and not Path(latents).is_file():
+        raise UserError(f"discriminator.latents: {latents}: no such file")
+    return found
+
+
+def check_judges(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
+    """The caller's own judges with those that flags name, as functions of pictures and prompts; the named ones are built with the run.
+
+    Raises UserError, before anything slow, for one that nobody can make, and for a judge that is what the student is trained on.
+    """
+    from fewstep.rewards import REWARDS, sources
+
+    found = dict(functions)
+    if functions and not config.reward:
+        raise UserError("judge: nothing to judge: add a reward")
+    for name, source in config.judge.items():
+        if name in functions:
+            continue
+        try:
+            if sources.is_code(source) or sources.is_remote(source):
+                if source == config.scorer.get(name):
+                    raise ValueError(f"{source} is what the student is trained on; a judge is held out")
+                found[name] = sources.open_judge(name, source, timeout=config.remote.timeout)
+            elif source == HELD_OUT:
+                from fewstep import world
+
+                if assets(config) is None:
+                    raise ValueError(
+                        f"only the embedded world has {HELD_OUT} twins of its own; give a folder or hub id, a function, a server"
+                    )
+                world.held_out(name)
+            elif name in REWARDS:
+                located = sources.locate(name, source, assets=assets(config), flag=f"--judge.{name}")
+                if name in config.reward and located == sources.locate(name, config.scorer.get(name), assets=assets(config)):
+                    raise ValueError(f"{located} is what the student is trained on; a judge is held out")
+                if source is not None:
+                    config.judge[name] = located
+            else:
+                raise UserError(f"judge.{name}: unknown reward{nearest(name, REWARDS)}. {OWN_JUDGE.format(name)}")
+        except (OSError, ValueError) as error:
+            raise UserError(f"judge.{name}: {error}") from error
+    return found
+
+
+def server_of(function: Any) -> Any:
+    """The Remote that a reward or a judge is or that its function belongs to; None where there is no server."""
+    from fewstep.rewards.remote import Remote
+
+    holder = getattr(function, "__self__", function)
+    return holder if isinstance(holder, Remote) else None
+
+
+def make_judges(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
+    """Functions of (images, prompts) by judge. Raises UserError."""
+    from fewstep import world
+    from fewstep.rewards import sources
+
+    judges = dict(functions)
+    for name, source in config.judge.items():
+        if name in functions:
+            continue
+        try:
+            if source == HELD_OUT:
+                judges[name] = world.held_out(name, device=config.device)
+            else:
+                judge = sources.open_judge(name, source, assets=assets(config), device=config.device)
+                judges[name] = getattr(judge, "score", judge)
+        except (OSError, ValueError) as error:
+            raise UserError(f"judge.{name}: {error}") from error
+    return judges
+
+
+def make_terms(config: Config, roles: Any, functions: dict[str, Any]) -> dict[str, Any]:
+    """The reward terms beside R_dm, by name."""
+    import torch
+
+    from fewstep import world
+    from fewstep.cost import Counted
+    from fewstep.rewards import sources
+    from fewstep.rewards.base import as_reward
+    from fewstep.trainer import Term
+
+    terms = {}
+    for name in config.reward:
+        via = config.via.get(name, "pathwise")
+        if name in functions:
+            terms[name] = Term(Counted(as_reward(functions[name], name)), via=via)
+        elif name == "discriminator":
+            from safetensors.torch import load_file
+
+            from fewstep.rewards.discriminator import Discriminator, Head
+
+            if config.discriminator.latents is None:
+                held = load_file(world.ASSETS / "latents.safetensors")
+                real = held["latents"][~held["heldout"]]
+            else:
+                real = load_file(config.discriminator.latents)["latents"]
+            with torch.no_grad():
+                zero = torch.zeros(1, *real.shape[1:], device=config.device)
+                width = roles.teacher.features(zero, torch.ones(1, device=config.device), roles.teacher.uncond).shape[1]
+            head = Head(width).to(config.device)
+            own = config.fake
+            terms[name] = Term(
+                Discriminator(roles.teacher, head, real.float().to(config.device), t_range=config.matching.t_range),
+                dict(head.named_parameters()), lr=config.discriminator.lr, decay=own.decay,
+                betas=own.betas, updates=own.updates, max_norm=own.max_norm,
+            )  # fmt: skip
+        else:
+            try:
+                source = sources.locate(name, config.scorer.get(name), assets=assets(config))
+                scorer = sources.build(name, source, device=config.device)
+            except (OSError, ValueError) as error:
+                raise UserError(f"scorer.{name}: {error}") from error
+            terms[name] = Term(Counted(scorer), via=via)
+    return terms
+
+
+def check_backbone(backbone: Any, config: Config) -> tuple[Any, list[tuple[int, int, int]]]:
+    """(times, latent shapes) of a run. Raises UserError naming the key that this teacher, or what is installed, cannot do."""
+    from fewstep.trainer import optimizer_class
+
+    key = "steps"
+    try:
+        times = backbone.times(config.steps)
+        key = "size"
+        latent_shapes = [backbone.latent_shape(size) for size in config.sizes()]
+        key = "teacher"
+        backbone.check_guidance(config.matching.guidance)
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from error
+    try:
+        optimizer_class(config.memory.optimizer)
+    except ImportError as error:
+        raise UserError(str(error)) from error
+    return times, latent_shapes
+
+
+def build(
+    config: Config, prompts: list[str], source: str, functions: dict[str, Any] | None = None, judges: dict[str, Any] | None = None
+) -> Run:
+    """Make teacher, student, fake, rewards and trainer from a config. Deterministic given `config.seed`.
+
+    functions: rewards of the caller's own, by the name that `config.reward` weighs them under; judges: held-out ones, by name.
+    """
+    import torch
+
+    from fewstep import models
+    from fewstep.cost import Counted
+    from fewstep.prompts import Batches
+    from fewstep.rewards.distribution import DistributionMatching
+    from fewstep.student import Student
+    from fewstep.trainer import Term, Trainer
+    from fewstep.weights import Adaptive, Fixed
+
+    config = resolve_hardware(config)
+    device = config.device
+    torch.manual_seed(config.seed)
+    try:
+        backbone = models.load(source, device=device, dtype=models.frozen_dtype(config))
+    except models.UnsupportedTeacher as error:
+        raise UserError(f"teacher: {error}") from error
+    times, latent_shapes = check_backbone(backbone, config)  # before the prompts are encoded, which may take hours
+    conditioned = config.fake.condition == "step" and config.steps > 1
+    guidance = config.matching.guidance
+    backbone.prepare(prompts)
+    try:
+        roles = backbone.roles(
+            lora_rank=config.lora_rank, fake_steps=config.steps if conditioned else 0, guidance=guidance,
+            checkpointing=config.memory.checkpointing, int8_teacher=config.memory.teacher == "int8", compiled=config.compile,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"teacher: {error}") from error
+    except ImportError as error:
+        raise UserError(str(error)) from error
+    inside = dataclasses.asdict(config.matching) | {"guidance": guidance if backbone.embedded_guidance is None else 1.0}
+    schedule = backbone.schedule()
+    matching = DistributionMatching(roles.teacher, roles.fake, schedule, **inside, step_condition=conditioned)
+    fake = config.fake
+    term = Term(
+        matching, roles.fake_parameters, lr=fake.lr, decay=fake.decay, betas=fake.betas, updates=fake.updates,
+        max_norm=fake.max_norm, anchor=True,
+    )  # fmt: skip
+    own = config.weights
+    weights = Fixed(config.reward)
+    if own.mode == "adaptive":
+        weights = Adaptive(config.reward, own.budget, own.warmup, eta=own.eta, cap=own.cap, lag_limit=own.lag_limit)
+    others, decoder = make_terms(config, roles, functions or {}), Counted(backbone.decode)
+    held_out = make_judges(config, judges or {})
+    asked = {**(functions or {}), **{f"judge.{name}": judge for name, judge in held_out.items()}}
+    counted = {"student": roles.student, "teacher": roles.teacher, "fake": roles.fake, "decoder": decoder}
+    trainer = Trainer(
+        Student(roles.student, schedule, times),
+        roles.student_parameters,
+        {"dm": term, **others},
+        Batches(prompts, config.groups, config.group_size, seed=config.seed),
+        encode=backbone.encode,
+        decode=decoder,
+        latent_shapes=latent_shapes,
+        config=config,
+        device=device,
+        weights=weights,
+        counted=counted | {name: other.reward for name, other in others.items() if isinstance(other.reward, Counted)},
+        judges=held_out,
+        news={name: server.news for name, function in asked.items() if (server := server_of(function)) is not None},
+    )
+    return Run(config, backbone, roles, trainer)

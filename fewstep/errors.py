@@ -1,0 +1,15 @@
+"""Mistakes of the person who runs fewstep, in words for them."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+
+class UserError(Exception):
+    """A mistake in what the user gave; its message is all they need to see. Exit code 2."""
+
+
+def nearest(word: str, known: Any) -> str:
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(known)}"

@@ -1,0 +1,269 @@
+"""`fewstep evaluate`: flags to what `protocol.evaluate` is told."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fewstep.composition import OWN_JUDGE, resolve_teacher
+from fewstep.errors import UserError, nearest
+from fewstep.flags import check_student, saved_config, student_parser, table_flags
+
+if TYPE_CHECKING:
+    from fewstep.config import Config
+
+
+def cache_folder() -> Path:
+    import os
+
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep" / "evaluate"
+
+
+def world_instruments(device: str) -> dict[str, Any]:
+    """What `protocol.evaluate` is told where the teacher is the embedded one: its scorers, prompts, data, and its samples that ship."""
+    from safetensors.torch import load_file
+
+    from fewstep import world
+    from fewstep.world.utility import gold_utility
+
+    return {
+        "prompts": world.prompts("evaluate"), "images_per_prompt": world.IMAGES_PER_PROMPT, "scorers": world.load_scorers(device=device),
+        "extractor": "clip-heldout", "utility": gold_utility, "data": load_file(world.ASSETS / "features.safetensors")["heldout"].float(),
+        "neighbours": world.NEIGHBOURS, "noise": "batch", "shipped": world.SAMPLES,
+    }  # fmt: skip
+
+
+def source_of(name: str, size: tuple[int, int] | None, *, device: str, precision: str, student: bool) -> Any:
+    """What opens a pipeline to draw with, through its family: a student without guidance, a teacher with it."""
+
+    def opened() -> Any:
+        import torch
+
+        from fewstep import models
+        from fewstep.evaluate.protocol import Source
+
+        backbone = models.load(name, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+        told = backbone.told_size(size)
+
+        def call(guidance: float) -> dict[str, Any]:
+            return (backbone.student_call if student else backbone.teacher_call(guidance)) | told
+
+        return Source(backbone.pipe.to(device), call, (told["height"], told["width"]))
+
+    return opened
+
+
+def measure_student(student: str | Path, teacher: str | None, config: Config | None, *, output: Path, **told: Any) -> dict[str, Any] | None:
+    """Measure a student as `protocol.evaluate` is told; saves the report, prints its table and returns it, or None where only a share was
+    drawn. config: of the student's run, where there is one; told: what the caller gives beside the embedded world's own."""
+    from rich.console import Console
+
+    from fewstep.evaluate import protocol
+
+    device, precision = told.setdefault("device", evaluation_device()), told.setdefault("precision", "fp32")
+    size = config.sizes()[0] if config else None
+    opening = {"device": device, "precision": precision}
+    own = world_instruments(device) if teacher == str(resolve_teacher("world")) else {"noise": "picture", "scorers": {}}
+    told = own | told | {"scorers": own["scorers"] | told.get("scorers", {})}
+    report = protocol.evaluate(
+        source_of(str(student), size, student=True, **opening),
+        teacher=source_of(teacher, size, student=False, **opening) if teacher else None,
+        cache=cache_folder(),
+        **told,
+    )
+    if report is not None:
+        protocol.save(report, output)
+        Console(width=None if sys.stdout.isatty() else 200).print(protocol.as_table(report))
+    return report
+
+
+def evaluation_device() -> str:
+    """A GPU, each process of a torchrun its own, or the CPU."""
+    import os
+
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def load_judges(named: dict[str, str | None], *, device: str, in_world: bool, timeout: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(judges that are a CLIP, by name; any other rewards as functions of pictures and prompts). Raises UserError naming the flag.
+
+    timeout: as `remote.timeout` of a run.
+    """
+    from fewstep import world
+    from fewstep.evaluate.measure import is_reserved
+    from fewstep.rewards import REWARDS, sources
+    from fewstep.rewards.clip import CLIPScore
+
+    scorers, others = {}, {}
+    for name, source in named.items():
+        if is_reserved(name):
+            raise UserError(f"judge.{name}: another number of the report has this name, or one like it; give the judge another")
+        if name not in REWARDS and not (sources.is_code(source) or sources.is_remote(source)):
+            raise UserError(f"judge.{name}: unknown reward{nearest(name, REWARDS)}. {OWN_JUDGE.format(name)}")
+        try:
+            judge = sources.open_judge(name, source, assets=world.ASSETS if in_world else None, device=device, timeout=timeout)
+        except (OSError, ValueError) as error:
+            raise UserError(f"judge.{name}: {error}") from error
+        if isinstance(judge, CLIPScore):
+            scorers[name] = judge
+        else:
+            others[name] = getattr(judge, "score", judge)
+    return scorers, others
+
+
+def share_of(text: str | None) -> tuple[int, int]:
+    """(i, n) of --shard i/n, or of a torchrun's processes. Raises UserError."""
+    import os
+
+    if text is None:
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    i, slash, n = text.partition("/")
+    if not (slash and i.isdecimal() and n.isdecimal() and int(i) < int(n)):
+        raise UserError(f"--shard: i/n, the i-th of n shares counted from 0, as 0/4; got {text!r}")
+    return int(i), int(n)
+
+
+def read_options(arguments: list[str]) -> Any:
+    """The flags, with `extractor` and `judge` as tables of name -> source. Raises UserError."""
+    from fewstep.config import RemoteConfig
+
+    tables, arguments = table_flags(arguments, ("extractor", "judge"))
+    parser = student_parser(
+        "evaluate",
+        "Measure a student beside its teacher: distances of features (--extractor.NAME [SOURCE]: inception, clip, or a name of your own "
+        "for a vision model's folder or hub id or path/to/file.py:function), "
+        "rewards as judges (--judge.NAME [SOURCE]), cost. See docs/evaluation.md.",
+    )
+    parser.add_argument(
+        "--against", metavar="TEACHER", help="a diffusers folder, a hub id, world, or none (default: the run's own teacher)"
+    )
+    parser.add_argument("--data", metavar="FOLDER", help="real pictures: a folder, or owner/name[@revision][:split] on the hub")
+    parser.add_argument("--prompts", metavar="FILE", help="prompts, one a line or as a set was published; a set's NAME; NAME=FILE")
+    parser.add_argument("--images-per-prompt", type=int, help="pictures for each prompt (default: the set's; 8 in the embedded world)")
+    parser.add_argument("--steps", type=int, help="the student's steps (default: those it was made for)")
+    parser.add_argument("--teacher-steps", type=int, help="the teacher's own steps (default 28)")
+    parser.add_argument("--guidance", type=float, help="the teacher's guidance scale (default: the run's, or its family's)")
+    parser.add_argument("--resize", type=int, metavar="PIXELS", help="bring pictures to this square before an extractor sees them")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the rows; the teacher's reference sample uses the next")
+    parser.add_argument("--batch", type=int, default=16, help="pictures drawn at a time (default 16)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of the pipelines")
+    default = f"{RemoteConfig().timeout:g}"
+    parser.add_argument(
+        "--remote.timeout", dest="timeout", type=float, metavar="SECONDS", help=f"of a judge's server (default: the run's, or {default})"
+    )
+    parser.add_argument("--shard", metavar="I/N", help="draw only this share; a last call without it measures (torchrun does both)")
+    parser.add_argument("--keep-images", type=Path, metavar="FOLDER", help="keep the pictures themselves too")
+    parser.add_argument("--beside", type=Path, nargs="+", default=[], metavar="REPORT", help="show other reports in one table")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the report (default: evaluation.json in the student's folder)")
+    options = parser.parse_args(arguments)
+    options.extractor, options.judge = tables["extractor"], tables["judge"]
+    for name in ("images_per_prompt", "steps", "teacher_steps", "resize", "batch"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')}: must be at least 1, got {value}")
+    return options
+
+
+def check_instruments(options: Any) -> None:
+    """Whether there is something to draw and to measure with: only the embedded world brings its own. Raises UserError."""
+    if options.prompts is None:
+        raise UserError("--prompts: missing; give a file, or the name of a set (only the embedded world brings its own)")
+    if not (options.extractor or options.judge):
+        raise UserError("nothing to measure with: give --extractor.NAME or --judge.NAME, as --extractor.inception or --judge.clip FOLDER")
+    if options.data and not options.extractor:
+        raise UserError("--data: nothing to compare pictures by; give --extractor.NAME, as --extractor.inception")
+
+
+def command(arguments: list[str]) -> int:
+    from fewstep.config import Config, RemoteConfig
+    from fewstep.export import steps_of
+
+    options = read_options(arguments)
+    folder, own = options.folder, options.folder.is_dir()
+    if own:
+        check_student(folder)
+    elif folder.exists() or len(folder.parts) != 2 or not str(folder)[0].isalnum():
+        raise UserError(f"{folder}: no such folder, and not a hub id (owner/name)")
+    config: Config | None = saved_config(folder) if (folder / "config.yaml").is_file() else None
+    remote = (config or Config()).remote if options.timeout is None else RemoteConfig(options.timeout)
+    if problems := Config(remote=remote).problems():
+        raise UserError("; ".join(problems))
+    against = options.against or (config.teacher if config else "none")
+    teacher = None if against == "none" else resolve_teacher(against)
+    steps = options.steps or (config.steps if config else steps_of(folder) if own else None)
+    if steps is None:
+        raise UserError("--steps: missing; the student does not say how many steps it was made for")
+    share, launched = share_of(options.shard), options.shard is None
+    others = {str(path): read_report(path) for path in options.beside}
+    if against != "world":
+        check_instruments(options)
+
+    from fewstep import models
+    from fewstep.evaluate import features, pictures, sets
+
+    models.quiet_libraries()
+    device = evaluation_device()
+    told: dict[str, Any] = {"steps": steps, "seed": options.seed, "batch": options.batch, "device": device, "precision": options.precision}
+    told |= {
+        "teacher_steps": options.teacher_steps,
+        "keep_images": options.keep_images,
+        "work": folder / "evaluation" if own else cache_folder(),
+    }
+    try:
+        if teacher is not None:
+            default = config.teacher_guidance if config else models.family(teacher).default_guidance
+            told["guidance"] = default if options.guidance is None else options.guidance
+        if options.prompts is not None:
+            told["prompts"] = sets.load(options.prompts)
+            known = sets.SETS.get(told["prompts"].name)
+            told["images_per_prompt"] = known.images_per_prompt if known else 1
+        if options.images_per_prompt is not None:
+            told["images_per_prompt"] = options.images_per_prompt
+        if options.data is not None:
+            told["data"] = pictures.open_pictures(options.data)
+        told["extractors"] = features.make_extractors(options.extractor.items(), resize=options.resize, device=device)
+        told["scorers"], told["judges"] = load_judges(options.judge, device=device, in_world=against == "world", timeout=remote.timeout)
+        output = options.output or (folder if own else Path()) / "evaluation.json"
+        report = measure_student(folder, teacher, config, output=output, share=share, progress=share[0] == 0 or not launched, **told)
+        if launched and share[1] > 1:
+            await_others()
+            if share[0] == 0:
+                report = measure_student(folder, teacher, config, output=output, **told)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if report is None:
+        return 0
+    if others:
+        from rich.console import Console
+
+        from fewstep.evaluate import protocol
+
+        Console(width=None if sys.stdout.isatty() else 200).print(protocol.beside({str(output): report} | others))
+    print(f"saved {output}")
+    return 0
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A report that `fewstep evaluate` saved. Raises UserError."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if not {"protocol", "rows", "interval"} <= report.keys():
+            raise ValueError("it has no protocol, rows and interval")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"--beside: {path}: not a report of fewstep evaluate ({error})") from error
+    return report
+
+
+def await_others() -> None:
+    """Wait until every process of a torchrun has come here."""
+    import datetime
+
+    import torch.distributed as processes
+
+    processes.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    processes.barrier()
+    processes.destroy_process_group()

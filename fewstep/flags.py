@@ -1,0 +1,341 @@
+"""Recipes and flags, as the config that they spell."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fewstep.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from fewstep.config import Config
+
+
+def field_names(config: type, prefix: str = "") -> dict[str, type]:
+    """Dotted name -> type of every field of a config class; a group of fields comes as itself and with its members."""
+    import typing
+
+    names: dict[str, type] = {}
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        kind = hints[field.name]
+        names[prefix + field.name] = kind
+        if dataclasses.is_dataclass(kind):
+            names |= field_names(kind, f"{prefix}{field.name}.")
+    return names
+
+
+# fields that are tables: the user names their keys
+TABLES = ("reward", "via", "scorer", "judge")
+ONLY_BY_FLAG = "a file runs no code here: leave it out and give your own flag, --{} {}"
+
+
+def in_table(name: str) -> bool:
+    table, _, key = name.partition(".")
+    return table in TABLES and bool(key) and "." not in key
+
+
+def normalise(arguments: list[str], names: dict[str, type]) -> list[str]:
+    """Flags as the parser knows them: underscores, `--config` before a recipe, a value for a bare switch; unknown ones are refused."""
+    out: list[str] = []
+    arguments = spell_out(arguments)
+    for i, argument in enumerate(arguments):
+        if not argument.startswith("--"):
+            is_value = i > 0 and arguments[i - 1].startswith("--") and "=" not in arguments[i - 1]
+            out += [argument] if is_value else ["--config", recipe_path(argument)]
+            continue
+        flag, equals, value = argument[2:].partition("=")
+        name = flag.replace("-", "_")
+        if in_table(name):
+            name = f"{name.partition('.')[0]}.{flag.partition('.')[2]}"  # a key is the user's own word
+        elif name not in names and name not in ("help", "config"):
+            raise UserError(f"--{flag}: unknown option{nearest(name, names)}")
+        if name == "config" and equals:
+            out += ["--config", recipe_path(value)]
+            continue
+        out.append(f"--{name}{equals}{value}")
+        following = arguments[i + 1] if i + 1 < len(arguments) else "--"
+        if name.startswith("judge.") and not equals and following.startswith("--"):
+            out[-1] += "=null"  # its own source
+        if names.get(name) is bool and not equals and following.lower() not in ("true", "false"):
+            out.append("true")
+    return as_lists_of_sizes(out)
+
+
+def as_lists_of_sizes(arguments: list[str]) -> list[str]:
+    """`--size 1024x768,768x1024` as the list that it is; the config says what is no size."""
+    out: list[str] = []
+    for argument in arguments:
+        flag, equals, value = argument.rpartition("=") if argument.startswith("--size=") else ("", "", argument)
+        is_size = not value.startswith(("[", "--")) and (equals or out[-1:] == ["--size"])
+        out.append(f"{flag}{equals}{json.dumps(value.split(','))}" if is_size else argument)
+    return out
+
+
+def spell_out(arguments: list[str]) -> list[str]:
+    """`--reward.NAME path/to/file.py:function` or a server's address as what it is short for: weight 1, and the scorer."""
+    from fewstep.rewards.sources import is_code, is_remote
+
+    out: list[str] = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if not argument.startswith("--") and out and out[-1].startswith("--reward.") and "=" not in out[-1]:
+            flag, equals, value = out.pop(), "=", argument
+            argument = f"{flag}={value}"
+        if flag.startswith("--reward.") and equals and (is_code(value) or is_remote(value)):
+            name = flag.removeprefix("--reward.")
+            out += [f"--reward.{name}=1", f"--scorer.{name}={value}"]
+        else:
+            out.append(argument)
+    return out
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in (Path(__file__).parent / "recipes").glob("*.yaml"))
+
+
+def recipe_path(argument: str) -> str:
+    """A recipe's file: the one given, or the named one that ships with fewstep."""
+    named = Path(__file__).parent / "recipes" / f"{argument}.yaml"
+    if Path(argument).exists() or not argument.replace("-", "_").isidentifier():
+        return argument
+    if not named.is_file():
+        raise UserError(f"{argument}: no such file or recipe{nearest(argument, recipe_names())}")
+    return str(named)
+
+
+def check_recipe(path: Path, names: dict[str, type]) -> None:
+    """Unknown keys of a YAML recipe, and code in it, by file and key, before anything else is parsed."""
+    import yaml
+
+    from fewstep.rewards.sources import is_code
+
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start + 1})") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(recipe, dict):
+        held = "nothing" if recipe is None else "a list" if isinstance(recipe, list) else f"only {recipe!r}"
+        raise UserError(f"{path}: a recipe is a list of `key: value` lines, this holds {held}")
+
+    def walk(node: dict[Any, Any], prefix: str) -> None:
+        for key, value in node.items():
+            name = f"{prefix}{key}"
+            if name not in names and not in_table(name):
+                raise UserError(f"{path}: unknown key {name!r}{nearest(name, names)}")
+            if in_table(name) and is_code(value):
+                raise UserError(f"{path}: {name} names code, {value}; {ONLY_BY_FLAG.format(name, value)}")
+            if isinstance(value, dict):
+                walk(value, f"{name}.")
+
+    walk(recipe, "")
+
+
+WRONG_TYPE = re.compile(r"Parser key \"([\w.]+)\": .*?Expected an? (.+?)\. Got value: (.*)")
+PAIR = "two numbers in brackets, as [0.9, 0.99]"
+KINDS = {
+    "<class 'int'>": "a whole number", "<class 'float'>": "a number", "<class 'bool'>": "true or false",
+    "<class 'tuple'>": PAIR, "tuple with 2 elements": PAIR,
+}  # fmt: skip
+
+
+def in_plain_words(message: str) -> str:
+    """What the parser says of a value of the wrong type, without the names that types have in Python."""
+    found = WRONG_TYPE.search(message)
+    if found is None:
+        return message.replace("Parser key", "key")
+    key, kind, value = found.groups()
+    choices = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)
+    wanted = f"one of {choices[1].replace(chr(39), '')}" if choices else KINDS.get(kind, kind)
+    return f"{key}: must be {wanted}; got {value}"
+
+
+@functools.cache
+def config_parser() -> Any:
+    """Made once: to read the config's docstrings takes longer than to parse a run's flags."""
+    import jsonargparse
+
+    from fewstep.config import Config
+
+    class Parser(jsonargparse.ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None):
+            raise UserError(in_plain_words(" ".join(message.split()))) from ex
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = Parser(prog="fewstep distill", description="Distil a teacher into a few-step student.")
+    parser.add_argument("--config", action="config", help="YAML recipe (the same keys)")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def recipes_and_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The files after `--config`, and the other arguments."""
+    recipes, flags, left = [], [], iter(arguments)
+    for argument in left:
+        if argument == "--config":
+            recipes.append(next(left, ""))
+        else:
+            flags.append(argument)
+    return recipes, flags
+
+
+def read_config(arguments: list[str]) -> tuple[Config, list[str], list[str]]:
+    """(the config that recipes and flags spell, its values not yet checked; the recipes; the flags).
+
+    A recipe overrides those before it, a flag every recipe, wherever it stands. Raises UserError naming the flag, or the file and key.
+    """
+    from fewstep.config import Config
+
+    names = field_names(Config)
+    arguments = normalise(arguments, names)
+    recipes, flags = recipes_and_flags(saved_recipe(arguments) + arguments)
+    for recipe in recipes:
+        check_recipe(Path(recipe), names)
+    parser = config_parser()
+    for recipe in recipes:  # alone first, so that a wrong type is blamed on the file that holds it
+        try:
+            parser.parse_args(["--config", recipe])
+        except UserError as error:
+            raise UserError(f"{recipe}: {error}") from error
+    parsed = parser.instantiate(parser.parse_args([part for recipe in recipes for part in ("--config", recipe)] + flags))
+    return Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)}), recipes, flags
+
+
+def parse_config(arguments: list[str]) -> Config:
+    """The config of a run from recipes and flags. Raises UserError naming the flag, or the file and key."""
+    from fewstep.rewards.sources import is_code, settle_via
+
+    config, recipes, flags = read_config(arguments)
+    given = flag_values(flags)
+    for table in ("scorer", "judge"):
+        for key, value in getattr(config, table).items():
+            name = f"{table}.{key}"
+            if is_code(value) and given.get(f"--{name}") != value:  # however a recipe may have spelt it
+                raise UserError(f"{', '.join(recipes) or f'--{table}'}: {name} names code, {value}; {ONLY_BY_FLAG.format(name, value)}")
+    try:
+        config = settle_via(config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    problems = config.problems()
+    if problems:
+        raise UserError("; ".join(problems))
+    return config
+
+
+def on_family_recipe(arguments: list[str]) -> list[str]:
+    """A run's flags and recipes on top of the recipe of its teacher's family; says in one line what that one decides.
+
+    The embedded teacher has the defaults, and a run that goes on its own config. A teacher that cannot be read is refused later.
+    """
+    from fewstep import models
+
+    config, *_ = read_config(arguments)
+    if config.teacher == "world" or config.resume:
+        return arguments
+    try:
+        name = models.family_name(models.pipeline_class(config.teacher))
+    except models.UnsupportedTeacher:
+        return arguments
+    whole = [str(Path(__file__).parent / "recipes" / f"{name}.yaml"), *arguments]
+    before, now = (as_values(as_plain(each)) for each in (config, read_config(whole)[0]))
+    changed = ", ".join(f"{key} {now[key]}" for key in now if now[key] != before[key])
+    if changed:
+        print(f"what you did not set is as in the recipe {name}, which is not measured: {changed}")
+    return whole
+
+
+def as_values(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value of what a nested dictionary holds."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        found |= as_values(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def saved_recipe(arguments: list[str]) -> list[str]:
+    """A run that goes on starts from its own saved config; flags given now come after it."""
+    if "--resume" not in arguments and "--resume=true" not in arguments:
+        return []
+    path = Path(flag_values(arguments).get("--output", "out")) / "config.yaml"
+    return ["--config", str(path)] if path.is_file() else []
+
+
+def flag_values(arguments: list[str]) -> dict[str, str]:
+    """What follows each flag, the last one winning."""
+    return dict(itertools.pairwise([*arguments, ""])) | dict(a.split("=", 1) for a in arguments if "=" in a)
+
+
+def as_arguments(values: dict[str, Any], prefix: str = "") -> list[str]:
+    """Nested keyword arguments as the flags that say the same."""
+    out: list[str] = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            out += as_arguments(value, f"{prefix}{key}.")
+        elif value is not None:
+            out.append(f"--{prefix}{key}={json.dumps(value) if isinstance(value, (bool, list, tuple)) else value}")
+    return out
+
+
+def as_plain(config: Config) -> dict[str, Any]:
+    """The config as YAML and JSON hold it: without the code that it named, which no file may."""
+    from fewstep.rewards.sources import is_code
+
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))
+    for table in ("scorer", "judge"):
+        plain[table] = {name: value for name, value in plain[table].items() if not is_code(value)}
+    return plain
+
+
+def command_parser(name: str, description: str) -> Any:
+    """An argparse parser of one command whose complaints are UserErrors."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str):
+            raise UserError(message)
+
+    return Parser(prog=f"fewstep {name}", description=description, allow_abbrev=False)
+
+
+def student_parser(name: str, description: str) -> Any:
+    """The parser of a command about one student."""
+    parser = command_parser(name, description)
+    parser.add_argument("folder", type=Path, help="a student's folder")
+    return parser
+
+
+def check_student(folder: Path) -> None:
+    """Raises UserError when the folder holds no finished student."""
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder}: holds no finished student (no model_index.json)")
+
+
+def saved_config(folder: Path) -> Config:
+    """The config of a run. Raises UserError when the folder holds none."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: holds no run of fewstep (no config.yaml)")
+    return parse_config([str(folder / "config.yaml")])
+
+
+def table_flags(arguments: list[str], tables: tuple[str, ...]) -> tuple[dict[str, dict[str, str | None]], list[str]]:
+    """(table -> key -> value of every --TABLE.KEY [VALUE], the other arguments)."""
+    found: dict[str, dict[str, str | None]] = {table: {} for table in tables}
+    rest, left = [], list(arguments)
+    while left:
+        argument = left.pop(0)
+        flag, equals, value = argument.partition("=")
+        table, _, key = flag.removeprefix("--").partition(".")
+        if not (flag.startswith("--") and table in found and key):
+            rest.append(argument)
+            continue
+        found[table][key] = value if equals else left.pop(0) if left and not left[0].startswith("--") else None
+    return found, rest

@@ -1,0 +1,291 @@
+"""A run, from its checked config to the finished student: train, export, measure, draw."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fewstep.composition import HELD_OUT, Run, assets, build, check_backbone, check_judges, check_rewards, resolve_hardware, resolve_teacher
+from fewstep.errors import UserError
+from fewstep.evaluate.command import measure_student
+from fewstep.flags import as_plain
+
+if TYPE_CHECKING:
+    from fewstep.config import Config
+
+
+RUN_FILES = (
+    "checkpoints", "samples", "tensorboard", "config.yaml", "rewards.json", "metrics.jsonl", "samples.png", "evaluation.json",
+    "evaluation", "README.md", "export", "model_index.json", "unet", "transformer", "vae", "text_encoder", "text_encoder_2",
+    "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler", "feature_extractor", "pytorch_lora_weights.safetensors",
+)  # fmt: skip
+# what may differ between a run and its continuation
+FREE_ON_RESUME = ("updates", "teacher_guidance", "save_every", "sample_every", "evaluate", "resume", "overwrite", "dry_run", "output",
+                  "device", "judge", "remote")  # fmt: skip
+
+
+def check_output(config: Config) -> None:
+    """An output folder that may be written. Raises UserError."""
+    import shutil
+
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output: {output} is a file; name a folder")
+    held = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    is_run = "config.yaml" in held
+    if config.resume and not is_run:
+        raise UserError(f"resume: {output} holds no run to go on with")
+    if held and not is_run:
+        raise UserError(f"output: {output} is not empty and holds no run (it has {held[0]!r}); name another folder")
+    if is_run and not (config.resume or config.overwrite):
+        raise UserError(f"output: {output} already holds a run; add --resume to go on, --overwrite to start anew, or name another --output")
+    if config.resume:
+        check_same_run(config, output / "config.yaml")
+    if config.overwrite:
+        for name in RUN_FILES:  # what fewstep wrote, nothing else
+            path = output / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"output: cannot write to {output} ({error.strerror})") from error
+
+
+def check_same_run(config: Config, path: Path) -> None:
+    import yaml
+
+    from fewstep.config import Config
+    from fewstep.rewards.sources import is_remote
+
+    # a field that an earlier version did not have is as it is by default
+    before, now = as_plain(Config()) | yaml.safe_load(path.read_text()), as_plain(config)
+    for held in (before, now):  # a server may have moved; its version is what counts, and `rewards.json` has it
+        held["scorer"] = {name: "a server" if is_remote(value) else value for name, value in (held.get("scorer") or {}).items()}
+    changed = [key for key in now if key not in FREE_ON_RESUME and before.get(key) != now[key]]
+    if changed:
+        was, free = before.get(changed[0]), ", ".join(FREE_ON_RESUME[:4])
+        raise UserError(f"resume: {changed[0]} is {now[changed[0]]!r}, the run in {path.parent} has {was!r}; only {free} may change")
+
+
+def read_prompts(config: Config) -> list[str]:
+    from fewstep import prompts, world
+
+    if config.prompts is not None:
+        try:
+            return prompts.read(config.prompts)
+        except prompts.BadPrompts as error:
+            raise UserError(f"prompts: {error}") from error
+    if config.teacher != "world":
+        raise UserError("prompts: missing; give a text file with one prompt a line (only the embedded teacher brings its own)")
+    return world.prompts("train")
+
+
+def distill(config: Config, functions: dict[str, Any] | None = None, judges: dict[str, Any] | None = None) -> int:
+    """Check, train, export, measure. functions, judges: rewards and judges of the caller's own. Returns the exit code."""
+    prompts = read_prompts(config)
+    functions = check_rewards(config, functions or {})
+    judges = check_judges(config, judges or {})
+    source = resolve_teacher(config.teacher)
+    if config.dry_run:
+        return dry_run(config, source, len(prompts))
+    check_output(config)
+    import yaml
+
+    output = Path(config.output)
+    from fewstep import checkpoint, models
+    from fewstep.rewards import sources
+
+    models.quiet_libraries()
+
+    state = None
+    if config.resume:
+        try:
+            found = checkpoint.newest(output / "checkpoints")
+        except checkpoint.DamagedCheckpoint as error:
+            raise UserError(f"resume: {error}") from error
+        if found is None:
+            print("no checkpoint was saved yet: starting from update 0")
+        else:
+            folder, state = found
+            print(f"going on from {folder.name}")
+    run = build(config, prompts, source, functions, judges)
+    config = run.config
+    print(f"training on {config.device} in {config.precision}")
+    cut = run.backbone.cut(prompts)
+    if cut:
+        print(f"{len(cut)} of {len(prompts)} prompts are longer than the text encoder reads and are cut, the first: {cut[0]!r}")
+    if state is not None:
+        try:
+            run.trainer.load_state(state)
+        except checkpoint.DamagedCheckpoint as error:
+            raise UserError(f"resume: {error}") from error
+    kept = as_plain(config) | {"resume": False, "overwrite": False}  # of this call, not of the run
+    (output / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False))
+    told = sources.records(config.reward, config.scorer, functions, assets=assets(config))
+    told |= {f"judge.{name}": record for name, record in judge_records(config, judges).items()}
+    for line in sources.write_records(output / "rewards.json", told, run.trainer.update):
+        print(line)
+    if not train(run, output, prompts):
+        return 130
+    finish(run, output, source, prompts)
+    return 0
+
+
+def judge_records(config: Config, functions: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Where each judge of a run comes from and in which version."""
+    from fewstep import world
+    from fewstep.rewards import sources
+
+    own = [name for name, source in config.judge.items() if source == HELD_OUT and name not in functions]
+    twins = {name: {"source": f"the embedded world's, {HELD_OUT}", "version": sources.version(str(world.TWINS[name]))} for name in own}
+    named = {name: source for name, source in config.judge.items() if source is not None}
+    others = [name for name in dict.fromkeys([*config.judge, *functions]) if name not in own]
+    return twins | sources.records(others, named, functions, assets=assets(config))
+
+
+def dry_run(config: Config, source: str, prompts: int) -> int:
+    """Print what the run would need. Nothing is read but configurations, nothing is written."""
+    from fewstep import models
+
+    models.quiet_libraries()
+    from fewstep import needs
+
+    config = resolve_hardware(config)
+    try:
+        check_backbone(needs.skeleton(source, models.frozen_dtype(config)), config)
+        print(needs.report(source, config, prompts))
+    except ValueError as error:
+        raise UserError(f"teacher: {error}") from error
+    return 0
+
+
+def grid_prompts(config: Config, prompts: list[str]) -> list[str]:
+    from fewstep import world
+
+    return world.prompts("grid") if config.teacher == "world" and config.prompts is None else prompts[:8]
+
+
+def train(run: Run, output: Path, prompts: list[str]) -> bool:
+    """Run the trainer behind a progress bar. False when it was stopped before the last update."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    stopping: list[int] = []
+
+    def ask_to_stop(number: int, frame: Any) -> None:
+        if stopping:  # a second Ctrl-C does not wait
+            raise KeyboardInterrupt
+        stopping.append(number)
+        print("\nstopping: saving at the end of this update", flush=True)
+
+    before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    trainer, config = run.trainer, run.config
+    text = TextColumn("R_dm {task.fields[score]}  lag {task.fields[lag]}  {task.fields[rate]} updates/s")
+    columns = (TextColumn("distilling"), BarColumn(bar_width=20), MofNCompleteColumn(), text, TimeElapsedColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns) as bar:
+            task = bar.add_task("", total=config.updates, completed=trainer.update, score="-", lag="-", rate="-")
+            seconds = 0.0
+            for logs in trainer.run(output, stop=lambda: bool(stopping)):
+                running = trainer.running
+                seconds = logs["seconds"] if not seconds else seconds + 0.1 * (logs["seconds"] - seconds)
+                shown = {
+                    "score": f"{running.get('dm/score', float('nan')):.3g}",
+                    "lag": f"{running.get('dm/lag', float('nan')):+.4f}",
+                    "rate": f"{1 / seconds:.2f}",
+                }
+                bar.update(task, completed=trainer.update, **shown)
+                if not bar.console.is_terminal and trainer.update % 20 == 0:
+                    print(
+                        f"update {trainer.update}/{config.updates}  R_dm {shown['score']}  lag {shown['lag']}  {shown['rate']} updates/s",
+                        flush=True,
+                    )
+                if config.sample_every and trainer.update % config.sample_every == 0 and trainer.update < config.updates:
+                    draw_progress(run, output, grid_prompts(config, prompts))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stopping and trainer.update < config.updates:
+        print(f"stopped at update {trainer.update} of {config.updates}; saved. Go on with: fewstep distill --output {output} --resume")
+        return False
+    return True
+
+
+SAMPLES_PER_PROMPT = 3
+
+
+def sample_grid(pipe: Any, prompts: list[str], *, steps: int, call: dict[str, Any]) -> Any:
+    """(P, N, 3, H, W) in [0, 1]: the grid's samples, N for each prompt, always with the same noise.
+
+    call: what the pipeline is told beside.
+    """
+    from fewstep.evaluate.protocol import generate
+
+    images, _ = generate(pipe, prompts, SAMPLES_PER_PROMPT, steps=steps, seed=0, call=call)
+    return images.view(len(prompts), SAMPLES_PER_PROMPT, *images.shape[1:])
+
+
+def student_grid(run: Run, prompts: list[str], weights: dict[str, Any]) -> Any:
+    """The grid of the student with the given (averaged) weights, drawn on the training's own network."""
+    backbone, steps = run.backbone, run.config.steps
+    student = backbone.drawing(run.roles.student, backbone.scheduler(steps), weights)
+    with student as pipe:
+        return sample_grid(pipe, prompts, steps=steps, call=backbone.student_call | backbone.told_size(run.config.sizes()[0]))
+
+
+def teacher_grids(run: Run, prompts: list[str], best: str) -> dict[str, Any]:
+    """Grids of the teacher at its many steps and, with the named solver, at the student's, by column title."""
+    from fewstep import world
+    from fewstep.evaluate import protocol
+
+    backbone, steps = run.backbone, run.config.steps
+    call = backbone.teacher_call(run.config.teacher_guidance) | backbone.told_size(run.config.sizes()[0])
+    own = backbone.pipe.scheduler
+    few = own if backbone.flow else protocol.solver(best, own.config)
+    columns = {f"teacher, {world.TEACHER_STEPS} steps": (world.TEACHER_STEPS, own), f"teacher, {steps} steps ({best})": (steps, few)}
+    grids = {}
+    for title, (n, scheduler) in columns.items():
+        with backbone.drawing(run.roles.teacher, scheduler) as pipe:
+            grids[title] = sample_grid(pipe, prompts, steps=n, call=call)
+    return grids
+
+
+def draw_progress(run: Run, output: Path, prompts: list[str]) -> None:
+    """A grid of the averaged student with fixed prompts and seeds; the training's random numbers are left untouched."""
+    from fewstep.report import grid
+
+    trainer, steps = run.trainer, run.config.steps
+    title = f"student, {steps} steps, update {trainer.update}"
+    images = student_grid(run, prompts, trainer.averaged())
+    grid.save({title: images}, prompts, output / "samples" / f"update-{trainer.update:08d}.png")
+
+
+def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
+    """Export the averaged student, measure it, draw it beside its teacher, write its card."""
+    from fewstep import export
+    from fewstep.report import grid
+
+    for name in ("evaluation.json", "samples.png", "README.md"):  # of an earlier student
+        (output / name).unlink(missing_ok=True)
+    config, backbone, trainer = run.config, run.backbone, run.trainer
+    weights = trainer.averaged()
+    pipe = backbone.student_pipeline(run.roles, weights, config.steps)
+    student = export.Averaged(config, backbone, pipe, weights, trainer.update, trainer.weights.now())
+    export.write_diffusers(student, output)
+    results, best = None, "DPM-Solver++" if not backbone.flow else "its own solver"
+    if config.evaluate and config.teacher == "world":
+        report = measure_student(
+            output, source, config, output=output / "evaluation.json", steps=config.steps, guidance=config.teacher_guidance
+        )
+        assert report is not None
+        results, best = export.results_markdown(report), next(r["solver"] for r in report["rows"] if r["name"] == report["best_solver"])
+    elif config.evaluate:
+        print(f"not measured: fewstep evaluate {output} --prompts FILE, with --extractor.NAME and --judge.NAME")
+    shown = grid_prompts(config, prompts)
+    columns = teacher_grids(run, shown, best) | {f"student, {config.steps} steps": student_grid(run, shown, weights)}
+    grid.save(columns, shown, output / "samples.png")
+    export.model_card(student, "diffusers", output, results=results).save(output / "README.md")
+    print(f"student in {output}; look at {output / 'samples.png'}")
