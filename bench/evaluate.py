@@ -23,7 +23,7 @@ import torch
 from step import resident
 from torch import Tensor, nn
 
-from fewstep.evaluate import protocol
+from fewstep.evaluate import drawing, evaluation
 from fewstep.evaluate.features import Extractor
 from fewstep.evaluate.sets import PromptSet
 
@@ -76,12 +76,12 @@ def measure(pictures: int, size: int, batch: int = 16) -> dict[str, Any]:
         }  # fmt: skip
 
         def source(weight: float) -> Any:
-            return lambda: protocol.Source(Noise(size, weight), lambda guidance: {"guidance_scale": guidance}, (size, size))
+            return lambda: drawing.Source(Noise(size, weight), lambda guidance: {"guidance_scale": guidance}, (size, size))
 
-        protocol.evaluate(source(0.9), teacher=source(1.0), share=(0, 2), **common)
-        protocol.evaluate(source(0.9), teacher=source(1.0), share=(1, 2), **common)
-        told["drawn"], drawing = time.perf_counter(), most()
-        report = protocol.evaluate(source(0.9), teacher=source(1.0), **common)
+        evaluation.evaluate(source(0.9), teacher=source(1.0), share=(0, 2), **common)
+        evaluation.evaluate(source(0.9), teacher=source(1.0), share=(1, 2), **common)
+        told["drawn"], peak_drawing = time.perf_counter(), most()
+        report = evaluation.evaluate(source(0.9), teacher=source(1.0), **common)
         assert report is not None
         told["measured"] = time.perf_counter()
         disk = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
@@ -96,7 +96,7 @@ def measure(pictures: int, size: int, batch: int = 16) -> dict[str, Any]:
         "seconds": seconds,
         "pictures_per_second": samples * pictures / sum(seconds.values()),
         "peak_mib": most(),
-        "peak_mib_drawing": drawing,
+        "peak_mib_drawing": peak_drawing,
         "libraries_mib": libraries,
         "disk_mib": disk / MIB,
         "pictures_mib": pictures * 3 * size**2 * 4 / MIB,  # of one sample, were they kept in memory

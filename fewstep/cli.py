@@ -248,7 +248,7 @@ def sample_command(arguments: list[str]) -> int:
     from fewstep.config import Config
 
     models.quiet_libraries()
-    from fewstep.evaluate.protocol import generate
+    from fewstep.evaluate.drawing import generate
 
     config = saved_config(options.folder) if (options.folder / "config.yaml").is_file() else Config()
     try:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fewstep import world
-from fewstep.evaluate import protocol
+from fewstep.evaluate import drawing, protocol, samples, store, tables
+from fewstep.evaluate.measure import measure as metrics_of
 from fewstep.rewards.serve import end_with_parent
 from fewstep.weights import Adaptive, mean_rate
 
@@ -157,7 +158,7 @@ class TeacherRow(NamedTuple):
 
 TEACHER_ROWS = {
     "teacher, 28 steps": TeacherRow(world.TEACHER_STEPS, world.TEACHER_GUIDANCE),
-    **{f"teacher, 4 steps, {name}": TeacherRow(4, world.TEACHER_GUIDANCE, name) for name in protocol.SOLVERS},
+    **{f"teacher, 4 steps, {name}": TeacherRow(4, world.TEACHER_GUIDANCE, name) for name in drawing.SOLVERS},
     "teacher, 28 steps, guidance 1": TeacherRow(world.TEACHER_STEPS, UNGUIDED),
 }
 Cells = dict[tuple[str, int], dict[str, Any]]  # by row and seed
@@ -209,8 +210,8 @@ def observe_pipeline(plan: Plan, pipe: Any, *, steps: int, guidance: float, seed
     from fewstep.world.utility import gold_utility
 
     prompts, scorers, _ = instruments(plan)
-    sampling = {"steps": steps, "guidance": guidance, "seed": seed, "batch": protocol.BATCH}
-    return protocol.observe_sample(
+    sampling = {"steps": steps, "guidance": guidance, "seed": seed, "batch": drawing.BATCH}
+    return samples.observe_sample(
         pipe.to(plan.device), prompts, plan.images_per_prompt, scorers, gold_utility, device=plan.device, **sampling
     )
 
@@ -233,17 +234,17 @@ def reference(plan: Plan, guidance: float) -> Any:
     from fewstep.evaluate.features import scaled
 
     # a sample of another size or of other prompts would make a distance that looks like any other
-    made = {"prompts": protocol.sha256(world.prompts("evaluate")[: plan.prompts]), "n": str(plan.prompts * plan.images_per_prompt)}
+    made = {"prompts": store.sha256(world.prompts("evaluate")[: plan.prompts]), "n": str(plan.prompts * plan.images_per_prompt)}
     path = plan.output / ("reference.safetensors" if guidance == world.TEACHER_GUIDANCE else f"reference-guidance-{guidance:g}.safetensors")
     kept = None
     if path.is_file():
         with safe_open(path, "pt") as file:
             kept = file.metadata()
     if kept != made:
-        pipe = protocol.open_pipeline(world.TEACHER, plan.device)
+        pipe = drawing.open_pipeline(world.TEACHER, plan.device)
         observed = observe_pipeline(plan, pipe, steps=world.TEACHER_STEPS, guidance=guidance, seed=REFERENCE_SEED)
         features = scaled(observed["features/clip-heldout"]).contiguous()
-        protocol.replace(path, lambda temporary: save_file({"features": features}, temporary, metadata=made))
+        store.replace(path, lambda temporary: save_file({"features": features}, temporary, metadata=made))
     return load_file(path)["features"]
 
 
@@ -254,7 +255,7 @@ def measure(plan: Plan, observed: dict[str, Any], target: float) -> dict[str, fl
     prompts, scorers, data = instruments(plan)
     group = torch.arange(len(prompts)).repeat_interleave(plan.images_per_prompt)
 
-    found = protocol.measure(
+    found = metrics_of(
         observed,
         prompts,
         group,
@@ -270,12 +271,12 @@ def measure(plan: Plan, observed: dict[str, Any], target: float) -> dict[str, fl
 
 
 def run_teacher_cell(plan: Plan, row: TeacherRow, seed: int) -> dict[str, Any]:
-    pipe = protocol.open_pipeline(world.TEACHER, plan.device)
+    pipe = drawing.open_pipeline(world.TEACHER, plan.device)
     if row.solver:
-        pipe.scheduler = protocol.solver(row.solver, pipe.scheduler.config)
+        pipe.scheduler = drawing.solver(row.solver, pipe.scheduler.config)
     observed = observe_pipeline(plan, pipe, steps=row.steps, guidance=row.guidance, seed=seed)
     return {
-        "metrics": measure(plan, observed, row.guidance) | {"network_evaluations": protocol.network_evaluations(row.steps, row.guidance)}
+        "metrics": measure(plan, observed, row.guidance) | {"network_evaluations": drawing.network_evaluations(row.steps, row.guidance)}
     }
 
 
@@ -491,10 +492,10 @@ def stamp_of(plan: Plan, row: str, seed: int) -> dict[str, Any]:
             inside, default = functools.reduce(lambda at, section: (at[0][section], at[1][section]), sections, (plain, untouched))
             if inside[last] == default[last]:
                 del inside[last]
-        recipe = protocol.sha256(plain)
+        recipe = store.sha256(plain)
     return {
         "config": recipe,
-        "prompts": protocol.sha256(world.prompts("evaluate")[: plan.prompts]),
+        "prompts": store.sha256(world.prompts("evaluate")[: plan.prompts]),
         "n": plan.prompts * plan.images_per_prompt,
         "seed": seed,
         "reference_seed": REFERENCE_SEED,
@@ -528,7 +529,7 @@ def make_cell(plan: Plan, row: str, seed: int) -> dict[str, Any]:
     models.quiet_libraries()
     cell = run_teacher_cell(plan, TEACHER_ROWS[row], seed) if row in TEACHER_ROWS else run_cell(plan, EVERY_ROW[row], seed)
     cell |= {"row": row, "seed": seed, "stamp": stamp_of(plan, row, seed), "commit": commit(), "machine": machine(plan, row, seed)}
-    protocol.replace(cell_path(plan, row, seed), lambda temporary: temporary.write_text(json.dumps(cell, indent=1)))
+    store.replace(cell_path(plan, row, seed), lambda temporary: temporary.write_text(json.dumps(cell, indent=1)))
     return cell
 
 
@@ -604,7 +605,7 @@ def markdown(summary: list[dict[str, Any]], plan: Plan) -> str:
         "seeds",
         "updates",
         "TFLOP",
-        *[protocol.LABELS[key].strip() for key in METRICS],
+        *[tables.LABELS[key].strip() for key in METRICS],
         "difference to",
         "FD to data",
         "FD to teacher",
@@ -653,7 +654,7 @@ def markdown(summary: list[dict[str, Any]], plan: Plan) -> str:
     if areas:
         note += (
             f"\n\nHypervolume of preference against FD to teacher, from the best few-step teacher's distance and the "
-            f"{protocol.TEACHER_STEPS}-step teacher's preference: {areas}."
+            f"{drawing.TEACHER_STEPS}-step teacher's preference: {areas}."
         )
     return f"{markdown_table(heads, body)}\n\n{note}\n"
 
@@ -677,7 +678,7 @@ def fronts(summary: list[dict[str, Any]]) -> dict[str, float]:
     if not methods:
         return {}
     few = [by_row[name]["fd_clip_teacher"][0] for name, row in TEACHER_ROWS.items() if row.solver]
-    corner = min(few), by_row[f"teacher, {protocol.TEACHER_STEPS} steps"]["preference"][0]
+    corner = min(few), by_row[f"teacher, {drawing.TEACHER_STEPS} steps"]["preference"][0]
     points = {
         method: [(m["fd_clip_teacher"][0], m["preference"][0]) for name, m in by_row.items() if name.startswith(f"{method} ")]
         for method in methods
@@ -709,7 +710,7 @@ def plot(summary: list[dict[str, Any]], path: Path) -> None:
                 capsize=3,
             )
         axis.set_yticks(range(len(summary)), [entry["row"] for entry in summary])
-        axis.set_xlabel(protocol.LABELS[key].replace("↓", "(lower is better)"))
+        axis.set_xlabel(tables.LABELS[key].replace("↓", "(lower is better)"))
         axis.set_xscale("log", nonpositive="clip")  # an interval may reach below zero
         means = [entry["metrics"][key][0] for entry in summary]
         low, high = 0.8 * min(means), 1.25 * max(means)
@@ -811,6 +812,6 @@ def write(plan: Plan, cells: Cells) -> list[dict[str, Any]]:
         "hypervolume": fronts(summary),
         "cells": [{key: value for key, value in cell.items() if key != "trace"} for _, cell in sorted(cells.items())],
     }
-    protocol.replace(plan.output / "compare.json", lambda temporary: temporary.write_text(json.dumps(report, indent=1)))
-    protocol.replace(plan.output / "compare.md", lambda temporary: temporary.write_text(markdown(summary, plan)))
+    store.replace(plan.output / "compare.json", lambda temporary: temporary.write_text(json.dumps(report, indent=1)))
+    store.replace(plan.output / "compare.md", lambda temporary: temporary.write_text(markdown(summary, plan)))
     return summary

@@ -347,14 +347,15 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def results_markdown(report: dict[str, Any]) -> str:
     """An evaluation's report as a Markdown table with what it was measured on."""
-    from fewstep.evaluate import protocol
+
+    from fewstep.evaluate import tables
 
     stamp = report["protocol"]
-    table = markdown_table(["", *protocol.columns(report)], [[name, *cells] for name, cells in protocol.as_rows(report)])
+    table = markdown_table(["", *tables.columns(report)], [[name, *cells] for name, cells in tables.as_rows(report)])
     seeds = ", ".join(f"{name} {seed}" for name, seed in stamp["seeds"].items())
     prompts = f"prompt of {stamp['set']}" if stamp.get("set") else "held-out prompt"
     features = f"features of `{stamp['extractor']}`, " if stamp["extractor"] else ""
-    said = "".join(f"{note[0].upper()}{note[1:]}. " for note in protocol.notes(report))
+    said = "".join(f"{note[0].upper()}{note[1:]}. " for note in tables.notes(report))
     return (
         f"{table}\n\nMeasured on {stamp['n']} pictures a column ({stamp['images_per_prompt']} for each {prompts}, seeds: {seeds}), "
         f"{report['interval']['level']:.0%} bootstrap intervals over prompts, {features}on {stamp['device']}. {said}"

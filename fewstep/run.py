@@ -222,7 +222,7 @@ def sample_grid(pipe: Any, prompts: list[str], *, steps: int, call: dict[str, An
 
     call: what the pipeline is told beside.
     """
-    from fewstep.evaluate.protocol import generate
+    from fewstep.evaluate.drawing import generate
 
     images, _ = generate(pipe, prompts, SAMPLES_PER_PROMPT, steps=steps, seed=0, call=call)
     return images.view(len(prompts), SAMPLES_PER_PROMPT, *images.shape[1:])
@@ -239,12 +239,12 @@ def student_grid(run: Run, prompts: list[str], weights: dict[str, Any]) -> Any:
 def teacher_grids(run: Run, prompts: list[str], best: str) -> dict[str, Any]:
     """Grids of the teacher at its many steps and, with the named solver, at the student's, by column title."""
     from fewstep import world
-    from fewstep.evaluate import protocol
+    from fewstep.evaluate.drawing import solver
 
     backbone, steps = run.backbone, run.config.steps
     call = backbone.teacher_call(run.config.teacher_guidance) | backbone.told_size(run.config.sizes()[0])
     own = backbone.pipe.scheduler
-    few = own if backbone.flow else protocol.solver(best, own.config)
+    few = own if backbone.flow else solver(best, own.config)
     columns = {f"teacher, {world.TEACHER_STEPS} steps": (world.TEACHER_STEPS, own), f"teacher, {steps} steps ({best})": (steps, few)}
     grids = {}
     for title, (n, scheduler) in columns.items():

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import save_file
 
 from fewstep import cli, compare, composition, flags, world
-from fewstep.evaluate import protocol
+from fewstep.evaluate import drawing, store
 from fewstep.weights import Adaptive
 
 
@@ -28,7 +28,7 @@ def small(folder, evaluations, **settings):
     """A plan of small cells, in whose folder the world's own pictures stand for the teacher's sample: that takes half a minute to draw."""
     plan = compare.Plan(folder, evaluations, 3, 24, 1, options=("--groups", "2", "--group-size", "2"), **settings)
     prompts, _, data = compare.instruments(plan)
-    made = {"prompts": protocol.sha256(prompts), "n": "72"}
+    made = {"prompts": store.sha256(prompts), "n": "72"}
     save_file({"features": data[:72].contiguous()}, folder / "reference.safetensors", metadata=made)
     return plan
 
@@ -120,7 +120,7 @@ def test_measuring_along_the_training_changes_nothing(tmp_path):
 def test_a_teachers_sample_of_another_plan_is_drawn_anew(tmp_path, monkeypatch):
     plan, opened = small(tmp_path, 300), []
     monkeypatch.setattr(world, "TEACHER_STEPS", 1)
-    monkeypatch.setattr(protocol, "open_pipeline", lambda *told, own=protocol.open_pipeline: opened.append(told) or own(*told))
+    monkeypatch.setattr(drawing, "open_pipeline", lambda *told, own=drawing.open_pipeline: opened.append(told) or own(*told))
     standing_in = compare.reference(plan, world.TEACHER_GUIDANCE)
     assert len(standing_in) == 72 and not opened
     other = dataclasses.replace(plan, prompts=36, images_per_prompt=2)  # as many, of other prompts

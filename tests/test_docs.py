@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fewstep import compare, world
+from fewstep.evaluate import drawing
 from fewstep.export import markdown_table
 from fewstep.rewards import rows
 
@@ -54,7 +55,7 @@ def test_the_worked_example_of_a_remote_reward_scores(monkeypatch):
 
 def test_the_page_on_evaluation_knows_every_flag_set_and_extractor(capsys):
     from fewstep import cli
-    from fewstep.evaluate import features, protocol, sets
+    from fewstep.evaluate import features, sets
 
     page = (ROOT / "docs" / "evaluation.md").read_text()
     with pytest.raises(SystemExit):
@@ -67,4 +68,4 @@ def test_the_page_on_evaluation_knows_every_flag_set_and_extractor(capsys):
         for name, known in sets.SETS.items()
     )
     assert all(f"--extractor.{name}" in page for name in features.EXTRACTORS)
-    assert all(name in page for name in protocol.SOLVERS)
+    assert all(name in page for name in drawing.SOLVERS)

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
 
-from fewstep.evaluate import protocol
+from fewstep.evaluate import drawing, evaluation, measure, protocol, samples, store, tables
 from fewstep.evaluate.distances import diversity, frechet, precision_recall
 from fewstep.evaluate.features import clip_features, in_batches, scaled
 from fewstep.evaluate.measure import caption_scores
@@ -169,7 +169,7 @@ def test_a_scorer_is_read_from_its_folder(scorer, tmp_path):
     assert torch.allclose(again.image_features(images), scorer.image_features(images), atol=1e-6)
     assert torch.allclose(again.text_features(PROMPTS), scorer.text_features(PROMPTS), atol=1e-6)
     assert again.preprocess == Preprocess(16, (16, 16), tuple(MEAN), tuple(STD), "bicubic")
-    assert protocol.fingerprint(again.model) == protocol.fingerprint(scorer.model)
+    assert store.fingerprint(again.model) == store.fingerprint(scorer.model)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | {"resample": 0}))
     with pytest.raises(ValueError, match="resample"):
         CLIPScore.load(tmp_path)
@@ -180,44 +180,44 @@ def test_a_scorer_is_read_from_its_folder(scorer, tmp_path):
 
 def test_generate_is_reproducible_and_laid_out_by_prompt(pipe):
     options = {"steps": 2, "guidance": 3.0, "batch": 4}
-    states = [protocol.noise_generator(seed, index).initial_seed() for seed in (1, 2) for index in (0, 1)]
+    states = [drawing.noise_generator(seed, index).initial_seed() for seed in (1, 2) for index in (0, 1)]
     assert len(set(states)) == 4
-    images, seconds = protocol.generate(pipe, PROMPTS[:3], 3, seed=1, **options)
+    images, seconds = drawing.generate(pipe, PROMPTS[:3], 3, seed=1, **options)
     assert images.shape == (9, 3, 16, 16)
     assert 0 <= images.min() < images.max() <= 1
     assert seconds > 0
-    again, _ = protocol.generate(pipe, PROMPTS[:3], 3, seed=1, **options)
+    again, _ = drawing.generate(pipe, PROMPTS[:3], 3, seed=1, **options)
     assert torch.equal(images, again)
-    assert not torch.equal(images, protocol.generate(pipe, PROMPTS[:3], 3, seed=2, **options)[0])
+    assert not torch.equal(images, drawing.generate(pipe, PROMPTS[:3], 3, seed=2, **options)[0])
     assert len({image.numpy().tobytes() for image in images}) == 9  # no noise is used twice
     chunks = [["cat"] * 3 + ["dog"], ["dog"] * 2 + ["a cat"] * 2, ["a cat"]]
     by_hand = [
         pipe(
-            chunk, num_inference_steps=2, guidance_scale=3.0, generator=protocol.noise_generator(1, i), output_type="pt"
+            chunk, num_inference_steps=2, guidance_scale=3.0, generator=drawing.noise_generator(1, i), output_type="pt"
         ).images for i, chunk in enumerate(chunks)
     ]  # fmt: skip
     assert torch.equal(images, torch.cat(by_hand))
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
-@pytest.mark.parametrize("name", ["its own", *protocol.SOLVERS])
+@pytest.mark.parametrize("name", ["its own", *drawing.SOLVERS])
 def test_network_evaluations_are_those_made(pipe, guidance, name):
     own, rows = pipe.scheduler, []
     handle = pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     try:
-        pipe.scheduler = own if name == "its own" else protocol.solver(name, own.config)
-        images, _ = protocol.generate(pipe, PROMPTS[:2], 2, steps=4, guidance=guidance, seed=0)
+        pipe.scheduler = own if name == "its own" else drawing.solver(name, own.config)
+        images, _ = drawing.generate(pipe, PROMPTS[:2], 2, steps=4, guidance=guidance, seed=0)
         assert pipe.scheduler.timesteps.tolist() == [999, 749, 499, 249]
     finally:
         handle.remove()
         pipe.scheduler = own
     assert torch.isfinite(images).all()
-    assert sum(rows) / len(images) == protocol.network_evaluations(4, guidance)
+    assert sum(rows) / len(images) == drawing.network_evaluations(4, guidance)
 
 
 def test_a_flow_schedule_is_refused():
     with pytest.raises(ValueError, match="beta"):
-        protocol.solver("DDIM", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+        drawing.solver("DDIM", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
 
 
 # Measuring
@@ -233,13 +233,13 @@ def test_caption_scores_by_hand(scorer):
 
 
 def observed_of(scorer, images):
-    return protocol.observe(images, protocol.looks({"clip": scorer}, lambda x: x.mean((1, 2, 3))), [""] * len(images))
+    return samples.observe(images, samples.looks({"clip": scorer}, lambda x: x.mean((1, 2, 3))), [""] * len(images))
 
 
 def test_measure_equals_the_metrics_by_hand(scorer):
     images, group = pictures(18), torch.arange(6).repeat_interleave(3)
     data, teacher = clip_features(scorer, pictures(30, seed=1)), clip_features(scorer, pictures(18, seed=2))
-    metrics = protocol.measure(
+    metrics = measure.measure(
         observed_of(scorer, images), PROMPTS, group, {"clip": scorer}, extractor="clip", data=data, teacher=teacher, draws=20
     )
     features = clip_features(scorer, images)
@@ -256,7 +256,7 @@ def test_measure_equals_the_metrics_by_hand(scorer):
     order = torch.randperm(18, generator=torch.Generator().manual_seed(3))
     shuffled = {key: value[order] for key, value in observed_of(scorer, images).items()}
     compared = {"extractor": "clip", "data": data, "teacher": teacher[order]}
-    again = protocol.measure(shuffled, PROMPTS, group[order], {"clip": scorer}, **compared, draws=20)
+    again = measure.measure(shuffled, PROMPTS, group[order], {"clip": scorer}, **compared, draws=20)
     for name, m in metrics.items():
         assert again[name] == pytest.approx(m, abs=1e-6), name
 
@@ -270,8 +270,8 @@ def test_the_interval_to_the_teacher_is_paired_by_prompt():
     options = {"extractor": "clip", "draws": 50}
     prompts = [str(i) for i in range(40)]
     features = {"features/clip": unit[0]}
-    teacher = protocol.measure(features, prompts, group, {}, teacher=scaled(unit[1]), **options)["fd_clip_teacher"]
-    data = protocol.measure(features, prompts, group, {}, data=scaled(unit[1]), **options)["fd_clip_data"]
+    teacher = measure.measure(features, prompts, group, {}, teacher=scaled(unit[1]), **options)["fd_clip_teacher"]
+    data = measure.measure(features, prompts, group, {}, data=scaled(unit[1]), **options)["fd_clip_data"]
     assert teacher["value"] == pytest.approx(data["value"])
     assert teacher["high"] - teacher["low"] < 0.5 * (data["high"] - data["low"])
 
@@ -280,18 +280,18 @@ def test_measure_refuses_what_it_cannot_measure(scorer):
     images, group = pictures(18), torch.arange(6).repeat_interleave(3)
     observed, options = observed_of(scorer, images), {"extractor": "clip", "draws": 5}
     with pytest.raises(ValueError, match="all different"):
-        protocol.measure(observed, ["cat"] * 6, group, {"clip": scorer}, **options)
+        measure.measure(observed, ["cat"] * 6, group, {"clip": scorer}, **options)
     with pytest.raises(ValueError, match="number the prompts"):
-        protocol.measure(observed, PROMPTS, group + 1, {"clip": scorer}, **options)
+        measure.measure(observed, PROMPTS, group + 1, {"clip": scorer}, **options)
     with pytest.raises(ValueError, match="same number of pictures"):
-        protocol.measure(observed, PROMPTS, (group - 1).clamp(min=0).scatter(0, torch.tensor([17]), 5), {"clip": scorer}, **options)
+        measure.measure(observed, PROMPTS, (group - 1).clamp(min=0).scatter(0, torch.tensor([17]), 5), {"clip": scorer}, **options)
     with pytest.raises(ValueError, match="singular"):
-        protocol.measure(observed, PROMPTS, group, {"clip": scorer}, data=torch.randn(8, 8), **options)
+        measure.measure(observed, PROMPTS, group, {"clip": scorer}, data=torch.randn(8, 8), **options)
     with pytest.raises(ValueError, match="it has 17 pictures, not 18"):
-        protocol.measure(observed, PROMPTS, group, {"clip": scorer}, teacher=torch.randn(17, 8), **options)
+        measure.measure(observed, PROMPTS, group, {"clip": scorer}, teacher=torch.randn(17, 8), **options)
     observed["features/clip"][2] = torch.nan
     with pytest.raises(ValueError, match="1 of 18 generated"):
-        protocol.measure(observed, PROMPTS, group, {"clip": scorer}, **options)
+        measure.measure(observed, PROMPTS, group, {"clip": scorer}, **options)
 
 
 def test_fingerprints_see_weights_and_schedules(pipe):
@@ -299,7 +299,7 @@ def test_fingerprints_see_weights_and_schedules(pipe):
     assert before == protocol.pipeline_fingerprint(tiny_pipeline())
     assert before != protocol.pipeline_fingerprint(tiny_pipeline(seed=1))
     other = tiny_pipeline()
-    other.scheduler = protocol.solver("DDIM", dict(pipe.scheduler.config) | {"prediction_type": "epsilon"})
+    other.scheduler = drawing.solver("DDIM", dict(pipe.scheduler.config) | {"prediction_type": "epsilon"})
     assert before != protocol.pipeline_fingerprint(other)
 
 
@@ -319,13 +319,13 @@ def folders(tmp_path_factory):
 
 
 def run(folders, scorer, monkeypatch, **changes):
-    monkeypatch.setattr(protocol, "TEACHER_STEPS", 5)
+    monkeypatch.setattr(drawing, "TEACHER_STEPS", 5)
     options = {
         "teacher": folders / "teacher", "prompts": PROMPTS, "scorers": {"clip": scorer, "clip-heldout": scorer},
         "extractor": "clip-heldout", "utility": brightness, "data": clip_features(scorer, pictures(20)),
         "steps": 2, "images_per_prompt": 3, "draws": 10, "progress": False,
     }  # fmt: skip
-    return protocol.evaluate(folders / "student", **options | changes)
+    return evaluation.evaluate(folders / "student", **options | changes)
 
 
 def test_evaluate_measures_the_student_beside_its_teacher(folders, scorer, tmp_path, monkeypatch):
@@ -343,7 +343,7 @@ def test_evaluate_measures_the_student_beside_its_teacher(folders, scorer, tmp_p
     assert stamp["n"] == 18
     assert stamp["resolution"] == 16
     assert stamp["seeds"] == {"rows": 0, "reference": 1}
-    assert stamp["scorers"]["clip"] == protocol.fingerprint(scorer.model)
+    assert stamp["scorers"]["clip"] == store.fingerprint(scorer.model)
     assert set(stamp["versions"]) == {"torch", "diffusers", "transformers", "fewstep"}
 
     again = run(folders, scorer, monkeypatch, cache=tmp_path / "cache", say=said.append)
@@ -372,12 +372,12 @@ def test_evaluate_measures_the_student_beside_its_teacher(folders, scorer, tmp_p
 
 
 def test_shipped_samples_stand_for_drawn_ones_and_are_timed_here(folders, scorer, tmp_path, monkeypatch):
-    monkeypatch.setattr(protocol, "TEACHER_STEPS", 5)
+    monkeypatch.setattr(drawing, "TEACHER_STEPS", 5)
     scorers = {"clip": scorer, "clip-heldout": scorer}
     shipping = {"teacher": folders / "teacher", "prompts": PROMPTS, "scorers": scorers, "utility": brightness, "steps": 2, "guidance": 3.0}
-    protocol.ship(tmp_path, **shipping, images_per_prompt=3)
+    samples.ship(tmp_path, **shipping, images_per_prompt=3)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
-    protocol.ship(tmp_path, **shipping, images_per_prompt=3)
+    samples.ship(tmp_path, **shipping, images_per_prompt=3)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")} and len(before) == 5
     fresh, shipped = (run(folders, scorer, monkeypatch, shipped=folder) for folder in (None, tmp_path))
     assert [row["sample"] for row in shipped["rows"]] == ["drawn", *["shipped"] * 4]
@@ -393,15 +393,15 @@ def test_shipped_samples_stand_for_drawn_ones_and_are_timed_here(folders, scorer
 
 
 def check_showing(report, folder):
-    rows = dict(protocol.as_rows(report))
-    names = protocol.columns(report)
+    rows = dict(tables.as_rows(report))
+    names = tables.columns(report)
     assert sum(name.endswith("(best)") for name in names) == 1
     assert all(len(cells) == len(names) == 6 for cells in rows.values())
     metric = report["rows"][0]["metrics"]["fd_clip_teacher"]
     assert rows["FD-clip to teacher ↓"][0] == f"{metric['value']:.4g} [{metric['low']:.4g}, {metric['high']:.4g}]"
     assert rows["network evaluations per image"] == ["2", "10", "4", "4", "4", "-"]
-    assert protocol.as_table(report).row_count == len(protocol.as_rows(report)) == len(report["rows"][0]["metrics"])
-    protocol.save(report, folder / "evaluation.json")
+    assert tables.as_table(report).row_count == len(tables.as_rows(report)) == len(report["rows"][0]["metrics"])
+    evaluation.save(report, folder / "evaluation.json")
     assert json.loads((folder / "evaluation.json").read_text()) == report
 
 

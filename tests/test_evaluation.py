@@ -21,9 +21,9 @@ from test_remote import Faulty, served
 
 from fewstep import cli
 from fewstep.errors import UserError
-from fewstep.evaluate import command as evaluation
+from fewstep.evaluate import drawing, evaluation, features, protocol, samples, store, tables
 from fewstep.evaluate import measure as measuring
-from fewstep.evaluate import protocol, store
+from fewstep.evaluate.command import load_judges
 from fewstep.evaluate.distances import bootstrap, frechet, jackknife, kernel_distance, polynomial, precision_recall
 from fewstep.evaluate.features import Extractor
 from fewstep.evaluate.measure import measure
@@ -196,7 +196,7 @@ def test_two_numbers_never_have_one_name(sample):
     assert found["fid.twin_data"]["value"] == pytest.approx(frechet(data["net"], seen["features/twin"]), abs=1e-9)
     assert found["kid.twin_data"]["value"] != found["kid_data"]["value"]
     assert measuring.told_apart([NET, UNIT]) == [NET, UNIT]
-    assert [protocol.label(name) for name in ("fid_data", "fid.twin_data", "fd_dino_teacher", "kid.my_net.v2_teacher", "my.judge_x")] == [
+    assert [tables.label(name) for name in ("fid_data", "fid.twin_data", "fd_dino_teacher", "kid.my_net.v2_teacher", "my.judge_x")] == [
         "FID to data ↓", "FID of twin to data ↓", "FD-dino to teacher ↓", "KID of my_net.v2 to teacher ↓", "my.judge_x ↑",
     ]  # fmt: skip
 
@@ -243,8 +243,8 @@ def test_a_pictures_noise_does_not_depend_on_what_it_is_drawn_with(kind, request
     prompts = ["a cat", "a dog", "pie", "a cat"]
 
     def drawn(rows):
-        generators = [protocol.noise_generator(5, i) for i in rows]
-        return protocol.draw(pipe, [prompts[i] for i in rows], generators, num_inference_steps=3, guidance_scale=1.0)[0]
+        generators = [drawing.noise_generator(5, i) for i in rows]
+        return drawing.draw(pipe, [prompts[i] for i in rows], generators, num_inference_steps=3, guidance_scale=1.0)[0]
 
     together = drawn([0, 1, 2, 3])
     for rows in ([2], [1, 3], [3, 2, 1]):
@@ -255,9 +255,9 @@ def test_a_pictures_noise_does_not_depend_on_what_it_is_drawn_with(kind, request
 
 def test_the_networks_calls_are_counted(diffusion_pipe, flow_pipe):
     for pipe, guidance, expected in ((diffusion_pipe, 1.0, 3), (diffusion_pipe, 4.0, 6), (flow_pipe, 1.0, 3), (flow_pipe, 4.0, 6)):
-        with protocol.counted(pipe) as calls:
-            generators = [protocol.noise_generator(0, i) for i in range(2)]
-            protocol.draw(pipe, ["cat", "dog"], generators, num_inference_steps=3, guidance_scale=guidance)
+        with drawing.counted(pipe) as calls:
+            generators = [drawing.noise_generator(0, i) for i in range(2)]
+            drawing.draw(pipe, ["cat", "dog"], generators, num_inference_steps=3, guidance_scale=guidance)
         assert sum(calls) / 2 == expected
 
 
@@ -291,7 +291,7 @@ class Pipe:
 
 
 def opener(pipe):
-    return lambda: protocol.Source(pipe, lambda guidance: {"guidance_scale": guidance}, (4, 4))
+    return lambda: drawing.Source(pipe, lambda guidance: {"guidance_scale": guidance}, (4, 4))
 
 
 FLAT = Extractor("flat", "fid", "kid", False, lambda x: x.flatten(1)[:, :5].clone(), 5, "weights", "none")
@@ -311,12 +311,12 @@ def evaluated(pipe, folder, *, teacher=None, **changes):
         "prompts": MANY, "scorers": {}, "judges": {"bright": bright}, "extractors": [FLAT], "images_per_prompt": 2, "noise": "picture",
         "batch": 3, "draws": 20, "progress": False, "work": folder, "cache": folder, "say": lambda line: None, "steps": 4,
     }  # fmt: skip
-    return protocol.evaluate(opener(pipe), teacher=opener(teacher) if teacher else None, **options | changes)
+    return evaluation.evaluate(opener(pipe), teacher=opener(teacher) if teacher else None, **options | changes)
 
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(protocol, "SHARD", 10)
+    monkeypatch.setattr(samples, "SHARD", 10)
 
 
 def without_times(report):
@@ -348,7 +348,7 @@ def test_the_report_is_what_a_plain_loop_measures(tmp_path):
     report = evaluated(student, tmp_path, teacher=teacher)
     names = ["student, 4 steps", "teacher, 28 steps", "teacher, 4 steps, its own"]
     assert [row["name"] for row in report["rows"]] == names and report["best_solver"] == names[2]
-    pictures = {seed: torch.stack([torch.rand(3, 4, 4, generator=protocol.noise_generator(seed, i)) for i in range(80)]) for seed in (0, 1)}
+    pictures = {seed: torch.stack([torch.rand(3, 4, 4, generator=drawing.noise_generator(seed, i)) for i in range(80)]) for seed in (0, 1)}
     flat = {seed: x.flatten(1)[:, :5] for seed, x in pictures.items()}
     metrics = report["rows"][0]["metrics"]
     assert metrics["fid_teacher"]["value"] == pytest.approx(frechet(flat[1], 0.8 * flat[0]), abs=1e-6)
@@ -370,7 +370,7 @@ def test_the_difference_to_the_teacher_is_paired_picture_by_picture(tmp_path):
     """The noise and the prompts that both had are no part of it: the student here is the teacher, 20% darker."""
     report = evaluated(Pipe(0.8), tmp_path, teacher=Pipe(1.0), draws=50)
     assert (report["paired"]["of"], report["paired"]["minus"]) == ("student, 4 steps", "teacher, 28 steps")
-    drawn = torch.stack([torch.rand(3, 4, 4, generator=protocol.noise_generator(0, i)) for i in range(80)])
+    drawn = torch.stack([torch.rand(3, 4, 4, generator=drawing.noise_generator(0, i)) for i in range(80)])
     means = -0.2 * drawn.double().mean((1, 2, 3)).view(40, 2).mean(1)
     found, bounds = report["paired"]["metrics"]["bright"], bootstrap(lambda index: float(means[index].mean()), 40, draws=50, seed=0)
     assert [found["value"], found["low"], found["high"]] == pytest.approx([float(means.mean()), *bounds], abs=1e-6)
@@ -378,8 +378,8 @@ def test_the_difference_to_the_teacher_is_paired_picture_by_picture(tmp_path):
     assert found["value"] == pytest.approx(student["value"] - teacher["value"], abs=1e-6)
     assert found["high"] < 0 and student["high"] > teacher["low"]  # apart, where the intervals of the two overlap
     assert set(report["paired"]["metrics"]) == {"bright", "diversity"}  # distances of whole samples have no pictures to pair
-    rows = dict(protocol.as_rows(report))
-    assert protocol.columns(report)[-1] == "student - teacher, paired" and rows["bright ↑"][-1] == protocol.cell(found)
+    rows = dict(tables.as_rows(report))
+    assert tables.columns(report)[-1] == "student - teacher, paired" and rows["bright ↑"][-1] == tables.cell(found)
     assert rows["FID to teacher (FID-SD) ↓"][-1] == "-"
     assert evaluated(Pipe(0.8), tmp_path, draws=50)["paired"] is None
 
@@ -424,7 +424,7 @@ def test_shares_are_the_whole_to_the_bit(tmp_path, noise, request):
     assert without_times(shared) == without_times(whole)
     assert_same(kept(tmp_path / "three"), kept(tmp_path / "one"))
     if noise == "batch":  # as `fewstep sample` and the samples that ship with the world are drawn
-        images, _ = protocol.generate(pipe, options["prompts"].prompts, 2, steps=3, seed=0, batch=3)
+        images, _ = drawing.generate(pipe, options["prompts"].prompts, 2, steps=3, seed=0, batch=3)
         found = [value for (_, name), value in kept(tmp_path / "one").items() if name == "features/flat"]
         assert torch.equal(torch.cat(found), FLAT.function(images))
 
@@ -496,14 +496,14 @@ def test_a_judge_that_was_out_of_reach_is_asked_again(tmp_path):
         found, row = down["rows"][0]["metrics"]["far"], down["rows"][0]
         assert found["masked"] == 3 and row["judges"]["far"] == {"asked": 80, "masked": 3, "retried": 2}
         assert pipe.calls == 8 * 4 and not said
-        (note,) = (note for note in protocol.notes(down) if note.startswith("*"))
+        (note,) = (note for note in tables.notes(down) if note.startswith("*"))
         assert note == "* far: a mean over the pictures that got a score; of 80, none for 3 (student, 4 steps)"
-        assert dict(protocol.as_rows(down))["far ↑"] == [protocol.cell(found)] and protocol.cell(found).endswith("]*")
+        assert dict(tables.as_rows(down))["far ↑"] == [tables.cell(found)] and tables.cell(found).endswith("]*")
         up = evaluated(pipe, tmp_path, **options, say=said.append)
         row = up["rows"][0]
         assert row["judges"]["far"] == {"asked": 90, "masked": 0, "retried": 2} and "masked" not in row["metrics"]["far"]
         assert row["metrics"]["far"]["value"] == pytest.approx(0.9)  # 0, 1, 2 of threes; then 0
-        assert not [note for note in protocol.notes(up) if "far" in note]
+        assert not [note for note in tables.notes(up) if "far" in note]
         assert pipe.calls == 9 * 4 and len(looked) == 8 * 4  # no features again
         assert said == ["student, 4 steps: 1 of 8 parts have pictures without a score by far; drawn again to ask again"]
         evaluated(pipe, tmp_path, **options)
@@ -538,7 +538,7 @@ def test_two_extractors_of_one_distance_are_both_measured(tmp_path):
     assert metrics == metrics | evaluated(Pipe(), tmp_path, teacher=Pipe(0.9))["rows"][0]["metrics"] | {
         "seconds_per_image": metrics["seconds_per_image"]
     }
-    assert "FID of tall to teacher (FID-SD) ↓" in text_of(protocol.as_table(report))
+    assert "FID of tall to teacher (FID-SD) ↓" in text_of(tables.as_table(report))
 
 
 def test_no_more_pictures_are_held_than_a_batch_or_two(tmp_path):
@@ -565,7 +565,7 @@ def test_pictures_are_kept_when_asked_for(tmp_path):
     (folder,) = (tmp_path / "pictures").iterdir()
     assert folder.name.startswith("student--4-steps-")
     assert len(list(folder.glob("*.png"))) == 80
-    expected = protocol.to_bytes(torch.rand(1, 3, 4, 4, generator=protocol.noise_generator(0, 79)))
+    expected = features.to_bytes(torch.rand(1, 3, 4, 4, generator=drawing.noise_generator(0, 79)))
     assert np.array_equal(np.asarray(Image.open(folder / "000079.png")), expected[0].permute(1, 2, 0).numpy())
     lines = [json.loads(line) for line in (folder / "pictures.jsonl").read_text().splitlines()]
     assert lines[79] == {"file": "000079.png", "prompt": "p39", "seed": 0, "picture": 79, "id": "coco39"}
@@ -598,9 +598,9 @@ def test_a_function_in_a_file_and_a_server_judge_as_well(tmp_path):
     file.write_text("def dark(images, prompts):\n    return 1 - images.flatten(1).mean(1)\n")
     images = (torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 255).round() / 255  # a server is sent 8 bits
     with served(f"{file}:dark") as url:
-        scorers, judges = evaluation.load_judges({"mine": f"{file}:dark", "far": url}, device="cpu", in_world=False, timeout=7.0)
+        scorers, judges = load_judges({"mine": f"{file}:dark", "far": url}, device="cpu", in_world=False, timeout=7.0)
         assert judges["far"].__self__.timeout == 7.0
-        seen = protocol.observe(images, protocol.looks(scorers, judges=judges), ["a", "b", "c"])
+        seen = samples.observe(images, samples.looks(scorers, judges=judges), ["a", "b", "c"])
         identities = {protocol.identity_of(judge) for judge in judges.values()}
     assert not scorers and len(identities) == 2
     assert torch.equal(seen["score/mine"], 1 - images.flatten(1).mean(1)) and torch.equal(seen["score/far"], seen["score/mine"])
@@ -635,8 +635,8 @@ def test_a_judge_is_told_apart_by_what_it_holds(tmp_path):
 
 
 def test_a_flow_teacher_has_its_own_solver_and_ddpm_teachers_the_others(diffusion_pipe, flow_pipe):
-    assert list(protocol.schedulers_of(flow_pipe)) == ["its own"]
-    assert list(protocol.schedulers_of(diffusion_pipe)) == ["its own", "DDIM", "DPM-Solver++", "UniPC"]
+    assert list(drawing.schedulers_of(flow_pipe)) == ["its own"]
+    assert list(drawing.schedulers_of(diffusion_pipe)) == ["its own", "DDIM", "DPM-Solver++", "UniPC"]
 
 
 # Showing: numbers of different stamps
@@ -653,7 +653,7 @@ def text_of(table):
 def test_numbers_of_other_stamps_are_marked_and_what_differs_is_said(tmp_path):
     one, same = evaluated(Pipe(), tmp_path), evaluated(Pipe(0.9), tmp_path)
     other = evaluated(Pipe(), tmp_path, seed=7, extractors=[FLAT._replace(resize="to 3")])
-    text = text_of(protocol.beside({"a": one, "b": same, "c": other}))
+    text = text_of(tables.beside({"a": one, "b": same, "c": other}))
     assert "a: student, 4 steps " in text and "b: student, 4 steps " in text and "c: student, 4 steps †" in text
     assert (
         "† c was measured otherwise than a, and its numbers do not compare: seeds.rows: 0 / 7; extractors.flat.resize: none / to 3" in text
@@ -681,18 +681,18 @@ def test_numbers_beside_another_teacher_are_marked(tmp_path):
         "pipeline": one["teacher"], "steps": 28, "guidance": 3.0, "call": {"guidance_scale": 3.0},
     }  # fmt: skip
     for field, other in others.items():
-        text = text_of(protocol.beside({"a": one, "b": other}))
+        text = text_of(tables.beside({"a": one, "b": other}))
         assert "b: student, 4 steps †" in text and "its distances to the teacher do not compare: teacher." in text and field in text
     assert "teacher.guidance: 3.0 / 9.0; teacher.call.guidance_scale: 3.0 / 9.0" in text_of(
-        protocol.beside({"a": one, "b": others["guidance"]})
+        tables.beside({"a": one, "b": others["guidance"]})
     )
     # a report of before stamps named the teacher: it says the same elsewhere, but for the call
     for report, marked in ((one, False), (others["guidance"], True)):
         early = json.loads(json.dumps(report))
         del early["protocol"]["teacher"]
-        text = text_of(protocol.beside({"a": one, "b": early}))
+        text = text_of(tables.beside({"a": one, "b": early}))
         assert ("†" in text) == marked and "whose stamp lacks teacher.call: not compared" in text
-    assert text_of(protocol.beside({"a": one, "b": json.loads(json.dumps(one))})).count("†") == 0
+    assert text_of(tables.beside({"a": one, "b": json.loads(json.dumps(one))})).count("†") == 0
 
 
 def test_how_pictures_and_prompts_reach_a_scorer_is_in_the_stamp_and_the_key(tmp_path):
@@ -732,17 +732,17 @@ def test_reports_of_before_stand_in_one_table_with_todays():
     assert protocol.compared(protocol.stamp_of(early), protocol.stamp_of(later)) == ([], ["preprocess", "teacher.call"])
     teacher = protocol.stamp_of(early)["teacher"] | {"call": {"guidance_scale": 3.0}}
     today = early | {"protocol": early["protocol"] | {"teacher": teacher, "preprocess": {}}}
-    text = " ".join(text_of(protocol.beside({"today": today, "early": early})).split())
+    text = " ".join(text_of(tables.beside({"today": today, "early": early})).split())
     assert "†" not in text and "early or today is of an earlier version, whose stamp lacks preprocess, teacher.call: not compared" in text
     today["protocol"]["teacher"] = teacher | {"steps": 20}
-    text = " ".join(text_of(protocol.beside({"today": today, "early": early})).split())
+    text = " ".join(text_of(tables.beside({"today": today, "early": early})).split())
     assert "† early was measured beside another teacher than today" in text and "teacher.steps: 20 / 28" in text
 
 
 def test_what_was_left_out_stands_below_the_table(tmp_path):
     report = evaluated(Pipe(), tmp_path, images_per_prompt=1)
     report["rows"].append(report["rows"][0] | {"name": "elsewhere", "device": "another machine"})
-    text = " ".join(text_of(protocol.as_table(report)).split())
+    text = " ".join(text_of(tables.as_table(report)).split())
     assert "no diversity within a prompt: needs at least two pictures of every prompt" in text
     assert "drawn on different machines, whose seconds per image do not compare" in text and "elsewhere: another machine" in text
 
@@ -783,7 +783,7 @@ def command(student, teacher_folder, clip_folder, tmp_path, monkeypatch):
         "image_id,caption\n" + "".join(f"{i},a {w}\n" for i, w in enumerate(["cat", "dog", "pie", "cat", "hat"]))
     )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(protocol, "TEACHER_STEPS", 3)
+    monkeypatch.setattr(drawing, "TEACHER_STEPS", 3)
     return [
         "evaluate", str(student), "--against", str(teacher_folder),
         "--data", str(tmp_path / "real"), "--prompts", str(tmp_path / "captions.csv"), "--images-per-prompt", "2",
@@ -803,7 +803,7 @@ def test_the_command_measures_any_model(command, student, tmp_path, capsys):
     assert cli.main(command) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert [row["name"] for row in report["rows"]] == [
-        "student, 2 steps", "teacher, 3 steps", *(f"teacher, 2 steps, {name}" for name in protocol.SOLVERS),
+        "student, 2 steps", "teacher, 3 steps", *(f"teacher, 2 steps, {name}" for name in drawing.SOLVERS),
     ]  # fmt: skip
     assert list(report["rows"][0]["metrics"]) == [
         "fd_clip_data", "cmmd_data", "fd_clip_teacher", "cmmd_teacher",
@@ -856,7 +856,8 @@ def test_two_processes_of_a_torchrun_are_one(command, student, tmp_path):
         "MASTER_PORT": str(free_port()),
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    start = "import sys; from fewstep import cli; from fewstep.evaluate import protocol; protocol.TEACHER_STEPS = 3; protocol.SHARD = 10; "
+    start = "import sys; from fewstep import cli; from fewstep.evaluate import drawing, samples; "
+    start += "drawing.TEACHER_STEPS = 3; samples.SHARD = 10; "
     workers = [
         subprocess.Popen([sys.executable, "-c", f"{start} sys.exit(cli.main({command!r}))"], env=environment | {"RANK": str(rank)},
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -924,7 +925,7 @@ def test_a_judges_server_has_the_runs_time_or_that_of_the_flag(command, student,
         asked.append(timeout)
         raise UserError("enough")
 
-    monkeypatch.setattr(evaluation, "load_judges", load)
+    monkeypatch.setattr("fewstep.evaluate.command.load_judges", load)
     assert cli.main(command) == 2 and asked == [120.0]
     folder = tmp_path / "run"
     folder.mkdir()

@@ -15,7 +15,7 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from fewstep.evaluate import features, protocol
+from fewstep.evaluate import evaluation, features, measure, tables
 from fewstep.evaluate.features import Extractor, crop, make_extractors, square, to_bytes
 from fewstep.rewards.clip import CLIPScore
 
@@ -143,8 +143,8 @@ def test_dinov2_features_are_its_class_token_on_its_own_preprocessing(tmp_path):
     assert (expected[0] - expected[1]).norm() > 0.01 * expected[0].norm()
     assert (extractor.name, extractor.frechet, extractor.kernel, extractor.unit) == ("extractor-dino", "fd_dino", None, False)
     assert extractor.width == 12 and "crop=(28, 28)" in extractor.resize
-    assert [protocol.label(f"fd_dino_{what}") for what in ("data", "teacher")] == ["FD-dino to data ↓", "FD-dino to teacher ↓"]
-    assert protocol.label("fd_clip_data") == protocol.LABELS["fd_clip_data"]
+    assert [tables.label(f"fd_dino_{what}") for what in ("data", "teacher")] == ["FD-dino to data ↓", "FD-dino to teacher ↓"]
+    assert tables.label("fd_clip_data") == tables.LABELS["fd_clip_data"]
     (small,) = made(("dino", folder), resize=20)
     assert torch.equal(small.function(images), extractor.function(square(to_bytes(images), 20) / 255)) and "20 x 20" in small.resize
     headed = Dinov2ForImageClassification(Dinov2Config(**SHAPE))
@@ -226,10 +226,10 @@ def test_too_few_pictures_for_an_extractor_leave_its_distance_out():
     observed = {f"features/{name}": torch.nn.functional.normalize(values) for name, values in seen.items()}
     prompts = [f"a {i}" for i in range(6)]
     options = {"extractor": extractors, "teacher": other, "draws": 5, "left_out": said}
-    found = protocol.measure(observed, prompts, torch.arange(12) // 2, {}, **options)
+    found = measure.measure(observed, prompts, torch.arange(12) // 2, {}, **options)
     assert said == {"fd_wide_teacher": "12 pictures, but the covariance of 40 features needs more than 40"}
     assert list(found) == ["fd_mine_teacher", "diversity"]
-    assert protocol.nearness(found) == found["fd_mine_teacher"]["value"] > 0
+    assert evaluation.nearness(found) == found["fd_mine_teacher"]["value"] > 0
 
 
 def test_a_model_that_cannot_be_an_extractor_is_refused(tmp_path):

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from fewstep import world
+from fewstep.evaluate import drawing, samples, store
 from fewstep.evaluate.distances import frechet
 from fewstep.world import teacher, text, training, vae
 from fewstep.world.pictures import Picture, augment, is_heldout, tidy, to_tensor
@@ -153,14 +154,13 @@ def test_the_training_loop_resumes_to_the_bit(tmp_path):
 
 
 def test_the_shipped_samples_are_of_this_teacher_and_these_scorers():
-    """A change of teacher, scorer, prompt or utility needs them drawn anew (`protocol.ship`); evaluation would draw them each time."""
-    from fewstep.evaluate import protocol
+    """A change of teacher, scorer, prompt or utility needs them drawn anew (`samples.ship`); evaluation would draw them each time."""
     from fewstep.world.utility import gold_utility
 
-    pipe = protocol.open_pipeline(world.TEACHER, "cpu")
+    pipe = drawing.open_pipeline(world.TEACHER, "cpu")
     prompts = world.prompts("evaluate")
-    content = protocol.content_of(pipe, prompts, world.IMAGES_PER_PROMPT, protocol.BATCH, world.load_scorers(), gold_utility)
-    for row in protocol.teacher_rows(4, world.TEACHER_GUIDANCE, 0):
-        kept = protocol.read(protocol.shipped_path(world.SAMPLES, row, content))
+    content = samples.content_of(pipe, prompts, world.IMAGES_PER_PROMPT, drawing.BATCH, world.load_scorers(), gold_utility)
+    for row in drawing.teacher_rows(4, world.TEACHER_GUIDANCE, 0):
+        kept = store.read(samples.shipped_path(world.SAMPLES, row, content))
         assert kept is not None, row
         assert kept["features/clip-heldout"].shape == (len(prompts) * world.IMAGES_PER_PROMPT, 64)

@@ -1,4 +1,4 @@
-"""`fewstep evaluate`: flags to what `protocol.evaluate` is told."""
+"""`fewstep evaluate`: flags to what `evaluation.evaluate` is told."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def cache_folder() -> Path:
 
 
 def world_instruments(device: str) -> dict[str, Any]:
-    """What `protocol.evaluate` is told where the teacher is the embedded one: its scorers, prompts, data, and its samples that ship."""
+    """What `evaluation.evaluate` is told where the teacher is the embedded one: its scorers, prompts, data, and its samples that ship."""
     from safetensors.torch import load_file
 
     from fewstep import world
@@ -42,7 +42,7 @@ def source_of(name: str, size: tuple[int, int] | None, *, device: str, precision
         import torch
 
         from fewstep import models
-        from fewstep.evaluate.protocol import Source
+        from fewstep.evaluate.drawing import Source
 
         backbone = models.load(name, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
         told = backbone.told_size(size)
@@ -56,26 +56,26 @@ def source_of(name: str, size: tuple[int, int] | None, *, device: str, precision
 
 
 def measure_student(student: str | Path, teacher: str | None, config: Config | None, *, output: Path, **told: Any) -> dict[str, Any] | None:
-    """Measure a student as `protocol.evaluate` is told; saves the report, prints its table and returns it, or None where only a share was
-    drawn. config: of the student's run, where there is one; told: what the caller gives beside the embedded world's own."""
+    """Measure a student as `evaluation.evaluate` is told; saves the report, prints its table and returns it, or None where only a share
+    was drawn. config: of the student's run, where there is one; told: what the caller gives beside the embedded world's own."""
     from rich.console import Console
 
-    from fewstep.evaluate import protocol
+    from fewstep.evaluate import evaluation, tables
 
     device, precision = told.setdefault("device", evaluation_device()), told.setdefault("precision", "fp32")
     size = config.sizes()[0] if config else None
     opening = {"device": device, "precision": precision}
     own = world_instruments(device) if teacher == str(resolve_teacher("world")) else {"noise": "picture", "scorers": {}}
     told = own | told | {"scorers": own["scorers"] | told.get("scorers", {})}
-    report = protocol.evaluate(
+    report = evaluation.evaluate(
         source_of(str(student), size, student=True, **opening),
         teacher=source_of(teacher, size, student=False, **opening) if teacher else None,
         cache=cache_folder(),
         **told,
     )
     if report is not None:
-        protocol.save(report, output)
-        Console(width=None if sys.stdout.isatty() else 200).print(protocol.as_table(report))
+        evaluation.save(report, output)
+        Console(width=None if sys.stdout.isatty() else 200).print(tables.as_table(report))
     return report
 
 
@@ -240,9 +240,9 @@ def command(arguments: list[str]) -> int:
     if others:
         from rich.console import Console
 
-        from fewstep.evaluate import protocol
+        from fewstep.evaluate import tables
 
-        Console(width=None if sys.stdout.isatty() else 200).print(protocol.beside({str(output): report} | others))
+        Console(width=None if sys.stdout.isatty() else 200).print(tables.beside({str(output): report} | others))
     print(f"saved {output}")
     return 0
 

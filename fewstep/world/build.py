@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 from fewstep import world
-from fewstep.evaluate import protocol
+from fewstep.evaluate import drawing, samples
 from fewstep.evaluate.distances import frechet, precision_recall
 from fewstep.evaluate.features import clip_features
 from fewstep.rewards.clip import CLIPScore
@@ -162,7 +162,7 @@ def measure(pictures: list[data.Picture], pipe: StableDiffusionPipeline, models:
 
     held_prompts = json.loads((assets / "prompts.json").read_text())["evaluate"]
     sampling = {"steps": world.TEACHER_STEPS, "guidance": world.TEACHER_GUIDANCE}
-    sample = {seed: protocol.generate(pipe, held_prompts, 4, seed=seed, **sampling)[0] for seed in (0, 1)}
+    sample = {seed: drawing.generate(pipe, held_prompts, 4, seed=seed, **sampling)[0] for seed in (0, 1)}
     first, second = (clip_features(extractor, images) for images in sample.values())
     precision, recall = precision_recall(features["heldout"], first, k=world.NEIGHBOURS)
     return {
@@ -224,8 +224,8 @@ def main() -> None:
         shutil.copytree(work / "scorers" / name, assets / name, dirs_exist_ok=True)
     save_teacher(pipe, assets / "teacher")
     (assets / "prompts.json").write_text(json.dumps(prompt_sets(pictures, tokenizer), indent=0))
-    card = measure(pictures, protocol.open_pipeline(assets / "teacher", "cpu"), models, assets)
-    protocol.ship(
+    card = measure(pictures, drawing.open_pipeline(assets / "teacher", "cpu"), models, assets)
+    samples.ship(
         assets / "samples",
         teacher=assets / "teacher",
         prompts=json.loads((assets / "prompts.json").read_text())["evaluate"],

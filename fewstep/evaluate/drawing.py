@@ -1,0 +1,177 @@
+"""Pictures through a pipeline's own call: which noise a picture gets, what a call costs, which solvers a teacher has."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+Noise = Literal["picture", "batch"]  # what has a generator of its own
+SOLVERS = {"DDIM": "DDIMScheduler", "DPM-Solver++": "DPMSolverMultistepScheduler", "UniPC": "UniPCMultistepScheduler"}
+TEACHER_STEPS = 28
+BATCH = 16  # pictures drawn at a time; where noise is a batch's, it decides with the seed which picture gets which noise
+
+
+def resolution(pipe: Any) -> int:
+    """Height and width in pixels of what the pipeline draws when not told."""
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    return int((getattr(pipe, "default_sample_size", None) or denoiser.config.sample_size) * pipe.vae_scale_factor)
+
+
+def noise_generator(seed: int, index: int) -> torch.Generator:
+    """The generator of one batch, on the CPU: the same noise on every device."""
+    state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def draw(pipe: Any, prompts: list[str], generators: torch.Generator | list[torch.Generator], **told: Any) -> tuple[Tensor, float]:
+    """Pictures (B, 3, H, W) in [0, 1] on the CPU, and the seconds per image, through the pipeline's own call.
+
+    generators: of the whole batch, or one a picture, whose noise is then its own whatever it is drawn with.
+    """
+    start = time.perf_counter()
+    first = generators[0] if isinstance(generators, list) else generators
+    with torch.random.fork_rng(), own_noise(pipe.scheduler, generators):
+        torch.manual_seed(
+            first.initial_seed()
+        )  # what a pipeline does not draw from the generator it is given: the noise of flow schedulers
+        images = pipe(prompt=prompts, generator=generators, output_type="pt", **told).images
+    return images.float().cpu(), (time.perf_counter() - start) / len(prompts)
+
+
+@contextmanager
+def own_noise(scheduler: Any, generators: torch.Generator | list[torch.Generator]) -> Iterator[None]:
+    """Hands each picture's generator to a scheduler that draws noise in its steps, where its pipeline does not (flow)."""
+    step = scheduler.step
+    if not isinstance(generators, list) or "generator" not in inspect.signature(step).parameters:
+        yield
+        return
+    scheduler.step = functools.wraps(step)(lambda *args, **kwargs: step(*args, **{"generator": generators} | kwargs))
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+@contextmanager
+def counted(pipe: Any) -> Iterator[list[int]]:
+    """A list that takes the number of samples of every call of the pipeline's network, for as long as this lasts."""
+    calls: list[int] = []
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(len(args[0] if args else next(iter(kwargs.values()))))
+
+    network = getattr(pipe, "unet", None) or pipe.transformer
+    handle = network.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def batches(
+    pipe: Any,
+    prompts: list[str],
+    images_per_prompt: int,
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    batch: int,
+    progress: str | None = None,
+    call: Mapping[str, Any] | None = None,
+) -> Iterator[tuple[Tensor, float]]:
+    """Pictures (B, 3, H, W) in [0, 1] on the CPU, batch by batch, each with its seconds per image.
+
+    Encoding the prompts and decoding the latents are in the time. Picture i belongs to prompt i // images_per_prompt, and takes its
+    noise from its batch's generator. progress: the bar's name (None: no bar). call: what the pipeline is told instead of guidance_scale.
+    """
+    pipe.set_progress_bar_config(disable=True)
+    rows = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+    told = {"guidance_scale": guidance} if call is None else call
+    for index in track(range(-(-len(rows) // batch)), progress or "", disable=progress is None):
+        chunk = rows[index * batch : (index + 1) * batch]
+        yield draw(pipe, chunk, noise_generator(seed, index), num_inference_steps=steps, **told)
+
+
+def generate(
+    pipe: Any,
+    prompts: list[str],
+    images_per_prompt: int,
+    *,
+    steps: int,
+    guidance: float = 1.0,
+    seed: int,
+    batch: int = BATCH,
+    call: Mapping[str, Any] | None = None,
+) -> tuple[Tensor, float]:
+    """All pictures (P * images_per_prompt, 3, H, W) in [0, 1], and the median over batches of the seconds per image."""
+    drawn = list(batches(pipe, prompts, images_per_prompt, steps=steps, guidance=guidance, seed=seed, batch=batch, call=call))
+    return torch.cat([images for images, _ in drawn]), statistics.median(seconds for _, seconds in drawn)
+
+
+def network_evaluations(steps: int, guidance: float) -> int:
+    """Forward passes of the network per image: guidance above 1 needs the empty prompt too."""
+    return steps * (2 if guidance > 1 else 1)
+
+
+def teacher_rows(
+    steps: int, guidance: float, seed: int, *, many: int | None = None, solvers: Sequence[str] = tuple(SOLVERS)
+) -> list[dict[str, Any]]:
+    """The teacher's samples of an evaluation: many steps, `steps` with each of the solvers, and the one that distances are taken to."""
+    few = {"steps": steps, "guidance": guidance, "seed": seed}
+    all_of_them = few | {"steps": many or TEACHER_STEPS}
+    title = f"teacher, {many or TEACHER_STEPS} steps"
+    rows = [{"name": title, "solver": "its own", **all_of_them}]
+    rows += [{"name": f"teacher, {steps} steps, {name}", "solver": name, **few} for name in solvers]
+    return [*rows, {"name": f"{title}, second sample", "solver": "its own", **all_of_them, "seed": seed + 1}]
+
+
+def schedulers_of(pipe: Any) -> dict[str, Any]:
+    """A pipeline's own scheduler and each of SOLVERS on its schedule, by name; its own alone where the schedule has no betas (flow)."""
+    schedule = dict(pipe.scheduler.config)
+    return {"its own": pipe.scheduler} | ({name: solver(name, schedule) for name in SOLVERS} if "beta_schedule" in schedule else {})
+
+
+def solver(name: str, config: Mapping[str, Any]) -> Any:
+    """One of SOLVERS on a teacher's schedule, with trailing steps. Raises ValueError for a schedule without betas."""
+    import diffusers
+
+    if "beta_schedule" not in config:
+        raise ValueError(f"{name} needs a diffusion (beta) schedule; the teacher's {config.get('_class_name', 'scheduler')} has none")
+    return getattr(diffusers, SOLVERS[name]).from_config(config, timestep_spacing="trailing")
+
+
+def open_pipeline(source: str | Path, device: str | torch.device) -> Any:
+    """A diffusers folder or hub id, from safetensors alone."""
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(str(source), use_safetensors=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+class Source(NamedTuple):
+    """A pipeline to draw with, and how its call is told what to draw."""
+
+    pipe: Any
+    call: Callable[[float], dict[str, Any]]  # guidance scale -> what the stock call is told
+    size: tuple[int, int]  # (height, width) of its pictures in pixels
+
+
+def opened(source: str | Path | Callable[[], Source], device: str | torch.device) -> Source:
+    """The source that a function opens, or a diffusers folder or hub id as it is."""
+    if callable(source):
+        return source()
+    pipe = open_pipeline(source, device)
+    return Source(pipe, lambda guidance: {"guidance_scale": guidance}, (resolution(pipe),) * 2)

@@ -1,0 +1,327 @@
+"""What a number was measured on, and how: a student beside its teacher, in stock diffusers.
+
+Every row is a sample of the same prompts with the same seed, drawn through the pipeline's own call. Its distance to the
+teacher is taken to a second sample of the teacher (another seed, as many steps), so the teacher's own row shows the floor.
+Samples are drawn part by part and only what is seen of them is kept, so that one of any size can be stopped, gone on with, and
+shared among processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.evaluate.distances import Matrix, bootstrap
+from fewstep.evaluate.drawing import (
+    BATCH,
+    Noise,
+    Source,
+    batches,
+    network_evaluations,
+    opened,
+    schedulers_of,
+    teacher_rows,
+)
+from fewstep.evaluate.features import PATCH, Extractor, of_scorer, scaled
+from fewstep.evaluate.measure import (
+    BLOCKS,
+    DRAWS,
+    LEVEL,
+    NEIGHBOURS,
+    Measured,
+    check_names,
+    jackknifed,
+    measure,
+    paired,
+    told_apart,
+)
+from fewstep.evaluate.pictures import Pictures
+from fewstep.evaluate.pictures import features as features_of
+from fewstep.evaluate.protocol import (
+    Protocol,
+    device_name,
+    identity_of,
+    in_words,
+    pipeline_fingerprint,
+    preparation,
+    utility_hash,
+    version,
+)
+from fewstep.evaluate.samples import (
+    COST,
+    Drawing,
+    Judge,
+    Sampler,
+    Seen,
+    Utility,
+    content_of,
+    looks,
+    shipped_path,
+)
+from fewstep.evaluate.sets import PromptSet
+from fewstep.evaluate.store import fingerprint, read, replace, sha256
+from fewstep.rewards.clip import CLIPScore
+
+TIMED = 4  # batches drawn to time a teacher whose sample came with it
+
+
+def measure_cost(seconds: Tensor, evaluations: float, *, draws: int = DRAWS, seed: int = 0) -> Measured:
+    """Network evaluations per image (exact) and seconds per image (median over batches, batches resampled); seconds (batches,)."""
+    value = float(seconds.quantile(0.5))
+    low, high = value, value
+    if len(seconds) > 1:
+        low, high = bootstrap(lambda index: float(seconds[index].quantile(0.5)), len(seconds), draws=draws, seed=seed, level=LEVEL)
+    return {
+        "network_evaluations": {"value": evaluations, "low": evaluations, "high": evaluations},
+        "seconds_per_image": {"value": value, "low": low, "high": high},
+    }
+
+
+def check(
+    prompts: Sequence[str],
+    images_per_prompt: int,
+    scorers: Mapping[str, CLIPScore],
+    extractor: str | None,
+    data: Tensor | Any,
+    *,
+    repeats: bool,
+) -> None:
+    """Raise ValueError, before anything slow, for what could only fail at the end."""
+    if extractor is not None and extractor not in scorers:
+        raise ValueError(f"extractor {extractor!r} is not among the scorers: {', '.join(scorers) or 'none given'}")
+    if len(set(prompts)) < 2 or (len(set(prompts)) != len(prompts) and not repeats):
+        repeated = "".join(f"; {prompt!r} is repeated" for prompt in list(dict.fromkeys(prompts)) if prompts.count(prompt) > 1)
+        raise ValueError(f"evaluation needs at least two prompts, all different{repeated}")
+    if images_per_prompt < 1:
+        raise ValueError(f"images_per_prompt must be at least 1, got {images_per_prompt}")
+    if extractor is None:
+        return
+    width = scorers[extractor].width
+    if len(prompts) * images_per_prompt <= width:
+        raise ValueError(
+            f"{len(prompts)} prompts x {images_per_prompt} pictures = {len(prompts) * images_per_prompt}, but the Frechet distance of "
+            f"{width}-dimensional features needs more than {width}: more prompts or more images_per_prompt"
+        )
+    if isinstance(data, Tensor) and (data.shape[1] != width or len(data) <= width):
+        raise ValueError(f"features of real pictures must be (more than {width}, {width}) for {extractor!r}, got {tuple(data.shape)}")
+
+
+def evaluate(
+    student: str | Path | Callable[[], Source],
+    *,
+    teacher: str | Path | Callable[[], Source] | None = None,
+    prompts: list[str] | PromptSet,
+    scorers: Mapping[str, CLIPScore],
+    extractor: str | None = None,
+    extractors: Sequence[Extractor] = (),
+    judges: Mapping[str, Judge] | None = None,
+    utility: Utility | None = None,
+    data: Tensor | Pictures | None = None,
+    neighbours: int = NEIGHBOURS,
+    steps: int = 4,
+    teacher_steps: int | None = None,
+    guidance: float = 3.0,
+    images_per_prompt: int = 4,
+    seed: int = 0,
+    noise: Noise = "batch",
+    batch: int = BATCH,
+    device: str = "cpu",
+    precision: str = "fp32",
+    draws: int = DRAWS,
+    work: str | Path | None = None,
+    cache: str | Path | None = None,
+    shipped: Path | None = None,
+    share: tuple[int, int] = (0, 1),
+    keep_images: Path | None = None,
+    say: Callable[[str], None] = print,
+    progress: bool = True,
+) -> dict[str, Any] | None:
+    """Measure a student of `steps` steps beside its teacher at many steps and at `steps` with each of SOLVERS.
+
+    student, teacher: diffusers folders, hub ids, or functions that open a Source; without a teacher the student stands alone.
+    guidance: the teacher's, in all its rows; the student has none (1). prompts: a PromptSet's may come more than once.
+    scorers: name -> scorer; judges: name -> any other reward; utility: pictures -> (B,); extractor: the scorer whose features FD-clip
+    uses; extractors: others; data: real pictures, or their FD-clip features (M, d), without which the metrics that need them are left out;
+    neighbours: k of precision and recall. noise: a picture's own, or, as samples that ship were drawn, that of its batch.
+    work, cache: folders that keep what was seen of the student's and of the teacher's pictures, and of real ones, by the content of
+    pipeline and protocol, what each scorer, judge and extractor sees apart from the others; their use is said. A sample that is there in
+    part is gone on with, and one that lacks a judge is drawn again for that judge alone. shipped: a folder that `ship`
+    filled: a sample found there is not drawn, only timed over a few batches. share (i, n): draw the i-th of n shares of every sample,
+    measure nothing and return None. keep_images: a folder for the pictures themselves, each sample's in one of its own.
+
+    Returns {"protocol", "interval", "student", "teacher", "rows", "paired", "best_solver", "left_out"}: each row has name, solver, steps,
+    guidance, seed, n, sample (drawn, kept or shipped), device, metrics (see `measure`) and, where there are judges, what `asked_of` counts
+    of each; paired: of the student minus the teacher at many steps (see `paired`), None without a teacher; best_solver names the few-step
+    teacher nearest to the teacher; left_out says of metrics why there are none.
+    """
+    named = prompts if isinstance(prompts, PromptSet) else None
+    texts = named.prompts if named else list(prompts)
+    check(texts, images_per_prompt, scorers, extractor, data, repeats=named is not None)
+    used = told_apart(([of_scorer(extractor, scorers[extractor])] if extractor else []) + list(extractors))
+    check_names(used, scorers, judges or (), shared=extractor is not None)
+    own = opened(student, device)
+    left_out: dict[str, str] = {}
+    if min(own.size) < PATCH and any(e.frechet.startswith("patch_fid") for e in used):
+        left_out["patch-FID"] = f"pictures of {own.size[0]} x {own.size[1]} hold no crop of {PATCH} pixels"
+        used = [e for e in used if not e.frechet.startswith("patch_fid")]
+    if extractors or judges or noise != "batch" or precision != "fp32":
+        shipped = None  # what ships was drawn and seen without these
+    drawn_by = {package: version(package) for package in ("torch", "diffusers", "transformers", "fewstep")}
+    seen_by = {package: version(package) for package in ("torch-fidelity", "pillow")} if extractors else {}
+    protocol = Protocol(
+        prompts=sha256(texts),
+        set=named.name if named else None,
+        n=len(texts) * images_per_prompt,
+        images_per_prompt=images_per_prompt,
+        seeds={"rows": seed, "reference": seed + 1} if teacher is not None else {"rows": seed},
+        teacher=None,  # it is opened when the student is drawn
+        noise=noise,
+        batch=batch if noise == "batch" else None,
+        extractor=used[0].name if used else None,
+        extractors={e.name: {"weights": e.weights, "resize": e.resize} for e in used},
+        scorers={name: fingerprint(scorer.model) for name, scorer in scorers.items()}
+        | {name: identity_of(judge) for name, judge in (judges or {}).items()},
+        preprocess={name: preparation(scorer) for name, scorer in scorers.items()},
+        utility=utility_hash(utility),
+        data=data.identity if isinstance(data, Pictures) else None if data is None else {"n": len(data), "sha256": sha256(data.tolist())},
+        neighbours=neighbours,
+        resolution=own.size[0] if own.size[0] == own.size[1] else list(own.size),
+        precision=precision,
+        device=device_name(device),
+        versions=drawn_by | seen_by,
+    )
+
+    drawing = Drawing(
+        texts, named.ids if named else None, images_per_prompt, noise, batch, looks(scorers, utility, judges, used), device, progress
+    )
+    # neither what is compared with, the machine nor who looks at them decide a student's pictures
+    others = ("data", "neighbours", "device", "extractor", "extractors", "scorers", "preprocess", "utility")
+    common = protocol.stamp() | dict.fromkeys(others) | {"versions": drawn_by}
+    sampler = Sampler(drawing, deciding(protocol, scorers, list(judges or ()), seen_by), common, keep_images, share, say)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        own_folder, folder = Path(work or scratch), Path(cache or scratch)
+        identity = {"student": pipeline_fingerprint(own.pipe)}
+        row = {"name": f"student, {steps} steps", "solver": "its own", "steps": steps, "guidance": 1.0, "seed": seed}
+        samples = [sampler.collect(own, row, identity, own_folder)]
+        del own
+        reference: Seen | None = None
+        if teacher is not None:
+            original = opened(teacher, device)
+            schedulers = schedulers_of(original.pipe)
+            few_step = [name for name in schedulers if name != "its own"] or ["its own"]
+            *shown, last = teacher_rows(steps, guidance, seed, many=teacher_steps, solvers=few_step)
+            identity["teacher"] = pipeline_fingerprint(original.pipe)
+            settings = {"steps": last["steps"], "guidance": guidance, "call": original.call(guidance)}
+            protocol = dataclasses.replace(protocol, teacher={"pipeline": identity["teacher"], **settings})
+            content = content_of(original.pipe, texts, images_per_prompt, batch, scorers, utility) if shipped else {}
+
+            def teacher_sample(row: dict[str, Any], *, timed: bool = True) -> tuple[dict[str, Any], Seen | None]:
+                """As `collect`, of a row's solver; a shipped sample is timed here."""
+                original.pipe.scheduler = schedulers[row["solver"]]
+                found = read(shipped_path(shipped, row, content)) if shipped else None
+                if found is None:
+                    return sampler.collect(original, row, {"teacher": identity["teacher"]}, folder)
+                seen = {name: value.float() for name, value in found.items()}
+                if timed:
+                    seen["seconds"] = time_batches(original, row, drawing)
+                return row | {"sample": "shipped", "device": protocol.device}, seen
+
+            samples += [teacher_sample(row) for row in shown]
+            _, reference = teacher_sample(last, timed=False)
+        real = data
+        if isinstance(data, Pictures):
+            # what is kept of real pictures is named by how they were brought to size, which a scorer's own stamp says elsewhere
+            by_name = {e.name: e._replace(resize=in_words(scorers[e.name].preprocess)) if e.name in scorers else e for e in used}
+            real = features_of(data, by_name, folder, batch=batch, device=device, share=share, progress=progress)
+        if share != (0, 1):
+            say(f"share {share[0]} of {share[1]} is drawn. When all are, the same call without a share measures")
+            return None
+        against = {"extractor": used, "data": real, "neighbours": neighbours, "repeats": named is not None, "device": device}
+        if reference is not None:
+            against["teacher"] = {e.name: as_teacher(e, reference) for e in used}
+        rows, singles = measured_rows(samples, drawing, scorers, left_out=left_out, draws=draws, **against)
+    differing = paired(*singles[:2], draws=draws) if teacher is not None else {}  # the teacher's sample has the student's seed
+    best = min(rows[2:], key=lambda row: nearness(row["metrics"])) if len(rows) > 2 else None
+    by_blocks = jackknifed(protocol.n, used, list(rows[0]["metrics"]))
+    return {
+        "protocol": protocol.stamp(),
+        "interval": {"level": LEVEL, "draws": draws, "resampled": "prompts"}
+        | ({"jackknife": {"blocks of prompts": BLOCKS, "metrics": by_blocks}} if by_blocks else {}),
+        **identity,
+        "rows": rows,
+        "paired": {"of": rows[0]["name"], "minus": rows[1]["name"], "metrics": differing} if differing else None,
+        "best_solver": best["name"] if best else None,
+        "left_out": left_out,
+    }
+
+
+def deciding(protocol: Protocol, scorers: Mapping[str, CLIPScore], judges: Sequence[str], seen_by: dict[str, str]) -> dict[str, Any]:
+    """Look -> what of the protocol decides what it sees of a picture. seen_by: versions of what brings pictures to the extractors."""
+    found: dict[str, Any] = {COST: None}
+    found |= {f"features/{name}": [protocol.scorers[name], protocol.preprocess[name]] for name in scorers}
+    found |= {f"features/{name}": [of, seen_by] for name, of in protocol.extractors.items() if name not in scorers}
+    found |= {f"score/{name}": protocol.scorers[name] for name in judges}
+    return found | ({"utility": protocol.utility} if protocol.utility is not None else {})
+
+
+def time_batches(source: Source, row: dict[str, Any], drawing: Drawing) -> Tensor:
+    """Seconds per image (batches,) of a few batches of a row whose sample came with its teacher."""
+    few = drawing.prompts[: -(-TIMED * drawing.batch // drawing.images_per_prompt)]
+    sampling = {"steps": row["steps"], "guidance": row["guidance"], "seed": row["seed"], "batch": drawing.batch}
+    told, bar = source.call(row["guidance"]), row["name"] if drawing.progress else None
+    drawn = batches(source.pipe, few, drawing.images_per_prompt, **sampling, progress=bar, call=told)
+    return torch.tensor([seconds for _, seconds in drawn])
+
+
+def measured_rows(
+    samples: Sequence[tuple[dict[str, Any], Seen | None]],
+    drawing: Drawing,
+    scorers: Mapping[str, CLIPScore],
+    *,
+    left_out: dict[str, str],
+    draws: int,
+    **against: Any,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(each sample's row with its metrics, what `paired` takes of it). left_out is added to; against: as `measure` takes it."""
+    group = torch.arange(len(drawing.prompts)).repeat_interleave(drawing.images_per_prompt)
+    rows, singles = [], []
+    for row, seen in samples:
+        assert seen is not None
+        sights = {name: values for name, values in seen.items() if name.startswith(("features/", "score/", "utility"))}
+        singles.append({})
+        metrics = measure(sights, drawing.prompts, group, scorers, **against, draws=draws, left_out=left_out, singles=singles[-1])
+        made = float(network_evaluations(row["steps"], row["guidance"]))
+        if "evaluations" in seen:  # those of every part, as they were made
+            made = float(seen["evaluations"][:].sum()) / drawing.n
+        rows.append(row | {"n": drawing.n, "metrics": metrics | measure_cost(seen["seconds"][:], made, draws=draws)})
+    return rows, singles
+
+
+def as_teacher(e: Extractor, reference: Seen) -> Matrix:
+    """The reference's features as distances take them."""
+    features: Any = reference[f"features/{e.name}"]
+    if not e.unit:
+        return features
+    return scaled(features) if isinstance(features, Tensor) else features.times(features.shape[1] ** 0.5)
+
+
+NEAREST = ("fid_teacher", "fd_clip_teacher", "kid_teacher", "cmmd_teacher")
+
+
+def nearness(metrics: Measured) -> float:
+    """The first distance to the teacher there is; 0 without any."""
+    named = [name for name in metrics if name.startswith("fd_") and name.endswith("_teacher")]
+    return next((metrics[name]["value"] for name in [*NEAREST, *named] if name in metrics), 0.0)
+
+
+def save(report: dict[str, Any], path: str | Path) -> None:
+    """Write the report as JSON, atomically."""
+    replace(Path(path), lambda temporary: temporary.write_text(json.dumps(report, indent=1)))
