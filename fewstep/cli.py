@@ -7,11 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from fewstep.composition import resolve_hardware
-from fewstep.errors import UserError, nearest
-from fewstep.evaluate.command import evaluation_device
-from fewstep.flags import check_student, command_parser, on_family_recipe, parse_config, saved_config, student_parser
-from fewstep.run import distill
+from fewstep.errors import UserError, nearest  # the rest is each command's own: a reward's server needs little of it
 
 HELP = """usage: fewstep COMMAND [OPTIONS]
 
@@ -59,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         if type(error).__name__ != "RewardError":  # its module imports torch, which --help must not
             raise
         return complain(f"{error}. Nothing was updated with it; go on from the last checkpoint with --resume", code=1)
+    except KeyboardInterrupt:
+        return complain(f"stopped. {KEPT.get(arguments[0], '')}".strip(), code=130)
     except FloatingPointError as error:  # nothing was updated or saved after it: the last checkpoint is the state to go on from
         return complain(f"{error}. Lower student.lr or fake.lr, or go on from the last checkpoint with --resume", code=1)
     except RuntimeError as error:
@@ -75,12 +73,22 @@ SMALLER = {  # what takes less of a device's memory, by command
 }
 
 
+KEPT = {  # after Ctrl-C, by command
+    "distill": "The last checkpoint is whole: go on with --resume",
+    "evaluate": "Every part that was whole is kept: the same call goes on",
+    "compare": "Every finished cell is kept: the same call goes on",
+}
+
+
 def complain(message: str, *, code: int = 2) -> int:
     print(f"fewstep: error: {message}", file=sys.stderr)
     return code
 
 
 def distill_command(arguments: list[str]) -> int:
+    from fewstep.flags import on_family_recipe, parse_config
+    from fewstep.run import distill
+
     return distill(parse_config(on_family_recipe(arguments)))
 
 
@@ -109,6 +117,8 @@ def evaluate_command(arguments: list[str]) -> int:
 
 
 def export_command(arguments: list[str]) -> int:
+    from fewstep.flags import saved_config, student_parser
+
     parser = student_parser("export", "Write a run's student in the form that other tools read; an unfinished run's newest checkpoint too.")
     parser.add_argument(
         "--to", required=True, choices=("diffusers", "lora", "kohya"),
@@ -133,7 +143,9 @@ def export_command(arguments: list[str]) -> int:
 def compare_command(arguments: list[str]) -> int:
     from fewstep import compare as table
     from fewstep import models, world
+    from fewstep.composition import resolve_hardware
     from fewstep.config import Config
+    from fewstep.flags import command_parser
 
     parser = command_parser("compare", "Recipes x seeds on the embedded world, as one table.")
     parser.add_argument(
@@ -223,6 +235,8 @@ def convert_reward_command(arguments: list[str]) -> int:
 def sample_command(arguments: list[str]) -> int:
     import hashlib
 
+    from fewstep.flags import check_student, saved_config, student_parser
+
     parser = student_parser("sample", "Draw pictures with a student, through stock diffusers.")
     parser.add_argument("--prompt", required=True, help="what to draw")
     parser.add_argument("--steps", type=int, default=None, help="steps (default: those the student was made for)")
@@ -235,6 +249,8 @@ def sample_command(arguments: list[str]) -> int:
         raise UserError("--prompt: empty; say what to draw")
     if options.n < 1:
         raise UserError(f"-n: must be at least 1, got {options.n}")
+    if options.seed < 0:
+        raise UserError(f"--seed: must not be negative, got {options.seed}")
     check_student(options.folder)
     from fewstep import export
 
@@ -248,6 +264,7 @@ def sample_command(arguments: list[str]) -> int:
     from fewstep.config import Config
 
     models.quiet_libraries()
+    from fewstep.evaluate.command import evaluation_device
     from fewstep.evaluate.drawing import generate
 
     config = saved_config(options.folder) if (options.folder / "config.yaml").is_file() else Config()
@@ -261,7 +278,10 @@ def sample_command(arguments: list[str]) -> int:
     except ValueError as error:
         raise UserError(f"--size: {error}") from error
     call = backbone.student_call | backbone.told_size(size)
-    images, _ = generate(backbone.pipe.to(device), [options.prompt], options.n, steps=steps, seed=options.seed, call=call)
+    try:
+        images, _ = generate(backbone.pipe.to(device), [options.prompt], options.n, steps=steps, seed=options.seed, call=call)
+    except FloatingPointError as error:
+        raise UserError(f"{options.folder}: {error}") from error
     output = options.output or options.folder / "pictures"
     output.mkdir(parents=True, exist_ok=True)
     with (output / "pictures.jsonl").open("a") as log:

@@ -327,7 +327,7 @@ def saved_config(folder: Path) -> Config:
 
 
 def table_flags(arguments: list[str], tables: tuple[str, ...]) -> tuple[dict[str, dict[str, str | None]], list[str]]:
-    """(table -> key -> value of every --TABLE.KEY [VALUE], the other arguments)."""
+    """(table -> key -> value of every --TABLE.KEY [VALUE], the other arguments). Raises UserError for a key that comes twice."""
     found: dict[str, dict[str, str | None]] = {table: {} for table in tables}
     rest, left = [], list(arguments)
     while left:
@@ -337,5 +337,7 @@ def table_flags(arguments: list[str], tables: tuple[str, ...]) -> tuple[dict[str
         if not (flag.startswith("--") and table in found and key):
             rest.append(argument)
             continue
+        if key in found[table]:
+            raise UserError(f"{flag}: given twice")
         found[table][key] = value if equals else left.pop(0) if left and not left[0].startswith("--") else None
     return found, rest

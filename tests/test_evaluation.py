@@ -505,11 +505,71 @@ def test_a_judge_that_was_out_of_reach_is_asked_again(tmp_path):
         assert row["metrics"]["far"]["value"] == pytest.approx(0.9)  # 0, 1, 2 of threes; then 0
         assert not [note for note in tables.notes(up) if "far" in note]
         assert pipe.calls == 9 * 4 and len(looked) == 8 * 4  # no features again
-        assert said == ["student, 4 steps: 1 of 8 parts have pictures without a score by far; drawn again to ask again"]
+        assert said == ["student, 4 steps: 1 of 8 parts have pictures without an answer by far; drawn again to ask again"]
         evaluated(pipe, tmp_path, **options)
         assert pipe.calls == 9 * 4
     finally:
         server.close()
+
+
+def test_a_judge_without_an_opinion_is_not_asked_again(tmp_path):
+    """NaN, or None as a server's JSON has it, is an answer; only a server that gave none is asked again."""
+
+    def about_reds(images, prompts):
+        return [None if prompt.endswith("7") else float(image[0].mean()) for image, prompt in zip(images, prompts, strict=True)]
+
+    pipe, said = Pipe(), []
+    for _ in range(2):
+        report = evaluated(pipe, tmp_path, judges={"red": about_reds}, say=said.append)
+        assert report["rows"][0]["judges"]["red"] == {"asked": 80, "masked": 8, "retried": 0}
+    assert pipe.calls == 8 * 4 and said == [f"student, 4 steps: read from {tmp_path}"]
+
+
+@pytest.mark.parametrize(
+    "answer, words",
+    [
+        (lambda images: images.mean((1, 2, 3)).repeat(2), r"returned shape \(6,\) for 3 pictures; it must return \(3,\)"),
+        (lambda images: images.mean((1, 2, 3))[:-1], r"returned shape \(2,\) for 3 pictures"),
+        (lambda images: images.mean((2, 3)), r"returned shape \(3, 3\) for 3 pictures"),
+        (lambda images: 0.5, r"returned shape \(\) for 3 pictures"),
+        (lambda images: ["good"] * len(images), "returned list; it must return one number a picture"),
+    ],
+)
+def test_a_judge_that_does_not_say_one_number_a_picture_is_refused(tmp_path, answer, words):
+    """As a reward is in training: its scores would belong to other pictures, and look like any others."""
+    with pytest.raises(ValueError, match=f"reward 'odd' {words}"):
+        evaluated(Pipe(), tmp_path, judges={"odd": lambda images, prompts: answer(images)})
+    assert not kept(tmp_path)
+
+
+def test_a_server_that_stays_silent_ends_the_evaluation_which_goes_on_later(tmp_path):
+    server = Faulty()
+    try:
+        pipe, said = Pipe(), []
+        options = {"judges": {"far": server.reward().ask}, "say": said.append}
+        server.faults = [None] * 4 + ["500"] * 9  # the first part's batches; then all tries of three
+        with pytest.warns(UserWarning, match="pictures are masked"), pytest.raises(ValueError, match="no answer for 3 batches in a row"):
+            evaluated(pipe, tmp_path, **options)
+        assert pipe.calls == 7
+        report = evaluated(pipe, tmp_path, **options)
+        assert said == [f"student, 4 steps: 1 of 8 parts are in {tmp_path}, going on with the others"] and pipe.calls == 7 + 7 * 4
+        assert report["rows"][0]["judges"]["far"] == {"asked": 80, "masked": 0, "retried": 0}
+    finally:
+        server.close()
+
+
+def test_a_picture_that_is_not_finite_ends_the_evaluation(tmp_path):
+    """As a file it would be black: the numbers would be of another student."""
+
+    class Broken(Pipe):
+        def __call__(self, prompt, **told):
+            found = super().__call__(prompt, **told)
+            found.images[[p == "p5" for p in prompt], 1, 2, 3] = float("nan")
+            return found
+
+    with pytest.raises(FloatingPointError, match=r"2 of 3 pictures hold NaN or inf, the first for the prompt 'p5'"):
+        evaluated(Broken(), tmp_path)
+    assert len(list(tmp_path.glob("*-00000.safetensors"))) == len(list(tmp_path.glob("*.safetensors"))) > 0  # the part before it is whole
 
 
 @pytest.mark.parametrize(
@@ -664,6 +724,14 @@ def test_numbers_of_other_stamps_are_marked_and_what_differs_is_said(tmp_path):
     assert protocol.differences(one["protocol"], moved) == [
         f"prompts: {one['protocol']['prompts'][:8]} / 00000000", "data: None / {'n': 3}",
     ]  # fmt: skip
+
+
+def test_brackets_are_shown_and_a_judge_called_as_a_clip_is_no_clip(tmp_path):
+    report = evaluated(Pipe(), tmp_path, judges={"clip": bright, "[b]": dim})
+    for text in (text_of(tables.as_table(report)), text_of(tables.beside({"[/a]/r.json": report, "b": report}))):
+        assert "clip ↑" in text and "CLIPScore" not in text and "[b] ↑" in text
+    assert "[/a]/r.json" in text
+    assert tables.label("clip", ["clip", "clip_over_shuffled"]) == tables.label("clip") == "CLIPScore, clip ↑"
 
 
 def test_numbers_beside_another_teacher_are_marked(tmp_path):
@@ -894,6 +962,12 @@ def free_port():
         ({"--against": "./nowhere"}, "./nowhere: no such folder"),
         ({"--shard": "2/2"}, "--shard: i/n"),
         ({"--batch": "0"}, "--batch: must be at least 1"),
+        ({"--seed": "-1"}, "--seed: must not be negative"),
+        ({"--guidance": "nan"}, "--guidance: must be a number, got nan"),
+        ({"--output": "FOLDER"}, "is a folder; name the report's file"),
+        ({"--output": "CAPTIONS/report.json"}, "--output: cannot write to"),
+        ({"--keep-images": "CAPTIONS"}, "--keep-images: cannot write to"),
+        ({"--extractor.clip": "x", "again": True}, "--extractor.clip: given twice"),
         ({"--remote.timeout": "0"}, "remote.timeout: must be positive and at most a day (86400), got 0.0"),
         ({"--beside": "CAPTIONS"}, "not a report of fewstep evaluate"),
         ({"--judge.clpi": "x"}, "judge.clpi: unknown reward; did you mean 'clip'"),
@@ -905,10 +979,13 @@ def free_port():
     ],
 )
 def test_a_wrong_argument_gets_one_clear_line(command, tmp_path, capsys, change, words):
-    arguments, drop = list(command), change.pop("drop", False)
+    arguments = list(command)
+    drop, again = "drop" in change, "again" in change
     for flag, value in change.items():
-        value = value and value.replace("CAPTIONS", str(tmp_path / "captions.csv"))
-        if flag in arguments:
+        if value is True:
+            continue
+        value = value and value.replace("CAPTIONS", str(tmp_path / "captions.csv")).replace("FOLDER", str(tmp_path))
+        if flag in arguments and not again:
             at = arguments.index(flag)
             arguments[at : at + 2] = [] if value is None and (drop or flag == "--prompts") else [flag] if value is None else [flag, value]
         else:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +68,8 @@ def measure_student(student: str | Path, teacher: str | None, config: Config | N
     size = config.sizes()[0] if config else None
     opening = {"device": device, "precision": precision}
     own = world_instruments(device) if teacher == str(resolve_teacher("world")) else {"noise": "picture", "scorers": {}}
+    if "data" in told:
+        own.pop("neighbours", None)  # the embedded world's are for its own pictures
     told = own | told | {"scorers": own["scorers"] | told.get("scorers", {})}
     report = evaluation.evaluate(
         source_of(str(student), size, student=True, **opening),
@@ -165,7 +169,24 @@ def read_options(arguments: list[str]) -> Any:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, got {value}")
+    if options.seed < 0:
+        raise UserError(f"--seed: must not be negative, got {options.seed}")
+    if options.guidance is not None and not math.isfinite(options.guidance):
+        raise UserError(f"--guidance: must be a number, got {options.guidance}")
     return options
+
+
+def check_writable(output: Path, folders: dict[str, Path]) -> None:
+    """Whether the report, and what is kept in folders (by the flag that names each), can be written. Raises UserError."""
+    if output.is_dir():
+        raise UserError(f"--output: {output} is a folder; name the report's file")
+    for flag, folder in {"--output": output.parent, **folders}.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise UserError(f"{flag}: cannot write to {folder} ({error.strerror})") from error
 
 
 def check_instruments(options: Any) -> None:
@@ -198,7 +219,11 @@ def command(arguments: list[str]) -> int:
     if steps is None:
         raise UserError("--steps: missing; the student does not say how many steps it was made for")
     share, launched = share_of(options.shard), options.shard is None
+    output, work = options.output or (folder if own else Path()) / "evaluation.json", folder / "evaluation" if own else cache_folder()
     others = {str(path): read_report(path) for path in options.beside}
+    if output.resolve() in (path.resolve() for path in options.beside):
+        raise UserError(f"--beside: {output} is where this report goes; give it another --output")
+    check_writable(output, {"what is kept": work} | ({"--keep-images": options.keep_images} if options.keep_images else {}))
     if against != "world":
         check_instruments(options)
 
@@ -211,7 +236,7 @@ def command(arguments: list[str]) -> int:
     told |= {
         "teacher_steps": options.teacher_steps,
         "keep_images": options.keep_images,
-        "work": folder / "evaluation" if own else cache_folder(),
+        "work": work,
     }
     try:
         if teacher is not None:
@@ -227,14 +252,15 @@ def command(arguments: list[str]) -> int:
             told["data"] = pictures.open_pictures(options.data)
         told["extractors"] = features.make_extractors(options.extractor.items(), resize=options.resize, device=device)
         told["scorers"], told["judges"] = load_judges(options.judge, device=device, in_world=against == "world", timeout=remote.timeout)
-        output = options.output or (folder if own else Path()) / "evaluation.json"
         report = measure_student(folder, teacher, config, output=output, share=share, progress=share[0] == 0 or not launched, **told)
         if launched and share[1] > 1:
             await_others()
             if share[0] == 0:
                 report = measure_student(folder, teacher, config, output=output, **told)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         raise UserError(str(error)) from error
+    except OSError as error:  # a full disk, a hub out of reach
+        raise UserError(f"{error}. Every part that was whole is kept") from error
     if report is None:
         return 0
     if others:

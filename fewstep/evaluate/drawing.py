@@ -38,15 +38,22 @@ def draw(pipe: Any, prompts: list[str], generators: torch.Generator | list[torch
     """Pictures (B, 3, H, W) in [0, 1] on the CPU, and the seconds per image, through the pipeline's own call.
 
     generators: of the whole batch, or one a picture, whose noise is then its own whatever it is drawn with.
+    Raises FloatingPointError for a picture with NaN or inf: as a file it would be black, and look like any other.
     """
     start = time.perf_counter()
     first = generators[0] if isinstance(generators, list) else generators
     with torch.random.fork_rng(), own_noise(pipe.scheduler, generators):
-        torch.manual_seed(
-            first.initial_seed()
-        )  # what a pipeline does not draw from the generator it is given: the noise of flow schedulers
+        torch.manual_seed(first.initial_seed())  # what a pipeline does not draw from its generator: the noise of flow schedulers
         images = pipe(prompt=prompts, generator=generators, output_type="pt", **told).images
-    return images.float().cpu(), (time.perf_counter() - start) / len(prompts)
+    seconds = (time.perf_counter() - start) / len(prompts)
+    images = images.float().cpu()
+    broken = (~torch.isfinite(images)).flatten(1).any(1).nonzero()[:, 0].tolist()
+    if broken:
+        raise FloatingPointError(
+            f"{len(broken)} of {len(prompts)} pictures hold NaN or inf, the first for the prompt {prompts[broken[0]]!r}: look at the "
+            f"pipeline's weights ({type(pipe).__name__}), or draw in a number format of more range"
+        )
+    return images, seconds
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -29,12 +30,14 @@ from fewstep.evaluate.drawing import (
 from fewstep.evaluate.features import Extractor, to_bytes
 from fewstep.evaluate.protocol import Utility, device_name, utility_hash, version
 from fewstep.evaluate.store import SHARD, Shards, fingerprint, keep, my_share, replace, sha256
+from fewstep.rewards.base import score_of
 from fewstep.rewards.clip import CLIPScore
 from fewstep.rewards.remote import Remote
 
 Judge = Callable[[Tensor, list[str]], Tensor]  # pictures (B, 3, H, W) in [0, 1] and their B prompts -> (B,), higher is better
 Look = Callable[[Tensor, list[str]], Tensor]  # pictures (B, 3, H, W) in [0, 1] and their B prompts -> what is kept of them, B rows
 Seen = Mapping[str, Matrix]
+OUT_OF_REACH = 3  # batches in a row without an answer of a judge's server, after which drawing on would only lose time
 COST = "cost"  # among what is kept of a sample: seconds and network evaluations of its drawing
 
 
@@ -53,7 +56,7 @@ def looks(
     found = {f"features/{name}": alone(scorer.image_features) for name, scorer in scorers.items()}
     if utility is not None:
         found["utility"] = alone(utility)
-    found |= {f"score/{name}": judge for name, judge in (judges or {}).items()}
+    found |= {f"score/{name}": functools.partial(score_of, judge, name) for name, judge in (judges or {}).items()}
     return found | {f"features/{e.name}": alone(e.function) for e in extractors if e.function is not None and e.name not in scorers}
 
 
@@ -63,10 +66,11 @@ def observe(images: Tensor, looks: Mapping[str, Look], prompts: list[str]) -> di
     return {name: torch.as_tensor(look(images, prompts)).detach().float().cpu() for name, look in looks.items()}
 
 
-def retries(judge: Judge) -> int:
-    """Tries that a judge's server had repeated since this was last asked; 0 of a judge without a server."""
+def server_of(look: Look) -> Remote | None:
+    """The server that a judge's look asks, if it asks one."""
+    judge = look.args[0] if isinstance(look, functools.partial) else look
     holder = getattr(judge, "__self__", judge)
-    return int(holder.news().get("retries", 0)) if isinstance(holder, Remote) else 0
+    return holder if isinstance(holder, Remote) else None
 
 
 def observe_sample(
@@ -176,8 +180,10 @@ def draw_parts(
     """Draw the wanted parts of a row's sample, look at each as wanted, and keep what is seen as soon as the part is whole.
 
     kept, wanted: by look, and of each part which looks, COST among both. folder: for the pictures themselves.
+    Raises ValueError when a judge's server stays silent, FloatingPointError as `draw` does.
     """
     parts = kept[COST].pictures
+    servers = {name: Hearing(server) for name, look in drawing.looks.items() if (server := server_of(look)) is not None}
     batches = [(i, first) for i in wanted for first in range(parts(i).start, parts(i).stop, drawing.batch)]
     told = source.call(row["guidance"]) | {"num_inference_steps": row["steps"]}
     seen: list[dict[str, Tensor]] = []
@@ -189,6 +195,8 @@ def draw_parts(
             images, seconds = draw(source.pipe, chunk, drawing.generators(row["seed"], first, end), **told)
             asked = {name: drawing.looks[name] for name in wanted[i] if name != COST}
             seen.append(observe(images.to(drawing.device), asked, chunk) | {"seconds": torch.tensor([seconds])})
+            for name in servers.keys() & asked.keys():
+                servers[name].hear(len(chunk))
             if folder is not None:
                 save_pictures(folder, images, first)
             if end == parts(i).stop:
@@ -197,17 +205,44 @@ def draw_parts(
                     cost = {"seconds": whole["seconds"], "evaluations": torch.tensor([float(sum(calls))])}
                     found = cost if name == COST else {name: whole[name]}
                     if name.startswith("score/"):
-                        found |= asking(kept[name], i, name.removeprefix("score/"), len(parts(i)), retries(drawing.looks[name]))
+                        heard = servers[name].news() if name in servers else {}
+                        found |= asking(kept[name], i, name.removeprefix("score/"), len(parts(i)), heard)
                     kept[name].save(i, found, device=device_name(drawing.device))
                 seen.clear()
                 calls.clear()
 
 
-def asking(shards: Shards, i: int, judge: str, asked: int, retried: int) -> dict[str, Tensor]:
-    """Pictures of a part that a judge was asked for, and tries that were repeated, added to those of the time before."""
+class Hearing:
+    """What a judge's server leaves unsaid while a sample is drawn."""
+
+    def __init__(self, server: Remote):
+        self.server, self.silent = server, 0
+        self.unanswered = self.told = server.unanswered
+        server.news()  # what went wrong before is of no part of this sample
+
+    def hear(self, pictures: int) -> None:
+        """After each batch. Raises ValueError when OUT_OF_REACH of them in a row got no answer."""
+        lost, self.unanswered = self.server.unanswered - self.unanswered, self.server.unanswered
+        self.silent = self.silent + 1 if lost == pictures else 0
+        if self.silent == OUT_OF_REACH:
+            raise ValueError(
+                f"judge {self.server.name}: {self.server.url} gave no answer for {OUT_OF_REACH} batches in a row. Every part that was "
+                "whole is kept: bring the server back and make the same call again"
+            )
+
+    def news(self) -> dict[str, int]:
+        """Since this was last asked: tries that were repeated (retried), pictures that no answer came for (unanswered)."""
+        lost, self.told = self.server.unanswered - self.told, self.server.unanswered
+        return {"retried": int(self.server.news().get("retries", 0)), "unanswered": lost}
+
+
+def asking(shards: Shards, i: int, judge: str, asked: int, heard: Mapping[str, int]) -> dict[str, Tensor]:
+    """Pictures of a part that a judge was asked for, and tries that were repeated, added to those of the time before; pictures that no
+    answer came for, this time."""
     before = shards.read(i, "") if shards.whole(i) else {}
-    counts = {f"asked/{judge}": asked, f"retried/{judge}": retried}
-    return {name: torch.tensor([count]) + before.get(name, 0) for name, count in counts.items()}
+    counts = {f"asked/{judge}": asked, f"retried/{judge}": heard.get("retried", 0)}
+    total = {name: torch.tensor([count]) + before.get(name, 0) for name, count in counts.items()}
+    return total | {f"unanswered/{judge}": torch.tensor([heard.get("unanswered", 0)])}
 
 
 def asked_of(seen: Seen, judge: str) -> dict[str, int]:
@@ -258,10 +293,10 @@ def unseen(kept: Mapping[str, Shards]) -> dict[int, list[str]]:
 
 
 def unscored(kept: Mapping[str, Shards], lacks: Mapping[int, list[str]]) -> dict[int, list[str]]:
-    """Part -> the judges, as looks, that left a picture of it without a score: they may have been out of reach."""
-    judges = [name for name in kept if name.startswith("score/")]
+    """Part -> the judges, as looks, whose server gave no answer for a picture of it. NaN is an answer, and is not asked for again."""
+    judges = {name: f"unanswered/{name.removeprefix('score/')}" for name in kept if name.startswith("score/")}
     silent = {
-        i: [name for name in judges if name not in lacks.get(i, ()) and not torch.isfinite(kept[name].read(i, name)[name]).all()]
+        i: [name for name, count in judges.items() if name not in lacks.get(i, ()) and kept[name].read(i, count)[count].any()]
         for i in range(kept[COST].count)
     }
     return {i: names for i, names in silent.items() if names}
@@ -293,7 +328,7 @@ class Sampler:
         silent = unscored(kept, lacks)
         some = {i: names for i, names in lacks.items() if len(names) < len(kept)}
         if silent:
-            said = f"{len(silent)} of {count} parts have pictures without a score by {in_short(silent)}"
+            said = f"{len(silent)} of {count} parts have pictures without an answer by {in_short(silent)}"
             say(f"{row['name']}: {said}; drawn again to ask again")
         if some:
             say(f"{row['name']}: {len(some)} of {count} parts lack {in_short(some)}; drawn again for that alone")

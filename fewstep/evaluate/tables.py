@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from fewstep.evaluate.measure import (
@@ -63,12 +64,17 @@ def measured_in(report: dict[str, Any]) -> dict[str, Measured]:
 def as_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
     """(metric, one cell for each of `columns`), in a fixed order."""
     measured = list(measured_in(report).values())
-    return [(label(name), [cell(metrics.get(name)) for metrics in measured]) for name in dict.fromkeys(itertools.chain(*measured))]
+    names = list(dict.fromkeys(itertools.chain(*measured)))
+    return [(label(name, names), [cell(metrics.get(name)) for metrics in measured]) for name in names]
 
 
-def label(name: str) -> str:
-    """What a table calls a metric: distances by their network, judges as they were named."""
-    if name in LABELS:
+def label(name: str, among: Collection[str] | None = None) -> str:
+    """What a table calls a metric: distances by their network, judges as they were named.
+
+    among: the table's metrics. A judge may be called as a CLIP of the embedded world is; only CLIPs are measured against shuffled captions.
+    """
+    is_judge = among is not None and f"{name}{SHUFFLED}" in LABELS and f"{name}{SHUFFLED}" not in among
+    if name in LABELS and not is_judge:
         return LABELS[name]
     stem, _, what = name.rpartition("_")
     kind, _, network = stem.partition(".")
@@ -110,9 +116,14 @@ def as_table(report: dict[str, Any]) -> Table:
     if "reference" in protocol["seeds"]:
         seeds += f", teacher's reference sample {protocol['seeds']['reference']}"
     title = f"n = {protocol['n']} ({protocol['images_per_prompt']} per prompt), {seeds}, {level:.0%} intervals over prompts"
-    table = Table("", *columns(report), title=title, caption="\n".join(notes(report)) or None)
-    for name, cells in as_rows(report):
-        table.add_row(name, *cells)
+    return as_written(columns(report), as_rows(report), title=title, said=notes(report))
+
+
+def as_written(titles: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], *, title: str | None = None, said: Sequence[str]) -> Table:
+    """A table whose words are shown as they are: rich would take brackets in a path or a name for its own marks."""
+    table = Table("", *map(escape, titles), title=title, caption=escape("\n".join(said)) or None)
+    for name, cells in rows:
+        table.add_row(escape(name), *map(escape, cells))
     return table
 
 
@@ -137,7 +148,6 @@ def beside(reports: Mapping[str, dict[str, Any]]) -> Table:
             said.append(f"{name} or {first} is of an earlier version, whose stamp lacks {', '.join(unknown)}: not compared")
         said += [f"{name}: {note}" for note in notes(reports[name])]
     samples = [(f"{name}: {row['name']}{marks[name]}", row["metrics"]) for name, report in reports.items() for row in report["rows"]]
-    table = Table("", *(title for title, _ in samples), caption="\n".join(said) or None)
-    for metric in dict.fromkeys(metric for _, metrics in samples for metric in metrics):
-        table.add_row(label(metric), *(cell(metrics.get(metric)) for _, metrics in samples))
-    return table
+    names = list(dict.fromkeys(metric for _, metrics in samples for metric in metrics))
+    rows = ((label(name, names), [cell(metrics.get(name)) for _, metrics in samples]) for name in names)
+    return as_written([title for title, _ in samples], rows, said=said)

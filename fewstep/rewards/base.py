@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -65,22 +66,31 @@ class PixelReward:
         return Signal(score.detach(), direction)
 
     def score(self, sample: Sample) -> Tensor:
+        return score_of(self.function, self.name, sample.image, sample.prompts)
+
+
+def score_of(function: Callable[[Tensor, list[str]], Any], name: str, images: Tensor, prompts: list[str]) -> Tensor:
+    """(B,) what a function says of images (B, 3, H, W) in [0, 1] and their B prompts; in a list, None is NaN: no score.
+
+    name: what errors call it. Raises RewardError for anything but one number a picture on the pictures' device.
+    """
+    try:
+        score = function(images, prompts)
+    except Exception as error:
+        error.add_note(f"raised by the reward {name!r} on {len(prompts)} pictures")
+        raise
+    if not isinstance(score, Tensor):
         try:
-            score = self.function(sample.image, sample.prompts)
-        except Exception as error:
-            error.add_note(f"raised by the reward {self.name!r} on {len(sample.prompts)} pictures")
-            raise
-        if not isinstance(score, Tensor):
-            try:
-                score = torch.as_tensor(score, dtype=torch.float32, device=sample.x0.device)
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise RewardError(f"reward {self.name!r} returned {type(score).__name__}; it must return one number a picture") from error
-        if score.shape != (len(sample.x0),):
-            wanted = (len(sample.x0),)
-            raise RewardError(f"reward {self.name!r} returned shape {tuple(score.shape)} for {wanted[0]} pictures; it must return {wanted}")
-        if score.device != sample.x0.device:
-            raise RewardError(f"reward {self.name!r} returned a score on {score.device}; the pictures are on {sample.x0.device}")
-        return score if score.is_floating_point() else score.float()
+            numbers = [math.nan if one is None else one for one in score] if isinstance(score, (list, tuple)) else score
+            score = torch.as_tensor(numbers, dtype=torch.float32, device=images.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise RewardError(f"reward {name!r} returned {type(score).__name__}; it must return one number a picture") from error
+    wanted = (len(images),)
+    if score.shape != wanted:
+        raise RewardError(f"reward {name!r} returned shape {tuple(score.shape)} for {wanted[0]} pictures; it must return {wanted}")
+    if score.device != images.device:
+        raise RewardError(f"reward {name!r} returned a score on {score.device}; the pictures are on {images.device}")
+    return score if score.is_floating_point() else score.float()
 
 
 def checked(name: str, signal: Any, sample: Sample) -> Signal:

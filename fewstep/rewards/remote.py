@@ -70,6 +70,7 @@ class Remote(PixelReward):
         self.batch, self.workers = 16, 1
         self.faults: Counter[str] = Counter()
         self.untold: Counter[str] = Counter()
+        self.unanswered = 0  # pictures that no request brought an answer for; one that was answered with null is not among them
         self.lock = threading.Lock()
 
     @property
@@ -131,6 +132,8 @@ class Remote(PixelReward):
             return self.repeated(lambda: self.read(*self.post(body, kind, limit), len(prompts)))
         except (Fault, Malformed) as error:
             tried = f" after {self.tries} tries" if isinstance(error, Fault) else ""
+            with self.lock:
+                self.unanswered += len(prompts)
             warnings.warn(f"reward {self.name!r}: {self.url}: {error}{tried}; {len(prompts)} pictures are masked", stacklevel=2)
             return [math.nan] * len(prompts)
 
