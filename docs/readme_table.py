@@ -1,4 +1,6 @@
-"""The tables of README.md and docs/rewards.md, from committed results: `python docs/readme_table.py` writes them between their markers.
+"""The tables of README.md and docs/rewards.md, and the expected numbers in the recipes, from committed results.
+
+`python docs/readme_table.py` writes the tables between their markers, and in each measured recipe the line that begins with "# Measured".
 
 docs/results/distill.json is the `evaluation.json` of `fewstep distill`, distill-2050.json that of `fewstep distill --updates 2050`,
 gndmr.json and gndmr-remote.json those of the commands in docs/rewards.md;
@@ -28,6 +30,8 @@ SCORES = {
     "fd_clip_teacher": "FD-clip to teacher ↓",
     "diversity": "diversity within a prompt ↑",
 }
+MEASURED = "# Measured (docs/results/compare): "
+BEFORE_THE_LEAD = ("gndmr", "gndmr-1", "gndmr-is")  # their cells were made with the adaptive weight as it was before commit bf2d691
 BEGIN, END = "<!-- {name}: python docs/readme_table.py -->", "<!-- end -->"
 RECIPES = {
     "gndm": ("GNDM", "the default: group-normalised distribution matching"),
@@ -48,6 +52,7 @@ COMPARED = {
     "utility": "gold utility ↑",
     "diversity": "diversity ↑",
 }
+REACHED = ("fd_clip_data", "fd_clip_teacher", "preference", "utility")
 LABELS = {
     "fd_clip_teacher": "FD-clip to teacher ↓",
     "fd_clip_data": "FD-clip to held-out data ↓",
@@ -83,15 +88,29 @@ def compared() -> list[dict[str, Any]]:
     return json.loads((ROOT / "docs" / "results" / "compare" / "compare.json").read_text())["rows"]
 
 
+def expected(recipe: str) -> str:
+    """A recipe's file with what it reached in the comparison, below the comment that says what it is."""
+    (row,) = (row for row in compared() if row["row"] == RECIPES[recipe][0])
+    told = [f"{COMPARED[key][:-2]} {number(*row['metrics'][key])}" for key in REACHED]
+    seeds = f"{len(row['seeds'])} seeds" if len(row["seeds"]) > 1 else "one seed"
+    then = ", the weight without its lead" if recipe in BEFORE_THE_LEAD else ""
+    lines = [line for line in recipe_file(recipe).read_text().splitlines() if not line.startswith(MEASURED[:10])]
+    about = next(i for i, line in enumerate(lines) if not line.startswith("#"))
+    return "\n".join([*lines[:about], f"{MEASURED}{', '.join(told)}; {seeds}{then}.", *lines[about:]]) + "\n"
+
+
+def recipe_file(recipe: str) -> Path:
+    return ROOT / "fewstep" / "recipes" / f"{recipe}.yaml"
+
+
 def recipes() -> str:
     """What each recipe is, and what it reached in the comparison."""
     rows = {row["row"]: row for row in compared()}
-    keys = ("fd_clip_data", "fd_clip_teacher", "preference", "utility")
     body = []
     for recipe, (name, text) in RECIPES.items():
-        numbers = [number(*rows[name]["metrics"][key]) if name in rows else "not run yet" for key in keys]
+        numbers = [number(*rows[name]["metrics"][key]) if name in rows else "not run yet" for key in REACHED]
         body.append([f"`{recipe}`", text, *numbers])
-    return markdown_table(["recipe", "what it is", *(COMPARED[key] for key in keys)], body)
+    return markdown_table(["recipe", "what it is", *(COMPARED[key] for key in REACHED)], body)
 
 
 def comparison() -> str:
@@ -132,3 +151,5 @@ def written(page: str) -> str:
 if __name__ == "__main__":
     for page in PAGES:
         (ROOT / page).write_text(written(page))
+    for recipe in RECIPES:
+        recipe_file(recipe).write_text(expected(recipe))

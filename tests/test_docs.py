@@ -24,6 +24,8 @@ def test_the_tables_are_the_committed_results():
     assert set(tables["PAGES"]) == {"README.md", "docs/rewards.md"}
     for page in tables["PAGES"]:
         assert tables["written"](page) == (ROOT / page).read_text()
+    for recipe in tables["RECIPES"]:
+        assert tables["expected"](recipe) == tables["recipe_file"](recipe).read_text()
 
 
 @pytest.mark.parametrize("folder", ["compare", "grid"])
