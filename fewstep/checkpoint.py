@@ -7,16 +7,18 @@ No pickle is read or written.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -79,15 +81,19 @@ def sync(path: Path) -> None:
 
 
 def save(root: str | Path, step: int, tree: Any, *, keep: int = 2) -> Path:
-    """Write `root/step-XXXXXXXX` atomically and keep the newest `keep` checkpoints. Returns the folder."""
+    """Write `root/step-XXXXXXXX` atomically and keep the newest `keep` checkpoints. Returns the folder.
+
+    Raises OSError naming the folder and the bytes when they cannot be written; what was saved before is whole, what was half written
+    removed.
+    """
     root = Path(root)
-    root.mkdir(parents=True, exist_ok=True)
     final = root / f"step-{step:08d}"
-    temporary = root / f".writing-{step:08d}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary, stale = root / f".writing-{step:08d}-{os.getpid()}", root / f".stale-{step:08d}-{os.getpid()}"
     tensors, value = pack(tree)
     try:
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         save_file(tensors, temporary / FILES[0])
         (temporary / FILES[1]).write_text(json.dumps(value))
         manifest = {name: {"bytes": (temporary / name).stat().st_size, "sha256": digest(temporary / name)} for name in FILES}
@@ -96,20 +102,30 @@ def save(root: str | Path, step: int, tree: Any, *, keep: int = 2) -> Path:
             sync(temporary / name)
         sync(temporary)
         if final.exists():  # the same step saved again: the old one stays readable until the rename
-            stale = root / f".stale-{step:08d}-{os.getpid()}"
             final.rename(stale)
             temporary.rename(final)
             shutil.rmtree(stale)
         else:
             temporary.rename(final)
         sync(root)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if stale.exists() and not final.exists():
+            stale.rename(final)
         size = sum(t.numel() * t.element_size() for t in tensors.values())
-        raise OSError(error.errno, f"could not write checkpoint of {size} bytes: {error.strerror}", str(final)) from error
+        number = errno_of(error)
+        raise OSError(number, f"could not write checkpoint of {size} bytes: {os.strerror(number)}", str(final)) from error
     for old in checkpoints(root)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def errno_of(error: OSError | SafetensorError) -> int:
+    """The system's number of a failed write; safetensors has it in its text alone, as `(os error 28)`."""
+    if isinstance(error, OSError):
+        return error.errno or errno.EIO
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else errno.EIO
 
 
 def checkpoints(root: str | Path) -> list[Path]:

@@ -1,7 +1,11 @@
 """Checkpoints: nothing saved is lost, nothing damaged is loaded."""
 
+import errno
 import json
 import os
+import resource
+import signal
+import traceback
 from pathlib import Path
 
 import pytest
@@ -132,17 +136,76 @@ def test_a_kill_at_any_point_of_a_save_leaves_the_old_or_the_new(tmp_path):
     assert fatal > 12 and seen == sorted(seen) and set(seen) == {0.0, 1.0}  # at one point the new one takes the place of the old
 
 
-def test_disk_errors_name_path_and_bytes(tmp_path, monkeypatch):
+def forked(work):
+    """Status of a child process that ran `work`: 0, or 8 after an exception. The child never returns into the test run."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = 8
+    try:
+        work()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+@pytest.mark.parametrize(
+    "tree, size",
+    [({"x": torch.zeros(1_000_000)}, 4_000_000), ({"x": torch.zeros(3), "text": "a" * 200_000}, 12)],
+    ids=["tensors", "json"],
+)
+def test_a_full_disk_is_named_with_path_and_bytes_and_leaves_what_was_saved(tmp_path, tree, size):
+    """No file may grow past 100 kB: the system refuses the write itself, as a full disk does."""
     checkpoint.save(tmp_path, 1, {"x": torch.zeros(3)})
 
-    def full(*a, **k):
-        raise OSError(28, "No space left on device")
+    def work():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        for step in (1, 2):
+            with pytest.raises(OSError, match=f"checkpoint of {size} bytes: File too large: .*step-0000000{step}") as caught:
+                checkpoint.save(tmp_path, step, tree)
+            assert caught.value.errno == errno.EFBIG
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match="12 bytes: No space left"):
-        checkpoint.save(tmp_path, 2, {"x": torch.zeros(3)})
+    assert forked(work) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert equal(checkpoint.load(tmp_path / "step-00000001"), {"x": torch.zeros(3)})
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_the_bytes(tmp_path):
+    """A file stands in the folder's place: that stops root too, whom no permission does."""
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(OSError, match="checkpoint of 12 bytes: .*checkpoints/step-00000002"):
+        checkpoint.save(tmp_path / "checkpoints", 2, {"x": torch.zeros(3)})
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to a read-only folder")
+def test_a_read_only_folder_is_named_with_the_bytes(tmp_path):
+    checkpoint.save(tmp_path, 1, {"x": torch.zeros(3)})
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(OSError, match="checkpoint of 12 bytes: Permission denied: .*step-00000002"):
+            checkpoint.save(tmp_path, 2, {"x": torch.zeros(3)})
+    finally:
+        tmp_path.chmod(0o700)
     assert checkpoint.newest(tmp_path)[0].name == "step-00000001"
-    assert not list(tmp_path.glob(".writing*"))
+
+
+def test_a_rename_that_fails_puts_the_old_one_back(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 1, {"x": torch.zeros(3)})
+    rename = Path.rename
+
+    def refused(self, target):
+        if self.name.startswith(".writing"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(OSError, match="12 bytes: Input/output error"):
+        checkpoint.save(tmp_path, 1, {"x": torch.ones(3)})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert equal(checkpoint.load(tmp_path / "step-00000001"), {"x": torch.zeros(3)})
 
 
 def test_manifest_is_json(tmp_path):
