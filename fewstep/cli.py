@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from fewstep.errors import UserError, nearest  # the rest is each command's own: a reward's server needs little of it
+from fewstep.errors import DISK, UserError, nearest  # the rest is each command's own: a reward's server needs little of it
 
 HELP = """usage: fewstep COMMAND [OPTIONS]
 
@@ -59,6 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
         return complain(f"stopped. {KEPT.get(arguments[0], '')}".strip(), code=130)
     except FloatingPointError as error:  # nothing was updated or saved after it: the last checkpoint is the state to go on from
         return complain(f"{error}. Lower student.lr or fake.lr, or go on from the last checkpoint with --resume", code=1)
+    except OSError as error:
+        if error.errno not in DISK or error.filename is None:
+            raise
+        return complain(f"{error.filename}: {error.strerror}. {KEPT.get(arguments[0], '')}".strip(), code=1)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's
             raise
@@ -73,7 +77,7 @@ SMALLER = {  # what takes less of a device's memory, by command
 }
 
 
-KEPT = {  # after Ctrl-C, by command
+KEPT = {  # after Ctrl-C or a disk that takes no more, by command
     "distill": "The last checkpoint is whole: go on with --resume",
     "evaluate": "Every part that was whole is kept: the same call goes on",
     "compare": "Every finished cell is kept: the same call goes on",

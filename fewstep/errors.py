@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import difflib
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
 class UserError(Exception):
     """A mistake in what the user gave; its message is all they need to see. Exit code 2."""
+
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)  # what a disk answers that takes no more
+
+
+@contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """The system names no file where a write to an open one fails: name the folder that it lies in."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK or error.filename is not None:
+            raise
+        raise OSError(error.errno, f"could not be written to: {error.strerror}", str(folder)) from error
 
 
 def nearest(word: str, known: Any) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.composition import HELD_OUT, Run, assets, build, check_backbone, check_judges, check_rewards, resolve_hardware, resolve_teacher
-from fewstep.errors import UserError
+from fewstep.errors import UserError, naming
 from fewstep.evaluate.command import measure_student
 from fewstep.flags import as_plain
 
@@ -123,16 +123,17 @@ def distill(config: Config, functions: dict[str, Any] | None = None, judges: dic
             run.trainer.load_state(state)
         except checkpoint.DamagedCheckpoint as error:
             raise UserError(f"resume: {error}") from error
-    kept = as_plain(config) | {"resume": False, "overwrite": False}  # of this call, not of the run
-    (output / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False))
-    told = sources.records(config.reward, config.scorer, functions, assets=assets(config))
-    told |= {f"judge.{name}": record for name, record in judge_records(config, judges).items()}
-    for line in sources.write_records(output / "rewards.json", told, run.trainer.update):
-        print(line)
-    if not train(run, output, prompts):
-        return 130
-    finish(run, output, source, prompts)
-    return 0
+    with naming(output):
+        kept = as_plain(config) | {"resume": False, "overwrite": False}  # of this call, not of the run
+        (output / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False))
+        told = sources.records(config.reward, config.scorer, functions, assets=assets(config))
+        told |= {f"judge.{name}": record for name, record in judge_records(config, judges).items()}
+        for line in sources.write_records(output / "rewards.json", told, run.trainer.update):
+            print(line)
+        if not train(run, output, prompts):
+            return 130
+        finish(run, output, source, prompts)
+        return 0
 
 
 def judge_records(config: Config, functions: dict[str, Any]) -> dict[str, dict[str, str]]:

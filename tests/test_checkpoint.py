@@ -164,7 +164,7 @@ def test_a_full_disk_is_named_with_path_and_bytes_and_leaves_what_was_saved(tmp_
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         for step in (1, 2):
-            with pytest.raises(OSError, match=f"checkpoint of {size} bytes: File too large: .*step-0000000{step}") as caught:
+            with pytest.raises(OSError, match=rf"checkpoint of {size} bytes: File too large: .*step-0000000{step}") as caught:
                 checkpoint.save(tmp_path, step, tree)
             assert caught.value.errno == errno.EFBIG
 
@@ -176,7 +176,7 @@ def test_a_full_disk_is_named_with_path_and_bytes_and_leaves_what_was_saved(tmp_
 def test_a_folder_that_cannot_be_made_is_named_with_the_bytes(tmp_path):
     """A file stands in the folder's place: that stops root too, whom no permission does."""
     (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(OSError, match="checkpoint of 12 bytes: .*checkpoints/step-00000002"):
+    with pytest.raises(OSError, match=r"checkpoint of 12 bytes: .*checkpoints/step-00000002"):
         checkpoint.save(tmp_path / "checkpoints", 2, {"x": torch.zeros(3)})
 
 
@@ -185,7 +185,7 @@ def test_a_read_only_folder_is_named_with_the_bytes(tmp_path):
     checkpoint.save(tmp_path, 1, {"x": torch.zeros(3)})
     tmp_path.chmod(0o500)
     try:
-        with pytest.raises(OSError, match="checkpoint of 12 bytes: Permission denied: .*step-00000002"):
+        with pytest.raises(OSError, match=r"checkpoint of 12 bytes: Permission denied: .*step-00000002"):
             checkpoint.save(tmp_path, 2, {"x": torch.zeros(3)})
     finally:
         tmp_path.chmod(0o700)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -447,6 +448,21 @@ def test_ctrl_c_saves_and_resume_ends_where_an_unbroken_run_ends(teacher_folder,
     name = "checkpoints/step-00000016/state.safetensors"
     a, b = load_file(tmp_path / "broken" / name), load_file(tmp_path / "whole" / name)
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("most, file", [(1_000, "out: could not be written to"), (20_000, "step-00000002: could not write checkpoint of ")])
+def test_a_full_disk_ends_the_run_with_one_line(teacher_folder, prompt_file, tmp_path, most, file):
+    """No file may grow past `most` bytes: the config does not fit, or the first checkpoint."""
+    options = ["--teacher", str(teacher_folder), "--prompts", str(prompt_file), "--output", str(tmp_path / "out"), *SMALL]
+    done = subprocess.run(
+        [sys.executable, "-m", "fewstep.cli", "distill", *options, "--updates", "4"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
+    )  # fmt: skip
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert last.startswith(f"fewstep: error: {tmp_path / 'out'}") and file in last and "File too large" in last and "--resume" in last
+    assert not list((tmp_path / "out").glob("checkpoints/*"))
 
 
 def test_nan_ends_the_run_with_one_line_and_saves_nothing_of_it(teacher_folder, prompt_file, tmp_path, capsys):
