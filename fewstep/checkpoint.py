@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -83,16 +84,16 @@ def sync(path: Path) -> None:
 def save(root: str | Path, step: int, tree: Any, *, keep: int = 2) -> Path:
     """Write `root/step-XXXXXXXX` atomically and keep the newest `keep` checkpoints. Returns the folder.
 
-    Raises OSError naming the folder and the bytes when they cannot be written; what was saved before is whole, what was half written
-    removed.
+    One process writes a run's folder: what a killed save left in it is cleared first. Raises OSError naming the folder and the bytes when
+    they cannot be written; what was saved before is whole, what was half written removed.
     """
     root = Path(root)
     final = root / f"step-{step:08d}"
-    temporary, stale = root / f".writing-{step:08d}-{os.getpid()}", root / f".stale-{step:08d}-{os.getpid()}"
+    temporary, stale = root / f".writing-{step:08d}", root / f".stale-{step:08d}"
     tensors, value = pack(tree)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        clear(root)
         temporary.mkdir()
         save_file(tensors, temporary / FILES[0])
         (temporary / FILES[1]).write_text(json.dumps(value))
@@ -101,7 +102,7 @@ def save(root: str | Path, step: int, tree: Any, *, keep: int = 2) -> Path:
         for name in (*FILES, "manifest.json"):
             sync(temporary / name)
         sync(temporary)
-        if final.exists():  # the same step saved again: the old one stays readable until the rename
+        if final.exists():  # the same step saved again: between the two renames the old one is found under its stale name
             final.rename(stale)
             temporary.rename(final)
             shutil.rmtree(stale)
@@ -128,16 +129,40 @@ def errno_of(error: OSError | SafetensorError) -> int:
     return int(found[1]) if found else errno.EIO
 
 
+def clear(root: Path) -> None:
+    """Remove what killed saves left under `root`, and put back, with a warning, the checkpoint that one had moved aside."""
+    for stale in root.glob(".stale-*"):
+        final = root / f"step-{step_of(stale)}"
+        if is_whole(stale) and not is_whole(final):
+            shutil.rmtree(final, ignore_errors=True)
+            stale.rename(final)
+            warnings.warn(f"{final}: the save that was to take its place was killed; the earlier one is back", stacklevel=2)
+        else:
+            shutil.rmtree(stale)
+    for left in root.glob(".writing-*"):
+        shutil.rmtree(left)
+
+
+def step_of(folder: Path) -> str:
+    """The eight digits of a checkpoint's name, or of what a save left behind."""
+    return folder.name.split("-")[1]
+
+
+def is_whole(folder: Path) -> bool:
+    try:
+        check(folder)
+    except DamagedCheckpoint:
+        return False
+    return True
+
+
 def checkpoints(root: str | Path) -> list[Path]:
     """Finished checkpoints under `root`, oldest first."""
     return sorted(path for path in Path(root).glob("step-*") if path.is_dir())
 
 
-def load(folder: str | Path, *, only: Collection[str] | None = None) -> Any:
-    """Read one checkpoint, or some keys of it: the rest of it may be many times the student. Raises DamagedCheckpoint when a file is
-    missing, truncated or altered.
-    """
-    folder = Path(folder)
+def check(folder: Path) -> None:
+    """Raises DamagedCheckpoint when a file of the checkpoint is missing, truncated or altered."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         files = {name: (int(manifest["files"][name]["bytes"]), str(manifest["files"][name]["sha256"])) for name in FILES}
@@ -151,6 +176,14 @@ def load(folder: str | Path, *, only: Collection[str] | None = None) -> Any:
             raise DamagedCheckpoint(f"{path}: {path.stat().st_size} bytes, the manifest says {size}")
         if digest(path) != sha:
             raise DamagedCheckpoint(f"{path}: contents differ from the manifest's SHA-256")
+
+
+def load(folder: str | Path, *, only: Collection[str] | None = None) -> Any:
+    """Read one checkpoint, or some keys of it: the rest of it may be many times the student. Raises DamagedCheckpoint when a file is
+    missing, truncated or altered.
+    """
+    folder = Path(folder)
+    check(folder)
     value = json.loads((folder / FILES[1]).read_text())
     if only is not None:
         value = {key: value[key] for key in only}
@@ -163,11 +196,10 @@ def newest(root: str | Path, *, only: Collection[str] | None = None) -> tuple[Pa
     """The newest *valid* checkpoint and its contents (or those keys of it), or None when there is none at all.
 
     Damaged ones are skipped with a warning that names them; when every one is damaged that is an error, never a
-    silent start from step 0.
+    silent start from step 0. One that a killed save of the same step had moved aside is read where it lies (another process may
+    be the folder's writer), and the next save, or `clear`, puts it back.
     """
-    import warnings
-
-    found = checkpoints(root)
+    found = sorted([*checkpoints(root), *Path(root).glob(".stale-*")], key=lambda path: (step_of(path), path.name.startswith("step-")))
     problems = []
     for folder in reversed(found):
         try:

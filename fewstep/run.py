@@ -103,6 +103,7 @@ def distill(config: Config, functions: dict[str, Any] | None = None, judges: dic
 
     state = None
     if config.resume:
+        checkpoint.clear(output / "checkpoints")
         try:
             found = checkpoint.newest(output / "checkpoints")
         except checkpoint.DamagedCheckpoint as error:

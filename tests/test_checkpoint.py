@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import traceback
 from pathlib import Path
@@ -68,74 +69,6 @@ def test_old_ones_are_pruned_and_the_newest_valid_one_is_found(tmp_path):
     assert checkpoint.newest(tmp_path / "nothing") is None
 
 
-def test_every_truncation_and_bit_flips_are_refused(tmp_path):
-    folder = checkpoint.save(tmp_path, 1, {"x": torch.arange(4.0)})
-    generator = torch.Generator().manual_seed(0)
-    tried = 0
-    for name in (*checkpoint.FILES, "manifest.json"):
-        path = folder / name
-        data = path.read_bytes()
-        for size in range(len(data)):
-            path.write_bytes(data[:size])
-            with pytest.raises(checkpoint.DamagedCheckpoint):
-                checkpoint.load(folder)
-            tried += 1
-        path.write_bytes(data)
-        if name == "manifest.json":
-            continue  # a flipped space in the manifest changes nothing
-        for _ in range(200):
-            place, bit = (int(torch.randint(high, (1,), generator=generator)) for high in (len(data), 8))
-            path.write_bytes(data[:place] + bytes([data[place] ^ (1 << bit)]) + data[place + 1 :])
-            with pytest.raises(checkpoint.DamagedCheckpoint):
-                checkpoint.load(folder)
-            tried += 1
-        path.write_bytes(data)
-    assert tried > 500 and torch.equal(checkpoint.load(folder)["x"], torch.arange(4.0))
-
-
-def test_a_kill_at_any_point_of_a_save_leaves_the_old_or_the_new(tmp_path):
-    """The process dies before its n-th call into the file system, for every n."""
-
-    def save(root, fatal):
-        """In a child: a first save, then one that ends at its `fatal`-th call; returns its status."""
-        root.mkdir()
-        child = os.fork()
-        if child:
-            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        calls = 0
-
-        def deadly(function):
-            def wrapped(*arguments, **named):
-                nonlocal calls
-                calls += 1
-                if calls == fatal:
-                    os._exit(9)
-                return function(*arguments, **named)
-
-            return wrapped
-
-        status = 8  # of an exception: the child must never return into the test run
-        try:
-            checkpoint.save(root, 1, {"x": torch.zeros(3)}, keep=1)
-            points = [(checkpoint, "save_file"), (checkpoint, "sync"), (checkpoint, "digest"), (checkpoint.shutil, "rmtree")]
-            for owner, name in [*points, (Path, "write_text"), (Path, "rename"), (Path, "mkdir")]:
-                setattr(owner, name, deadly(getattr(owner, name)))
-            checkpoint.save(root, 2, {"x": torch.ones(3)}, keep=1)
-            status = 0
-        finally:
-            os._exit(status)
-
-    seen, fatal, status = [], 0, None
-    while status != 0:
-        fatal += 1
-        root = tmp_path / f"at{fatal}"
-        status = save(root, fatal)
-        assert status in (0, 9)
-        _, state = checkpoint.newest(root)
-        seen.append(float(state["x"][0]))
-    assert fatal > 12 and seen == sorted(seen) and set(seen) == {0.0, 1.0}  # at one point the new one takes the place of the old
-
-
 def forked(work):
     """Status of a child process that ran `work`: 0, or 8 after an exception. The child never returns into the test run."""
     child = os.fork()
@@ -149,6 +82,102 @@ def forked(work):
         traceback.print_exc()
     finally:
         os._exit(status)
+
+
+def test_every_truncation_and_bit_flips_are_refused(tmp_path):
+    folder = checkpoint.save(tmp_path, 1, {"x": torch.arange(4.0)})
+    generator = torch.Generator().manual_seed(0)
+    tried = flips = 0
+    for name in (*checkpoint.FILES, "manifest.json"):
+        path = folder / name
+        data = path.read_bytes()
+        for size in range(len(data)):
+            path.write_bytes(data[:size])
+            with pytest.raises(checkpoint.DamagedCheckpoint):
+                checkpoint.load(folder)
+            tried += 1
+        path.write_bytes(data)
+        if name == "manifest.json":
+            continue  # a flipped space in the manifest changes nothing
+        for _ in range(500):
+            place, bit = (int(torch.randint(high, (1,), generator=generator)) for high in (len(data), 8))
+            path.write_bytes(data[:place] + bytes([data[place] ^ (1 << bit)]) + data[place + 1 :])
+            with pytest.raises(checkpoint.DamagedCheckpoint):
+                checkpoint.load(folder)
+            flips += 1
+        path.write_bytes(data)
+    assert flips == 1000 and tried > 300 and torch.equal(checkpoint.load(folder)["x"], torch.arange(4.0))
+
+
+@pytest.mark.filterwarnings("ignore:.*the earlier one is back")
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_kill_at_any_point_of_a_save_leaves_the_old_or_the_new(tmp_path, step):
+    """The process dies before its n-th call into the file system, for every n, at a new step or the same one saved again; whatever it
+    left is gone after the next save.
+    """
+
+    def save(root, fatal):
+        """In a child: a first save, then one that ends at its `fatal`-th call; returns its status."""
+        calls = 0
+
+        def deadly(function):
+            def wrapped(*arguments, **named):
+                nonlocal calls
+                calls += 1
+                if calls == fatal:
+                    os._exit(9)
+                return function(*arguments, **named)
+
+            return wrapped
+
+        def work():
+            checkpoint.save(root, 1, {"x": torch.zeros(3)}, keep=1)
+            points = [(checkpoint, "save_file"), (checkpoint, "sync"), (checkpoint, "digest"), (checkpoint.shutil, "rmtree")]
+            for owner, name in [*points, (Path, "write_text"), (Path, "rename"), (Path, "mkdir")]:
+                setattr(owner, name, deadly(getattr(owner, name)))
+            checkpoint.save(root, step, {"x": torch.ones(3)}, keep=1)
+
+        return forked(work)
+
+    seen, left, fatal, status = [], set(), 0, None
+    while status != 0:
+        fatal += 1
+        root = tmp_path / f"at{fatal}"
+        status = save(root, fatal)
+        assert status in (0, 9)
+        left |= {path.name.split("-")[0] for path in root.iterdir()}
+        _, state = checkpoint.newest(root)
+        seen.append(float(state["x"][0]))
+        checkpoint.save(root, 3, {"x": torch.ones(3)}, keep=2)
+        kept = [path.name for path in checkpoint.checkpoints(root)]
+        assert sorted(path.name for path in root.iterdir()) == kept and len(kept) == 2 and kept[-1] == "step-00000003"
+        assert equal(checkpoint.load(root / kept[0]), state)
+    assert fatal > 12 and seen == sorted(seen) and set(seen) == {0.0, 1.0}  # at one point the new one takes the place of the old
+    assert left == {"step", ".writing", *([".stale"] if step == 1 else [])}
+
+
+def test_what_earlier_kills_left_is_cleared_and_what_they_moved_aside_put_back(tmp_path):
+    """Names that hold another process's number, as earlier versions wrote them."""
+    checkpoint.save(tmp_path, 1, {"x": 1})
+    checkpoint.save(tmp_path, 2, {"x": 2}).rename(tmp_path / ".stale-00000002-77")
+    (tmp_path / ".writing-00000002-77").mkdir()
+    assert checkpoint.newest(tmp_path) == (tmp_path / ".stale-00000002-77", {"x": 2})
+    with pytest.warns(UserWarning, match=r"step-00000002: the save .* was killed; the earlier one is back"):
+        checkpoint.clear(tmp_path)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000001", "step-00000002"]
+    assert checkpoint.newest(tmp_path) == (tmp_path / "step-00000002", {"x": 2})
+
+
+def test_a_stale_one_replaces_a_damaged_one_and_never_a_whole_one(tmp_path):
+    checkpoint.save(tmp_path, 1, {"x": "old"}).rename(tmp_path / ".stale-00000001")
+    checkpoint.save(tmp_path / "new", 1, {"x": "new"}).rename(tmp_path / "step-00000001")
+    shutil.copytree(tmp_path, tmp_path / "damaged")
+    (tmp_path / "damaged" / "step-00000001" / "state.json").write_text("{}")
+    checkpoint.clear(tmp_path)
+    assert checkpoint.load(tmp_path / "step-00000001") == {"x": "new"} and not list(tmp_path.glob(".stale*"))
+    with pytest.warns(UserWarning, match="is back"):
+        checkpoint.clear(tmp_path / "damaged")
+    assert checkpoint.load(tmp_path / "damaged" / "step-00000001") == {"x": "old"}
 
 
 @pytest.mark.parametrize(
