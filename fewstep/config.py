@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from fewstep.rewards.sources import TIMEOUT
+
+LIMITS = ("student.max_norm", "fake.max_norm", "weights.lag_limit", "weights.clip", "reuse.rho_max")  # infinite: no limit
 
 
 @dataclass
@@ -210,6 +213,19 @@ class Config:
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     """The discriminator, when `--reward.discriminator` is given (DMD2)."""
 
+    def not_finite(self) -> dict[str, Any]:
+        """Dotted name -> value of every number that is NaN or infinite, but for the limits that infinity switches off."""
+
+        def walk(node: Any, name: str) -> dict[str, Any]:
+            if isinstance(node, dict):
+                return {k: v for key, value in node.items() for k, v in walk(value, f"{name}.{key}" if name else key).items()}
+            if isinstance(node, (list, tuple)):
+                return {name: node} if any(walk(value, name) for value in node) else {}
+            fine = not isinstance(node, float) or math.isfinite(node) or (node == math.inf and name in LIMITS)
+            return {} if fine else {name: node}
+
+        return walk(asdict(self), "")
+
     def sizes(self) -> list[tuple[int, int] | None]:
         """(height, width) of each size; None is the teacher's own. Raises ValueError naming what is not HEIGHTxWIDTH."""
         found: list[tuple[int, int] | None] = []
@@ -226,6 +242,8 @@ class Config:
         weights, mode, backward = self.weights, self.weights.mode, self.reuse.backward_simulation
         policies = ", ".join(name for name, via in self.via.items() if via == "policy")
         checks = [
+            (self.teacher_guidance >= 0, "teacher_guidance", f"must be 0 or more, got {self.teacher_guidance}"),
+            (0 <= self.seed < 2**32, "seed", f"must be from 0 to 2^32 - 1, got {self.seed}"),
             (self.steps >= 1, "steps", f"must be at least 1, got {self.steps}"),
             (self.updates >= 1, "updates", f"must be at least 1, got {self.updates}"),
             (self.group_size >= 1, "group_size", f"must be at least 1, got {self.group_size}"),
@@ -234,11 +252,17 @@ class Config:
             (self.save_every >= 1, "save_every", f"must be at least 1, got {self.save_every}"),
             (self.sample_every >= 0, "sample_every", f"must be 0 or more, got {self.sample_every}"),
             (self.student.lr > 0, "student.lr", f"must be positive, got {self.student.lr}"),
+            (all(0 <= beta < 1 for beta in self.student.betas), "student.betas", f"must both lie in [0, 1), got {self.student.betas}"),
+            (self.student.max_norm > 0, "student.max_norm", f"must be positive (.inf: no limit), got {self.student.max_norm}"),
             (0 <= self.student.decay <= 1, "student.decay", f"must lie in [0, 1], got {self.student.decay}"),
+            (self.student.weight_decay >= 0, "student.weight_decay", f"must be 0 or more, got {self.student.weight_decay}"),
             (0 <= self.student.ema < 1, "student.ema", f"must lie in [0, 1), got {self.student.ema}"),
             (self.fake.lr > 0, "fake.lr", f"must be positive, got {self.fake.lr}"),
+            (all(0 <= beta < 1 for beta in self.fake.betas), "fake.betas", f"must both lie in [0, 1), got {self.fake.betas}"),
+            (self.fake.max_norm > 0, "fake.max_norm", f"must be positive (.inf: no limit), got {self.fake.max_norm}"),
             (0 <= self.fake.decay <= 1, "fake.decay", f"must lie in [0, 1], got {self.fake.decay}"),
             (self.fake.updates >= 0, "fake.updates", f"must be 0 or more, got {self.fake.updates}"),
+            (self.matching.guidance >= 0, "matching.guidance", f"must be 0 or more, got {self.matching.guidance}"),
             (0 <= self.matching.gamma <= 1, "matching.gamma", f"must lie in [0, 1], got {self.matching.gamma}"),
             (0 < low < high <= 1, "matching.t_range", f"must satisfy 0 < low < high <= 1, got {low}, {high}"),
             (not self.matching.leave_one_out or self.group_size > 1, "matching.leave_one_out", "needs group_size of at least 2"),
@@ -278,6 +302,7 @@ class Config:
             (not weights.project or mode == "fixed", "weights.project", f"is for fixed weights, not {mode}"),
             (weights.eta > 0, "weights.eta", f"must be positive, got {weights.eta}"),
             (weights.cap > 0.05, "weights.cap", f"must be above 0.05, where the weight starts, got {weights.cap}"),
+            (weights.lag_limit >= 0, "weights.lag_limit", f"must be 0 or more, got {weights.lag_limit}"),
             (weights.clip > 0, "weights.clip", f"must be positive, got {weights.clip}"),
             (0 <= weights.max_masked <= 1, "weights.max_masked", f"must lie in [0, 1], got {weights.max_masked}"),
             (0 < self.remote.timeout <= 86400, "remote.timeout", f"must be positive and at most a day (86400), got {self.remote.timeout}"),
@@ -288,4 +313,6 @@ class Config:
             ),
             (self.discriminator.lr > 0, "discriminator.lr", f"must be positive, got {self.discriminator.lr}"),
         ]  # fmt: skip
-        return [f"{key}: {message}" for fine, key, message in checks if not fine]
+        infinite = self.not_finite()
+        found = [f"{key}: must be a finite number, got {value}" for key, value in infinite.items()]
+        return found + [f"{key}: {message}" for fine, key, message in checks if not fine and key not in infinite]

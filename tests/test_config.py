@@ -1,0 +1,71 @@
+"""A config refuses every value that would ruin its run."""
+
+import dataclasses
+import math
+
+import pytest
+
+from fewstep.config import Config
+from fewstep.flags import field_names
+
+BAD = {"-1": -1, "0": 0, "nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+# which of them a field takes; of weights.warmup the adaptive weight alone makes use
+TAKEN = {
+    "teacher_guidance": "0", "lora_rank": "0", "seed": "0", "sample_every": "0",
+    "student.decay": "0", "student.weight_decay": "0", "student.ema": "0", "student.max_norm": "inf",
+    "fake.decay": "0", "fake.updates": "0", "fake.max_norm": "inf",
+    "matching.guidance": "0", "matching.gamma": "0",
+    "weights.warmup": "-1 0", "weights.lag_limit": "0 inf", "weights.clip": "inf", "weights.max_masked": "0",
+    "reuse.rho_max": "inf", "reuse.min_ess": "0", "memory.micro_groups": "0", "reward": "0",
+}  # fmt: skip
+NUMBERS = {name: kind for name, kind in field_names(Config).items() if kind in (int, float)}
+
+
+def config_with(name, value, base=None):
+    """The default config, but for the dotted field."""
+    base = Config() if base is None else base
+    first, _, rest = name.partition(".")
+    return dataclasses.replace(base, **{first: config_with(rest, value, getattr(base, first)) if rest else value})
+
+
+def test_the_defaults_are_fine():
+    assert Config().problems() == [] and len(NUMBERS) > 35 and TAKEN.keys() - {"reward"} <= NUMBERS.keys()
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_refuses_what_ruins_a_run(name):
+    values = {text: value for text, value in BAD.items() if NUMBERS[name] is float or isinstance(value, int)}
+    told = {text: config_with(name, value).problems() for text, value in values.items()}
+    taken = TAKEN.get(name, "").split()
+    assert [text for text, problems in told.items() if not problems] == taken
+    for text, problems in told.items():  # by name, with the value, and once
+        mine = [line for line in problems if line.startswith(f"{name}: ")]
+        assert text in taken or (len(mine) == 1 and text in mine[0]), problems
+
+
+@pytest.mark.parametrize("pair", [(-1, 0.9), (0.9, 1.5), (2, 2), (0.9, 1), (math.nan, 0.9), (0.9, math.inf)])
+@pytest.mark.parametrize("who", ["student", "fake"])
+def test_betas_lie_below_one(who, pair):
+    (line,) = config_with(f"{who}.betas", pair).problems()
+    assert line.startswith(f"{who}.betas: must ") and str(pair) in line
+    assert not config_with(f"{who}.betas", (0.0, 0.0)).problems()
+
+
+@pytest.mark.parametrize(
+    "pair", [(-1, 0.9), (0, 0.9), (0.9, 0.1), (0.5, 0.5), (0.1, 1.5), (math.nan, 0.9), (0.1, math.nan), (0.1, math.inf)]
+)
+def test_noise_levels_lie_in_order(pair):
+    (line,) = config_with("matching.t_range", pair).problems()
+    assert line.startswith("matching.t_range: must ")
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_weights_of_rewards_are_finite_and_not_negative(text):
+    problems = dataclasses.replace(Config(), reward={"clip": BAD[text]}).problems()
+    assert (not problems) == (text in TAKEN["reward"]), problems
+    assert all(line.startswith("reward") for line in problems)
+
+
+def test_a_seed_is_what_torch_takes():
+    assert config_with("seed", 2**32).problems() == [f"seed: must be from 0 to 2^32 - 1, got {2**32}"]
+    assert not config_with("seed", 2**32 - 1).problems()
