@@ -452,7 +452,7 @@ class Trainer:
             term = self.terms[name]
             for _ in range(term.updates * times):
                 if self.config.reuse.backward_simulation:
-                    rollout = self.simulate()
+                    rollout = self.simulate(last=self.config.fake.on == "last")
                     sample = self.sample_of(rollout, torch.full_like(rollout.group, len(rollout.states) - 1))
                 else:
                     sample = self.sample_of(rollout, self.online_step(rollout))
@@ -482,10 +482,10 @@ class Trainer:
             total += loss.detach()
         return total
 
-    def simulate(self) -> Rollout:
-        """Fresh prompts simulated up to one state, drawn anew (DMD2's backward simulation); with fake.on last, the last one."""
-        last = self.student.steps - 1
-        return self.new_rollout(until=last if self.config.fake.on == "last" else int(torch.randint(last + 1, (1,))))
+    def simulate(self, *, last: bool = False) -> Rollout:
+        """Fresh prompts simulated up to one state, drawn anew (DMD2's backward simulation), or up to the last one."""
+        steps = self.student.steps
+        return self.new_rollout(until=steps - 1 if last else int(torch.randint(steps, (1,))))
 
     def online_step(self, rollout: Rollout) -> Tensor:
         """A step for each sample, (B,): every step equally often up to rounding, which sample gets which drawn anew."""

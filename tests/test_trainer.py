@@ -324,7 +324,13 @@ def test_a_function_with_a_default_is_one_of_pictures():
 def test_a_fake_of_the_last_step_learns_no_other(teacher_folder, prompt_file):
     options = ("--fake.on", "last", "--fake.condition", "none", "--reuse.backward-simulation", "true", "--reuse.rollout", "1")
     trainer = run_of(teacher_folder, prompt_file, *options).trainer
-    assert {len(trainer.simulate().states) for _ in range(8)} == {trainer.student.steps}
+    learned, trained, learn, update = [], [], trainer.online_loss, trainer.student_update
+    trainer.online_loss = lambda reward, sample: learned.extend(sample.k.tolist()) or learn(reward, sample)
+    trainer.student_update = lambda rollout, block, *rest: trained.extend(block.k.tolist()) or update(rollout, block, *rest)
+    for _ in range(8):
+        trainer.step()
+    assert set(learned) == {trainer.student.steps - 1}
+    assert len(set(trained)) > 2  # the student is trained at every step: the option is the fake's
     with pytest.raises(UserError, match=r"fake.on: last leaves the fake untrained"):
         run_of(teacher_folder, prompt_file, "--fake.on", "last")
 
