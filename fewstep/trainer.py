@@ -188,12 +188,16 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.config.precision == "bf16" else nullcontext()
 
     def new_rollout(self, until: int | None = None) -> Rollout:
+        """A rollout of the next prompts from fresh noise, up to state `until` or the last. Raises FloatingPointError where the student
+        predicts what is not finite, before any reward sees it."""
         prompts, group = self.batches.next()
         cond = {key: value.to(self.device) for key, value in self.encode(prompts).items()}
         shape = self.latent_shapes[self.rollouts % len(self.latent_shapes)]
         noise = torch.randn(len(prompts), *shape, device=self.device)
         with self.precision():
-            return self.student.rollout(noise, cond, group=group.to(self.device), prompts=prompts, until=until)
+            rollout = self.student.rollout(noise, cond, group=group.to(self.device), prompts=prompts, until=until)
+        finite_or_stop(rollout.x0, "the student's prediction", self.update)  # its states are made of it
+        return rollout
 
     def sample_of(self, rollout: Rollout, k: Tensor, x0: Tensor | None = None) -> Sample:
         """The batch with sample i taken at state k_i; where steps are mixed, a group is (prompt, k)."""
@@ -241,8 +245,11 @@ class Trainer:
         """(R_dm's direction (B, C, H, W), its whole signal, logs); the weights of the other rewards hear its score."""
         anchor, at, logs = torch.zeros_like(sample.x0), Signal(None, None), {}
         for name in self.anchors:
-            with self.precision():
-                at = checked(name, self.terms[name].reward(sample), sample)
+            try:
+                with self.precision():
+                    at = checked(name, self.terms[name].reward(sample), sample)
+            except FloatingPointError as error:  # it names the network, which knows of no update
+                raise FloatingPointError(f"{error} at update {self.update}; nothing was updated with it") from error
             if at.direction is None:
                 raise RewardError(f"{name} is the anchor and gave no direction")
             anchor = at.direction

@@ -424,16 +424,59 @@ def test_a_prompt_group_sits_at_one_step_and_a_rollout_visits_every_state(teache
 
 
 @pytest.mark.parametrize("what", ["student", "fake", "teacher"])
-def test_nan_stops_before_the_update(teacher_folder, prompt_file, what):
-    run = run_of(teacher_folder, prompt_file)
+@pytest.mark.parametrize("options", [
+    (),
+    ("--reuse.rollout", "1", "--memory.micro-groups", "1", "--reward.redness", "0.3"),
+    ("--reuse.rollout", "1", "--reward.contrast", "0.2", "--via.contrast", "policy"),
+], ids=["whole", "parts", "policy"])  # fmt: skip
+def test_nan_stops_before_the_update(teacher_folder, prompt_file, what, options):
+    """It is put down to the network that it comes from, and no reward is shown its pictures."""
+    run = run_of(teacher_folder, prompt_file, *options)
     run.trainer.step()
+
+    def looking(reward, sample):
+        assert bool(torch.isfinite(sample.image).all())
+        return reward(sample)
+
+    for name, term in run.trainer.terms.items():
+        if not term.anchor:
+            run.trainer.terms[name] = dataclasses.replace(term, reward=functools.partial(looking, term.reward))
     network = getattr(run.roles, what).network
     with torch.no_grad():
         network.model.conv_out.bias.fill_(float("nan"))
     before = {name: p.detach().clone() for name, p in run.roles.student_parameters.items()}
-    with pytest.raises(FloatingPointError, match=what):
+    with pytest.raises(FloatingPointError, match=rf"^the {what}'s prediction .* at update 1; nothing was updated with it"):
         run.trainer.step()
     assert all(torch.equal(p.nan_to_num(), before[name].nan_to_num()) for name, p in run.roles.student_parameters.items())
+
+
+def test_nan_of_a_direction_a_loss_and_a_gradient_is_named(teacher_folder, prompt_file):
+    """Of each in turn, in one run: nothing moves, so what is mended goes on from the same place."""
+    trainer = run_of(teacher_folder, prompt_file, "--reward.redness", "0.3", "--fake.updates", "1").trainer
+    before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    for name in ("dm", "redness"):
+        whole = trainer.terms[name]
+        trainer.terms[name] = dataclasses.replace(whole, reward=lambda sample: Signal(None, torch.full_like(sample.x0, math.nan)))
+        with pytest.raises(FloatingPointError, match=f"^the direction of {name} is not finite at update 0"):
+            trainer.step()
+        trainer.terms[name] = whole
+    handle = next(iter(trainer.parameters.values())).register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(FloatingPointError, match=r"^the student's gradient norm is nan at update 0"):
+        trainer.step()
+    handle.remove()
+    assert all(torch.equal(p, before[name]) for name, p in trainer.parameters.items())
+
+    fake = trainer.terms["dm"].parameters
+    before = {name: p.detach().clone() for name, p in fake.items()}
+    trainer.rollout = rollout = trainer.new_rollout()
+    handle = next(iter(fake.values())).register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(FloatingPointError, match=r"^the gradient norm of dm's own network is nan at update 0"):
+        trainer.online_updates(rollout, 1)
+    handle.remove()
+    trainer.terms["dm"].reward.loss = lambda sample: math.nan * sum(p.sum() for p in fake.values())
+    with pytest.raises(FloatingPointError, match=r"^the loss of dm's own network is nan at update 0"):
+        trainer.online_updates(rollout, 1)
+    assert all(torch.equal(p, before[name]) for name, p in fake.items())
 
 
 def test_metrics_lines_of_a_lost_run_are_dropped(teacher_folder, prompt_file, tmp_path):
