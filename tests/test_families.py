@@ -6,12 +6,12 @@ from unittest import mock
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, PNDMScheduler, SchedulerMixin
+from diffusers import DDIMScheduler, DiffusionPipeline, EDMDPMSolverMultistepScheduler, PNDMScheduler, SchedulerMixin
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pipelines import GUIDED, PIPELINES
 
-from fewstep import cli, composition, models
+from fewstep import cli, composition, models, needs
 from fewstep.config import Config
 from fewstep.denoiser import guide
 from fewstep.errors import UserError
@@ -471,3 +471,29 @@ def test_a_teacher_with_a_lora_merged_in_is_a_teacher(teachers, tmp_path):
         teacher, student = merged.roles().teacher(noise, t, cond), roles.student(noise, t, cond)
         torch.testing.assert_close(teacher, student, rtol=0, atol=1e-4)
         assert (teacher - roles.teacher(noise, t, cond)).abs().max() > 1e-2
+
+
+def test_a_scheduler_without_betas_is_refused(teachers, tmp_path):
+    """As Playground v2.5 has it: an SDXL pipeline on EDM's noise levels, which the default betas of LCM are not."""
+    pipe = models.load(str(teachers / "StableDiffusionXLPipeline")).pipe
+    pipe.scheduler = EDMDPMSolverMultistepScheduler(sigma_max=80.0, prediction_type="epsilon")
+    pipe.save_pretrained(tmp_path, safe_serialization=True)
+    for opened in (models.load, lambda source: needs.skeleton(source, torch.float32)):
+        with pytest.raises(models.UnsupportedTeacher, match=r"EDMDPMSolverMultistepScheduler has no betas.*supported are"):
+            opened(str(tmp_path))
+    pipe.scheduler = DDIMScheduler(trained_betas=[0.01] * 1000)
+    pipe.save_pretrained(tmp_path, safe_serialization=True)
+    assert models.load(str(tmp_path)).times(4).tolist() == [1, 0.75, 0.5, 0.25]
+
+
+def test_sdxl_decodes_with_the_autoencoders_mean_and_spread(teachers):
+    backbone = models.load(str(teachers / "StableDiffusionXLPipeline"))
+    backbone.pipe.vae.register_to_config(latents_mean=[-1.7, 1.9, -1.4, 2.5], latents_std=[8.5, 5.9, 6.5, 5.2])
+    seen, decode, noise = [], backbone.pipe.vae.decode, noise_of(backbone)
+    with mock.patch.object(backbone.pipe.vae, "decode", lambda z, **kwargs: seen.append(z) or decode(z, **kwargs)):
+        step = {"num_inference_steps": 1, **told(backbone), **backbone.student_call, "latents": noise}
+        latents = backbone.pipe(prompt=[*PROMPTS], output_type="latent", **step).images
+        images = backbone.pipe(prompt=[*PROMPTS], output_type="pt", **step).images
+        mine = backbone.decode(latents)
+    torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(mine, images, rtol=0, atol=1e-4)

@@ -253,6 +253,15 @@ def lcm_scheduler(config: dict[str, Any], steps: int) -> LCMScheduler:
     return scheduler
 
 
+def check_betas(scheduler: Any, source: str) -> None:
+    """Raises UnsupportedTeacher for a scheduler without betas: LCM's defaults would stand in their place."""
+    if scheduler.config.get("beta_schedule") is None and scheduler.config.get("trained_betas") is None:
+        raise UnsupportedTeacher(
+            f"{source}: its {type(scheduler).__name__} has no betas, and no student can be trained on its noise levels; supported are "
+            "the schedulers with a beta_schedule or trained_betas in scheduler_config.json (DDPM, DDIM, PNDM, Euler, DPM-Solver, UniPC)"
+        )
+
+
 def flow_scheduler(config: dict[str, Any], steps: int) -> FlowMatchEulerDiscreteScheduler:
     """The K-step grid of a flow teacher, t = 1, (K-1)/K, .. 1/K: predict x0, renoise to the next.
 
@@ -323,6 +332,7 @@ class Backbone:
             if kind not in ("epsilon", "v_prediction", "sample"):
                 raise UnsupportedTeacher(f"{source}: prediction_type {kind!r} in its scheduler is not one of epsilon, v_prediction, sample")
             self.prediction = kind
+            check_betas(pipe.scheduler, source)
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
@@ -398,8 +408,13 @@ class Backbone:
     def decode(self, x0: Tensor) -> Tensor:
         """Latents -> images (B, 3, H, W) in [0, 1], as the stock pipeline does; differentiable."""
         vae = self.decoder()
-        latents = x0 / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        latents = self.to_autoencoder(x0)
         return (vae.decode(latents.to(vae.dtype), return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+
+    def to_autoencoder(self, x0: Tensor) -> Tensor:
+        """The network's latents (B, C, H, W) as the autoencoder has them, of the same shape."""
+        config = self.pipe.vae.config
+        return x0 / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
 
     def decoder(self) -> Any:
         """The autoencoder, on the device from now on: whoever decodes in training does so in every update."""

@@ -46,6 +46,15 @@ class StableDiffusionXL(Backbone):
                 xt, timestep, encoder_hidden_states=cond["prompt_embeds"], added_cond_kwargs=added, return_dict=False
             )[0]  # fmt: skip
 
+    def to_autoencoder(self, x0: Tensor) -> Tensor:
+        """With the mean and spread of each channel, where the autoencoder names both (Playground v2.5's does)."""
+        config = self.pipe.vae.config
+        mean, std = (getattr(config, key, None) for key in ("latents_mean", "latents_std"))
+        if mean is None or std is None:
+            return x0 / config.scaling_factor  # the stock pipeline has no shift here
+        mean, std = (torch.tensor(value).view(1, -1, 1, 1).to(x0) for value in (mean, std))
+        return x0 * std / config.scaling_factor + mean
+
     def middle(self, model: nn.Module) -> nn.Module:
         return model.mid_block
 
