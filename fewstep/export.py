@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -406,7 +406,6 @@ def model_card(student: Averaged, to: str, folder: Path, *, name: str | None = N
         "rounded to one of them."
     )
     from_picture *= draws_from_pictures(backbone.pipeline)
-    picture = f"\n![rows: prompts; columns: teacher, teacher at {steps} steps, student](samples.png)\n"
     text = f"""---
 {data.to_yaml()}
 ---
@@ -417,7 +416,7 @@ Distilled with fewstep by {method}: {student.update} updates{f" of {config.updat
 teacher guidance {guidance:g}, {rewards_in_words(config, student.rewards)}.
 
 {licence}
-{picture if (folder / "samples.png").is_file() else ""}
+
 ## Use
 
 {usage}
@@ -435,12 +434,29 @@ and a negative prompt has no effect.
 
 {results or "Not measured."}
 """
-    return ModelCard(text)
+    card = ModelCard(text)
+    return with_picture(card) if (folder / "samples.png").is_file() else card
+
+
+def with_picture(card: ModelCard) -> ModelCard:
+    """A student's card that shows the samples.png beside it."""
+    card.content = card.content.replace(
+        "\n## Use\n", "\n![rows: prompts; columns: the teacher and the student](samples.png)\n\n## Use\n", 1
+    )
+    return card
+
+
+def steps_in(scheduler: Mapping[str, Any]) -> int | None:
+    """K where a scheduler's configuration is that of a K-step grid as students are exported with; None for any other scheduler."""
+    kind = scheduler.get("_class_name")  # one that was not read from a file need not say it
+    if scheduler.get("stochastic_sampling") and kind in (None, "FlowMatchEulerDiscreteScheduler"):
+        return round(1 / (scheduler["shift_terminal"] or 1.0))  # the K-step grid ends at 1/K
+    if scheduler.get("timestep_spacing") == "trailing" and kind in (None, "LCMScheduler"):  # other LCMs space them otherwise
+        return scheduler.get("original_inference_steps")
+    return None
 
 
 def steps_of(student: Path) -> int | None:
     """Steps that a student's scheduler was made for; None when it does not say."""
     scheduler = json.loads((student / "scheduler" / "scheduler_config.json").read_text())
-    if scheduler.get("stochastic_sampling") and scheduler["_class_name"] == "FlowMatchEulerDiscreteScheduler":
-        return round(1 / (scheduler["shift_terminal"] or 1.0))  # the K-step grid ends at 1/K
-    return scheduler.get("original_inference_steps")
+    return steps_in(scheduler) or scheduler.get("original_inference_steps")

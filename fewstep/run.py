@@ -239,15 +239,22 @@ def student_grid(run: Run, prompts: list[str], weights: dict[str, Any]) -> Any:
 
 
 def teacher_grids(run: Run, prompts: list[str], best: str) -> dict[str, Any]:
-    """Grids of the teacher at its many steps and, with the named solver, at the student's, by column title."""
-    from fewstep import world
+    """Grids of the teacher by column title: at its many steps and, with the named solver, at the student's; of a teacher that is itself
+    a student of K steps, at those alone, without guidance.
+    """
+    from fewstep import export, world
     from fewstep.evaluate.drawing import solver
 
     backbone, steps = run.backbone, run.config.steps
     call = backbone.teacher_call(run.config.teacher_guidance) | backbone.told_size(run.config.sizes()[0])
     own = backbone.pipe.scheduler
-    few = own if backbone.flow else solver(best, own.config)
-    columns = {f"teacher, {world.TEACHER_STEPS} steps": (world.TEACHER_STEPS, own), f"teacher, {steps} steps ({best})": (steps, few)}
+    made_for = export.steps_in(own.config)
+    if made_for is not None:
+        call = backbone.student_call | backbone.told_size(run.config.sizes()[0])
+        columns = {f"teacher, {made_for} steps": (made_for, own)}
+    else:
+        few = own if backbone.flow else solver(best, own.config)
+        columns = {f"teacher, {world.TEACHER_STEPS} steps": (world.TEACHER_STEPS, own), f"teacher, {steps} steps ({best})": (steps, few)}
     grids = {}
     for title, (n, scheduler) in columns.items():
         with backbone.drawing(run.roles.teacher, scheduler) as pipe:
@@ -266,7 +273,7 @@ def draw_progress(run: Run, output: Path, prompts: list[str]) -> None:
 
 
 def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
-    """Export the averaged student, measure it, draw it beside its teacher, write its card."""
+    """Export the averaged student, measure it, write its card, draw it beside its teacher."""
     from fewstep import export
     from fewstep.report import grid
 
@@ -286,8 +293,10 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
         results, best = export.results_markdown(report), next(r["solver"] for r in report["rows"] if r["name"] == report["best_solver"])
     elif config.evaluate:
         print(f"not measured: fewstep evaluate {output} --prompts FILE, with --extractor.NAME and --judge.NAME")
+    card = export.model_card(student, "diffusers", output, results=results)
+    card.save(output / "README.md")  # before the pictures: should they fail, the student has its card
     shown = grid_prompts(config, prompts)
     columns = teacher_grids(run, shown, best) | {f"student, {config.steps} steps": student_grid(run, shown, weights)}
     grid.save(columns, shown, output / "samples.png")
-    export.model_card(student, "diffusers", output, results=results).save(output / "README.md")
+    export.with_picture(card).save(output / "README.md")
     print(f"student in {output}; look at {output / 'samples.png'}")

@@ -1,5 +1,6 @@
 """One contract for every family: what the stock pipeline computes, fewstep computes, and what fewstep exports, the stock pipeline draws."""
 
+import json
 import subprocess
 import sys
 from unittest import mock
@@ -11,11 +12,13 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pipelines import GUIDED, PIPELINES
 
-from fewstep import cli, composition, models, needs
+from fewstep import cli, composition, models, needs, run
 from fewstep.config import Config
 from fewstep.denoiser import guide
 from fewstep.errors import UserError
 from fewstep.models.backbone import AddedLinear
+from fewstep.report.grid import save
+from fewstep.run import sample_grid
 from fewstep.student import Student
 
 PROMPTS = ["a cat", "two red hats"]  # copied for each call: some stock pipelines write into the list they are given
@@ -391,6 +394,48 @@ def test_distil_and_resume(teachers, name, prompt_file, tmp_path, capsys, monkey
     drawn = {}
     exec(snippet, drawn)
     assert drawn["image"].size == (width, height)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusion3Pipeline"])
+def test_a_student_is_distilled_further_and_measured_beside_its_teacher(teachers, name, prompt_file, tmp_path, capsys, monkeypatch):
+    """Its teacher, of four steps, is drawn at those, without guidance: it knows no other timesteps and no empty prompt."""
+    monkeypatch.setattr("fewstep.run.SAMPLES_PER_PROMPT", 1)
+    first, titles, calls = models.load(str(teachers / name)), [], []
+    roles = first.roles()
+    weights = {key: value.detach() for key, value in roles.student_parameters.items()}
+    first.save(first.student_pipeline(roles, weights, 4), tmp_path / "four")
+    size = "x".join(map(str, size_of(first)))
+
+    def grid(pipe, prompts, **told):
+        pipe.scheduler.set_timesteps(told["steps"])
+        calls.append((pipe.scheduler.timesteps.tolist(), told["call"]["guidance_scale"]))
+        return sample_grid(pipe, prompts, **told)
+
+    monkeypatch.setattr(run, "sample_grid", grid)
+    monkeypatch.setattr("fewstep.report.grid.save", lambda columns, *rest: titles.extend(columns) or save(columns, *rest))
+    options = ["--teacher", str(tmp_path / "four"), "--prompts", str(prompt_file), *SMALL, "--size", f"[{size}]", "--steps", "2"]
+    assert cli.main(["distill", *options, "--output", str(tmp_path / "two")]) == 0, capsys.readouterr().err
+    assert titles == ["teacher, 4 steps", "student, 2 steps"] and (tmp_path / "two" / "samples.png").is_file()
+    assert calls[0] == (first.scheduler(4).timesteps.tolist(), 1.0) and "samples.png" in (tmp_path / "two" / "README.md").read_text()
+    (tmp_path / "judge.py").write_text("def bright(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    measure = ["evaluate", str(tmp_path / "two"), "--prompts", str(prompt_file), "--judge.bright", f"{tmp_path / 'judge.py'}:bright"]
+    assert cli.main([*measure, "--output", str(tmp_path / "report.json")]) == 0, capsys.readouterr().err
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["name"] for row in report["rows"]] == titles[::-1] and report["best_solver"] is None
+    assert [row["metrics"]["network_evaluations"]["value"] for row in report["rows"]] == [2, 4]
+    assert report["protocol"]["teacher"]["steps"] == 4 and report["protocol"]["teacher"]["call"] == first.student_call | told(first)
+    for flag, value in (("--teacher-steps", "28"), ("--guidance", "3")):
+        assert cli.main([*measure, flag, value]) == 2
+        assert f"{flag}: {tmp_path / 'four'} is itself a student of 4 steps" in capsys.readouterr().err
+
+
+def test_a_student_whose_pictures_fail_has_its_card(teachers, prompt_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "sample_grid", mock.Mock(side_effect=Stop))
+    options = ["--teacher", str(teachers / "StableDiffusionPipeline"), "--prompts", str(prompt_file), *SMALL, "--size", "[8x16]"]
+    with pytest.raises(Stop):
+        cli.main(["distill", *options, "--output", str(tmp_path / "out")])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "## Use" in card and "samples.png" not in card
 
 
 @every_family

@@ -38,19 +38,21 @@ def world_instruments(device: str) -> dict[str, Any]:
 
 
 def source_of(name: str, size: tuple[int, int] | None, *, device: str, precision: str, student: bool) -> Any:
-    """What opens a pipeline to draw with, through its family: a student without guidance, a teacher with it."""
+    """What opens a pipeline to draw with, through its family: a student without guidance, a teacher with it, unless it is a student too."""
 
     def opened() -> Any:
         import torch
 
         from fewstep import models
         from fewstep.evaluate.drawing import Source
+        from fewstep.export import steps_in
 
         backbone = models.load(name, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
         told = backbone.told_size(size)
+        unguided = student or steps_in(backbone.pipe.scheduler.config) is not None
 
         def call(guidance: float) -> dict[str, Any]:
-            return (backbone.student_call if student else backbone.teacher_call(guidance)) | told
+            return (backbone.student_call if unguided else backbone.teacher_call(guidance)) | told
 
         return Source(backbone.pipe.to(device), call, (told["height"], told["width"]))
 
@@ -149,7 +151,7 @@ def read_options(arguments: list[str]) -> Any:
     parser.add_argument("--prompts", metavar="FILE", help="prompts, one a line or as a set was published; a set's NAME; NAME=FILE")
     parser.add_argument("--images-per-prompt", type=int, help="pictures for each prompt (default: the set's; 8 in the embedded world)")
     parser.add_argument("--steps", type=int, help="the student's steps (default: those it was made for)")
-    parser.add_argument("--teacher-steps", type=int, help="the teacher's own steps (default 28)")
+    parser.add_argument("--teacher-steps", type=int, help="the teacher's own steps (default 28; of a student as teacher its own)")
     parser.add_argument("--guidance", type=float, help="the teacher's guidance scale (default: the run's, or its family's)")
     parser.add_argument("--resize", type=int, metavar="PIXELS", help="bring pictures to this square before an extractor sees them")
     parser.add_argument("--seed", type=int, default=0, help="seed of the rows; the teacher's reference sample uses the next")
@@ -199,6 +201,21 @@ def check_instruments(options: Any) -> None:
         raise UserError("--data: nothing to compare pictures by; give --extractor.NAME, as --extractor.inception")
 
 
+def check_teacher(teacher: str, options: Any) -> None:
+    """Raises UserError for flags that a teacher which is itself a student of K steps does not take."""
+    from fewstep.export import steps_in
+
+    scheduler = Path(teacher) / "scheduler" / "scheduler_config.json"
+    made_for = steps_in(json.loads(scheduler.read_text())) if scheduler.is_file() else None
+    if made_for is None:
+        return
+    why = f"{teacher} is itself a student of {made_for} steps and is drawn as one"
+    if options.teacher_steps not in (None, made_for):
+        raise UserError(f"--teacher-steps: {why}, at those steps, not {options.teacher_steps}; leave the flag out")
+    if options.guidance not in (None, 1):
+        raise UserError(f"--guidance: {why}, without guidance; leave the flag out")
+
+
 def command(arguments: list[str]) -> int:
     from fewstep.config import Config, RemoteConfig
     from fewstep.export import steps_of
@@ -215,6 +232,8 @@ def command(arguments: list[str]) -> int:
         raise UserError("; ".join(problems))
     against = options.against or (config.teacher if config else "none")
     teacher = None if against == "none" else resolve_teacher(against)
+    if teacher is not None:
+        check_teacher(teacher, options)
     steps = options.steps or (config.steps if config else steps_of(folder) if own else None)
     if steps is None:
         raise UserError("--steps: missing; the student does not say how many steps it was made for")

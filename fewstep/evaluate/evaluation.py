@@ -67,6 +67,7 @@ from fewstep.evaluate.samples import (
 )
 from fewstep.evaluate.sets import PromptSet
 from fewstep.evaluate.store import fingerprint, read, replace, sha256
+from fewstep.export import steps_in
 from fewstep.rewards.clip import CLIPScore
 
 TIMED = 4  # batches drawn to time a teacher whose sample came with it
@@ -143,7 +144,8 @@ def evaluate(
     say: Callable[[str], None] = print,
     progress: bool = True,
 ) -> dict[str, Any] | None:
-    """Measure a student of `steps` steps beside its teacher at many steps and at `steps` with each of SOLVERS.
+    """Measure a student of `steps` steps beside its teacher at many steps and at `steps` with each of SOLVERS. A teacher that is itself a
+    student of K steps is drawn at those alone, without guidance.
 
     student, teacher: diffusers folders, hub ids, or functions that open a Source; without a teacher the student stands alone.
     guidance: the teacher's, in all its rows; the student has none (1). prompts: a PromptSet's may come more than once.
@@ -217,6 +219,13 @@ def evaluate(
             original = opened(teacher, device)
             schedulers = schedulers_of(original.pipe)
             few_step = [name for name in schedulers if name != "its own"] or ["its own"]
+            made_for = steps_in(original.pipe.scheduler.config)
+            if made_for is not None:
+                if teacher_steps not in (None, made_for):
+                    raise ValueError(
+                        f"teacher_steps: the teacher is itself a student of {made_for} steps and has no other, got {teacher_steps}"
+                    )
+                teacher_steps, guidance, few_step = made_for, 1.0, []
             *shown, last = teacher_rows(steps, guidance, seed, many=teacher_steps, solvers=few_step)
             identity["teacher"] = pipeline_fingerprint(original.pipe)
             settings = {"steps": last["steps"], "guidance": guidance, "call": original.call(guidance)}
