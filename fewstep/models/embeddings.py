@@ -24,15 +24,26 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep" / "embeddings"
 
 
+PROVENANCE = ("_name_or_path", "transformers_version")  # of a configuration: where its part lay and what wrote it, not what it computes
+
+
+def content(config: Any) -> Any:
+    """A configuration, a dictionary of others, without PROVENANCE at any depth."""
+    if isinstance(config, dict):
+        return {key: content(value) for key, value in config.items() if key not in PROVENANCE}
+    return config
+
+
 def fingerprint(parts: list[Any]) -> str:
     """SHA-256 of what conditions depend on: modules by configuration and weights, tokenizers by their full description, the rest as JSON.
+    Where the parts lie does not count: a teacher that was moved finds its conditions.
 
     The versions of fewstep, diffusers and transformers count too: they hold the code that encodes.
     """
     digest = hashlib.sha256(json.dumps([version(name) for name in ("fewstep", "diffusers", "transformers")]).encode())
     for part in parts:
         if isinstance(part, nn.Module):
-            digest.update(json.dumps(part.config.to_dict(), sort_keys=True, default=str).encode())
+            digest.update(json.dumps(content(part.config.to_dict()), sort_keys=True, default=str).encode())
             for name, value in part.state_dict().items():
                 digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
                 digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

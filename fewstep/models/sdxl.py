@@ -32,6 +32,9 @@ class StableDiffusionXL(Backbone):
             text, pooled = torch.zeros_like(text), torch.zeros_like(pooled)
         return {"prompt_embeds": text, "text_embeds": pooled}
 
+    def text_fingerprint(self) -> list[Any]:
+        return [*super().text_fingerprint(), {"force_zeros_for_empty_prompt": self.pipe.config.force_zeros_for_empty_prompt}]
+
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         text = (self.pipe.tokenizer.model_max_length, self.model.config.cross_attention_dim)
         return {"prompt_embeds": text, "text_embeds": (self.pipe.text_encoder_2.config.projection_dim,)}

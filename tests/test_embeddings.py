@@ -1,0 +1,91 @@
+"""Conditions on disk: what finds them again, and what makes them anew."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fewstep import models
+
+ENCODE = "import sys; from fewstep import models; models.load(sys.argv[1]).encode(['a cat', 'a dog'])"
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The prompts that a text encoder has read since."""
+    prompts = []
+    for name in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
+        module, kind = models.FAMILIES[name]
+        kind = getattr(__import__(module, fromlist=[kind]), kind)
+        encode_one = kind.encode_one
+        monkeypatch.setattr(
+            kind, "encode_one", lambda self, prompt, encode_one=encode_one: prompts.append(prompt) or encode_one(self, prompt)
+        )
+    return prompts
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def copied(teachers, tmp_path, name="StableDiffusionPipeline"):
+    return shutil.copytree(teachers / name, tmp_path / "teacher")
+
+
+def test_the_same_bytes_are_encoded_once_wherever_they_lie(teachers, tmp_path, encoded, monkeypatch):
+    folder = copied(teachers, tmp_path)
+    before = models.load(str(folder)).encode(["a cat"])
+    shutil.move(folder, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    for source in (tmp_path / "moved", "moved", teachers / "StableDiffusionPipeline"):
+        torch.testing.assert_close(models.load(str(source)).encode(["a cat"]), before, rtol=0, atol=0)
+    assert encoded == ["a cat"]
+
+
+def test_what_another_process_encoded_is_found(teachers, encoded):
+    source = str(teachers / "StableDiffusionPipeline")
+    subprocess.run([sys.executable, "-c", ENCODE, source], check=True, timeout=300)
+    models.load(source).encode(["a cat", "a dog", "a hat"])
+    assert encoded == ["a hat"]
+
+
+def test_other_weights_and_settings_of_the_encoder_are_another_encoder(teachers, tmp_path, encoded):
+    folder = copied(teachers, tmp_path)
+    models.load(str(folder)).encode(["a cat"])
+    weights, settings = folder / "text_encoder" / "model.safetensors", folder / "text_encoder" / "config.json"
+    state = load_file(weights)
+    key = next(key for key in state if key.endswith("final_layer_norm.weight"))
+    save_file(state | {key: state[key] + 1}, weights, {"format": "pt"})
+    models.load(str(folder)).encode(["a cat"])
+    assert encoded == ["a cat"] * 2
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"layer_norm_eps": 0.1}))
+    models.load(str(folder)).encode(["a cat"])
+    assert encoded == ["a cat"] * 3
+
+
+def test_a_damaged_file_is_made_anew_and_named(teachers, encoded):
+    backbone = models.load(str(teachers / "StableDiffusionPipeline"))
+    before = backbone.encode(["a cat"])
+    path = backbone.embeddings.path("a cat")
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.warns(UserWarning, match=f"{path.name}: cannot be read"):
+        again = backbone.encode(["a cat"])
+    assert encoded == ["a cat"] * 2 and all(torch.equal(again[key], before[key]) for key in before)
+    backbone.encode(["a cat"])
+    assert len(encoded) == 2  # whole again
+
+
+def test_the_empty_prompt_of_sdxl_is_kept_apart_by_what_it_stands_for(teachers, tmp_path):
+    folder = copied(teachers, tmp_path, "StableDiffusionXLPipeline")
+    index = folder / "model_index.json"
+    largest = []
+    for zeros in (True, False):
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"force_zeros_for_empty_prompt": zeros}))
+        largest.append(models.load(str(folder)).encode([""])["prompt_embeds"].abs().max())
+    assert largest[0] == 0 < largest[1]
