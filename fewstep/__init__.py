@@ -56,7 +56,11 @@ def distill(
 
 
 def load(path: str | Path) -> Any:
-    """The stock diffusers pipeline of a finished student."""
+    """The stock diffusers pipeline of a finished student: a bf16 folder as bf16, any other, and a hub id, as float32."""
+    from pathlib import Path
+
     from diffusers import DiffusionPipeline
 
-    return DiffusionPipeline.from_pretrained(str(path), use_safetensors=True)
+    from fewstep.export import stored_dtype
+
+    return DiffusionPipeline.from_pretrained(str(path), dtype=stored_dtype(Path(path)), use_safetensors=True)

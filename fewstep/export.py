@@ -18,17 +18,18 @@ if TYPE_CHECKING:
 
 FORMS = ("diffusers", "lora", "kohya")
 
+# torch_dtype, for whoever reads a card may have a diffusers before 0.42, which overlooks `dtype`
 USAGE = {
     "diffusers": """```python
-from diffusers import DiffusionPipeline
+{imports}from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{folder}")
+pipe = DiffusionPipeline.from_pretrained("{folder}"{dtype})
 image = pipe(prompt="your prompt", num_inference_steps={steps}, {call}).images[0]
 ```""",
     "lora": """```python
-from diffusers import DiffusionPipeline, {scheduler}
+{imports}from diffusers import DiffusionPipeline, {scheduler}
 
-pipe = DiffusionPipeline.from_pretrained("{teacher}")
+pipe = DiffusionPipeline.from_pretrained("{teacher}"{dtype})
 pipe.load_lora_weights("{folder}", adapter_name="student")
 pipe.scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")
 image = pipe(prompt="your prompt", num_inference_steps={steps}, {call}).images[0]
@@ -96,7 +97,11 @@ def read(folder: Path, config: Config) -> tuple[Averaged, bool]:
 
 
 def stored_dtype(folder: Path) -> dtype:
-    """bf16 where a student's folder holds its frozen parts so, else float32: its config may have left that to the machine."""
+    """bf16 where a pipeline's folder holds its frozen parts so, else float32, also for what is no folder.
+
+    A run's config may have left that to the machine. To be named when a pipeline is read: transformers reads its parts as their
+    configuration says, diffusers the others as float32, and bf16 beside float32 does not run.
+    """
     import torch
     from safetensors import safe_open
 
@@ -375,6 +380,8 @@ def model_card(student: Averaged, to: str, folder: Path, *, name: str | None = N
 
     name: of the folder where others find it (default: its own); results: measured numbers and their protocol, as Markdown.
     """
+    import torch
+
     config, backbone, steps = student.config, student.backbone, student.config.steps
     fields, why = teacher_licence(config.teacher)
     licence = licence_in_words(fields, why)
@@ -397,10 +404,19 @@ def model_card(student: Averaged, to: str, folder: Path, *, name: str | None = N
     guided = ", ".join(f"{key}={value!r}" for key, value in backbone.student_call.items())
     size = ", ".join(f"{key}={value}" for key, value in backbone.told_size(config.sizes()[0]).items())
     place = {"world": "path/to/fewstep/world/assets/teacher"}.get(config.teacher, f"path/to/{teacher_in_words(config.teacher)}")
+    # a folder in float32 is read so unasked; how a teacher is stored is not known here, and its parts may not be stored alike
+    told = to == "lora" or backbone.dtype != torch.float32
     usage = USAGE[to].format(
+        imports="import torch\n" * told, dtype=f", torch_dtype={backbone.dtype}" * told,
         folder=name or folder.name, teacher=config.teacher if on_hub(config.teacher) else place, scheduler=type(scheduler).__name__,
         steps=steps, call=f"{guided}, {size}", file=", ".join(path.name for path in folder.glob("*.safetensors")),
     )  # fmt: skip
+    if told and to != "kohya":
+        whose = "the teacher was held in while the student was trained" if to == "lora" else "this folder is saved in"
+        usage += (
+            f"\n\n`torch_dtype={backbone.dtype}` is what {whose}. Without it one part may be read in another number format than the next, "
+            "and such parts do not run together."
+        )
     from_picture = (
         f" In image-to-image pipelines `strength=j/{steps}` runs the last j of these timesteps; a strength between two such values is "
         "rounded to one of them."

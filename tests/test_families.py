@@ -12,7 +12,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pipelines import GUIDED, PIPELINES
 
-from fewstep import cli, composition, models, needs, run
+from fewstep import checkpoint, cli, composition, models, needs, run
 from fewstep.config import Config
 from fewstep.denoiser import guide
 from fewstep.errors import UserError
@@ -436,6 +436,63 @@ def test_a_student_whose_pictures_fail_has_its_card(teachers, prompt_file, tmp_p
         cli.main(["distill", *options, "--output", str(tmp_path / "out")])
     card = (tmp_path / "out" / "README.md").read_text()
     assert "## Use" in card and "samples.png" not in card
+
+
+def as_the_recipes_train(teacher, prompts, size, output):
+    """Arguments of a run in what every family's recipe and a GPU choose, but for its length."""
+    return ["distill", "--teacher", str(teacher), "--prompts", str(prompts), "--size", f"[{size[0]}x{size[1]}]", "--output", str(output),
+            "--steps", "2", "--updates", "2", "--groups", "2", "--group-size", "2", "--fake.updates", "1", "--save-every", "1",
+            "--sample-every", "0", "--evaluate", "false", "--device", "cpu", "--precision", "bf16", "--memory.frozen", "bf16",
+            "--memory.micro-groups", "1", "--memory.checkpointing", "true", "--lora-rank", "2"]  # fmt: skip
+
+
+def drawn_by_card(folder, teacher):
+    """The picture that the code on a folder's card draws, from beside the folder."""
+    code = (folder / "README.md").read_text().split("```python")[1].split("```")[0]
+    drawn = {}
+    exec(code.replace(f'"path/to/{teacher.name}"', repr(str(teacher))), drawn)
+    return drawn["image"]
+
+
+@every_family
+def test_a_student_in_bf16_resumes_and_is_drawn_by_its_cards_lines(teachers, name, prompt_file, tmp_path, capsys, monkeypatch):
+    """A run as the recipes and a GPU make it: to the bit when resumed, and its folder, its LoRA on the teacher, and fewstep.load draw."""
+    import shutil
+
+    from safetensors.torch import load_file
+
+    import fewstep
+
+    monkeypatch.setattr("fewstep.run.teacher_grids", lambda *told: {})  # a small samples.png
+    monkeypatch.setattr("fewstep.run.SAMPLES_PER_PROMPT", 1)
+    monkeypatch.setattr("fewstep.run.grid_prompts", lambda config, prompts: prompts[:1])
+    monkeypatch.chdir(tmp_path)  # cards name the folder
+    teacher, backbone = teachers / name, models.load(str(teachers / name))
+    size = size_of(backbone)
+    assert cli.main(as_the_recipes_train(teacher, prompt_file, size, "straight")) == 0, capsys.readouterr().err
+    kept = tmp_path / "straight" / "checkpoints"
+    (tmp_path / "resumed" / "checkpoints").mkdir(parents=True)
+    shutil.copy("straight/config.yaml", "resumed")
+    shutil.copytree(kept / "step-00000001", tmp_path / "resumed" / "checkpoints" / "step-00000001")
+    with monkeypatch.context() as unfinished:
+        unfinished.setattr("fewstep.run.finish", lambda *told: None)
+        assert cli.main(["distill", "--output", "resumed", "--resume"]) == 0, capsys.readouterr().err
+    first, straight, resumed = (
+        checkpoint.load(tmp_path / place)["ema"]["shadow_params"]
+        for place in ("resumed/checkpoints/step-00000001", "straight/checkpoints/step-00000002", "resumed/checkpoints/step-00000002")
+    )
+    assert all(torch.equal(*pair) for pair in zip(straight, resumed, strict=True))
+    assert any(not torch.equal(*pair) for pair in zip(first, straight, strict=True))
+    assert {value.dtype for value in load_file(next((tmp_path / "straight" / backbone.part).glob("*.safetensors"))).values()} == {
+        torch.bfloat16
+    }
+    assert drawn_by_card(tmp_path / "straight", teacher).size == size[::-1]
+    pipe = fewstep.load("straight")
+    images = pipe(prompt="a cat", num_inference_steps=2, output_type="pt", **told(backbone) | backbone.student_call).images
+    assert bool(torch.isfinite(images).all())
+    if backbone.saves_lora():
+        assert cli.main(["export", "straight", "--to", "lora", "--output", "lora"]) == 0, capsys.readouterr().err
+        assert drawn_by_card(tmp_path / "lora", teacher).size == size[::-1]
 
 
 @every_family

@@ -160,10 +160,12 @@ def solver(name: str, config: Mapping[str, Any]) -> Any:
 
 
 def open_pipeline(source: str | Path, device: str | torch.device) -> Any:
-    """A diffusers folder or hub id, from safetensors alone."""
+    """A diffusers folder or hub id, from safetensors alone; a bf16 folder as bf16, all else as float32."""
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(str(source), use_safetensors=True)
+    from fewstep.export import stored_dtype
+
+    pipe = DiffusionPipeline.from_pretrained(str(source), dtype=stored_dtype(Path(source)), use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
