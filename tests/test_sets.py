@@ -24,6 +24,10 @@ FILES = {
     "evaluation_metadata.jsonl": '{"tag": "counting", "include": [{"class": "bench"}], "prompt": "two benches"}\n\n{"prompt": "a cow"}\n',
     "captions_coco14_test.txt": "\ufeffa bus\r\na dog\r\n\r\na bus\r\n",
     "with_bom.csv": "\ufeffcaption,image_id\nx,7\ny,8\n",
+    "breaks.csv": 'caption\na\u2028b\n"c\x0b, d\x85e"\n"two\nlines"\n',  # only a line feed ends a line
+    "breaks.tsv": "caption\na\u2028b\n\nc\x1cd\n",
+    "breaks.jsonl": '{"prompt": "a\u2028b"}\n{"prompt": "c\x85d"}\n',
+    "breaks.txt": "a\u2028b\nc\x0bd\n",
 }  # fmt: skip
 HELD = {
     "PartiPrompts.tsv": (["bond", 'the words "go" on a wall'], None),
@@ -35,6 +39,10 @@ HELD = {
     "evaluation_metadata.jsonl": (["two benches", "a cow"], None),
     "captions_coco14_test.txt": (["a bus", "a dog", "a bus"], None),
     "with_bom.csv": (["x", "y"], ["7", "8"]),
+    "breaks.csv": (["a\u2028b", "c\x0b, d\x85e", "two\nlines"], None),
+    "breaks.tsv": (["a\u2028b", "c\x1cd"], None),
+    "breaks.jsonl": (["a\u2028b", "c\x85d"], None),
+    "breaks.txt": (["a\u2028b", "c\x0bd"], None),
 }
 
 
@@ -63,6 +71,14 @@ def test_a_folder_of_lists_is_one_set(tmp_path, monkeypatch):
         ("a.json", b"[", "a.json: Expecting"),
         ("a.jsonl", b'{"prompt": "x"}\n{"prompt"\n', "a.jsonl: line 2"),
         ("a.json", json.dumps(["x" * 2001]).encode(), "more than 2000"),
+        ("a.csv", b"id,text\n1,A dog\n2,A man, sitting, on a chair\n", "a.csv: line 3: has 4 fields, but the header names 2; put a field"),
+        ("a.tsv", b"text\tid\nA man\tsitting\t1\n", "a.tsv: line 2: has 3 fields, but the header names 2; a field holds no tab"),
+        ("a.csv", b'text\nx\n"A man\nA dog\n', "a.csv: line 3: unexpected end of data; a quoted field ends with a quote"),
+        ("a.csv", b'text\n"A "big" man"\n', "a.csv: line 2: ',' expected after"),
+        ("a.csv", b"text\nx\n" + b"y" * (2**20 + 1), "a.csv: line 3: field larger than field limit"),
+        ("a.json", b"[" * 100_000, "a.json: lists or objects are nested too deeply"),
+        ("a.jsonl", b'"x"\n' + b"[" * 100_000, "a.jsonl: line 2: lists or objects are nested too deeply"),
+        ("a.json", b'["fine", "\\ud800 man"]', "a.json, entry 2: holds half of a surrogate pair"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, held, words):

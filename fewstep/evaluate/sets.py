@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +96,8 @@ def as_set(entries: list[dict[str, Any]], name: str, where: str) -> PromptSet:
             raise BadPrompts(f"{where}, entry {number}: no text under any of the names {named}; it has {', '.join(lower) or 'nothing'}")
         if "\0" in caption or len(caption) > prompts.LONGEST:
             raise BadPrompts(f"{where}, entry {number}: holds a NUL character or more than {prompts.LONGEST} characters")
+        if any("\ud800" <= c <= "\udfff" for c in caption):  # JSON can escape one; no tokenizer takes it
+            raise BadPrompts(f"{where}, entry {number}: holds half of a surrogate pair, which is no character; write the whole")
         captions.append(caption.strip())
         ids.append(next((str(lower[key]) for key in IDENTITIES if lower.get(key) is not None), None))
     if not captions:
@@ -104,23 +107,50 @@ def as_set(entries: list[dict[str, Any]], name: str, where: str) -> PromptSet:
 
 
 def table(delimiter: str) -> Callable[[str], list[dict[str, Any]]]:
-    """Reader of a table with a header: PartiPrompts.tsv, DrawBench's and COCO's csv. In a tsv quotes are part of the text."""
+    """Reader of a table with a header: PartiPrompts.tsv, DrawBench's and COCO's csv. In a tsv quotes are part of the text.
+
+    It raises ValueError naming the line, which only a line feed ends: U+2028 and its like are part of the text.
+    """
+    tabs = delimiter == "\t"
+    quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+    hint = "" if tabs else "; a quoted field ends with a quote, and a quote inside of one is written twice"
 
     def rows(text: str) -> list[dict[str, Any]]:
-        quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
         csv.field_size_limit(2**20)
-        return list(csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter, quoting=quoting))
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+        found, line = [], 1  # where the row begins that is read next
+        try:
+            named = len(reader.fieldnames or ())
+            line = reader.line_num + 1
+            for row in reader:
+                if None in row:  # where DictReader puts what is beyond the header's columns
+                    many = named + len(row[None])
+                    rule = "a field holds no tab" if tabs else "put a field that holds a comma in quotes"
+                    raise ValueError(f"line {reader.line_num}: has {many} fields, but the header names {named}; {rule}")
+                found.append(row)
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise ValueError(f"line {line}: {error}{hint}") from error
+        return found
 
     return rows
+
+
+def parsed(text: str) -> Any:
+    """A JSON value. Raises ValueError, for one that is nested too deeply as well."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("lists or objects are nested too deeply") from error
 
 
 def lines_of_json(text: str) -> list[dict[str, Any]]:
     """GenEval's evaluation_metadata.jsonl: an object a line."""
     found = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                found.append(as_entry(json.loads(line)))
+                found.append(as_entry(parsed(line)))
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from error
     return found
@@ -128,7 +158,7 @@ def lines_of_json(text: str) -> list[dict[str, Any]]:
 
 def whole_json(text: str) -> list[dict[str, Any]]:
     """HPSv2's lists of prompts, lists of objects, or COCO's captions_val2014.json with its list under `annotations`."""
-    value = json.loads(text)
+    value = parsed(text)
     if isinstance(value, dict) and isinstance(value.get("annotations"), list):
         value = value["annotations"]
     if not isinstance(value, list):
