@@ -192,6 +192,16 @@ def test_kid_of_shifted_gaussians_is_the_closed_form():
     assert min(same) < 0
 
 
+def test_a_kernel_distance_needs_pairs():
+    one, two = normal(1, 3, seed=1), normal(2, 3, seed=2)
+    for x, y in ((one, two), (two, one)):
+        with pytest.raises(ValueError, match="needs at least 2 of each"):
+            kernel_distance(x, y, polynomial, unbiased=True)
+    assert kernel_distance(one, one, gaussian, unbiased=False) == 0
+    with pytest.raises(ValueError, match="of 0 and 1 features: needs at least 1 of each"):
+        kernel_distance(one[:0], one, gaussian, unbiased=False)
+
+
 def test_cmmd_is_its_definition():
     """1000 x the biased MMD^2 of unit features under exp(-|u - v|^2 / 200), written out."""
     u, v = (torch.nn.functional.normalize(normal(n, 16, seed=n) + shift, dim=1) for n, shift in ((30, 0), (40, 0.5)))

@@ -289,6 +289,10 @@ def test_measure_refuses_what_it_cannot_measure(scorer):
         measure.measure(observed, PROMPTS, group, {"clip": scorer}, data=torch.randn(8, 8), **options)
     with pytest.raises(ValueError, match="it has 17 pictures, not 18"):
         measure.measure(observed, PROMPTS, group, {"clip": scorer}, teacher=torch.randn(17, 8), **options)
+    left_out = {}
+    scored = observed | {"features/clip": observed["features/clip"] * torch.nan}
+    assert "clip" not in measure.measure(scored, PROMPTS, group, {"clip": scorer}, draws=5, left_out=left_out)
+    assert left_out == dict.fromkeys(("clip", "clip_over_shuffled"), "18 of 18 pictures got no score")
     observed["features/clip"][2] = torch.nan
     with pytest.raises(ValueError, match="1 of 18 generated"):
         measure.measure(observed, PROMPTS, group, {"clip": scorer}, **options)

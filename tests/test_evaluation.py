@@ -807,6 +807,44 @@ def test_reports_of_before_stand_in_one_table_with_todays():
     assert "† early was measured beside another teacher than today" in text and "teacher.steps: 20 / 28" in text
 
 
+def few_real(n):
+    return Pictures({"n": n}, n, lambda i: Image.new("RGB", (4, 4), (i, 2 * i, 99 - i)))
+
+
+TWO, THREE = PromptSet("few", ["a", "b c"]), PromptSet("few", ["a", "b c", "d"])
+
+
+@pytest.mark.parametrize("prompts, real, said", [
+    (TWO, 9, {
+        "kid_data": "2 pictures, but its interval leaves a prompt out, and the mean over pairs needs two pictures of the others",
+        "kid_teacher": "2 pictures, but its interval leaves a prompt out, and the mean over pairs needs two pictures of the others",
+        "recall": "2 pictures, but a ball reaches to neighbour 3 of its picture and needs more than 3",
+    }),
+    (THREE, 3, {
+        "precision": "3 real pictures, but a ball reaches to neighbour 3 of its picture and needs more than 3",
+        "recall": "3 pictures, but a ball reaches to neighbour 3 of its picture and needs more than 3",
+    }),
+    (MANY, 1, {
+        "kid_data": "1 real picture, but it takes the mean over pairs of different ones",
+        "precision": "1 real pictures, but a ball reaches to neighbour 3 of its picture and needs more than 3",
+    }),
+])  # fmt: skip
+def test_what_a_few_pictures_do_not_allow_is_left_out_of_a_report(tmp_path, prompts, real, said):
+    report = evaluated(Pipe(), tmp_path, teacher=Pipe(0.8), prompts=prompts, images_per_prompt=1, data=few_real(real))
+    assert {name: why for name, why in report["left_out"].items() if not name.startswith(("fid", "diversity"))} == said
+    assert not said.keys() & report["rows"][0]["metrics"].keys()
+    assert {"kid_data", "kid_teacher", "precision", "recall", "bright"} - said.keys() <= report["rows"][0]["metrics"].keys()
+    evaluation.save(report, tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert f"jackknife over {min(20, len(prompts.prompts))} blocks of prompts" in " ".join(tables.notes(report)) or prompts is TWO
+
+
+def test_a_number_that_is_not_finite_is_never_saved(tmp_path):
+    with pytest.raises(ValueError, match=r"report.json: not saved, the report holds a number that is not finite"):
+        evaluation.save({"rows": [{"value": float("nan")}]}, tmp_path / "report.json")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_was_left_out_stands_below_the_table(tmp_path):
     report = evaluated(Pipe(), tmp_path, images_per_prompt=1)
     report["rows"].append(report["rows"][0] | {"name": "elsewhere", "device": "another machine"})

@@ -193,7 +193,13 @@ def mmd(sums: KernelSums, keep_x: Tensor, keep_y: Tensor, *, unbiased: bool) -> 
 
 
 def kernel_distance(x: Matrix, y: Matrix, kernel: Kernel, *, unbiased: bool) -> float:
-    """Squared maximum mean discrepancy of two sets, (N, d) and (M, d), over all pairs."""
+    """Squared maximum mean discrepancy of two sets, (N, d) and (M, d), over all pairs.
+
+    Raises ValueError for an empty set, or, where it is unbiased, a set of one: the pairs of different rows have no mean.
+    """
+    fewest = 2 if unbiased else 1
+    if min(len(x), len(y)) < fewest:
+        raise ValueError(f"the kernel distance of {len(x)} and {len(y)} features: needs at least {fewest} of each; use more pictures")
     none = [torch.zeros(len(matrix), dtype=torch.long) for matrix in (x, y)]
     pairs = [(x, x, none[0], none[0]), (x, y, *none), (y, y, none[1], none[1])]
     sums = [block_sums(a, b, kernel, i, j) for a, b, i, j in pairs]

@@ -263,7 +263,7 @@ def evaluate(
     return {
         "protocol": protocol.stamp(),
         "interval": {"level": LEVEL, "draws": draws, "resampled": "prompts"}
-        | ({"jackknife": {"blocks of prompts": BLOCKS, "metrics": by_blocks}} if by_blocks else {}),
+        | ({"jackknife": {"blocks of prompts": min(BLOCKS, len(texts)), "metrics": by_blocks}} if by_blocks else {}),
         **identity,
         "rows": rows,
         "paired": {"of": rows[0]["name"], "minus": rows[1]["name"], "metrics": differing} if differing else None,
@@ -332,5 +332,9 @@ def nearness(metrics: Measured) -> float:
 
 
 def save(report: dict[str, Any], path: str | Path) -> None:
-    """Write the report as JSON, atomically."""
-    replace(Path(path), lambda temporary: temporary.write_text(json.dumps(report, indent=1)))
+    """Write the report as JSON, atomically. Raises ValueError for a number that is not finite: JSON has none."""
+    try:
+        text = json.dumps(report, indent=1, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path}: not saved, the report holds a number that is not finite ({error})") from error
+    replace(Path(path), lambda temporary: temporary.write_text(text))

@@ -196,6 +196,13 @@ def measure(
         singles[name] = values.double()[rows] if len(values) == len(group) else values.double()[:, None]
         put(out, name, mean_of(singles[name], draws, seed))
 
+    def add_mean_of_scores(name: str, scores: Tensor):
+        """scores (N,), not finite where a picture got none."""
+        if has_mean(scores[rows]):
+            add_mean(name, scores)
+        else:
+            left_out[name] = f"{int((~torch.isfinite(scores)).sum())} of {len(scores)} pictures got no score"
+
     extractors = [Extractor(extractor, "fd_clip")] if isinstance(extractor, str) else list(extractor)
     real, other = by_extractor(data, extractors), by_extractor(teacher, extractors)
     for e in extractors:
@@ -206,21 +213,17 @@ def measure(
                 distances_of(e, mine, features, what, rows, add, out, left_out, seed=seed, device=device)
     for name, scorer in scorers.items():
         own, above = caption_scores(observed[f"features/{name}"], scorer, prompts, group)
-        add_mean(name, own)
-        add_mean(name + SHUFFLED, above)
+        add_mean_of_scores(name, own)
+        add_mean_of_scores(name + SHUFFLED, above)
     for name in sorted(observed):
         kind, _, judge = name.partition("/")
         if kind in ("score", "utility"):
-            scores = observed[name][:]
-            if has_mean(scores[rows]):
-                add_mean(judge or kind, scores)
-            else:
-                left_out[judge or kind] = f"{int((~torch.isfinite(scores)).sum())} of {len(scores)} pictures got no score"
+            add_mean_of_scores(judge or kind, observed[name][:])
     if extractors:
         first = extractors[0]
         features = observed[f"features/{first.name}"]
         if first.name in real:
-            precision_and_recall(first, features, real[first.name], rows, neighbours, add, add_mean, out, seed=seed)
+            precision_and_recall(first, features, real[first.name], rows, neighbours, add, add_mean, out, left_out, seed=seed)
         if rows.shape[1] > 1:
             size = max(1, SMALL // features.shape[1] // rows.shape[1])
             parts = [slice(i * rows.shape[1], (i + size) * rows.shape[1]) for i in range(0, len(prompts), size)]
@@ -324,8 +327,14 @@ def distances_of(
             raise ValueError(f"{min(n, len(other))} features of {d} dimensions: their covariance is singular; use more than {d} pictures")
         put(out, name, jackknifed_frechet(mine, theirs, rows, paired=paired, seed=seed))
     if e.kernel:
-        kernel = e.kernel.partition(".")[0]
-        put(out, f"{e.kernel}_{what}", jackknifed_kernel(kernel, mine, theirs, rows, paired=paired, seed=seed, device=device))
+        kernel, name = e.kernel.partition(".")[0], f"{e.kernel}_{what}"
+        unbiased = KERNELS[kernel][1]
+        if unbiased and len(other) < 2:
+            left_out[name] = f"{len(other)} real picture, but it takes the mean over pairs of different ones"
+        elif unbiased and n < 3:
+            left_out[name] = f"{n} pictures, but its interval leaves a prompt out, and the mean over pairs needs two pictures of the others"
+        else:
+            put(out, name, jackknifed_kernel(kernel, mine, theirs, rows, paired=paired, seed=seed, device=device))
 
 
 def jackknifed_frechet(mine: Matrix, theirs: Matrix, rows: Tensor, *, paired: bool, seed: int) -> dict[str, float]:
@@ -377,15 +386,23 @@ def jackknifed_kernel(
 
 
 def precision_and_recall(
-    e: Extractor, features: Matrix, data: Matrix, rows: Tensor, neighbours: int, add: Any, add_mean: Any, out: Measured, *, seed: int
-) -> None:
+    e: Extractor, features: Matrix, data: Matrix, rows: Tensor, neighbours: int, add: Any, add_mean: Any, out: Measured,
+    left_out: dict[str, str], *, seed: int,
+) -> None:  # fmt: skip
     """Share of the pictures inside the data's balls, and of the data inside the pictures'; the balls keep their radii when resampled."""
     n, d = features.shape
     small = n * d <= SMALL and len(rows) * len(data) <= 32 * SMALL
     mine = as_distances_take(e, features[:] if small else features)
     theirs = checked(data[:], "reference") if small else data
     one = torch.zeros(len(data), dtype=torch.long)
-    add_mean("precision", covering(mine, theirs, radii(theirs, neighbours), one)[:, 0])
+    too_few = f"pictures, but a ball reaches to neighbour {neighbours} of its picture and needs more than {neighbours}"
+    if len(data) > neighbours:
+        add_mean("precision", covering(mine, theirs, radii(theirs, neighbours), one)[:, 0])
+    else:
+        left_out["precision"] = f"{len(data)} real {too_few}"
+    if n <= neighbours:
+        left_out["recall"] = f"{n} {too_few}"
+        return
     block = torch.arange(len(rows)) if small else blocks_of(len(rows), seed)
     held = covering(theirs, mine, radii(mine, neighbours), block.repeat_interleave(rows.shape[1]))  # (M, prompts or blocks)
 
