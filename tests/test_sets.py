@@ -1,5 +1,6 @@
 import json
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -176,7 +177,27 @@ def test_features_of_pictures_are_kept_and_shared(folder, tmp_path, monkeypatch)
     assert len(asked) == 6
 
 
+@pytest.mark.parametrize("pixels, most", [(2**24, 4), (3 * 24, 3), (1, 1)])
+def test_no_more_real_pictures_are_held_than_a_batch(tmp_path, monkeypatch, pixels, most):
+    """Nor more than have the pixels that may be held together; what is found does not depend on it."""
+    monkeypatch.setattr(pictures, "PIXELS", pixels)
+    alive, held = weakref.WeakValueDictionary(), []
+
+    def get(i):
+        picture = image((i, 2 * i, 255 - i), size=(4, 6) if i % 3 else (6, 4))
+        alive[i] = picture
+        held.append(len(alive))
+        return picture
+
+    found = pictures.features(pictures.Pictures({"n": 30}, 30, get), {"means": MEANS}, tmp_path, batch=4, device="cpu", progress=False)
+    assert max(held) == most and len(held) == 30
+    torch.testing.assert_close(found["means"][:], torch.tensor([[i, 2 * i, 255 - i] for i in range(30)]) / 255)
+
+
 def test_pictures_that_cannot_be_had_are_named(folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"in/b.png: too large for Pillow to open .*; scale it down"):
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
+        pictures.open_pictures(str(folder)).get(0)
     (folder / "bad.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"bad.png: cannot be read as a picture"):
         pictures.features(pictures.open_pictures(str(folder)), {"means": MEANS}, tmp_path / "cache", batch=1, device="cpu", progress=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from fewstep.evaluate.sets import import_datasets
 from fewstep.evaluate.store import SHARD, Rows, Shards, my_share
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+PIXELS = 2**24  # of pictures that are held together, however few of them that makes: 200 MB as float32
 HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::([\w.-]+))?")  # owner/name, perhaps @revision, perhaps :split
 
 
@@ -53,13 +54,23 @@ def of_folder(folder: Path) -> Pictures:
             digest.update(hashlib.file_digest(file, "sha256").digest())
 
     def get(i: int) -> Image.Image:
-        try:
+        def opened() -> Image.Image:
             with Image.open(paths[i]) as image:
                 return image.convert("RGB")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{paths[i]}: cannot be read as a picture ({error})") from error
+
+        return named(str(paths[i]), opened)
 
     return Pictures({"n": len(paths), "sha256": digest.hexdigest()}, len(paths), get)
+
+
+def named(where: str, get: Callable[[], Image.Image]) -> Image.Image:
+    """What `get` reads. Raises ValueError that says where a picture is that cannot be read, or is too large for Pillow."""
+    try:
+        return get()
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{where}: too large for Pillow to open ({error}); scale it down, or leave it out") from error
+    except (OSError, ValueError, SyntaxError) as error:  # the last of a broken PNG
+        raise ValueError(f"{where}: cannot be read as a picture ({error})") from error
 
 
 def of_hub(name: str, revision: str | None, split: str | None) -> Pictures:
@@ -85,12 +96,24 @@ def of_hub(name: str, revision: str | None, split: str | None) -> Pictures:
     if column is None:
         raise ValueError(f"{name}: split {chosen!r} has no column of pictures; it has {', '.join(rows.features)}")
     identity = {"n": len(rows), "hub": name, "commit": commit, "split": chosen, "column": column}
-    return Pictures(identity, len(rows), lambda i: rows[i][column].convert("RGB"))
+    return Pictures(identity, len(rows), lambda i: named(f"{name}, split {chosen!r}, row {i}", lambda: rows[i][column].convert("RGB")))
 
 
 def as_tensor(image: Image.Image) -> Tensor:
     """(3, H, W) in [0, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def some_at_a_time(pictures: Pictures, rows: Iterable[int], batch: int) -> Iterator[list[Image.Image]]:
+    """The pictures of these rows in order, `batch` together, or fewer as soon as they have PIXELS; a list is emptied before the next."""
+    images: list[Image.Image] = []
+    for row in rows:
+        images.append(pictures.get(row))
+        if len(images) == batch or sum(image.width * image.height for image in images) >= PIXELS:
+            yield images
+            images.clear()  # who was given the list would hold it while the next pictures are read
+    if images:
+        yield images
 
 
 @torch.no_grad()
@@ -128,11 +151,13 @@ def features(
     missing = {name: shards.missing() for name, shards in kept.items()}
     wanted = my_share(sorted({i for parts in missing.values() for i in parts}), share)
     for i in track(wanted, "real pictures", disable=not (progress and wanted)):
-        images = [pictures.get(row) for row in next(iter(kept.values())).pictures(i)]
-        for name, extractor in extractors.items():
-            if i in missing[name]:
-                kept[name].save(i, {f"features/{name}": extract(images, extractor, batch=batch, device=device)})
+        found: dict[str, list[Tensor]] = {name: [] for name in extractors if i in missing[name]}
+        for images in some_at_a_time(pictures, next(iter(kept.values())).pictures(i), batch):
+            for name, parts in found.items():
+                parts.append(extract(images, extractors[name], batch=batch, device=device))
+        for name, parts in found.items():
+            kept[name].save(i, {f"features/{name}": torch.cat(parts)})
     if share != (0, 1):
         return None
-    found = {name: kept[name].open()[f"features/{name}"] for name in extractors}
-    return {name: rows.times(rows.shape[1] ** 0.5) if extractors[name].unit else rows for name, rows in found.items()}
+    opened = {name: kept[name].open()[f"features/{name}"] for name in extractors}
+    return {name: rows.times(rows.shape[1] ** 0.5) if extractors[name].unit else rows for name, rows in opened.items()}
