@@ -292,6 +292,11 @@ def test_diversity_refuses_a_group_of_one():
         diversity(normal(3, 2), torch.tensor([0, 0, 1]))
 
 
+def test_diversity_refuses_features_without_direction():
+    with pytest.raises(ValueError, match="2 of 4 features are all zero"):
+        diversity(torch.cat([normal(2, 2), torch.zeros(2, 2)]), torch.tensor([0, 0, 1, 1]))
+
+
 # Bootstrap
 
 

@@ -198,6 +198,10 @@ def flat(images):
     return images.mean((1, 2, 3))
 def broken(images):
     raise KeyError("no")
+def pixels(images):
+    return images.flatten(1)
+def inverse(images):
+    return 1 / images.mean((2, 3))
 """
 
 
@@ -216,6 +220,43 @@ def test_a_function_of_the_users_own_is_an_extractor(tmp_path):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"extractor.mine: .*mine.py:? ?.*{words}"):
             made(("mine", f"{tmp_path}/mine.py:{name}"))
+
+
+def test_a_functions_features_are_of_one_width_and_finite(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    pixels, inverse = made(("pixels", f"{tmp_path}/mine.py:pixels"), ("inverse", f"{tmp_path}/mine.py:inverse"))
+    with pytest.raises(
+        ValueError, match=rf"mine.py:pixels: returned 600 features of .* 10 x 20 .*, but {299 * 299 * 3} of one of 299 x 299; "
+    ):
+        pixels.function(pictures(2, 10, 20))
+    (sized,) = features.make_extractors([("pixels", f"{tmp_path}/mine.py:pixels")], resize=8, device="cpu")
+    assert sized.function(pictures(2, 10, 20)).shape == (2, 192)
+    black = pictures(3, 10, 20) * torch.tensor([1, 0, 1]).view(3, 1, 1, 1)
+    with pytest.raises(ValueError, match=r"mine.py:inverse: returned NaN or inf for 1 of 3 pictures of 10 x 20"):
+        inverse.function(black)
+    assert inverse.function(pictures(3, 10, 20)).shape == (3, 3)
+
+
+def test_features_that_measure_nothing_are_named():
+    """Of a function, in Python, that nothing has looked at before."""
+    mine = Extractor("mine", "fd_mine", width=2)
+    seen, prompts, group = torch.rand(12, 2) + 0.1, [f"a {i}" for i in range(6)], torch.arange(12) // 2
+
+    def found(seen, said=None, **options):
+        return measure.measure({"features/mine": seen}, prompts, group, {}, extractor=[mine], draws=5, left_out=said, **options)
+
+    with pytest.raises(ValueError, match=r"'mine' has 2 features of a generated picture and 3 of one of the data's; it needs one width"):
+        found(seen, data={"mine": torch.rand(9, 3)})
+    holed = seen.index_fill(0, torch.tensor([4]), torch.nan)
+    for options, words in (({}, "generated"), ({"teacher": {"mine": seen}}, "generated"), ({"data": {"mine": seen}}, "generated")):
+        with pytest.raises(ValueError, match=f"1 of 12 {words} 'mine' features hold NaN or inf"):
+            found(holed, **options)
+    for options, words in (({"teacher": {"mine": holed}}, "teacher"), ({"data": {"mine": holed}}, "real")):
+        with pytest.raises(ValueError, match=f"1 of 12 {words} 'mine' features hold NaN or inf"):
+            found(seen, **options)
+    said = {}
+    assert "diversity" not in found(seen.index_fill(0, torch.tensor([4]), 0.0), said)
+    assert said["diversity"] == "1 of 12 pictures have features that are all zero, which have no angle to others"
 
 
 def test_too_few_pictures_for_an_extractor_leave_its_distance_out():

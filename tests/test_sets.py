@@ -194,6 +194,13 @@ def test_no_more_real_pictures_are_held_than_a_batch(tmp_path, monkeypatch, pixe
     torch.testing.assert_close(found["means"][:], torch.tensor([[i, 2 * i, 255 - i] for i in range(30)]) / 255)
 
 
+def test_an_extractor_of_another_width_is_named_with_the_pictures():
+    flat = MEANS._replace(name="flat", function=lambda x: x.flatten(1), width=72)
+    assert pictures.extract([image(0)], flat, batch=2, device="cpu").shape == (1, 72)
+    with pytest.raises(ValueError, match=r"extractor 'flat': gave \(1, 81\) for pictures of 3 x 9 .*, and must give \(1, 72\)"):
+        pictures.extract([image(0), image(0, size=(9, 3))], flat, batch=2, device="cpu")
+
+
 def test_pictures_that_cannot_be_had_are_named(folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"in/b.png: too large for Pillow to open .*; scale it down"):
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 5)

@@ -267,8 +267,10 @@ def precision_recall(reference: Tensor, generated: Tensor, k: int = 3) -> tuple[
 def spread(features: Tensor, group: Tensor) -> Tensor:
     """Mean of 1 - cosine over all pairs within each group: features (N, d), group (N,) int64 -> (P,), groups in ascending order.
 
-    Raises ValueError when a group has only one member.
+    Raises ValueError when a group has only one member, or features are all zero: those have no cosine.
     """
+    if bool((~features.any(1)).any()):
+        raise ValueError(f"{int((~features.any(1)).sum())} of {len(features)} features are all zero, and have no cosine with others")
     unit = torch.nn.functional.normalize(checked(features, "generated"), dim=1)
     _, index, count = torch.unique(group, return_inverse=True, return_counts=True)
     if bool((count < 2).any()):

@@ -161,7 +161,10 @@ def of_vision(name: str, folder: Path, resize: int | None, device: str | torch.d
 
 
 def of_function(name: str, source: str, resize: int | None) -> Extractor:
-    """A function in a file: pictures (B, 3, H, W) in [0, 1] -> features (B, d), which are taken as they are."""
+    """A function in a file: pictures (B, 3, H, W) in [0, 1] -> features (B, d), which are taken as they are.
+
+    d must be the same for pictures of all sizes: what is drawn and what is real may differ in theirs.
+    """
     function = origins.load_function(source)
 
     @torch.no_grad()
@@ -177,9 +180,24 @@ def of_function(name: str, source: str, resize: int | None) -> Extractor:
             raise ValueError(f"{source}: must return a tensor ({len(images)}, d) for {len(images)} pictures, got {shape}")
         return found
 
-    width = features(torch.zeros(2, 3, resize or PATCH, resize or PATCH)).shape[1]
+    edge = resize or PATCH
+    width = features(torch.zeros(2, 3, edge, edge)).shape[1]
     words = f"{in_words(resize)}then as the function has it"
-    return Extractor(f"extractor-{name}", f"fd_{name}", None, False, features, width, origins.function_version(source), words)
+
+    def looked(images: Tensor) -> Tensor:
+        found = features(images)
+        height, across = images.shape[2:]
+        if found.shape[1] != width:
+            raise ValueError(
+                f"{source}: returned {found.shape[1]} features of each of the pictures of {height} x {across} (height x width), but "
+                f"{width} of one of {edge} x {edge}; bring all to one size with --resize, or let the function return as many of every size"
+            )
+        bad = int((~torch.isfinite(found)).any(1).sum())
+        if bad:
+            raise ValueError(f"{source}: returned NaN or inf for {bad} of {len(found)} pictures of {height} x {across} (height x width)")
+        return found
+
+    return Extractor(f"extractor-{name}", f"fd_{name}", None, False, looked, width, origins.function_version(source), words)
 
 
 def in_words(resize: int | None) -> str:

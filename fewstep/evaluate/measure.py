@@ -224,7 +224,11 @@ def measure(
         features = observed[f"features/{first.name}"]
         if first.name in real:
             precision_and_recall(first, features, real[first.name], rows, neighbours, add, add_mean, out, left_out, seed=seed)
-        if rows.shape[1] > 1:
+        check_finite(features, f"generated {first.name!r}")
+        zero = sum(int((~part.any(1)).sum()) for _, part in chunks(features))
+        if zero:
+            left_out["diversity"] = f"{zero} of {len(features)} pictures have features that are all zero, which have no angle to others"
+        elif rows.shape[1] > 1:
             size = max(1, SMALL // features.shape[1] // rows.shape[1])
             parts = [slice(i * rows.shape[1], (i + size) * rows.shape[1]) for i in range(0, len(prompts), size)]
             within = torch.cat([spread(features[part], group[part]) for part in parts])
@@ -297,19 +301,23 @@ def distances_of(
     paired = what == "teacher"
     if paired and len(other) != n:
         raise ValueError(f"the teacher's sample must be of the same prompts: it has {len(other)} pictures, not {n}")
+    ours, others = f"generated {e.name!r}", f"{'teacher' if paired else 'real'} {e.name!r}"
+    if other.shape[1] != d:
+        raise ValueError(
+            f"{e.name!r} has {d} features of a generated picture and {other.shape[1]} of one of the {what}'s; it needs one width"
+        )
     name = f"{e.frechet}_{what}"
     if n * d <= SMALL:
-        mine = scaled(checked(features[:], "generated")) if e.unit else checked(features[:], "generated")
-        theirs = other[:]
+        mine = scaled(checked(features[:], ours)) if e.unit else checked(features[:], ours)
+        theirs = checked(other[:], others)
     else:
-        check_finite(features, "generated")
+        check_finite(features, ours)
         mine, theirs = as_distances_take(e, features), other
-        check_finite(other, what)
+        check_finite(other, others)
     if min(n, len(other)) <= d and (e.kernel or e.frechet != "fd_clip"):  # a scorer's alone was refused before anything was drawn
         left_out[name] = f"{min(n, len(other))} pictures, but the covariance of {d} features needs more than {d}"
     elif n * d <= SMALL:
         frechet(theirs, mine)  # refuses what has no covariance
-        theirs = theirs.double()
         if paired:
 
             def distance(index: Tensor) -> float:

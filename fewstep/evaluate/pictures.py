@@ -128,7 +128,12 @@ def extract(images: list[Image.Image], extractor: Extractor, *, batch: int, devi
         for first in range(0, len(rows), batch):
             some = rows[first : first + batch]
             stack = torch.stack([as_tensor(images[i]) for i in some]).to(device)
-            out[some] = extractor.function(stack).float().cpu()
+            found = extractor.function(stack).float().cpu()
+            if found.shape != (len(some), extractor.width):
+                size = f"{stack.shape[2]} x {stack.shape[3]} (height x width)"
+                shape = f"({len(some)}, {extractor.width})"
+                raise ValueError(f"extractor {extractor.name!r}: gave {tuple(found.shape)} for pictures of {size}, and must give {shape}")
+            out[some] = found
     return out
 
 
