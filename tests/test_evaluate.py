@@ -170,9 +170,35 @@ def test_a_scorer_is_read_from_its_folder(scorer, tmp_path):
     assert torch.allclose(again.text_features(PROMPTS), scorer.text_features(PROMPTS), atol=1e-6)
     assert again.preprocess == Preprocess(16, (16, 16), tuple(MEAN), tuple(STD), "bicubic")
     assert store.fingerprint(again.model) == store.fingerprint(scorer.model)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "CLIPProcessor"}))  # which says nothing of pictures
+    assert CLIPScore.load(tmp_path).preprocess == again.preprocess
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": config | {"resample": 2}}))
+    assert CLIPScore.load(tmp_path).preprocess == again.preprocess._replace(resample="bilinear")
+    (tmp_path / "processor_config.json").unlink()
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | {"resample": 0}))
     with pytest.raises(ValueError, match="resample"):
         CLIPScore.load(tmp_path)
+
+
+@pytest.mark.parametrize("entry", [{"do_normalize": False}, {"do_rescale": False}, {"do_resize": False}, {"rescale_factor": 1 / 127.5}])
+def test_a_processor_that_does_otherwise_is_refused(tmp_path, entry):
+    config = {"image_mean": MEAN, "image_std": STD, "resample": 3, "do_normalize": True, "rescale_factor": 0.00392156862745098}
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(config))
+    assert CLIPScore.read_preprocess(tmp_path, 16) == PREPROCESS._replace(resample="bicubic")
+    path.write_text(json.dumps(config | entry))
+    with pytest.raises(ValueError, match=f"preprocessor_config.json: says {next(iter(entry))}: .*; correct the file"):
+        CLIPScore.read_preprocess(tmp_path, 16)
+
+
+def test_a_model_with_a_processor_beside_it_may_name_its_class(scorer, tmp_path):
+    for folder in ("model", "beside"):
+        (tmp_path / folder).mkdir()
+    scorer.model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "processor_config.json").write_text(json.dumps({"processor_class": "CLIPProcessor"}))
+    scorer.tokenizer.save_pretrained(tmp_path / "beside")
+    (tmp_path / "beside" / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD, "resample": 3}))
+    assert CLIPScore.load(tmp_path / "model", processor=tmp_path / "beside").preprocess == PREPROCESS._replace(resample="bicubic")
 
 
 # Sampling

@@ -46,8 +46,7 @@ class CLIPScore:
         config = read_config(Path(folder) / "config.json")
         if config.get("model_type") not in FAMILIES:
             raise ValueError(f"{folder} holds a {config.get('model_type')!r} model; this reward needs one of {', '.join(FAMILIES)}")
-        own = any((Path(folder) / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
-        beside = folder if own or processor is None else processor
+        beside = folder if processor_file(Path(folder)).is_file() or processor is None else processor
         preprocess = cls.read_preprocess(Path(beside), int(config.get("vision_config", {}).get("image_size", 224)))
         model = read_model(getattr(transformers, FAMILIES[config["model_type"]]), folder).to(device)
         with_words = folder if any(Path(folder).glob("tokenizer*")) else beside
@@ -55,8 +54,20 @@ class CLIPScore:
 
     @classmethod
     def read_preprocess(cls, folder: Path, size: int) -> Any:
-        """What the folder's image processor does. size: the edge of the pictures that the model reads."""
+        """What the folder's image processor does. size: the edge of the pictures that the model reads.
+
+        Raises ValueError, naming the file, for one that leaves out a step that is taken here, or scales pixels otherwise.
+        """
         path, config = read_processor(folder)
+        other = [f"{key}: false" for key in ("do_resize", "do_rescale", "do_normalize") if config.get(key) is False]
+        factor = config.get("rescale_factor")
+        if factor is not None and not (isinstance(factor, (int, float)) and abs(factor * 255 - 1) < 1e-6):
+            other.append(f"rescale_factor: {factor!r}")
+        if other:
+            raise ValueError(
+                f"{path}: says {', '.join(other)}, but pictures are resized, scaled by 1/255 and normalised here; "
+                "correct the file, or give a function that does all of it, path/to/file.py:function"
+            )
         try:
             return read_preprocess(config, size)
         except KeyError as error:
@@ -110,11 +121,19 @@ class PickScore(CLIPScore):
         return float(self.model.logit_scale.exp())
 
 
+def processor_file(folder: Path) -> Path:
+    """The file of a folder that describes its image processor, which need not be there. Raises ValueError.
+
+    Many a processor_config.json names a class and no more: then the description is in preprocessor_config.json.
+    """
+    path = folder / "processor_config.json"
+    nested = path.is_file() and isinstance(read_config(path).get("image_processor"), dict)
+    return path if nested else path.with_name("preprocessor_config.json")
+
+
 def read_processor(folder: Path) -> tuple[Path, dict[str, Any]]:
     """What a folder says of its image processor, and the file that says it. Raises ValueError."""
-    path = folder / "processor_config.json"
-    if not path.is_file():
-        path = path.with_name("preprocessor_config.json")
+    path = processor_file(folder)
     config = read_config(path)
     return path, config.get("image_processor", config)
 
