@@ -320,7 +320,12 @@ def command(arguments: list[str]) -> int:
     parser.add_argument("what", metavar="NAME", help=f"{', '.join(REWARDS)}, or path/to/file.py:function")
     parser.add_argument("--scorer", default=None, help="folder or hub id of its model, or world (default: as `fewstep rewards` says)")
     parser.add_argument("--port", type=int, default=8765, help="port on 127.0.0.1 (default 8765)")
-    parser.add_argument("--workers", type=int, default=1, help="processes, each with the whole model (default 1)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="processes, each with the whole model; of several, one that dies is replaced (default 1: the server itself, which then ends)",
+    )
     parser.add_argument("--batch", type=int, default=16, help="pictures that the model sees at once, and in one request (default 16)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto")
     options = parser.parse_args(arguments)
