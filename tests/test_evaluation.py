@@ -21,7 +21,7 @@ from test_remote import Faulty, served
 
 from fewstep import cli
 from fewstep.errors import UserError
-from fewstep.evaluate import drawing, evaluation, features, protocol, samples, store, tables
+from fewstep.evaluate import configs, drawing, evaluation, features, protocol, samples, store, tables
 from fewstep.evaluate import measure as measuring
 from fewstep.evaluate.command import load_judges
 from fewstep.evaluate.distances import bootstrap, frechet, jackknife, kernel_distance, polynomial, precision_recall
@@ -746,7 +746,7 @@ def test_numbers_beside_another_teacher_are_marked(tmp_path):
     }
     assert student.calls == calls
     assert one["protocol"]["teacher"] == {
-        "pipeline": one["teacher"], "steps": 28, "guidance": 3.0, "call": {"guidance_scale": 3.0},
+        "pipeline": one["teacher"], "config": one["configs"]["teacher"], "steps": 28, "guidance": 3.0, "call": {"guidance_scale": 3.0},
     }  # fmt: skip
     for field, other in others.items():
         text = text_of(tables.beside({"a": one, "b": other}))
@@ -759,7 +759,7 @@ def test_numbers_beside_another_teacher_are_marked(tmp_path):
         early = json.loads(json.dumps(report))
         del early["protocol"]["teacher"]
         text = text_of(tables.beside({"a": one, "b": early}))
-        assert ("†" in text) == marked and "whose stamp lacks teacher.call: not compared" in text
+        assert ("†" in text) == marked and "whose stamp lacks teacher.call, teacher.config: not compared" in text
     assert text_of(tables.beside({"a": one, "b": json.loads(json.dumps(one))})).count("†") == 0
 
 
@@ -784,13 +784,131 @@ def test_how_pictures_and_prompts_reach_a_scorer_is_in_the_stamp_and_the_key(tmp
     others = {"clip.pictures": other, "clip.vocabulary": run(tokenizer=renamed)}
     for field, other in others.items():
         assert other["rows"][0]["sample"] == "drawn"
-        (line,) = protocol.differences(one["protocol"], other["protocol"])
-        assert line.startswith(f"preprocess.{field}: ")
+        *rest, line = protocol.differences(one["protocol"], other["protocol"])
+        assert line.startswith(f"preprocess.{field}: ") and len(rest) == (field == "clip.vocabulary")  # a tokenizer is in configs too
     assert "mean=(" in one["protocol"]["preprocess"]["clip"]["pictures"]  # in words
     judges = [SimpleNamespace(net=torch.nn.Identity(), preprocess=PREPROCESS._replace(crop=crop)) for crop in (None, (2, 2))]
     assert protocol.identity_of(judges[0]) != protocol.identity_of(judges[1])
     function = functools.partial(torch.clamp, min=0.5)
     assert protocol.in_words(function).endswith("clamp(min=0.5)") and "0x" not in protocol.in_words(lambda x: x)
+
+
+def test_what_no_weight_tells_is_in_the_stamp_and_the_key(tmp_path):
+    """The same weights under another configuration, or behind a tokenizer with other merges, are another measurement."""
+
+    def scorer(**changes):
+        merges = changes.pop("merges", None)
+        clip = CLIPScore(tiny_clip(), tiny_tokenizer(), PREPROCESS)
+        clip.model.config.vision_config.update(changes)
+        if merges is not None:
+            does = json.loads(clip.tokenizer.backend_tokenizer.to_str())
+            does["model"]["merges"] = does["model"]["merges"][:merges]
+            clip.tokenizer._tokenizer = type(clip.tokenizer._tokenizer).from_str(json.dumps(does))
+        return clip
+
+    def run(**changes):
+        clip, other = scorer(**changes.pop("clip", {})), scorer(**changes.pop("judge", {}))
+        extractor = features.of_scorer("eyes", scorer(**changes.pop("eyes", {})))
+        pipes = [Pipe(), Pipe(0.9)]
+        for pipe, name in zip(pipes, ("student", "teacher"), strict=True):
+            pipe.unet.config = {"scaling_factor": 1.0, "_name_or_path": str(changes), **changes.pop(name, {})}
+            pipe.config = changes.pop(f"{name}_index", {})
+        options = {"scorers": {"clip": clip}, "judges": {"judge": other.score}, "extractors": [extractor], "data": real}
+        return evaluated(pipes[0], tmp_path, teacher=pipes[1], **options)
+
+    looked_at = []
+    real = Pictures({"n": 12}, 12, lambda i: looked_at.append(i) or Image.new("RGB", (9, 9), (20 * i, 0, 99)))
+    one, again = run(), run()
+    assert [row["sample"] for row in again["rows"]] == ["kept"] * 3 and len(looked_at) == 12
+    assert protocol.differences(one["protocol"], again["protocol"]) == [] and one["configs"] == again["configs"]
+    for name in ("clip", "judge", "eyes"):
+        other = run(**{name: {"hidden_act": "relu"}})
+        assert [row["sample"] for row in other["rows"]] == ["drawn"] * 3
+        (line,) = protocol.differences(one["protocol"], other["protocol"])
+        assert line.startswith(f"configs.{name}: ")
+    assert len(looked_at) == 24  # once more, by eyes
+    (line,) = protocol.differences(one["protocol"], run(clip={"merges": 2})["protocol"])
+    assert line.startswith("configs.clip: ")  # the vocabulary is the same one
+    for change in ({"teacher": {"scaling_factor": 2.0}}, {"teacher_index": {"force_zeros_for_empty_prompt": True}}):
+        other = run(**change)
+        assert [row["sample"] for row in other["rows"]] == ["kept", "drawn", "drawn"]
+        (line,) = protocol.differences(one["protocol"], other["protocol"])
+        assert line.startswith("teacher.config: ")
+    for change in ({"student": {"scaling_factor": 2.0}}, {"student_index": {"force_zeros_for_empty_prompt": True}}):
+        other = run(**change)
+        assert [row["sample"] for row in other["rows"]] == ["drawn", "kept", "kept"]
+        assert other["student"] == one["student"] and other["configs"]["student"] != one["configs"]["student"]
+
+
+def edit(path, *keys, value):
+    """A JSON file with one value changed."""
+    whole = held = json.loads(path.read_text())
+    for key in keys[:-1]:
+        held = held[key]
+    held[keys[-1]] = value
+    path.write_text(json.dumps(whole))
+
+
+def test_a_pipelines_configuration_is_that_of_its_folder_wherever_it_is_read(tmp_path):
+    import shutil
+
+    pipe = other_pipeline()
+    pipe.save_pretrained(tmp_path / "pipe")
+
+    def read(folder):
+        return drawing.open_pipeline(folder, "cpu")
+
+    before, weights = configs.pipeline_config(pipe), protocol.pipeline_fingerprint(pipe)
+    told = "import sys\nfrom fewstep.evaluate import configs, drawing\n"
+    told += "print(configs.pipeline_config(drawing.open_pipeline(sys.argv[1], 'cpu')))"
+    shutil.copytree(tmp_path / "pipe", tmp_path / "elsewhere")
+    found = subprocess.run([sys.executable, "-c", told, str(tmp_path / "elsewhere")], capture_output=True, text=True, check=True)
+    opened = read(tmp_path / "pipe")
+    assert configs.pipeline_config(opened) == found.stdout.split()[-1] == before
+    opened.tokenizer(["a cat"], padding="max_length", max_length=5, truncation=True)
+    assert configs.pipeline_config(opened) == before  # how it was last called is not what it is
+    changes = [
+        ("vae/config.json", "scaling_factor", 0.5), ("text_encoder/config.json", "hidden_act", "gelu"),
+        ("unet/config.json", "attention_head_dim", 2), ("tokenizer/tokenizer_config.json", "model_max_length", 6),
+        ("tokenizer/tokenizer.json", "model", "merges", [["c", "a"]]), ("model_index.json", "requires_safety_checker", True),
+    ]  # fmt: skip
+    for i, (name, *keys, value) in enumerate(changes):
+        shutil.copytree(tmp_path / "pipe", tmp_path / str(i))
+        edit(tmp_path / str(i) / name, *keys, value=value)
+        other = read(tmp_path / str(i))
+        assert configs.pipeline_config(other) != before, name
+        assert protocol.pipeline_fingerprint(other) == weights, name
+
+
+def test_a_tokenizer_without_a_backend_is_told_by_its_files_and_settings(tmp_path):
+    class Slow:
+        model_max_length, init_kwargs = 8, {"lower": True, "vocab_file": "/here/vocab.json"}
+        merges = "c a"
+
+        def get_vocab(self):
+            return {"cat": 0}
+
+        def save_vocabulary(self, folder):
+            path = Path(folder) / "merges.txt"
+            path.write_text(self.merges)
+            return (str(path),)
+
+    def changed(**changes):
+        return type("Slow", (Slow,), changes)()
+
+    before = configs.settings(Slow())
+    assert before == configs.settings(changed(init_kwargs=Slow.init_kwargs | {"vocab_file": "/elsewhere/vocab.json"}))
+    for change in ({"model_max_length": 9}, {"init_kwargs": {"lower": False}}, {"merges": "a t"}):
+        assert configs.settings(changed(**change)) != before, change
+
+
+def test_a_part_is_told_by_the_configurations_inside_it():
+    """A wrapper has those of the networks in it; numbers and functions have none."""
+    wrapped = torch.nn.ModuleDict({"clip": tiny_clip(), "head": torch.nn.Linear(2, 2)})
+    assert list(configs.settings(wrapped)) == ["clip"] and configs.settings(wrapped)["clip"]["config"]["vision_config"]["hidden_size"] == 16
+    assert configs.config_hash(torch.nn.Linear(2, 2)) is None and protocol.config_of(bright) is None
+    assert configs.config_hash(wrapped) == configs.config_hash(torch.nn.ModuleDict({"clip": tiny_clip(seed=1)}))
+    assert configs.plain({"a": (torch.float32, {1: None}), "_b": 1, "dtype": "bf16"}) == {"a": ["torch.float32", {"1": None}]}
 
 
 def test_reports_of_before_stand_in_one_table_with_todays():

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.evaluate.configs import pipeline_config
 from fewstep.evaluate.distances import Matrix, bootstrap
 from fewstep.evaluate.drawing import (
     BATCH,
@@ -46,6 +47,7 @@ from fewstep.evaluate.pictures import Pictures
 from fewstep.evaluate.pictures import features as features_of
 from fewstep.evaluate.protocol import (
     Protocol,
+    config_of,
     device_name,
     identity_of,
     in_words,
@@ -158,10 +160,11 @@ def evaluate(
     filled: a sample found there is not drawn, only timed over a few batches. share (i, n): draw the i-th of n shares of every sample,
     measure nothing and return None. keep_images: a folder for the pictures themselves, each sample's in one of its own.
 
-    Returns {"protocol", "interval", "student", "teacher", "rows", "paired", "best_solver", "left_out"}: each row has name, solver, steps,
-    guidance, seed, n, sample (drawn, kept or shipped), device, metrics (see `measure`) and, where there are judges, what `asked_of` counts
-    of each; paired: of the student minus the teacher at many steps (see `paired`), None without a teacher; best_solver names the few-step
-    teacher nearest to the teacher; left_out says of metrics why there are none.
+    Returns {"protocol", "interval", "student", "teacher", "configs", "rows", "paired", "best_solver", "left_out"}: student and teacher are
+    SHA-256 of their weights, configs those of their configurations; each row has name, solver, steps, guidance, seed, n, sample (drawn,
+    kept or shipped), device, metrics (see `measure`) and, where there are judges, what `asked_of` counts of each; paired: of the student
+    minus the teacher at many steps (see `paired`), None without a teacher; best_solver names the few-step teacher nearest to the teacher;
+    left_out says of metrics why there are none.
     """
     named = prompts if isinstance(prompts, PromptSet) else None
     texts = named.prompts if named else list(prompts)
@@ -177,6 +180,7 @@ def evaluate(
         shipped = None  # what ships was drawn and seen without these
     drawn_by = {package: version(package) for package in ("torch", "diffusers", "transformers", "fewstep")}
     seen_by = {package: version(package) for package in ("torch-fidelity", "pillow")} if extractors else {}
+    configs = {e.name: e.config for e in used} | {name: config_of(holder) for name, holder in [*scorers.items(), *(judges or {}).items()]}
     protocol = Protocol(
         prompts=sha256(texts),
         set=named.name if named else None,
@@ -190,6 +194,7 @@ def evaluate(
         extractors={e.name: {"weights": e.weights, "resize": e.resize} for e in used},
         scorers={name: fingerprint(scorer.model) for name, scorer in scorers.items()}
         | {name: identity_of(judge) for name, judge in (judges or {}).items()},
+        configs={name: config for name, config in configs.items() if config is not None},
         preprocess={name: preparation(scorer) for name, scorer in scorers.items()},
         utility=utility_hash(utility),
         data=data.identity if isinstance(data, Pictures) else None if data is None else {"n": len(data), "sha256": sha256(data.tolist())},
@@ -204,15 +209,15 @@ def evaluate(
         texts, named.ids if named else None, images_per_prompt, noise, batch, looks(scorers, utility, judges, used), device, progress
     )
     # neither what is compared with, the machine nor who looks at them decide a student's pictures
-    others = ("data", "neighbours", "device", "extractor", "extractors", "scorers", "preprocess", "utility")
+    others = ("data", "neighbours", "device", "extractor", "extractors", "scorers", "configs", "preprocess", "utility")
     common = protocol.stamp() | dict.fromkeys(others) | {"versions": drawn_by}
     sampler = Sampler(drawing, deciding(protocol, scorers, list(judges or ()), seen_by), common, keep_images, share, say)
 
     with tempfile.TemporaryDirectory() as scratch:
         own_folder, folder = Path(work or scratch), Path(cache or scratch)
-        identity = {"student": pipeline_fingerprint(own.pipe)}
+        identity, pipe_configs = {"student": pipeline_fingerprint(own.pipe)}, {"student": pipeline_config(own.pipe)}
         row = {"name": f"student, {steps} steps", "solver": "its own", "steps": steps, "guidance": 1.0, "seed": seed}
-        samples = [sampler.collect(own, row, identity, own_folder)]
+        samples = [sampler.collect(own, row, identity | {"config": pipe_configs["student"]}, own_folder)]
         del own
         reference: Seen | None = None
         if teacher is not None:
@@ -227,8 +232,8 @@ def evaluate(
                     )
                 teacher_steps, guidance, few_step = made_for, 1.0, []
             *shown, last = teacher_rows(steps, guidance, seed, many=teacher_steps, solvers=few_step)
-            identity["teacher"] = pipeline_fingerprint(original.pipe)
-            settings = {"steps": last["steps"], "guidance": guidance, "call": original.call(guidance)}
+            identity["teacher"], pipe_configs["teacher"] = pipeline_fingerprint(original.pipe), pipeline_config(original.pipe)
+            settings = {"config": pipe_configs["teacher"], "steps": last["steps"], "guidance": guidance, "call": original.call(guidance)}
             protocol = dataclasses.replace(protocol, teacher={"pipeline": identity["teacher"], **settings})
             content = content_of(original.pipe, texts, images_per_prompt, batch, scorers, utility) if shipped else {}
 
@@ -237,7 +242,7 @@ def evaluate(
                 original.pipe.scheduler = schedulers[row["solver"]]
                 found = read(shipped_path(shipped, row, content)) if shipped else None
                 if found is None:
-                    return sampler.collect(original, row, {"teacher": identity["teacher"]}, folder)
+                    return sampler.collect(original, row, {"teacher": identity["teacher"], "config": pipe_configs["teacher"]}, folder)
                 seen = {name: value.float() for name, value in found.items()}
                 if timed:
                     seen["seconds"] = time_batches(original, row, drawing)
@@ -265,6 +270,7 @@ def evaluate(
         "interval": {"level": LEVEL, "draws": draws, "resampled": "prompts"}
         | ({"jackknife": {"blocks of prompts": min(BLOCKS, len(texts)), "metrics": by_blocks}} if by_blocks else {}),
         **identity,
+        "configs": pipe_configs,
         "rows": rows,
         "paired": {"of": rows[0]["name"], "minus": rows[1]["name"], "metrics": differing} if differing else None,
         "best_solver": best["name"] if best else None,
@@ -275,9 +281,10 @@ def evaluate(
 def deciding(protocol: Protocol, scorers: Mapping[str, CLIPScore], judges: Sequence[str], seen_by: dict[str, str]) -> dict[str, Any]:
     """Look -> what of the protocol decides what it sees of a picture. seen_by: versions of what brings pictures to the extractors."""
     found: dict[str, Any] = {COST: None}
-    found |= {f"features/{name}": [protocol.scorers[name], protocol.preprocess[name]] for name in scorers}
-    found |= {f"features/{name}": [of, seen_by] for name, of in protocol.extractors.items() if name not in scorers}
-    found |= {f"score/{name}": protocol.scorers[name] for name in judges}
+    config = protocol.configs.get
+    found |= {f"features/{name}": [protocol.scorers[name], config(name), protocol.preprocess[name]] for name in scorers}
+    found |= {f"features/{name}": [of, config(name), seen_by] for name, of in protocol.extractors.items() if name not in scorers}
+    found |= {f"score/{name}": [protocol.scorers[name], config(name)] for name in judges}
     return found | ({"utility": protocol.utility} if protocol.utility is not None else {})
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor, nn
 
+from fewstep.evaluate.configs import config_hash
 from fewstep.evaluate.store import fingerprint
 from fewstep.rewards import sources as origins
 from fewstep.rewards.clip import FAMILIES, CLIPScore, read_config, read_processor
@@ -34,6 +35,7 @@ class Extractor(NamedTuple):
     width: int = 0  # d
     weights: str = ""  # SHA-256
     resize: str = ""  # how a picture is brought to its size, in words
+    config: str | None = None  # SHA-256 of its network's configuration
 
 
 @torch.no_grad()
@@ -93,7 +95,8 @@ def as_kept(images: Tensor, edge: int | None) -> Tensor:
 
 def of_scorer(name: str, scorer: CLIPScore) -> Extractor:
     """A scorer that is there already as an extractor: its unit image features."""
-    return Extractor(name, "fd_clip", None, True, scorer.image_features, scorer.width, fingerprint(scorer.model), "the scorer's own")
+    width, weights, config = scorer.width, fingerprint(scorer.model), config_hash(scorer.model)
+    return Extractor(name, "fd_clip", None, True, scorer.image_features, width, weights, "the scorer's own", config)
 
 
 def make_clip(source: str | None, resize: int | None, device: str | torch.device) -> list[Extractor]:
@@ -107,8 +110,8 @@ def make_clip(source: str | None, resize: int | None, device: str | torch.device
         return scorer.image_features(as_kept(images, resize))
 
     first = in_words(resize)
-    width, weights = scorer.width, fingerprint(scorer.model)
-    return [Extractor("extractor-clip", "fd_clip", "cmmd", True, features, width, weights, f"{first}then {scorer.preprocess}")]
+    width, weights, config = scorer.width, fingerprint(scorer.model), config_hash(scorer.model)
+    return [Extractor("extractor-clip", "fd_clip", "cmmd", True, features, width, weights, f"{first}then {scorer.preprocess}", config)]
 
 
 def make_other(name: str, source: str | None, resize: int | None, device: str | torch.device) -> list[Extractor]:
@@ -157,7 +160,8 @@ def of_vision(name: str, folder: Path, resize: int | None, device: str | torch.d
     if model.main_input_name != "pixel_values":
         raise ValueError(f"{folder}: a {type(model).__name__} does not read pictures")
     width, words = features(torch.zeros(1, 3, 8, 8)).shape[1], f"{in_words(resize)}then {preprocess}"
-    return Extractor(f"extractor-{name}", f"fd_{name}", None, False, features, width, fingerprint(model), words)
+    weights, config = fingerprint(model), config_hash(model)
+    return Extractor(f"extractor-{name}", f"fd_{name}", None, False, features, width, weights, words, config)
 
 
 def of_function(name: str, source: str, resize: int | None) -> Extractor:

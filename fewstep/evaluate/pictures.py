@@ -151,7 +151,9 @@ def features(
 
     What is kept there from before, of the same pictures by the same extractor, is not computed again.
     """
-    notes = {name: {"data": pictures.identity, "weights": e.weights, "resize": e.resize} for name, e in extractors.items()}
+    notes = {
+        name: {"data": pictures.identity, "weights": e.weights, "config": e.config, "resize": e.resize} for name, e in extractors.items()
+    }
     kept = {name: Shards(folder, note, pictures.n, size=SHARD) for name, note in notes.items()}
     missing = {name: shards.missing() for name, shards in kept.items()}
     wanted = my_share(sorted({i for parts in missing.values() for i in parts}), share)

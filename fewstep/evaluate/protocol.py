@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.evaluate.configs import config_hash
 from fewstep.evaluate.drawing import Noise
 from fewstep.evaluate.store import add_tensor, fingerprint, sha256
 from fewstep.rewards.clip import CLIPScore
@@ -32,12 +33,13 @@ class Protocol:
     n: int  # pictures of each row
     images_per_prompt: int
     seeds: dict[str, int]  # of the rows, and of the teacher's sample that they are compared to
-    teacher: dict[str, Any] | None  # whose sample that is: pipeline (SHA-256), steps, guidance, and what its call was told
+    teacher: dict[str, Any] | None  # whose sample that is: pipeline, config (SHA-256), steps, guidance, and what its call was told
     noise: Noise  # a picture's own, by its number, or that of its batch
     batch: int | None  # decides, with the seed, which picture gets which noise; None where each has its own
     extractor: str | None  # whose features FD-clip, precision, recall and diversity use
     extractors: dict[str, dict[str, str]]  # name -> weights (SHA-256), resize
     scorers: dict[str, str]  # name -> SHA-256 of its weights
+    configs: dict[str, str]  # of scorers, judges and extractors: SHA-256 of their networks' configurations and of all tokenizers do
     preprocess: dict[str, dict[str, str]]  # of scorers: what pictures go through, SHA-256 of the vocabulary that prompts are read with
     utility: str | None  # SHA-256 of the source file that defines it
     data: dict[str, Any] | None  # of real pictures: n and SHA-256 of their features or files
@@ -53,7 +55,10 @@ class Protocol:
 
 
 def pipeline_fingerprint(pipe: Any) -> str:
-    """SHA-256 over all that decides a pipeline's pictures: weights, configurations and the tokenizers' vocabularies."""
+    """SHA-256 over a pipeline's weights, its schedule and its tokenizers' vocabularies, by which the first stamps name teachers.
+
+    All the rest that decides its pictures is `pipeline_config`'s.
+    """
     parts: dict[str, Any] = {}
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module):
@@ -101,17 +106,31 @@ def in_words(function: Callable[..., Any]) -> str:
     return repr(function) if isinstance(function, tuple) else f"{named.__module__}.{named.__qualname__}"
 
 
-def identity_of(judge: Any) -> str:
-    """SHA-256 over a judge's weights and preprocessing, or what it says of its name and version, or SHA-256 of a function and its file."""
-    digest, found = hashlib.sha256(), False
+def held_by(judge: Any) -> Iterator[tuple[str, Any]]:
+    """(name, part) of all that a judge, or the object whose method it is, holds; what lies in a dictionary each for itself."""
     holder = getattr(judge, "__self__", judge)
     for name, value in sorted(vars(holder).items()) if hasattr(holder, "__dict__") else ():
-        parts = value.items() if isinstance(value, dict) else [("", value)]
-        for key, part in parts:
-            if isinstance(part, (nn.Module, Tensor)):
-                found = True
-                digest.update(f"{name}.{key} ".encode())
-                digest.update(fingerprint(part).encode()) if isinstance(part, nn.Module) else add_tensor(digest, "", part)
+        for key, part in value.items() if isinstance(value, dict) else [("", value)]:
+            yield f"{name}.{key}", part
+
+
+def config_of(judge: Any) -> str | None:
+    """SHA-256 over the configurations of a judge's networks and all that its tokenizers do; None of one that holds none."""
+    return config_hash(*(part for _, part in held_by(judge) if isinstance(part, nn.Module) or hasattr(part, "get_vocab")))
+
+
+def identity_of(judge: Any) -> str:
+    """SHA-256 over a judge's weights and preprocessing, or what it says of its name and version, or SHA-256 of a function and its file.
+
+    What its networks' configurations and its tokenizers decide is `config_of`'s.
+    """
+    digest, found = hashlib.sha256(), False
+    holder = getattr(judge, "__self__", judge)
+    for name, part in held_by(judge):
+        if isinstance(part, (nn.Module, Tensor)):
+            found = True
+            digest.update(f"{name} ".encode())
+            digest.update(fingerprint(part).encode()) if isinstance(part, nn.Module) else add_tensor(digest, "", part)
     called = getattr(judge, "__name__", "score")
     if found:
         if callable(preprocess := getattr(holder, "preprocess", None)):
@@ -145,7 +164,8 @@ def differences(stamp: Any, other: Any, prefix: str = "") -> list[str]:
     return [f"{prefix}: {shown[0]} / {shown[1]}"]
 
 
-LATER = ("teacher", "preprocess")  # fields that the first reports' stamps lack
+LATER = ("teacher", "preprocess", "configs")  # fields that the first reports' stamps lack
+LATER_OF_TEACHER = ("call", "config")  # and those that the teacher in them lacks
 
 
 def stamp_of(report: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +181,8 @@ def compared(stamp: dict[str, Any], other: dict[str, Any]) -> tuple[list[str], l
     """(what differs between two stamps, the later fields that one of them lacks and that were not compared)."""
     unknown = [field for field in LATER if (field in stamp) != (field in other)]
     one, two = ({key: value for key, value in held.items() if key not in unknown} for held in (stamp, other))
-    if one.get("teacher") and two.get("teacher") and ("call" in one["teacher"]) != ("call" in two["teacher"]):
-        unknown.append("teacher.call")
-        one, two = (held | {"teacher": held["teacher"] | {"call": None}} for held in (one, two))
+    for field in LATER_OF_TEACHER if one.get("teacher") and two.get("teacher") else ():
+        if (field in one["teacher"]) != (field in two["teacher"]):
+            unknown.append(f"teacher.{field}")
+            one, two = (held | {"teacher": held["teacher"] | {field: None}} for held in (one, two))
     return differences(one, two), unknown

@@ -100,7 +100,11 @@ def shipped_path(folder: Path, row: dict[str, Any], content: dict[str, Any]) -> 
 def content_of(
     pipe: Any, prompts: list[str], images_per_prompt: int, batch: int, scorers: Mapping[str, CLIPScore], utility: Utility | None
 ) -> dict[str, Any]:
-    """What decides a sample of a teacher, beside its row. Of configurations only what pictures hang on: libraries add keys."""
+    """What decides a sample of a teacher, beside its row: networks by their weights alone.
+
+    Libraries add keys to configurations, and a sample that ships has to be found under later versions too; its teacher and scorers are
+    those that ship with it. So of configurations only what a schedule hangs on is here, where a stamp has all of them.
+    """
     schedule = ("prediction_type", "beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr", "timestep_spacing")
     return {
         "weights": {name: fingerprint(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)},

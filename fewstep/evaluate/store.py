@@ -34,7 +34,7 @@ def add_tensor(digest: Any, name: str, tensor: Tensor) -> None:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over the names, shapes, types and bytes of a module's weights and buffers."""
+    """SHA-256 over the names, shapes, types and bytes of a module's weights and buffers; `configs` has what they do not tell."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         add_tensor(digest, name, tensor)
