@@ -197,7 +197,8 @@ def make_terms(config: Config, roles: Any, functions: dict[str, Any]) -> dict[st
                 real = held["latents"][~held["heldout"]]
             else:
                 real = load_file(config.discriminator.latents)["latents"]
-            with torch.no_grad():
+            half = torch.autocast(torch.device(config.device).type, dtype=torch.bfloat16, enabled=config.precision == "bf16")
+            with torch.no_grad(), half:  # as the trainer calls it: parts frozen in bf16 take no float32
                 zero = torch.zeros(1, *real.shape[1:], device=config.device)
                 width = roles.teacher.features(zero, torch.ones(1, device=config.device), roles.teacher.uncond).shape[1]
             head = Head(width).to(config.device)

@@ -10,10 +10,11 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
 from pipelines import PIPELINES
-from test_trainer import run_of
+from safetensors.torch import save_file
+from test_trainer import assert_same, run_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fewstep import models, trainer
+from fewstep import checkpoint, models, trainer
 from fewstep.errors import UserError
 from fewstep.models.backbone import Adapters, AddedLinear
 from fewstep.rewards.base import OnlineReward
@@ -317,6 +318,34 @@ def test_bfloat16_where_nothing_is_trained(teacher_folder, prompt_file):
     assert all(torch.isfinite(torch.tensor(value)) for value in logs.values())
     pipe = run.backbone.student_pipeline(run.roles, run.trainer.averaged(), 4)
     assert {p.dtype for p in pipe.unet.parameters()} == {torch.bfloat16}
+
+
+def test_a_discriminator_on_bfloat16_parts_learns_and_resumes(teacher_folder, prompt_file, tmp_path):
+    """The recipe dmd2 as a GPU runs it."""
+    shape = models.load(str(teacher_folder)).latent_shape()
+    save_file({"latents": torch.randn(8, *shape)}, tmp_path / "latents.safetensors")
+    options = (
+        "dmd2", "--discriminator.latents", str(tmp_path / "latents.safetensors"), "--lora-rank", "2", "--precision", "bf16",
+        "--memory.frozen", "bf16", "--memory.checkpointing", "--memory.micro-groups", "1", "--reuse.rollout", "1",
+        "--fake.condition", "none",
+    )  # fmt: skip
+
+    def start():
+        return run_of(teacher_folder, prompt_file, *options).trainer
+
+    loop = start()
+    before = {name: p.detach().clone() for name, p in loop.terms["discriminator"].parameters.items()}
+    student = {name: p.detach().clone() for name, p in loop.parameters.items()}
+    logs = loop.step()
+    assert all(torch.isfinite(torch.tensor(logs[key])) for key in ("discriminator/score", "discriminator/share", "dm/score"))
+    assert all(not torch.equal(before[name], p) for name, p in loop.terms["discriminator"].parameters.items())
+    assert any(not torch.equal(student[name], p) for name, p in loop.parameters.items())
+    loop.save(tmp_path)
+    loop.step()
+    again = start()
+    again.load_state(checkpoint.newest(tmp_path / "checkpoints")[1])
+    again.step()
+    assert_same(again.state(), loop.state())
 
 
 @pytest.mark.parametrize("family", ["StableDiffusionPipeline", "StableDiffusion3Pipeline"])
