@@ -422,6 +422,10 @@ def model_card(student: Averaged, to: str, folder: Path, *, name: str | None = N
         "rounded to one of them."
     )
     from_picture *= draws_from_pictures(backbone.pipeline)
+    one_step = (
+        " One step is not possible: this scheduler's times for it are not a number, so pictures are NaN or the call ends in an error."
+    )
+    one_step *= backbone.flow and steps > 1 and to != "kohya"
     text = f"""---
 {data.to_yaml()}
 ---
@@ -438,7 +442,7 @@ teacher guidance {guidance:g}, {rewards_in_words(config, student.rewards)}.
 {usage}
 
 {"This is" if to == "kohya" else "The scheduler in this folder carries"} the grid the student was trained on, timesteps {grid}; \
-with another number of steps or another scheduler it is no longer the model that was trained.{from_picture}
+with another number of steps or another scheduler it is no longer the model that was trained.{one_step}{from_picture}
 
 ## Guidance
 

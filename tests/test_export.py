@@ -363,6 +363,14 @@ def test_a_teacher_on_the_hub_is_the_base_model_and_its_licence_file_stays_there
     assert export.teacher_licence("world") == ({"license": "apache-2.0"}, "")
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_card_says_where_one_step_is_not_possible(runs, exported, name):
+    scheduler = runs(name)[1].backbone.scheduler(4)
+    scheduler.set_timesteps(1)
+    possible = bool(torch.isfinite(scheduler.timesteps.float()).all())
+    assert ("One step is not possible" in (exported(name, "diffusers") / "README.md").read_text()) is not possible
+
+
 def test_the_card_tells_the_guidance_the_grid_and_the_rewards(exported, runs, tmp_path):
     _, run = runs("StableDiffusionPipeline")
     for to in export.FORMS:
