@@ -292,7 +292,7 @@ def push(folder: Path, name: str, *, private: bool) -> str:
 def teacher_licence(teacher: str) -> tuple[dict[str, Any], str]:
     """(license, license_name, license_link of the teacher's card, as far as it has them; why there are none).
 
-    teacher: `world`, a folder, whose README.md is its card, or a hub id.
+    teacher: `world`, a folder, whose README.md is its card, or a hub id. A link to a file of a folder is left out: the file stays there.
     """
     if teacher == "world":
         return {"license": "apache-2.0"}, ""
@@ -307,8 +307,10 @@ def teacher_licence(teacher: str) -> tuple[dict[str, Any], str]:
     if "license" not in fields:
         return {}, "its card names none"
     link = fields.get("license_link", "")
-    if link and on_hub(teacher) and "://" not in link:  # a file of the teacher's repository
-        fields["license_link"] = f"https://huggingface.co/{teacher}/blob/main/{link}"
+    if link and "://" not in link:  # a file beside the teacher's card
+        del fields["license_link"]
+        if on_hub(teacher):
+            fields["license_link"] = f"https://huggingface.co/{teacher}/blob/main/{link}"
     return fields, ""
 
 

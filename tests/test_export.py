@@ -300,6 +300,14 @@ def test_what_was_measured_goes_with_the_student_it_was_measured_on(teachers, ru
     assert "samples.png" in (tmp_path / "finished" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_export_does_not_say_where_the_teacher_lay(teachers, exported, name):
+    output = exported(name, "diffusers")
+    texts = {str(path.relative_to(output)): path.read_text() for path in output.rglob("*.json")}
+    assert {"model_index.json", "vae/config.json", "text_encoder/config.json"} <= texts.keys()
+    assert not [file for file, text in texts.items() if str(teachers) in text]
+
+
 # -- in stock diffusers --------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +333,11 @@ def test_a_negative_prompt_has_no_effect_on_a_student(runs, exported, name):
             "license: other\nlicense_name: tiny-nc\nlicense_link: https://tiny.example/licence",
             {"license": "other", "license_name": "tiny-nc", "license_link": "https://tiny.example/licence"},
             "The teacher's licence: `tiny-nc` (https://tiny.example/licence)",
+        ),
+        (
+            "license: other\nlicense_name: tiny-nc\nlicense_link: LICENSE.md",  # which is not in the export
+            {"license": "other", "license_name": "tiny-nc"},
+            "The teacher's licence: `tiny-nc`.",
         ),
         ("tags: [a]", {}, "Licence not found (its card names none): look at the teacher's page"),
         ("license: [", {}, "Licence not found (its card cannot be read ("),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -293,6 +294,11 @@ def chat_opening(tokenizer: Any, **options: Any) -> int:
 def filled(mask: Tensor) -> bool:
     """Whether a mask (B, n) leaves out anything; one without numbers, on the meta device, does not."""
     return mask.device.type != "meta" and not bool(mask.all())
+
+
+def without_path(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without the folder that it was read from, which diffusers and transformers write into it."""
+    return {key: value for key, value in config.items() if key != "_name_or_path"}
 
 
 def read(pipeline: type[DiffusionPipeline], source: str, **options: Any) -> Any:
@@ -679,4 +685,9 @@ class Backbone:
         )
 
     def save(self, pipe: Any, folder: Path) -> None:
+        """A folder that stock diffusers opens. Its configurations do not say where on this machine the teacher lay."""
         pipe.save_pretrained(folder, safe_serialization=True)
+        for path in (folder / "model_index.json", *(folder / part / "config.json" for part in pipe.components)):
+            if path.is_file():
+                config = json.loads(path.read_text(), object_hook=without_path)
+                path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
