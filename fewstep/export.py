@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 FORMS = ("diffusers", "lora", "kohya")
 
-# torch_dtype, for whoever reads a card may have a diffusers before 0.42, which overlooks `dtype`
+# torch_dtype, for whoever reads a card may have an older diffusers: 0.39 ignores `dtype`, those since read both (`torch_dtype` until 1.0)
 USAGE = {
     "diffusers": """```python
 {imports}from diffusers import DiffusionPipeline
