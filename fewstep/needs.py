@@ -17,6 +17,7 @@ from fewstep.models import UnsupportedTeacher, family, frozen_dtype
 from fewstep.models.backbone import Backbone, Roles
 
 GIB = 2**30
+UNUSED = ("FeatureExtractor", "ImageProcessor", "SafetyChecker")  # ends of the classes that no run computes with; some are gone by now
 CONFIGURATIONS = ["*.json", "*.txt", "*.model"]  # of a repository, everything but its weights
 
 
@@ -80,7 +81,7 @@ def skeleton(source: str, dtype: torch.dtype) -> Backbone:
         if name.startswith("_") or not isinstance(entry, list) or name in adapter.load_options:
             continue
         library, kind = entry
-        if library is None:
+        if library is None or kind.endswith(UNUSED):
             parts[name] = None
             continue
         if library not in ("diffusers", "transformers"):  # the file decides no import

@@ -214,6 +214,26 @@ def test_a_dry_run_refuses_what_the_run_would(teachers, prompt_file, tmp_path, c
     assert "unet cannot be read" in said()
 
 
+def test_a_dry_run_reads_no_part_that_a_run_does_not_compute_with(teachers, tmp_path):
+    """As Stable Diffusion 1.5 has it: a feature extractor of a class that transformers has no more, for a safety checker."""
+    import shutil
+
+    teacher = tmp_path / "teacher"
+    shutil.copytree(teachers / "StableDiffusionPipeline", teacher)
+    index = teacher / "model_index.json"
+    parts = {
+        "feature_extractor": ["transformers", "CLIPFeatureExtractor"],
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+    }
+    index.write_text(json.dumps(json.loads(index.read_text()) | parts))
+    (teacher / "feature_extractor").mkdir()
+    told = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 224, "crop_size": 224}
+    (teacher / "feature_extractor" / "preprocessor_config.json").write_text(json.dumps(told))
+    skeleton, whole = needs.skeleton(str(teacher), torch.float32), models.load(str(teacher))
+    assert skeleton.pipe.feature_extractor is None and skeleton.pipe.safety_checker is None is whole.pipe.safety_checker
+    assert skeleton.model.config.block_out_channels == whole.model.config.block_out_channels
+
+
 def test_models_lists_every_family(capsys):
     assert cli.main(["models"]) == 0
     told = capsys.readouterr().out
