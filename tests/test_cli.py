@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 import yaml
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
 
 import fewstep
@@ -229,6 +229,8 @@ def test_unsupported_and_damaged_teachers(capsys, tmp_path, teacher_folder, prom
     options = ["--prompts", str(prompt_file), "--output", str(tmp_path / "out")]
     (folder / "model_index.json").write_text('{"_class_name": "DiTPipeline"}')
     assert "DiTPipeline; supported: StableDiffusionPipeline" in refused(capsys, "distill", "--teacher", str(folder), *options)
+    (folder / "model_index.json").write_text('{"_class_name": ["ours", "OurPipeline"]}')  # with code of its own
+    assert "['ours', 'OurPipeline']; supported: StableDiffusionPipeline" in refused(capsys, "distill", "--teacher", str(folder), *options)
     (folder / "model_index.json").write_text("{")
     assert "not a diffusers pipeline index" in refused(capsys, "distill", "--teacher", str(folder), *options)
     shutil.copy(teacher_folder / "model_index.json", folder)
@@ -239,6 +241,9 @@ def test_unsupported_and_damaged_teachers(capsys, tmp_path, teacher_folder, prom
     with mock.patch("huggingface_hub.hf_hub_download", side_effect=EntryNotFoundError("404\nClient Error")):
         line = refused(capsys, "distill", "--teacher", "me/checkpoint", *options)
     assert "404 Client Error" in line and "from_single_file" in line
+    with mock.patch("huggingface_hub.hf_hub_download", side_effect=LocalEntryNotFoundError("no such\nfile")):
+        line = refused(capsys, "distill", "--teacher", "me/checkpoint", *options)
+    assert "the hub could not be reached" in line and "no such file" in line and "from_single_file" not in line
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "cannot be read as a StableDiffusionPipeline" in refused(capsys, "distill", "--teacher", str(folder), *options)

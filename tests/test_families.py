@@ -7,7 +7,14 @@ from unittest import mock
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, EDMDPMSolverMultistepScheduler, PNDMScheduler, SchedulerMixin
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    EDMDPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    SchedulerMixin,
+)
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pipelines import GUIDED, PIPELINES
@@ -575,13 +582,14 @@ def test_a_teacher_with_a_lora_merged_in_is_a_teacher(teachers, tmp_path):
         assert (teacher - roles.teacher(noise, t, cond)).abs().max() > 1e-2
 
 
-def test_a_scheduler_without_betas_is_refused(teachers, tmp_path):
-    """As Playground v2.5 has it: an SDXL pipeline on EDM's noise levels, which the default betas of LCM are not."""
+# SDXL on EDM's noise levels, as Playground v2.5 is, and on a flow's: the default betas of LCM are neither
+@pytest.mark.parametrize("kind", [EDMDPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler])
+def test_a_scheduler_without_betas_is_refused(teachers, tmp_path, kind):
     pipe = models.load(str(teachers / "StableDiffusionXLPipeline")).pipe
-    pipe.scheduler = EDMDPMSolverMultistepScheduler(sigma_max=80.0, prediction_type="epsilon")
+    pipe.scheduler = kind()
     pipe.save_pretrained(tmp_path, safe_serialization=True)
     for opened in (models.load, lambda source: needs.skeleton(source, torch.float32)):
-        with pytest.raises(models.UnsupportedTeacher, match=r"EDMDPMSolverMultistepScheduler has no betas.*supported are"):
+        with pytest.raises(models.UnsupportedTeacher, match=f"{kind.__name__} has no betas.*supported are"):
             opened(str(tmp_path))
     pipe.scheduler = DDIMScheduler(trained_betas=[0.01] * 1000)
     pipe.save_pretrained(tmp_path, safe_serialization=True)

@@ -56,10 +56,15 @@ def pipeline_class(source: str) -> str:
         )
     else:
         import huggingface_hub as hub
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:
             index = Path(hub.hf_hub_download(source, "model_index.json"))
+        except LocalEntryNotFoundError as error:  # a kind of EntryNotFoundError too
+            raise UnsupportedTeacher(
+                f"{source}: the hub could not be reached (no network, or HF_HUB_OFFLINE is set), and its model_index.json is not among the "
+                f"files that were downloaded before ({' '.join(str(error).split())})"
+            ) from error
         except Exception as error:  # the hub's client raises many kinds; each means that this teacher cannot be read
             reason = " ".join(str(error).split())
             hint = f"; {SINGLE_FILE}" if isinstance(error, EntryNotFoundError) else ""
@@ -70,7 +75,7 @@ def pipeline_class(source: str) -> str:
         name = json.loads(index.read_text())["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
         raise UnsupportedTeacher(f"{index}: not a diffusers pipeline index ({error})") from error
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:  # a pipeline with code of its own has a list there
         raise UnsupportedTeacher(
             f"{source} is a {name}; supported: {', '.join(FAMILIES)}. A family is one file in fewstep/models and one line in its table: "
             "docs/new-family.md"

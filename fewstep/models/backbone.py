@@ -334,11 +334,11 @@ class Backbone:
         self.pipe, self.source, self.device = pipe, source, torch.device(device)
         self.prediction: Prediction = "flow"
         if not self.flow:
-            kind = pipe.scheduler.config.prediction_type
+            check_betas(pipe.scheduler, source)
+            kind = pipe.scheduler.config.get("prediction_type")
             if kind not in ("epsilon", "v_prediction", "sample"):
                 raise UnsupportedTeacher(f"{source}: prediction_type {kind!r} in its scheduler is not one of epsilon, v_prediction, sample")
             self.prediction = kind
-            check_betas(pipe.scheduler, source)
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
