@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
     DiffusionPipeline,
     EDMDPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -594,6 +595,24 @@ def test_a_scheduler_without_betas_is_refused(teachers, tmp_path, kind):
     pipe.scheduler = DDIMScheduler(trained_betas=[0.01] * 1000)
     pipe.save_pretrained(tmp_path, safe_serialization=True)
     assert models.load(str(tmp_path)).times(4).tolist() == [1, 0.75, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    "scheduler, words",
+    [
+        (DDPMScheduler(beta_schedule="sigmoid"), r"beta_schedule 'sigmoid' .* supported are linear"),
+        (DDIMScheduler(rescale_betas_zero_snr=True), "without any signal .*epsilon"),
+        (DDIMScheduler(trained_betas=[0.01] * 999 + [1.0]), "without any signal .*epsilon"),
+    ],
+    ids=["sigmoid", "zero SNR", "trained betas"],
+)
+def test_noise_levels_that_no_student_can_have_are_refused(teachers, tmp_path, scheduler, words):
+    pipe = models.load(str(teachers / "StableDiffusionPipeline")).pipe
+    pipe.scheduler = scheduler
+    pipe.save_pretrained(tmp_path, safe_serialization=True)
+    for opened in (models.load, lambda source: needs.skeleton(source, torch.float32)):
+        with pytest.raises(models.UnsupportedTeacher, match=words):
+            opened(str(tmp_path))
 
 
 def test_sdxl_decodes_with_the_autoencoders_mean_and_spread(teachers):

@@ -339,6 +339,7 @@ class Backbone:
             if kind not in ("epsilon", "v_prediction", "sample"):
                 raise UnsupportedTeacher(f"{source}: prediction_type {kind!r} in its scheduler is not one of epsilon, v_prediction, sample")
             self.prediction = kind
+            self.check_schedule()
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
@@ -355,6 +356,23 @@ class Backbone:
             raise UnsupportedTeacher(f"{source}: cannot be read as a {cls.pipeline.__name__} ({type(error).__name__}: {error})") from error
         pipe.set_progress_bar_config(disable=True)
         return cls(pipe, source, cache=cache, device=device)
+
+    def check_schedule(self) -> None:
+        """Raises UnsupportedTeacher for betas that LCM's scheduler lacks, and for a network that says nothing of x0 at t = 1."""
+        try:
+            signal = self.schedule().alpha(torch.ones(1))
+        except (NotImplementedError, ValueError) as error:
+            kind = self.pipe.scheduler.config.get("beta_schedule")
+            raise UnsupportedTeacher(
+                f"{self.source}: the beta_schedule {kind!r} in its scheduler is none that a student's can have ({error}); supported are "
+                "linear, scaled_linear, squaredcos_cap_v2 and trained_betas"
+            ) from error
+        if self.prediction == "epsilon" and signal == 0:
+            raise UnsupportedTeacher(
+                f"{self.source}: its scheduler begins without any signal (rescale_betas_zero_snr, or trained_betas that end in 1), where "
+                "the epsilon that its network predicts says nothing of the picture; correct prediction_type or the betas in "
+                "scheduler/scheduler_config.json to what the network was trained with"
+            )
 
     # -- what a family says ----------------------------------------------------------------------------------------
 
