@@ -431,7 +431,8 @@ def test_a_sample_is_of_the_size_that_was_trained_at(finished, tmp_path, capsys)
     assert "--size: " in refused(capsys, "sample", str(finished), "--prompt", "x", "--size", "3x16")
 
 
-def test_ctrl_c_saves_and_resume_ends_where_an_unbroken_run_ends(teacher_folder, prompt_file, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_saves_and_resume_ends_where_an_unbroken_run_ends(teacher_folder, prompt_file, tmp_path, number):
     base = ["--teacher", str(teacher_folder), "--prompts", str(prompt_file), *SMALL]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "fewstep.cli", "distill", *base, "--updates", "16", "--output", str(tmp_path / "broken")]
@@ -441,7 +442,7 @@ def test_ctrl_c_saves_and_resume_ends_where_an_unbroken_run_ends(teacher_folder,
     while not (log.exists() and log.read_text().count("\n") >= 3):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "saved. Go on with" in output
     stopped = max(int(path.name[5:]) for path in (tmp_path / "broken" / "checkpoints").iterdir())
