@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fewstep.composition import HELD_OUT, Run, assets, build, check_backbone, check_judges, check_rewards, resolve_hardware, resolve_teacher
 from fewstep.errors import UserError, naming
 from fewstep.evaluate.command import measure_student
-from fewstep.flags import as_plain
+from fewstep.flags import as_plain, as_values
 
 if TYPE_CHECKING:
     from fewstep.config import Config
@@ -56,19 +56,24 @@ def check_output(config: Config) -> None:
 
 
 def check_same_run(config: Config, path: Path) -> None:
+    """Raises UserError naming the first field, dotted, in which the config differs from the saved one and may not."""
     import yaml
 
     from fewstep.config import Config
     from fewstep.rewards.sources import is_remote
 
+    def values(plain: dict[str, Any]) -> dict[str, Any]:
+        # a server may have moved; its version is what counts, and `rewards.json` has it
+        scorers = {name: "a server" if is_remote(value) else value for name, value in (plain.get("scorer") or {}).items()}
+        return as_values(plain | {"scorer": scorers})
+
     # a field that an earlier version did not have is as it is by default
-    before, now = as_plain(Config()) | yaml.safe_load(path.read_text()), as_plain(config)
-    for held in (before, now):  # a server may have moved; its version is what counts, and `rewards.json` has it
-        held["scorer"] = {name: "a server" if is_remote(value) else value for name, value in (held.get("scorer") or {}).items()}
-    changed = [key for key in now if key not in FREE_ON_RESUME and before.get(key) != now[key]]
-    if changed:
-        was, free = before.get(changed[0]), ", ".join(FREE_ON_RESUME[:4])
-        raise UserError(f"resume: {changed[0]} is {now[changed[0]]!r}, the run in {path.parent} has {was!r}; only {free} may change")
+    before, now = values(as_plain(Config())) | values(yaml.safe_load(path.read_text())), values(as_plain(config))
+    for name in before | now:
+        if name.partition(".")[0] not in FREE_ON_RESUME and (name not in before or name not in now or before[name] != now[name]):
+            was, is_now = (repr(held[name]) if name in held else "not given" for held in (before, now))
+            free = ", ".join(FREE_ON_RESUME[:4])
+            raise UserError(f"resume: {name} is {is_now}, the run in {path.parent} has {was}; only {free} may change")
 
 
 def read_prompts(config: Config) -> list[str]:
@@ -124,6 +129,10 @@ def distill(config: Config, functions: dict[str, Any] | None = None, judges: dic
             run.trainer.load_state(state)
         except checkpoint.DamagedCheckpoint as error:
             raise UserError(f"resume: {error}") from error
+        except KeyError as error:
+            raise UserError(
+                f"resume: {folder} holds no {error}: another version of fewstep saved it. Go on with that one, or anew with --overwrite"
+            ) from error
     with naming(output):
         kept = as_plain(config) | {"resume": False, "overwrite": False}  # of this call, not of the run
         (output / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False))

@@ -122,5 +122,7 @@ class Adaptive:
         return {key: getattr(self, key) for key in KEPT}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Raises KeyError for what the state lacks."""
+        state = {"integral": state["log_weight"]} | state  # an earlier version's log weight had no lead: it was the sum itself
         for key in KEPT:
             setattr(self, key, state[key])

@@ -20,10 +20,10 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
 
 import fewstep
-from fewstep import cli, composition, flags, models
+from fewstep import checkpoint, cli, composition, flags, models
 from fewstep.config import Config
 from fewstep.errors import UserError
-from fewstep.run import distill
+from fewstep.run import check_output, distill
 
 ROOT = Path(fewstep.__file__).parents[1]
 # full weights in one part, not as the recipe of the tiny teacher's family has it
@@ -367,6 +367,42 @@ def test_an_existing_run_is_not_touched_unless_asked(capsys, finished, teacher_f
     for option in ((), ("--overwrite",)):
         assert "is not empty and holds no run" in refused(capsys, *arguments, "--output", str(tmp_path / "mine"), *option)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ([], None),
+        (["--updates=500", "--save-every=7", "--remote.timeout=9"], None),
+        (["--matching.shift=2"], "matching.shift is 2.0, the run in OUT has 3.0; only updates,"),
+        (["--matching.gamma=0.5", "--student.lr=1"], "student.lr is 1.0, the run in OUT has 0.0002; only"),
+        (["--reward.clip=0.5"], "reward.clip is 0.5, the run in OUT has 0.3; only"),
+        (["--reward.other=0.5"], "reward.other is 0.5, the run in OUT has not given; only"),
+    ],
+)
+def test_a_run_of_an_earlier_version_goes_on_and_a_changed_field_is_named(tmp_path, options, words):
+    """Its config lacks what came later: that is as it is by default."""
+    saved = flags.as_plain(flags.parse_config(["--output", str(tmp_path), "--reward.clip", "0.3", "--via.clip", "pathwise"]))
+    for name in ("level_density", "shift"):
+        del saved["matching"][name]
+    del saved["remote"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    config = flags.parse_config(["--resume", "--output", str(tmp_path), *options])
+    if words is None:
+        check_output(config)
+    else:
+        with pytest.raises(UserError) as refusal:
+            check_output(config)
+        assert words.replace("OUT", str(tmp_path)) in str(refusal.value) and "{" not in str(refusal.value)
+
+
+def test_a_checkpoint_of_another_version_is_refused_by_what_it_lacks(finished, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "out")
+    newest = max((out / "checkpoints").iterdir())
+    state = checkpoint.load(newest)
+    del state["earlier"]
+    checkpoint.save(out / "checkpoints", state["update"], state)
+    assert f"resume: {newest} holds no 'earlier': another version" in refused(capsys, "distill", "--output", str(out), "--resume")
 
 
 def test_resume_takes_the_saved_config_and_goes_further(finished, capsys):

@@ -102,6 +102,20 @@ def test_state_round_trip_goes_on_alike():
     assert one.observe(-1.3, 0.01) == two.observe(-1.3, 0.01) and one.now() == two.now()
 
 
+def test_a_state_without_the_integral_goes_on_from_the_log_weight():
+    """An earlier version's log weight had no lead: it was the sum of the errors itself."""
+    one = Adaptive({"a": 1.0}, budget=1.2, warmup=3)
+    for i in range(5):
+        one.observe(-1.0 - 0.1 * i, 0.05)
+    earlier = one.state()
+    assert earlier.pop("integral") != earlier["log_weight"]
+    one.load_state(earlier)
+    assert one.integral == one.log_weight == earlier["log_weight"]
+    for key in earlier:
+        with pytest.raises(KeyError, match=key):
+            one.load_state({name: value for name, value in earlier.items() if name != key})
+
+
 def test_on_a_gaussian_the_weight_settles_at_its_budget():
     """Truth 5: under the tilt lambda a, the optimum lies at m(lambda) = c lambda a, where KL = kl_0 + |m|^2 / 2.
 
