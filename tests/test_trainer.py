@@ -498,23 +498,6 @@ def test_a_checkpoint_of_another_network_is_refused(teacher_folder, prompt_file)
         other.load_state(state)
 
 
-def test_scorer_packages_and_diffusers_stay_where_they_belong():
-    """The import table of the house: only models, world, evaluate, export and the trainer's EMA touch diffusers."""
-    root = Path(checkpoint.__file__).parent
-    allowed = {"models", "world", "evaluate"}
-    for path in root.rglob("*.py"):
-        relative = path.relative_to(root)
-        if relative.parts[0] in allowed or relative.name in ("__init__.py", "export.py"):
-            continue
-        imports = [line.strip() for line in path.read_text().splitlines() if line.strip().startswith(("import ", "from "))]
-        about = [line for line in imports if "diffusers" in line]
-        assert about in ([], ["from diffusers.training_utils import EMAModel"]), relative
-    pure = ("types", "schedule", "transforms", "losses")
-    for name in pure:
-        text = (root / f"{name}.py").read_text()
-        assert "from fewstep" not in text.replace("from fewstep.schedule import bcast", ""), name
-
-
 def test_the_learning_rate_falls_to_zero_over_the_last_share():
     from fewstep.trainer import learning_rate
 
