@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -142,10 +141,16 @@ def a_run(teacher_folder, prompt_file):
     return lambda *options, save_at, go_on: copy.deepcopy(states(*options, save_at=save_at, go_on=go_on))
 
 
-@pytest.mark.parametrize("key", ["block", "advantages", "weights", "counted"])
+SIZES = ("--size", "16x8,8x16", "--reuse.rollout", "1")
+ALONE = ("student", "optimizer", "ema", "online", "online_optimizer", "rng", "batches", "rollout", "used", "rollouts", "update", "running")
+BESIDE = ("block", "advantages", "weights", "partings", "counted")
+
+
+@pytest.mark.parametrize("key", BESIDE)
 def test_every_part_of_the_state_matters_with_rewards_and_reuse(teacher_folder, prompt_file, a_run, key):
-    fresh, saved, later = a_run(*EVERYTHING, save_at=3, go_on=2)
+    fresh, saved, later = a_run(*EVERYTHING, save_at=5, go_on=2)  # the second rollout: judges stand beside what has a weight
     assert saved["block"] is not None and saved["advantages"] and saved["weights"]["b"] is not None
+    assert any(parting["running"] for parting in saved["partings"].values())
     broken = run_of(teacher_folder, prompt_file, *EVERYTHING).trainer
     broken.load_state(saved | {key: fresh[key]})
     for _ in range(2):
@@ -154,9 +159,7 @@ def test_every_part_of_the_state_matters_with_rewards_and_reuse(teacher_folder, 
         assert_same(later, broken.state())
 
 
-@pytest.mark.parametrize(
-    "key", ["student", "optimizer", "ema", "online", "online_optimizer", "rng", "batches", "rollout", "used", "rollouts"]
-)
+@pytest.mark.parametrize("key", ALONE)
 def test_every_part_of_the_state_matters(teacher_folder, prompt_file, a_run, key):
     """Resume with one part left as a fresh run has it: the continuation must differ."""
     fresh, saved, later = a_run(save_at=4, go_on=3)
@@ -168,12 +171,28 @@ def test_every_part_of_the_state_matters(teacher_folder, prompt_file, a_run, key
         assert_same(later, broken.state())
 
 
-def test_nothing_left_out_gives_the_same_continuation(teacher_folder, prompt_file, a_run):
-    """What the two tests above stand on: with every part the states are equal."""
-    _, saved, later = a_run(save_at=4, go_on=3)
-    whole = run_of(teacher_folder, prompt_file).trainer
+def test_the_earlier_rollout_of_each_size_matters(teacher_folder, prompt_file, a_run):
+    fresh, saved, later = a_run(*SIZES, save_at=3, go_on=2)
+    assert set(saved) == {*ALONE, *BESIDE, "earlier"} and saved["earlier"]  # every key of the state has its test
+    for state, same in ((saved, True), (saved | {"earlier": fresh["earlier"]}, False)):
+        trainer = run_of(teacher_folder, prompt_file, *SIZES).trainer
+        trainer.load_state(copy.deepcopy(state))
+        for _ in range(2):
+            trainer.step()
+        if same:
+            assert_same(later, trainer.state())
+            continue
+        with pytest.raises(AssertionError):
+            assert_same(later, trainer.state())
+
+
+@pytest.mark.parametrize("options, save_at, go_on", [((), 4, 3), (EVERYTHING, 5, 2)], ids=["alone", "rewards"])
+def test_nothing_left_out_gives_the_same_continuation(teacher_folder, prompt_file, a_run, options, save_at, go_on):
+    """What the tests of single keys stand on: with every part the states are equal."""
+    _, saved, later = a_run(*options, save_at=save_at, go_on=go_on)
+    whole = run_of(teacher_folder, prompt_file, *options).trainer
     whole.load_state(saved)
-    for _ in range(3):
+    for _ in range(go_on):
         whole.step()
     assert_same(later, whole.state())
 
