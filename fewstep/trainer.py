@@ -23,7 +23,7 @@ from fewstep.prompts import Batches
 from fewstep.rewards.base import OnlineReward, Reward, RewardError, checked
 from fewstep.rewards.heldout import HeldOut, Parting
 from fewstep.student import Student
-from fewstep.transforms import advantages, group_rms, modulate, project, weigh
+from fewstep.transforms import advantages, group_rms, modulate, pull
 from fewstep.types import Rollout, Sample, Signal
 from fewstep.weights import Adaptive, Fixed
 
@@ -316,51 +316,46 @@ class Trainer:
 
     def combine(self, anchor: Tensor, signals: dict[str, Signal], group: Tensor) -> tuple[Tensor, Tensor | None, dict[str, float]]:
         """(the anchor's part, the other rewards' part or None, logs) of the direction, by `weights.mode` (section 5.2)."""
-        own = self.config.weights
-        directions, valid, scores, logs = {}, {}, {}, {}
-        for name, signal in signals.items():
-            valid[name], logs[f"{name}/masked"] = self.scored(name, signal, len(group))
-            if signal.score is not None:
-                scores[name] = signal.score.detach()
-                logs[f"{name}/score"] = float(scores[name][valid[name]].mean())
-                logs |= {f"{name}/{key}": value for key, value in spread_of(scores[name], group).items()}
-            if own.mode == "advantage":
-                if signal.score is None:
-                    raise RewardError(f"reward {name!r} gave no score, which weights.mode advantage needs")
-                continue
-            if signal.direction is None:
-                raise RewardError(f"reward {name!r} is not differentiable (it gave no direction): use --via.{name} policy")
-            finite_or_stop(signal.direction[valid[name]], f"the direction of {name}", self.update)
-            directions[name] = signal.direction
-            cosine = torch.nn.functional.cosine_similarity(signal.direction.flatten(1), anchor.flatten(1))[valid[name]]
-            logs |= {f"{name}/direction_rms": rms(signal.direction[valid[name]]), f"{name}/cosine": float(cosine.mean())}
-        values = self.weights.now()
-        logs |= {f"{name}/weight": values[name] for name in signals}
+        own, values = self.config.weights, self.weights.now()
+        valid, logs = self.heard(anchor, signals, group)
         if own.mode == "advantage":
-            if not signals:
-                return anchor, None, logs
-            pushes = [values[name] * advantages(score, group).clamp(-5, 5) for name, score in scores.items()]
-            # each is clipped alone, and a sample that one reward could not score keeps what the others say of it
-            total = torch.stack([torch.where(torch.isnan(push), torch.zeros_like(push), push) for push in pushes]).sum(0)
-            return modulate(anchor, total, 1.0, clip=math.inf), None, logs
-        extra, force = torch.zeros_like(anchor), {}
-        for name, direction in directions.items():
-            if own.mode == "sum":
-                part = values[name] * torch.where(valid[name].view(-1, *[1] * (anchor.ndim - 1)), direction, torch.zeros_like(direction))
-            elif own.project:  # at RMS 1 first: what little is left of a direction that opposes is not to be blown up to full size
-                unit = weigh(torch.zeros_like(anchor), {name: direction}, {name: 1.0}, group, valid=valid)
-                part = values[name] * project(anchor, unit)
-            else:
-                part = weigh(torch.zeros_like(anchor), {name: direction}, values, group, valid=valid)
-            extra, force[name] = extra + part, rms(part)
+            advantage = {name: advantages(signal.score.detach(), group) for name, signal in signals.items()}
+            return modulate(anchor, advantage, values), None, logs
+        pulls = {
+            name: pull(anchor, signal.direction, values[name], group, valid[name], mode=own.mode, opposing=not own.project)
+            for name, signal in signals.items()
+        }
+        force = {name: rms(part) for name, part in pulls.items()}
         # an advantage of size 1 pushes as hard as a direction of RMS 1 (policy_updates)
         force |= {name: values[name] * rms(value[torch.isfinite(value)]) for name, value in self.advantages.items()}
         whole = rms(anchor) + sum(force.values())
         logs |= {f"{name}/share": part / whole if whole else math.nan for name, part in force.items()}
         if not signals:
             return anchor, None, logs
+        extra = sum(pulls.values(), torch.zeros_like(anchor))
         logs["rewards/share"] = rms(extra) / max(rms(extra) + rms(anchor), 1e-30)
         return anchor, extra, logs
+
+    def heard(self, anchor: Tensor, signals: dict[str, Signal], group: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """(which samples each reward could score (B,), logs). Raises RewardError where a signal lacks what `weights.mode` needs, or too
+        many samples their score, and FloatingPointError for a direction that is not finite."""
+        valid, logs = {}, {}
+        for name, signal in signals.items():
+            valid[name], logs[f"{name}/masked"] = self.scored(name, signal, len(group))
+            if signal.score is not None:
+                score = signal.score.detach()
+                logs[f"{name}/score"] = float(score[valid[name]].mean())
+                logs |= {f"{name}/{key}": value for key, value in spread_of(score, group).items()}
+            if self.config.weights.mode == "advantage":
+                if signal.score is None:
+                    raise RewardError(f"reward {name!r} gave no score, which weights.mode advantage needs")
+                continue
+            if signal.direction is None:
+                raise RewardError(f"reward {name!r} is not differentiable (it gave no direction): use --via.{name} policy")
+            finite_or_stop(signal.direction[valid[name]], f"the direction of {name}", self.update)
+            cosine = torch.nn.functional.cosine_similarity(signal.direction.flatten(1), anchor.flatten(1))[valid[name]]
+            logs |= {f"{name}/direction_rms": rms(signal.direction[valid[name]]), f"{name}/cosine": float(cosine.mean())}
+        return valid, logs | {f"{name}/weight": self.weights.now()[name] for name in signals}
 
     def scored(self, name: str, signal: Signal, size: int) -> tuple[Tensor, float]:
         """(which samples the reward could score (B,), how many it could not). Raises RewardError when too many failed."""

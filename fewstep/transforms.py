@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+CLIP = 5.0  # of an advantage where it multiplies R_dm's direction: one outlier of a large group is not to outweigh all others
 
 
 def group_mean(value: Tensor, group: Tensor, *, leave_one_out: bool = False) -> Tensor:
@@ -78,6 +82,20 @@ def advantages(score: Tensor, group: Tensor, *, eps: float = 1e-4) -> Tensor:
     return torch.where(valid, value, torch.full_like(value, float("nan")))
 
 
+def masked(value: Tensor, valid: Tensor | None) -> Tensor:
+    """`value` (B, ...) with its rows that are not `valid` (B,) made zero, whatever they hold; all are without `valid`."""
+    if valid is None:
+        return value
+    return torch.where(valid.view(-1, *[1] * (value.ndim - 1)), value, torch.zeros_like(value))
+
+
+def unit(direction: Tensor, group: Tensor, valid: Tensor | None = None) -> Tensor:
+    """d_k / rms_g(d_k) of eq. (6), (B, C, H, W), over `valid` (B,) rows alone; the others are zero, and so is a group of zeros."""
+    scale = group_rms(direction, group, valid)
+    scale = scale.view(-1, *[1] * (direction.ndim - 1))
+    return masked(direction / torch.where(scale == 0, torch.ones_like(scale), scale), valid)
+
+
 def weigh(
     anchor: Tensor,
     directions: dict[str, Tensor],
@@ -98,13 +116,7 @@ def weigh(
         raise KeyError(f"no weight for {', '.join(missing)}; weights are given for {', '.join(weights) or 'none'}")
     total = anchor
     for name, direction in directions.items():
-        rows = (valid or {}).get(name)
-        scale = group_rms(direction, group, rows)
-        scale = scale.view(-1, *[1] * (direction.ndim - 1))
-        unit = direction / torch.where(scale == 0, torch.ones_like(scale), scale)
-        if rows is not None:
-            unit = torch.where(rows.view(-1, *[1] * (unit.ndim - 1)), unit, torch.zeros_like(unit))
-        total = total + weights[name] * unit
+        total = total + weights[name] * unit(direction, group, (valid or {}).get(name))
     return total
 
 
@@ -121,11 +133,36 @@ def project(anchor: Tensor, direction: Tensor) -> Tensor:
     return direction - (along.clamp(max=0) * a).view_as(direction)
 
 
-def modulate(anchor: Tensor, advantage: Tensor, weight: float, *, clip: float = 5.0) -> Tensor:
-    """The `advantage` baseline: anchor * max(0, 1 + weight clip(A)), (B, C, H, W); a sample without an advantage (NaN) keeps its anchor.
+def pull(
+    anchor: Tensor,
+    direction: Tensor,
+    weight: float,
+    group: Tensor,
+    valid: Tensor | None = None,
+    *,
+    mode: Literal["fixed", "adaptive", "sum"] = "fixed",
+    opposing: bool = True,
+) -> Tensor:
+    """What one reward adds to the anchor, by `weights.mode` (section 5.2): its term of eq. (6), or in mode `sum` its weighted raw gradient.
 
-    The factor is never negative: a bad score may silence a sample, not drive it away from the teacher.
+    anchor, direction (B, C, H, W); group (B,); valid (B,): rows that the reward could score, the others are not pulled. opposing False
+    drops what opposes the anchor, sample by sample, from the direction at RMS 1: what little is left of one that opposes is not blown
+    up to full size.
     """
-    factor = (1 + weight * advantage.clamp(-clip, clip)).clamp(min=0)
-    factor = torch.where(torch.isnan(advantage), torch.ones_like(factor), factor)
+    if mode == "sum":
+        return weight * masked(direction, valid)
+    one = unit(direction, group, valid)
+    return weight * (one if opposing else project(anchor, one))
+
+
+def modulate(anchor: Tensor, advantage: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """The `advantage` baseline: anchor * max(0, 1 + sum_k lambda_k clip(A_k, -5, 5)), (B, C, H, W).
+
+    advantage: (B,) by reward; each is clipped alone, and a NaN, of a sample that one reward could not score, leaves what the others say
+    of it. The factor is never negative: a bad score may silence a sample, not drive it away from the teacher.
+    """
+    if not advantage:
+        return anchor
+    pushes = torch.stack([weights[name] * value.clamp(-CLIP, CLIP) for name, value in advantage.items()])
+    factor = (1 + pushes.nan_to_num(nan=0.0).sum(0)).clamp(min=0)
     return factor.to(anchor).view(-1, *[1] * (anchor.ndim - 1)) * anchor

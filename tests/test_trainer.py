@@ -291,12 +291,90 @@ def test_a_policy_gradient_climbs_its_advantage_with_the_force_of_a_direction(te
     assert_gradients({name: p.grad for name, p in trainer.parameters.items()}, wanted)
 
 
-def combined(trainer, **signals):
-    """(anchor's part, the rewards' part, anchor) of 16 samples in one group."""
-    anchor = torch.randn(16, *trainer.latent_shapes[0], generator=torch.Generator().manual_seed(0))
+def combined(trainer, size=16, **signals):
+    """(anchor's part, the rewards' part, anchor) of `size` samples in one group."""
+    anchor = torch.randn(size, *trainer.latent_shapes[0], generator=torch.Generator().manual_seed(0))
     found = {name: make(anchor) for name, make in signals.items()}
-    own, extra, _ = trainer.combine(anchor, found, torch.zeros(16, dtype=torch.long))
+    own, extra, _ = trainer.combine(anchor, found, torch.zeros(size, dtype=torch.long))
     return own, extra, anchor
+
+
+@pytest.mark.parametrize("mode", ["fixed", "sum"])
+def test_the_sum_of_raw_gradients_is_another_rule_than_equation_6(teacher_folder, prompt_file, mode):
+    trainer = run_of(teacher_folder, prompt_file, "--reward.redness", "0.3", "--weights.mode", mode).trainer
+    score = torch.arange(16.0)
+    score[3] = math.nan
+    own, extra, anchor = combined(trainer, redness=lambda x: Signal(score, 7 * x.flip(1)))
+    known = torch.arange(16) != 3
+    raw = 7 * anchor.flip(1)
+    rms = raw[known].square().mean().sqrt()
+    assert torch.equal(own, anchor) and torch.equal(extra[3], torch.zeros_like(extra[3]))
+    torch.testing.assert_close(extra[known], 0.3 * (raw / (rms if mode == "fixed" else 1))[known])
+
+
+def test_both_networks_are_clipped_and_their_rates_fall(teacher_folder, prompt_file):
+    """At three quarters of a run: the student's rate, falling over its last half, at a half, the fake's, over all of it, at a quarter."""
+    trainer = run_of(
+        teacher_folder, prompt_file, "--student.decay", "0.5", "--fake.decay", "1", "--fake.lr", "2e-3",
+        "--student.max-norm", "1e-3", "--fake.max-norm", "2e-3",
+    ).trainer  # fmt: skip
+    trainer.update, seen = 6, {}
+    for who, optimizer, parameters in (
+        ("student", trainer.optimizer, trainer.parameters),
+        ("fake", trainer.online["dm"], trainer.terms["dm"].parameters),
+    ):
+
+        def look(who=who, optimizer=optimizer, parameters=parameters):
+            norm = torch.stack([p.grad.norm() for p in parameters.values() if p.grad is not None]).norm()
+            seen[who] = float(norm), optimizer.param_groups[0]["lr"]
+
+        optimizer.step = look
+    assert trainer.step()["grad_norm"] > 2e-3
+    assert seen["student"] == (pytest.approx(1e-3, rel=1e-2), pytest.approx(1e-3 / 2))
+    assert seen["fake"] == (pytest.approx(2e-3, rel=1e-2), pytest.approx(2e-3 / 4))
+
+
+def test_evaluations_rotate_over_rollouts_and_the_fake_learns_every_step(teacher_folder, prompt_file):
+    """With one evaluation a rollout a prompt's group would else see one step for ever."""
+    trainer = run_of(teacher_folder, prompt_file, "--reuse.rollout", "1").trainer
+    rollout, at = trainer.new_rollout(), []
+    for trainer.rollouts in range(4):
+        at.append(trainer.evaluate(rollout, None)[0].k)
+    assert torch.equal(torch.stack(at).sort(0).values, torch.arange(4)[:, None].expand(4, 4))
+    steps = [trainer.online_step(rollout) for _ in range(20)]
+    assert all(sorted(k.tolist()) == [0, 1, 2, 3] for k in steps)
+    assert len({tuple(k.tolist()) for k in steps}) > 5  # which sample gets which is drawn anew
+
+
+def test_the_adaptive_weight_is_told_the_lag_of_the_second_rollout(teacher_folder, prompt_file):
+    options = ("--reward.redness", "0.3", "--weights.mode", "adaptive", "--weights.warmup", "4", "--reuse.rollout", "1")
+    trainer = run_of(teacher_folder, prompt_file, *options).trainer
+    assert "dm/lag_kl" not in trainer.step() and trainer.weights.lag is None
+    logs = trainer.step()
+    assert trainer.weights.lag == logs["dm/lag_kl"] != 0
+    assert logs["weights/kl"] == pytest.approx(trainer.weights.kl + trainer.weights.lag)
+
+
+def test_without_weights_an_evaluation_serves_wherever_the_student_is(teacher_folder, prompt_file):
+    trainer = run_of(teacher_folder, prompt_file, "--reuse.evaluation", "2", "--reuse.weighted", "false", "--reuse.min-ess", "1").trainer
+    rollout = trainer.new_rollout()
+    block, then, _ = trainer.evaluate(rollout, None)
+    with torch.no_grad():
+        for parameter in trainer.parameters.values():
+            parameter.mul_(1.1)
+    x0, rho, refused, logs = trainer.reweigh(rollout, block)
+    assert rho is None and not refused and not logs and not torch.equal(x0, then)
+
+
+def test_a_policy_hears_finished_samples_ranked_inside_their_groups(teacher_folder, prompt_file):
+    trainer = run_of(teacher_folder, prompt_file, "--reward.contrast", "1", "--via.contrast", "policy").trainer
+    rollout, shown = trainer.new_rollout(), []
+    scores = torch.tensor([0.0, 1.0, 10.0, 14.0])  # the second prompt's are the better by far, which no sample of it has earned
+    trainer.terms["contrast"].reward = lambda sample: shown.append(sample) or Signal(scores, None)
+    trainer.score_finished(rollout)
+    assert rollout.group.unique(return_inverse=True)[1].tolist() == [0, 0, 1, 1]
+    assert torch.equal(shown[0].x0, rollout.x0[-1]) and shown[0].k.tolist() == [3] * 4
+    torch.testing.assert_close(trainer.advantages["contrast"], torch.tensor([-1.0, 1.0, -1.0, 1.0]), rtol=1e-3, atol=0)
 
 
 def test_project_leaves_nothing_of_a_direction_that_opposes(teacher_folder, prompt_file):
@@ -308,18 +386,14 @@ def test_project_leaves_nothing_of_a_direction_that_opposes(teacher_folder, prom
         assert share == 0 or bool((extra.flatten(1) * anchor.flatten(1)).sum(1).ge(-1e-5).all())
 
 
-def test_advantages_are_clipped_one_by_one_and_a_missing_one_takes_no_other_with_it(teacher_folder, prompt_file):
-    trainer = run_of(
-        teacher_folder, prompt_file, "--reward.redness", "2", "--reward.contrast", "1", "--weights.mode", "advantage",
-        "--weights.max-masked", "0.5",
-    ).trainer  # fmt: skip
-    best, unknown = torch.zeros(16), torch.arange(16.0)
-    best[3], unknown[3] = 1, math.nan
-    own, extra, anchor = combined(trainer, redness=lambda x: Signal(best, None), contrast=lambda x: Signal(unknown, None))
-    assert extra is None
-    a = float(advantages(best, torch.zeros(16, dtype=torch.long))[3])
-    assert 2 * a > 5  # together beyond the clip, each alone within it
-    torch.testing.assert_close(own[3], (1 + 2 * a) * anchor[3])
+def test_a_score_multiplies_matching_by_its_clipped_advantage(teacher_folder, prompt_file):
+    trainer = run_of(teacher_folder, prompt_file, "--reward.redness", "2", "--weights.mode", "advantage").trainer
+    best = torch.zeros(32)
+    best[3] = 1
+    own, extra, anchor = combined(trainer, 32, redness=lambda x: Signal(best, None))
+    a = advantages(best, torch.zeros(32, dtype=torch.long))
+    assert extra is None and float(a[3]) > 5.5 and float(a[0]) > -0.2
+    torch.testing.assert_close(own, torch.where(best == 1, 1 + 2 * 5.0, 1 + 2 * a).view(-1, 1, 1, 1) * anchor)
 
 
 @pytest.mark.parametrize("made, words", [

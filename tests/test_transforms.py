@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fewstep.transforms import advantages, group_rms, modulate, project, weigh
+from fewstep.transforms import advantages, group_rms, modulate, project, pull, weigh
 
 GROUP = torch.tensor([3, 7, 3, 7, 7, 0])  # unequal, in no order
 SHAPE = (2, 3, 3)
@@ -115,8 +115,45 @@ def test_project_drops_what_opposes(scale):
     assert torch.equal(project(torch.zeros_like(anchor), direction), direction)
 
 
+def test_each_mode_pulls_by_its_own_rule():
+    anchor, direction = random(1), random(2)
+    unit = direction / plain_rms(direction).view(-1, 1, 1, 1)
+    wanted = {
+        ("fixed", True): 0.3 * unit,  # its term of eq. (6)
+        ("adaptive", True): 0.3 * unit,
+        ("sum", True): 0.3 * direction,  # in the reward's units
+        ("fixed", False): 0.3 * project(anchor, unit),
+    }
+    for (mode, opposing), expected in wanted.items():
+        out = pull(anchor, direction, 0.3, GROUP, mode=mode, opposing=opposing)
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+        whole = weigh(anchor, {"a": direction}, {"a": 0.3}, GROUP)
+        assert torch.allclose(anchor + out, whole) == (mode != "sum" and opposing)
+
+
+@pytest.mark.parametrize("mode, opposing", [("fixed", True), ("fixed", False), ("sum", True)])
+def test_a_sample_without_a_score_is_not_pulled_and_weakens_no_other(mode, opposing):
+    anchor, direction = random(1), random(2)
+    valid = torch.tensor([True, False, True, True, True, True])
+    poisoned = torch.where(valid.view(-1, 1, 1, 1), direction, torch.full_like(direction, float("nan")))
+    out = pull(anchor, poisoned, 0.3, GROUP, valid, mode=mode, opposing=opposing)
+    alone = pull(anchor[valid], direction[valid], 0.3, GROUP[valid], mode=mode, opposing=opposing)
+    assert torch.equal(out[1], torch.zeros_like(out[1]))
+    torch.testing.assert_close(out[valid], alone, rtol=1e-12, atol=1e-12)
+
+
 def test_modulate_scales_and_never_reverses():
     anchor = random(1)
     advantage = torch.tensor([0.0, 1.0, -1.0, -100.0, 100.0, float("nan")], dtype=torch.float64)
-    factor = torch.tensor([1.0, 1.5, 0.5, 0.0, 3.5, 1.0], dtype=torch.float64)
-    torch.testing.assert_close(modulate(anchor, advantage, 0.5), factor.view(-1, 1, 1, 1) * anchor, rtol=1e-14, atol=0)
+    factor = torch.tensor([1.0, 1.5, 0.5, 0.0, 3.5, 1.0], dtype=torch.float64)  # 3.5: an advantage is at most 5
+    torch.testing.assert_close(modulate(anchor, {"a": advantage}, {"a": 0.5}), factor.view(-1, 1, 1, 1) * anchor, rtol=1e-14, atol=0)
+    assert torch.equal(modulate(anchor, {}, {}), anchor)
+
+
+def test_advantages_are_clipped_one_by_one_and_a_missing_one_takes_no_other_with_it():
+    anchor, nan = random(1), float("nan")
+    a = torch.tensor([4.0, 6.0, -6.0, nan, 2.0, nan], dtype=torch.float64)
+    b = torch.tensor([4.0, 6.0, 5.5, 3.0, nan, nan], dtype=torch.float64)
+    factor = torch.tensor([13.0, 16.0, 0.0, 4.0, 5.0, 1.0], dtype=torch.float64)  # 1 + 2 a + b, together beyond the clip of each
+    out = modulate(anchor, {"a": a, "b": b}, {"a": 2.0, "b": 1.0})
+    torch.testing.assert_close(out, factor.view(-1, 1, 1, 1) * anchor, rtol=1e-14, atol=0)
