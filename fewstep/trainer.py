@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import warnings
@@ -19,11 +18,12 @@ from torch import Tensor, nn
 from fewstep import checkpoint, importance, losses
 from fewstep.config import Config
 from fewstep.denoiser import Cond, Denoiser
+from fewstep.metrics import MetricsLog, known, rms, spread_of
 from fewstep.prompts import Batches
 from fewstep.rewards.base import OnlineReward, Reward, RewardError, checked
 from fewstep.rewards.heldout import HeldOut, Parting
 from fewstep.student import Student
-from fewstep.transforms import advantages, group_rms, modulate, pull
+from fewstep.transforms import advantages, modulate, pull
 from fewstep.types import Rollout, Sample, Signal
 from fewstep.weights import Adaptive, Fixed
 
@@ -88,44 +88,17 @@ def optimizer_class(name: str) -> Any:
     return AdamW8bit
 
 
-def rms(value: Tensor) -> float:
-    return float(value.detach().double().pow(2).mean().sqrt())
-
-
-def spread_of(score: Tensor, group: Tensor) -> dict[str, float]:
-    """What there is to learn from scores (B,) inside groups (B,) of two or more: `spread` and `spread_min`, mean and smallest of the
-    groups' standard deviations, in the reward's unit; `constant_groups`, the share of groups whose scores are all the same and offer no
-    advantage; `advantage_max`, the largest advantage. A score that is not finite is left out. NaN without such a group."""
-    valid = torch.isfinite(score)
-    score, group = score[valid].double(), group[valid]
-    _, index, count = torch.unique(group, return_inverse=True, return_counts=True)
-    several = count > 1
-    if not bool(several.any()):
-        return dict.fromkeys(("spread", "spread_min", "constant_groups", "advantage_max"), math.nan)
-    mean = score.new_zeros(len(count)).index_add_(0, index, score) / count
-    std = group_rms((score - mean[index])[:, None], group)
-    per_group = std.new_zeros(len(count)).index_put_((index,), std)[several]
-    value = advantages(score, group)
-    moving = score.new_zeros(len(count)).index_add_(0, index, (value != 0).double())  # equal scores have advantages of exactly zero
-    return {
-        "spread": float(per_group.mean()),
-        "spread_min": float(per_group.min()),
-        "constant_groups": float((moving[several] == 0).double().mean()),
-        "advantage_max": float(value.abs().max()),
-    }
-
-
 class Trainer:
     """Distils `student` along the directions of `terms`.
 
     encode: prompts -> conditions, one row each; decode: latents -> images; latent_shapes: (C, H, W) of each size, which
-    the rollouts take in turn; weights: how the terms other than the anchor join it; counted: denoisers by role and whatever else
-    counts its passes, logged. judges: functions of (images, prompts) that score what the rewards score, once a rollout, and push
-    nothing: one with the name of a reward stands beside that one, any other beside all of them. news: what happened since it was last
-    asked, by name, logged after each update.
-    One cycle: a rollout without gradient, then `reuse.rollout` evaluations of the rewards at its states (each state once, at a
-    fresh noise level), each serving up to `reuse.evaluation` student updates; after each evaluation's updates the online
-    rewards learn the rollout's predictions, `updates` times for every student update.
+    the rollouts take in turn; weights: how the terms other than the anchor join it, one for each (ValueError naming one without);
+    counted: denoisers by role and whatever else counts its passes, logged. judges: functions of (images, prompts) that score what the
+    rewards score, once a rollout, and push nothing: one with the name of a reward stands beside that one, any other beside all of them.
+    news: what happened since it was last asked, by name, logged after each update.
+    One cycle: a rollout without gradient, then `reuse.rollout` evaluations of the rewards at its states (in turn: up to K evaluations see
+    each state once, more come round again) at fresh noise levels, each serving up to `reuse.evaluation` student updates; after each
+    evaluation's updates the online rewards learn the rollout's predictions, `updates` times for every student update.
     """
 
     def __init__(
@@ -162,6 +135,9 @@ class Trainer:
         if len(self.anchors) > 1:
             raise ValueError(f"one anchor at most, got {', '.join(self.anchors)}")
         self.weights = weights or Fixed({})
+        unweighted = [name for name, term in terms.items() if not term.anchor and name not in self.weights.now()]
+        if unweighted:
+            raise ValueError(f"no weight for the term {', '.join(unweighted)}: a term other than the anchor joins it by one of `weights`")
         self.counted = counted or {"student": student.denoiser}
         self.news = news or {}
         self.rollout: Rollout | None = None
@@ -224,7 +200,7 @@ class Trainer:
         if self.config.reuse.backward_simulation:
             k = torch.full_like(rollout.group, len(rollout.states) - 1)
         else:
-            # every prompt's group sits at one step; the steps rotate over the evaluations of a rollout, so each state serves once
+            # every prompt's group sits at one step; the steps rotate over the evaluations of a rollout: up to K see each state once
             k = (rollout.group + self.used + self.rollouts) % self.student.steps
         xk = rollout.states[k, torch.arange(len(k), device=k.device)]
         fresh = self.used == 0 or self.config.reuse.backward_simulation
@@ -513,44 +489,57 @@ class Trainer:
         return logs, kl
 
     def step(self) -> dict[str, float]:
-        """One student update and what goes with it; returns what is logged."""
+        """One student update and what goes with it; returns what is logged, finite numbers alone."""
         logs: dict[str, float] = {}
         x0 = weight = None
-        if self.block is not None:  # serve once more, if the student is still where the evaluation was made
-            x0, weight, refused, logs = self.reweigh(self.rollout, self.block)
-            if refused:
-                if self.block.extra is None:
-                    logs |= self.finish_block()
-                else:  # what the other rewards said of x0 bears the move, and may have cost far more
-                    logs |= self.online_updates(self.rollout, self.block.used)
-                    logs |= self.ask_anchor_again(self.rollout, self.block, x0)
+        if self.block is not None:
+            x0, weight, logs = self.serve_again(self.block)
         if self.block is None:
-            lag = None
-            if self.config.reuse.backward_simulation:
-                self.rollout = self.simulate()
-                self.rollouts += 1
-            elif self.rollout is None or self.used == self.config.reuse.rollout:
-                sizes = len(self.latent_shapes)
-                if self.rollout is not None:
-                    self.earlier[(self.rollouts - 1) % sizes] = self.rollout
-                old = self.earlier.pop(self.rollouts % sizes, None)  # outputs of another size are harder or easier to denoise
-                self.rollout, self.used, self.advantages = self.new_rollout(), 0, {}
-                self.rollouts += 1
-                if old is not None:
-                    more, lag = self.lags(self.rollout, old)
-                    logs |= more
-                logs |= self.score_finished(self.rollout)
-            self.block, x0, more = self.evaluate(self.rollout, lag)
+            x0, more = self.evaluate_next()
             logs |= more
         logs |= self.student_update(self.rollout, self.block, x0, weight)
         if self.block.served == self.config.reuse.evaluation:
             logs |= self.finish_block()
         self.update += 1
-        logs |= {f"evaluations/{name}": float(denoiser.cost) for name, denoiser in self.counted.items()}
+        logs = known(logs | {f"evaluations/{name}": float(denoiser.cost) for name, denoiser in self.counted.items()})
         for key, value in logs.items():
             self.running[key] = value if key not in self.running else self.running[key] + 0.1 * (value - self.running[key])
         # not averaged: there is none where nothing happened
         return logs | {f"{name}/{key}": value for name, ask in self.news.items() for key, value in ask().items()}
+
+    def serve_again(self, block: Block) -> tuple[Tensor, Tensor | None, dict[str, float]]:
+        """(x0 today, importance weights or None, logs) of a block's next update; where the student has left the place of its evaluation,
+        R_dm is asked again, or the block is finished if there is nothing else in it."""
+        x0, weight, refused, logs = self.reweigh(self.rollout, block)
+        if refused:
+            if block.extra is None:
+                logs |= self.finish_block()
+            else:  # what the other rewards said of x0 bears the move, and may have cost far more
+                logs |= self.online_updates(self.rollout, block.used)
+                logs |= self.ask_anchor_again(self.rollout, block, x0)
+        return x0, weight, logs
+
+    def evaluate_next(self) -> tuple[Tensor, dict[str, float]]:
+        """(x0 with its graph, logs) of a new block at the next states, those of a new rollout where this one has served."""
+        logs, lag = {}, None
+        if self.config.reuse.backward_simulation:
+            self.rollout = self.simulate()
+            self.rollouts += 1
+        elif self.rollout is None or self.used == self.config.reuse.rollout:
+            logs, lag = self.roll_out()
+        self.block, x0, more = self.evaluate(self.rollout, lag)
+        return x0, logs | more
+
+    def roll_out(self) -> tuple[dict[str, float], float | None]:
+        """Puts a new rollout in the place of the last and scores its samples for the policies; (logs, the anchor's lag or None)."""
+        sizes = len(self.latent_shapes)
+        if self.rollout is not None:
+            self.earlier[(self.rollouts - 1) % sizes] = self.rollout
+        old = self.earlier.pop(self.rollouts % sizes, None)  # outputs of another size are harder or easier to denoise
+        self.rollout, self.used, self.advantages = self.new_rollout(), 0, {}
+        self.rollouts += 1
+        logs, lag = ({}, None) if old is None else self.lags(self.rollout, old)
+        return logs | self.score_finished(self.rollout), lag
 
     def finish_block(self) -> dict[str, float]:
         """The evaluation has served: now the online rewards may change, as often as the student did."""
@@ -685,41 +674,3 @@ def copy_parameters(own: Parameters, saved: dict[str, Tensor], who: str) -> None
         )
     for name, parameter in own.items():
         parameter.copy_(saved[name])
-
-
-class MetricsLog:
-    """metrics.jsonl, one line an update, and TensorBoard when it is installed. Lines past `update` are of a lost run: dropped."""
-
-    def __init__(self, output: Path, update: int):
-        self.path = output / "metrics.jsonl"
-        kept = []
-        if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if line and is_before(line, update)]
-        self.path.write_text("".join(line + "\n" for line in kept))
-        self.file = self.path.open("a")
-        self.board = None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            return
-        self.board = SummaryWriter(str(output / "tensorboard"), purge_step=update + 1)
-
-    def write(self, update: int, logs: dict[str, float]) -> None:
-        self.file.write(json.dumps({"update": update, **logs}) + "\n")
-        self.file.flush()
-        if self.board:
-            for key, value in logs.items():
-                self.board.add_scalar(key, value, update)
-
-    def close(self) -> None:
-        self.file.close()
-        if self.board:
-            self.board.close()
-
-
-def is_before(line: str, update: int) -> bool:
-    """Whether a metrics line belongs to an update that the checkpoint holds; a line cut by a kill does not."""
-    try:
-        return json.loads(line)["update"] <= update
-    except (ValueError, KeyError):
-        return False

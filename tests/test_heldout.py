@@ -10,11 +10,11 @@ from test_trainer import brightness, redness, run_of
 
 from fewstep import checkpoint, cli, composition, flags
 from fewstep.errors import UserError
+from fewstep.metrics import rms, spread_of
 from fewstep.prompts import read
 from fewstep.rewards import sources
 from fewstep.rewards.heldout import HeldOut, Parting, parting
 from fewstep.run import judge_records
-from fewstep.trainer import rms, spread_of
 from fewstep.types import Sample
 
 BLOCK, WINDOW = Parting.BLOCK, Parting.WINDOW

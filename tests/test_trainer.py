@@ -12,10 +12,13 @@ import torch
 
 from fewstep import checkpoint, composition, flags
 from fewstep.errors import UserError
+from fewstep.metrics import MetricsLog
 from fewstep.prompts import read
 from fewstep.rewards.base import PixelReward, RewardError, as_reward
+from fewstep.trainer import Term, Trainer
 from fewstep.transforms import advantages
 from fewstep.types import Signal
+from fewstep.weights import Fixed
 
 OPTIONS = [
     *("--groups", "2", "--group-size", "2", "--reuse.rollout", "3", "--save-every", "100"),
@@ -582,6 +585,48 @@ def test_metrics_lines_of_a_lost_run_are_dropped(teacher_folder, prompt_file, tm
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["update"] for line in lines] == [1, 2, 3]
     assert {"loss", "grad_norm", "dm/score", "dm/own_loss", "seconds"} <= lines[2].keys()
+
+
+def test_metrics_are_numbers_and_a_missing_one_does_not_stay(teacher_folder, prompt_file, tmp_path):
+    """At a group size of 1 there is no spread inside groups: the key is left out, for NaN is no JSON and would fill the running mean."""
+    trainer = run_of(teacher_folder, prompt_file, "--group-size", "1", "--reward.redness", "0.3", "--fake.updates", "0").trainer
+    asked, broken = trainer.terms["redness"].reward, iter([True, False])
+
+    def without_direction(sample):
+        signal = asked(sample)
+        return signal._replace(direction=torch.zeros_like(signal.direction)) if next(broken) else signal
+
+    trainer.terms["redness"].reward = without_direction
+    matching = trainer.terms["dm"].reward
+    trainer.terms["dm"].reward = lambda sample: matching(sample)._replace(direction=torch.zeros_like(sample.x0))
+    stops = iter([False, True])
+    logs = list(trainer.run(tmp_path, stop=lambda: next(stops)))
+
+    def refuse(word):
+        raise AssertionError(f"{word} in metrics.jsonl")
+
+    lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(value) for value in [*trainer.running.values(), *logs[0].values(), *logs[1].values()])
+    assert all("redness/score" in line and "redness/spread" not in line for line in lines)
+    assert ["redness/share" in line for line in lines] == [False, True]  # of an update that nothing pushes there is none
+    with pytest.raises(ValueError, match="JSON"):
+        MetricsLog(tmp_path, 0).write(1, {"loss": math.inf})
+
+
+def test_a_term_without_a_weight_is_named(teacher_folder, prompt_file):
+    run = run_of(teacher_folder, prompt_file)
+    old, terms = run.trainer, {**run.trainer.terms, "mine": Term(as_reward(redness, "mine"))}
+
+    def trainer(weights):
+        return Trainer(
+            old.student, old.parameters, terms, old.batches, encode=old.encode, decode=old.decode,
+            latent_shapes=old.latent_shapes, config=old.config, weights=weights,
+        )  # fmt: skip
+
+    for weights in (None, Fixed({"other": 1.0})):
+        with pytest.raises(ValueError, match="no weight for the term mine"):
+            trainer(weights)
+    assert trainer(Fixed({"mine": 0.0})).step()["mine/weight"] == 0
 
 
 def test_a_checkpoint_of_another_network_is_refused(teacher_folder, prompt_file):

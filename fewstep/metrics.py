@@ -1,0 +1,83 @@
+"""What an update logs: numbers of directions and scores, and the file that keeps them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewstep.transforms import advantages, group_rms
+
+
+def rms(value: Tensor) -> float:
+    return float(value.detach().double().pow(2).mean().sqrt())
+
+
+def spread_of(score: Tensor, group: Tensor) -> dict[str, float]:
+    """What there is to learn from scores (B,) inside groups (B,) of two or more: `spread` and `spread_min`, mean and smallest of the
+    groups' standard deviations, in the reward's unit; `constant_groups`, the share of groups whose scores are all the same and offer no
+    advantage; `advantage_max`, the largest advantage. A score that is not finite is left out. NaN without such a group."""
+    valid = torch.isfinite(score)
+    score, group = score[valid].double(), group[valid]
+    _, index, count = torch.unique(group, return_inverse=True, return_counts=True)
+    several = count > 1
+    if not bool(several.any()):
+        return dict.fromkeys(("spread", "spread_min", "constant_groups", "advantage_max"), math.nan)
+    mean = score.new_zeros(len(count)).index_add_(0, index, score) / count
+    std = group_rms((score - mean[index])[:, None], group)
+    per_group = std.new_zeros(len(count)).index_put_((index,), std)[several]
+    value = advantages(score, group)
+    moving = score.new_zeros(len(count)).index_add_(0, index, (value != 0).double())  # equal scores have advantages of exactly zero
+    return {
+        "spread": float(per_group.mean()),
+        "spread_min": float(per_group.min()),
+        "constant_groups": float((moving[several] == 0).double().mean()),
+        "advantage_max": float(value.abs().max()),
+    }
+
+
+def known(logs: dict[str, float]) -> dict[str, float]:
+    """What has a number: NaN and inf are left out, which JSON has no word for and a running mean would keep for ever."""
+    return {key: value for key, value in logs.items() if math.isfinite(value)}
+
+
+class MetricsLog:
+    """metrics.jsonl, one line an update, and TensorBoard when it is installed. Lines past `update` are of a lost run: dropped."""
+
+    def __init__(self, output: Path, update: int):
+        self.path = output / "metrics.jsonl"
+        kept = []
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if line and is_before(line, update)]
+        self.path.write_text("".join(line + "\n" for line in kept))
+        self.file = self.path.open("a")
+        self.board = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self.board = SummaryWriter(str(output / "tensorboard"), purge_step=update + 1)
+
+    def write(self, update: int, logs: dict[str, float]) -> None:
+        """Append what an update logged, finite numbers alone (`known`). Raises ValueError for any other."""
+        self.file.write(json.dumps({"update": update, **logs}, allow_nan=False) + "\n")
+        self.file.flush()
+        if self.board:
+            for key, value in logs.items():
+                self.board.add_scalar(key, value, update)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board:
+            self.board.close()
+
+
+def is_before(line: str, update: int) -> bool:
+    """Whether a metrics line belongs to an update that the checkpoint holds; a line cut by a kill does not."""
+    try:
+        return json.loads(line)["update"] <= update
+    except (ValueError, KeyError):
+        return False
