@@ -46,7 +46,10 @@ def target(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, kind: Predicti
 
 
 def score(x0: Tensor, xt: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """grad log p_t(xt) = (alpha E[x0 | xt] - xt) / sigma^2 (Tweedie). Raises ValueError where sigma = 0."""
+    """grad log p_t(xt) = (alpha E[x0 | xt] - xt) / sigma^2 (Tweedie). Raises ValueError where sigma = 0.
+
+    Eq. (1) has it cancel out of the product's own arithmetic: it is here for tests, which hold it to closed forms (truth 2).
+    """
     if bool((sigma == 0).any()):
         raise ValueError("a score needs noise: sigma = 0 is the data itself")
     return (bcast(alpha, xt) * x0 - xt) / bcast(sigma, xt) ** 2
