@@ -262,7 +262,7 @@ def survivors(mutants: list[Mutant], jobs: int) -> Iterator[tuple[Mutant, str]]:
 # (module, the line as the mutant has it) -> why no test can tell it from the original
 ONE_DIMENSION = "the tensor has one dimension: -1 is 0"
 SAME_SIZE = "both have the same shape, type and device, and only those are asked"
-OVERWRITTEN = "set before it is read, or only a default of the constructor that nobody gives"
+OVERWRITTEN = "set before it is read"
 AT_EQUALITY = "differs only where two computed numbers are exactly equal, and both answers are right there"
 HARMLESS: dict[tuple[str, str], str] = {
     ("losses", "if log_prob.ndim != 2 or log_prob.shape != old_log_prob.shape or advantage.shape != old_log_prob.shape[:1]:"):
@@ -335,12 +335,11 @@ HARMLESS: dict[tuple[str, str], str] = {
     ("weights", "return min(log_weight + eta * min( 1.0,max(1 - kl / budget, -1.0)), math.log(cap))"): "min is symmetric",
     ("weights", "return min(log_weight + eta * min(max( -1.0,1 - kl / budget), 1.0), math.log(cap))"): "max is symmetric",
     ("weights", "return max( 1 / (count + 1),1 - decay)"): "max is symmetric",
-    ("weights", "log_weight: float = field(default=0.0, init=True)"): OVERWRITTEN,
     ("weights", "log_weight: float = field(default= 1.0, init=False)"): OVERWRITTEN,
     ("weights", "log_weight: float = field(default= -1.0, init=False)"): OVERWRITTEN,
-    ("weights", "kl: float | None = field(default=None, init=True)"): OVERWRITTEN,
-    ("weights", "lag: float | None = field(default=None, init=True)"): OVERWRITTEN,
-    ("weights", "b: float | None = field(default=None, init=True)"): OVERWRITTEN,
+    ("weights", "integral: float = field(default= 1.0, init=False)  # the log weight without its lead: the sum of the errors"): OVERWRITTEN,
+    ("weights", "integral: float = field(default= -1.0, init=False)  # the log weight without its lead: the sum of the errors"): OVERWRITTEN,
+    ("weights", "if not self.told and self.log_weight <= math.log(self.start) - UNREACHED:"): AT_EQUALITY,
     ("weights", "if following <= self.log_weight or known_lag <= self.lag_limit * self.b:"): "nothing changes when the two are equal",
     ("weights", "if following < self.log_weight or known_lag < self.lag_limit * self.b:"): AT_EQUALITY,
 }  # fmt: skip

@@ -2,11 +2,12 @@
 
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 
 from fewstep.config import WeightsConfig
-from fewstep.weights import Adaptive, dual_step
+from fewstep.weights import Adaptive, Fixed, dual_step
 
 
 def test_the_weight_grows_below_the_budget_and_shrinks_above():
@@ -91,6 +92,21 @@ def test_a_budget_below_what_can_be_reached_and_a_kl_without_a_sign_are_refused(
     for score in (0.3, 0.0):
         with pytest.raises(FloatingPointError, match="warmup"):
             Adaptive({"a": 1.0}, budget=1.5, warmup=1).observe(score, None)
+
+
+def test_fixed_weights_are_those_given_whatever_is_observed():
+    weights = Fixed({"a": 0.3})
+    assert weights.observe(-5.0, 1.0) == {} and weights.now() == {"a": 0.3} and weights.state() == {}
+
+
+def test_what_it_measures_is_no_argument():
+    """A fresh one has measured nothing, and starts with its sum of errors where the weight starts."""
+    weights = Adaptive({"a": 1.0}, budget=1.5, warmup=1, start=0.2)
+    assert weights.log_weight == weights.integral == math.log(0.2) and weights.told is False
+    assert weights.kl is weights.lag is weights.b is None
+    for name in ("log_weight", "integral", "kl", "lag", "b", "told"):
+        with pytest.raises(TypeError, match=name):
+            Adaptive({"a": 1.0}, budget=1.5, warmup=1, **{name: getattr(weights, name)})
 
 
 def test_state_round_trip_goes_on_alike():
@@ -179,3 +195,17 @@ def test_a_budget_out_of_reach_is_told_once():
         for _ in range(200):
             weights.observe(-1.6, None)
     assert len(told) == 1
+
+
+@pytest.mark.parametrize("share, told", [(0.99, 0), (0.999, 0), (1.001, 1), (1.01, 1)])
+def test_a_budget_is_out_of_reach_once_the_weight_is_a_hundredth_of_its_start(share, told):
+    weights = Adaptive({"a": 1.0}, budget=1.0, warmup=1)
+    weights.observe(-1.0, None)
+    eta = weights.eta * (1 + 1 / (1 - weights.decay))  # of the sum and its lead, for a KL beyond the clip
+    weights.kl = 100.0
+    weights.integral = weights.log_weight = math.log(weights.start) - share * math.log(100) + eta
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        weights.observe(-100.0, None)
+    assert weights.log_weight == pytest.approx(math.log(weights.start) - share * math.log(100)) and len(found) == told
+    assert all(Path(each.filename) == Path(__file__) for each in found)  # it points at who observes, not into the library
