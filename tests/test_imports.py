@@ -35,7 +35,7 @@ TABLE = {
     "models": "config denoiser schedule",
     "world": "checkpoint evaluate rewards.clip",
     "trainer": "checkpoint config denoiser importance losses metrics prompts rewards.base rewards.heldout student transforms types weights",
-    "evaluate": "denoiser prompts rewards.base rewards.clip rewards.distribution rewards.remote rewards.sources types",
+    "evaluate": "denoiser export prompts rewards.base rewards.clip rewards.distribution rewards.remote rewards.sources types",
     "needs": "config models",
     "flags": "config errors models rewards.sources",
     "export": "checkpoint config evaluate models world",
@@ -46,7 +46,7 @@ TABLE = {
     "compare": "composition config cost evaluate export flags models rewards.clip rewards.serve types weights world",
     "cli": "compare composition config errors evaluate evaluate.command export flags models run world "
     "rewards rewards.convert rewards.serve",
-    "fewstep": "flags run",
+    "fewstep": "export flags run",
 }  # fmt: skip
 DIFFUSERS = {"fewstep", "models", "export", "world", "evaluate", "trainer"}
 # scorers' packages, by the files of rewards that may name them
