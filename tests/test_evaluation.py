@@ -394,6 +394,7 @@ def test_a_resumed_evaluation_is_an_unbroken_one(tmp_path):
                 raise Stop
             return super().__call__(**options)
 
+    Tired.__name__ = Pipe.__name__  # a pipeline is told by its class too
     whole = evaluated(Pipe(), tmp_path / "whole")
     with pytest.raises(Stop):
         evaluated(Tired(), tmp_path / "broken")
