@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,16 @@ def naming(folder: Path) -> Iterator[None]:
         if error.errno not in DISK or error.filename is not None:
             raise
         raise OSError(error.errno, f"could not be written to: {error.strerror}", str(folder)) from error
+
+
+def check_writable(name: str, folder: Path) -> None:
+    """Makes the folder and tries to write in it. name: of the flag or field that gave it. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{name}: cannot write to {folder} ({error.strerror})") from error
 
 
 def nearest(word: str, known: Any) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.composition import HELD_OUT, Run, assets, build, check_backbone, check_judges, check_rewards, resolve_hardware, resolve_teacher
-from fewstep.errors import UserError, naming
+from fewstep.errors import UserError, check_writable, naming
 from fewstep.evaluate.command import measure_student
 from fewstep.flags import as_plain, as_values
 
@@ -46,13 +46,7 @@ def check_output(config: Config) -> None:
         for name in RUN_FILES:  # what fewstep wrote, nothing else
             path = output / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        probe = output / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"output: cannot write to {output} ({error.strerror})") from error
+    check_writable("output", output)
 
 
 def check_same_run(config: Config, path: Path) -> None:

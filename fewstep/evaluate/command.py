@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.composition import OWN_JUDGE, resolve_teacher
-from fewstep.errors import UserError, nearest
+from fewstep.errors import UserError, check_writable, nearest
 from fewstep.flags import check_student, saved_config, student_parser, table_flags
 
 if TYPE_CHECKING:
@@ -178,19 +177,6 @@ def read_options(arguments: list[str]) -> Any:
     return options
 
 
-def check_writable(output: Path, folders: dict[str, Path]) -> None:
-    """Whether the report, and what is kept in folders (by the flag that names each), can be written. Raises UserError."""
-    if output.is_dir():
-        raise UserError(f"--output: {output} is a folder; name the report's file")
-    for flag, folder in {"--output": output.parent, **folders}.items():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise UserError(f"{flag}: cannot write to {folder} ({error.strerror})") from error
-
-
 def check_instruments(options: Any) -> None:
     """Whether there is something to draw and to measure with: only the embedded world brings its own. Raises UserError."""
     if options.prompts is None:
@@ -242,7 +228,11 @@ def command(arguments: list[str]) -> int:
     others = {str(path): read_report(path) for path in options.beside}
     if output.resolve() in (path.resolve() for path in options.beside):
         raise UserError(f"--beside: {output} is where this report goes; give it another --output")
-    check_writable(output, {"what is kept": work} | ({"--keep-images": options.keep_images} if options.keep_images else {}))
+    if output.is_dir():
+        raise UserError(f"--output: {output} is a folder; name the report's file")
+    for name, where in (("--output", output.parent), ("what is kept", work), ("--keep-images", options.keep_images)):
+        if where is not None:
+            check_writable(name, where)
     if against != "world":
         check_instruments(options)
 
@@ -251,12 +241,8 @@ def command(arguments: list[str]) -> int:
 
     models.quiet_libraries()
     device = evaluation_device()
-    told: dict[str, Any] = {"steps": steps, "seed": options.seed, "batch": options.batch, "device": device, "precision": options.precision}
-    told |= {
-        "teacher_steps": options.teacher_steps,
-        "keep_images": options.keep_images,
-        "work": work,
-    }
+    told: dict[str, Any] = {"steps": steps, "device": device, "work": work}
+    told |= {name: getattr(options, name) for name in ("seed", "batch", "precision", "teacher_steps", "keep_images")}
     try:
         if teacher is not None:
             default = config.teacher_guidance if config else models.family(teacher).default_guidance
