@@ -144,14 +144,6 @@ def check_judges(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def server_of(function: Any) -> Any:
-    """The Remote that a reward or a judge is or that its function belongs to; None where there is no server."""
-    from fewstep.rewards.remote import Remote
-
-    holder = getattr(function, "__self__", function)
-    return holder if isinstance(holder, Remote) else None
-
-
 def make_judges(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
     """Functions of (images, prompts) by judge. Raises UserError."""
     from fewstep import world
@@ -251,6 +243,7 @@ def build(
     from fewstep.cost import Counted
     from fewstep.prompts import Batches
     from fewstep.rewards.distribution import DistributionMatching
+    from fewstep.rewards.remote import server_of
     from fewstep.student import Student
     from fewstep.trainer import Term, Trainer
     from fewstep.weights import Adaptive, Fixed

@@ -168,9 +168,10 @@ def evaluate(
     """
     named = prompts if isinstance(prompts, PromptSet) else None
     texts = named.prompts if named else list(prompts)
+    judges = judges or {}
     check(texts, images_per_prompt, scorers, extractor, data, repeats=named is not None)
     used = told_apart(([of_scorer(extractor, scorers[extractor])] if extractor else []) + list(extractors))
-    check_names(used, scorers, judges or (), shared=extractor is not None)
+    check_names(used, scorers, judges, shared=extractor is not None)
     own = opened(student, device)
     left_out: dict[str, str] = {}
     if min(own.size) < PATCH and any(e.frechet.startswith("patch_fid") for e in used):
@@ -180,7 +181,7 @@ def evaluate(
         shipped = None  # what ships was drawn and seen without these
     drawn_by = {package: version(package) for package in ("torch", "diffusers", "transformers", "fewstep")}
     seen_by = {package: version(package) for package in ("torch-fidelity", "pillow")} if extractors else {}
-    configs = {e.name: e.config for e in used} | {name: config_of(holder) for name, holder in [*scorers.items(), *(judges or {}).items()]}
+    configs = {e.name: e.config for e in used} | {name: config_of(holder) for name, holder in [*scorers.items(), *judges.items()]}
     protocol = Protocol(
         prompts=sha256(texts),
         set=named.name if named else None,
@@ -193,7 +194,7 @@ def evaluate(
         extractor=used[0].name if used else None,
         extractors={e.name: {"weights": e.weights, "resize": e.resize} for e in used},
         scorers={name: fingerprint(scorer.model) for name, scorer in scorers.items()}
-        | {name: identity_of(judge) for name, judge in (judges or {}).items()},
+        | {name: identity_of(judge) for name, judge in judges.items()},
         configs={name: config for name, config in configs.items() if config is not None},
         preprocess={name: preparation(scorer) for name, scorer in scorers.items()},
         utility=utility_hash(utility),
@@ -205,13 +206,12 @@ def evaluate(
         versions=drawn_by | seen_by,
     )
 
-    drawing = Drawing(
-        texts, named.ids if named else None, images_per_prompt, noise, batch, looks(scorers, utility, judges, used), device, progress
-    )
+    seeing, ids = looks(scorers, utility, judges, used), named.ids if named else None
+    drawing = Drawing(texts, ids, images_per_prompt, noise, batch, seeing, judges, device, progress)
     # neither what is compared with, the machine nor who looks at them decide a student's pictures
     others = ("data", "neighbours", "device", "extractor", "extractors", "scorers", "configs", "preprocess", "utility")
     common = protocol.stamp() | dict.fromkeys(others) | {"versions": drawn_by}
-    sampler = Sampler(drawing, deciding(protocol, scorers, list(judges or ()), seen_by), common, keep_images, share, say)
+    sampler = Sampler(drawing, deciding(protocol, scorers, list(judges), seen_by), common, keep_images, share, say)
 
     with tempfile.TemporaryDirectory() as scratch:
         own_folder, folder = Path(work or scratch), Path(cache or scratch)

@@ -32,7 +32,7 @@ from fewstep.evaluate.protocol import Utility, device_name, utility_hash, versio
 from fewstep.evaluate.store import SHARD, Shards, fingerprint, keep, my_share, replace, sha256
 from fewstep.rewards.base import score_of
 from fewstep.rewards.clip import CLIPScore
-from fewstep.rewards.remote import Remote
+from fewstep.rewards.remote import Remote, server_of
 
 Judge = Callable[[Tensor, list[str]], Tensor]  # pictures (B, 3, H, W) in [0, 1] and their B prompts -> (B,), higher is better
 Look = Callable[[Tensor, list[str]], Tensor]  # pictures (B, 3, H, W) in [0, 1] and their B prompts -> what is kept of them, B rows
@@ -64,13 +64,6 @@ def looks(
 def observe(images: Tensor, looks: Mapping[str, Look], prompts: list[str]) -> dict[str, Tensor]:
     """What each look sees of pictures (B, 3, H, W) and their B prompts, B rows, on the CPU."""
     return {name: torch.as_tensor(look(images, prompts)).detach().float().cpu() for name, look in looks.items()}
-
-
-def server_of(look: Look) -> Remote | None:
-    """The server that a judge's look asks, if it asks one."""
-    judge = look.args[0] if isinstance(look, functools.partial) else look
-    holder = getattr(judge, "__self__", judge)
-    return holder if isinstance(holder, Remote) else None
 
 
 def observe_sample(
@@ -161,6 +154,7 @@ class Drawing(NamedTuple):
     noise: Noise
     batch: int
     looks: Mapping[str, Look]
+    judges: Mapping[str, Judge]  # whose scores are among the looks
     device: str | torch.device
     progress: bool
 
@@ -187,7 +181,7 @@ def draw_parts(
     Raises ValueError when a judge's server stays silent, FloatingPointError as `draw` does.
     """
     parts = kept[COST].pictures
-    servers = {name: Hearing(server) for name, look in drawing.looks.items() if (server := server_of(look)) is not None}
+    servers = {f"score/{name}": Hearing(server) for name, judge in drawing.judges.items() if (server := server_of(judge)) is not None}
     batches = [(i, first) for i in wanted for first in range(parts(i).start, parts(i).stop, drawing.batch)]
     told = source.call(row["guidance"]) | {"num_inference_steps": row["steps"]}
     seen: list[dict[str, Tensor]] = []

@@ -176,6 +176,12 @@ class Remote(PixelReward):
         return read_scores(told.get("scores"), count)
 
 
+def server_of(function: Any) -> Remote | None:
+    """The server that a reward or a judge is, or that its function belongs to; None where there is no server."""
+    holder = getattr(function, "__self__", function)
+    return holder if isinstance(holder, Remote) else None
+
+
 def request(method: str, url: str, *, body: bytes | None = None, kind: str | None = None, timeout: float, limit: int = MAX_REPLY,
             ) -> tuple[int, str, bytes]:  # fmt: skip
     """(status, Location or Retry-After, body) of one request. Raises Fault, also when it takes longer than `timeout` in all,
