@@ -294,6 +294,7 @@ class Trainer:
         """(the anchor's part, the other rewards' part or None, logs) of the direction, by `weights.mode` (section 5.2)."""
         own, values = self.config.weights, self.weights.now()
         valid, logs = self.heard(anchor, signals, group)
+        logs |= {f"{name}/weight": values[name] for name in signals}
         if own.mode == "advantage":
             advantage = {name: advantages(signal.score.detach(), group) for name, signal in signals.items()}
             return modulate(anchor, advantage, values), None, logs
@@ -331,7 +332,7 @@ class Trainer:
             finite_or_stop(signal.direction[valid[name]], f"the direction of {name}", self.update)
             cosine = torch.nn.functional.cosine_similarity(signal.direction.flatten(1), anchor.flatten(1))[valid[name]]
             logs |= {f"{name}/direction_rms": rms(signal.direction[valid[name]]), f"{name}/cosine": float(cosine.mean())}
-        return valid, logs | {f"{name}/weight": self.weights.now()[name] for name in signals}
+        return valid, logs
 
     def scored(self, name: str, signal: Signal, size: int) -> tuple[Tensor, float]:
         """(which samples the reward could score (B,), how many it could not). Raises RewardError when too many failed."""

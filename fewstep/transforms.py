@@ -163,6 +163,6 @@ def modulate(anchor: Tensor, advantage: dict[str, Tensor], weights: dict[str, fl
     """
     if not advantage:
         return anchor
-    pushes = torch.stack([weights[name] * value.clamp(-CLIP, CLIP) for name, value in advantage.items()])
-    factor = (1 + pushes.nan_to_num(nan=0.0).sum(0)).clamp(min=0)
+    pushes = [weights[name] * masked(value.clamp(-CLIP, CLIP), ~value.isnan()) for name, value in advantage.items()]
+    factor = (1 + torch.stack(pushes).sum(0)).clamp(min=0)
     return factor.to(anchor).view(-1, *[1] * (anchor.ndim - 1)) * anchor
