@@ -239,14 +239,19 @@ def test_an_importance_weight_is_on_matching_alone(teacher_folder, prompt_file):
     assert_gradients(found, wanted)
 
 
-def test_an_importance_weight_is_todays_density_over_that_of_the_evaluation(teacher_folder, prompt_file):
-    trainer = run_of(teacher_folder, prompt_file, "--reuse.evaluation", "2", "--reuse.min-ess", "0", "--reuse.rho-max", "1.5").trainer
+def reweighed(trainer, factor):
+    """(an evaluation, the x0 it was made at, what `reweigh` says of it once every parameter of the student has moved by a factor)."""
     rollout = trainer.new_rollout()
-    block, _, _ = trainer.evaluate(rollout, None)
+    block, x0, _ = trainer.evaluate(rollout, None)
     with torch.no_grad():
         for parameter in trainer.parameters.values():
-            parameter.mul_(1.002)
-    x0, rho, refused, logs = trainer.reweigh(rollout, block)
+            parameter.mul_(factor)
+    return block, x0, trainer.reweigh(rollout, block)
+
+
+def test_an_importance_weight_is_todays_density_over_that_of_the_evaluation(teacher_folder, prompt_file):
+    trainer = run_of(teacher_folder, prompt_file, "--reuse.evaluation", "2", "--reuse.min-ess", "0", "--reuse.rho-max", "1.5").trainer
+    block, _, (x0, rho, refused, logs) = reweighed(trainer, 1.002)
     assert not refused
     alpha, sigma = (f(block.t).double().view(-1, 1, 1, 1) for f in (trainer.student.schedule.alpha, trainer.student.schedule.sigma))
     now, then = (
@@ -360,12 +365,7 @@ def test_the_adaptive_weight_is_told_the_lag_of_the_second_rollout(teacher_folde
 
 def test_without_weights_an_evaluation_serves_wherever_the_student_is(teacher_folder, prompt_file):
     trainer = run_of(teacher_folder, prompt_file, "--reuse.evaluation", "2", "--reuse.weighted", "false", "--reuse.min-ess", "1").trainer
-    rollout = trainer.new_rollout()
-    block, then, _ = trainer.evaluate(rollout, None)
-    with torch.no_grad():
-        for parameter in trainer.parameters.values():
-            parameter.mul_(1.1)
-    x0, rho, refused, logs = trainer.reweigh(rollout, block)
+    _, then, (x0, rho, refused, logs) = reweighed(trainer, 1.1)
     assert rho is None and not refused and not logs and not torch.equal(x0, then)
 
 
