@@ -35,6 +35,7 @@ def distill(
     from pathlib import Path
 
     from fewstep import flags
+    from fewstep.launch import first_alone_prints
     from fewstep.run import distill as run
 
     weights: dict[str, float] = {}
@@ -49,8 +50,10 @@ def distill(
     beside = {name: judge for name, judge in (judges or {}).items() if not callable(judge)}
     own = {"teacher": teacher, "prompts": prompts, "steps": steps, "output": output, "reward": weights, "scorer": scorers, **config}
     arguments = [*flags.as_arguments(own), *(f"--judge.{name}={source or 'null'}" for name, source in beside.items())]
-    parsed = flags.parse_config(flags.on_family_recipe(arguments))
-    if run(parsed, functions, {name: judge for name, judge in (judges or {}).items() if callable(judge)}) != 0:
+    with first_alone_prints():
+        parsed = flags.parse_config(flags.on_family_recipe(arguments))
+        stopped = run(parsed, functions, {name: judge for name, judge in (judges or {}).items() if callable(judge)}) != 0
+    if stopped:
         raise KeyboardInterrupt(f"stopped early; the run in {output} can be resumed")
     return Path(output)
 

@@ -212,15 +212,16 @@ def newest(root: str | Path, *, only: Collection[str] | None = None) -> tuple[Pa
     return None
 
 
-def rng_state() -> dict[str, Tensor]:
-    """State of torch's default generators (CPU and every CUDA device)."""
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """State of torch's default generators of the CPU and of the device."""
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    if device.type == "cuda":
+        state["device"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def set_rng_state(state: dict[str, Tensor]) -> None:
+def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
-    for i in range(len(state) - 1):
-        torch.cuda.set_rng_state(state[f"cuda{i}"], i)
+    if device.type == "cuda":
+        # an earlier version kept every GPU's by its number
+        torch.cuda.set_rng_state(state["device"] if "device" in state else state[f"cuda{device.index or 0}"], device)

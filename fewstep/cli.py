@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from fewstep.errors import DISK, UserError, nearest  # the rest is each command's own: a reward's server needs little of it
+from fewstep.launch import first_alone_prints, launched
 
 HELP = """usage: fewstep COMMAND [OPTIONS]
 
@@ -64,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return complain(f"{error.filename}: {error.strerror}. {KEPT.get(arguments[0], '')}".strip(), code=1)
     except RuntimeError as error:
+        if type(error).__name__ == "LostProcess":
+            return complain(f"{error}. {KEPT.get(arguments[0], '')}".strip(), code=1)
         if type(error).__name__ != "OutOfMemoryError":  # torch's
             raise
         first = ". ".join(str(error).split(". ")[:2])  # what was asked for; torch goes on about its allocator
@@ -85,7 +88,8 @@ KEPT = {  # after Ctrl-C or a disk that takes no more, by command
 
 
 def complain(message: str, *, code: int = 2) -> int:
-    print(f"fewstep: error: {message}", file=sys.stderr)
+    rank, size = launched()
+    print(f"fewstep: error: {f'process {rank}: ' if size > 1 else ''}{message}", file=sys.stderr)
     return code
 
 
@@ -93,7 +97,8 @@ def distill_command(arguments: list[str]) -> int:
     from fewstep.flags import on_family_recipe, parse_config
     from fewstep.run import distill
 
-    return distill(parse_config(on_family_recipe(arguments)))
+    with first_alone_prints():
+        return distill(parse_config(on_family_recipe(arguments)))
 
 
 def models_command(arguments: list[str]) -> int:

@@ -10,6 +10,7 @@ from fewstep.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from fewstep.config import Config
+    from fewstep.ranks import Ranks
 
 
 OWN_JUDGE = "One of your own: --judge.{} path/to/file.py:function, or a server's address"
@@ -230,18 +231,39 @@ def check_backbone(backbone: Any, config: Config) -> tuple[Any, list[tuple[int, 
     return times, latent_shapes
 
 
+def check_processes(config: Config, size: int) -> None:
+    """Raises UserError where `size` processes cannot share a run's batches: the batch never changes with their number."""
+    if config.groups % size:
+        even = [n for n in range(1, config.groups + 1) if config.groups % n == 0]
+        near = [max(n for n in even if n < size), *(n for n in even if n > size)][:2]
+        raise UserError(
+            f"groups: {size} processes cannot share {config.groups} groups evenly; start {' or '.join(map(str, near))}, "
+            f"or set --groups to a multiple of {size}"
+        )
+    if size > 1 and config.device not in ("auto", "cuda", "cpu"):
+        raise UserError(f"device: {config.device} is one device and there are {size} processes, each of which takes its own: leave it out")
+
+
 def build(
-    config: Config, prompts: list[str], source: str, functions: dict[str, Any] | None = None, judges: dict[str, Any] | None = None
+    config: Config,
+    prompts: list[str],
+    source: str,
+    functions: dict[str, Any] | None = None,
+    judges: dict[str, Any] | None = None,
+    *,
+    ranks: Ranks | None = None,
 ) -> Run:
     """Make teacher, student, fake, rewards and trainer from a config. Deterministic given `config.seed`.
 
-    functions: rewards of the caller's own, by the name that `config.reward` weighs them under; judges: held-out ones, by name.
+    functions: rewards of the caller's own, by the name that `config.reward` weighs them under; judges: held-out ones, by name; ranks: the
+    processes that make the run together.
     """
     import torch
 
     from fewstep import models
     from fewstep.cost import Counted
     from fewstep.prompts import Batches
+    from fewstep.ranks import Ranks
     from fewstep.rewards.distribution import DistributionMatching
     from fewstep.rewards.remote import server_of
     from fewstep.student import Student
@@ -249,7 +271,7 @@ def build(
     from fewstep.weights import Adaptive, Fixed
 
     config = resolve_hardware(config)
-    device = config.device
+    device, ranks = config.device, ranks or Ranks()
     torch.manual_seed(config.seed)
     try:
         backbone = models.load(source, device=device, dtype=models.frozen_dtype(config))
@@ -258,7 +280,8 @@ def build(
     times, latent_shapes = check_backbone(backbone, config)  # before the prompts are encoded, which may take hours
     conditioned = config.fake.condition == "step" and config.steps > 1
     guidance = config.matching.guidance
-    backbone.prepare(prompts)
+    with ranks.first_on_its_machine():
+        backbone.prepare(prompts)
     try:
         roles = backbone.roles(
             lora_rank=config.lora_rank, fake_steps=config.steps if conditioned else 0, guidance=guidance,
@@ -298,5 +321,6 @@ def build(
         counted=counted | {name: other.reward for name, other in others.items() if isinstance(other.reward, Counted)},
         judges=held_out,
         news={name: server.news for name, function in asked.items() if (server := server_of(function)) is not None},
+        ranks=ranks,
     )
     return Run(config, backbone, roles, trainer)

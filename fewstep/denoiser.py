@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fewstep.ranks import Ranks
 from fewstep.schedule import Schedule, bcast
 
 Prediction = Literal["epsilon", "v_prediction", "flow", "sample"]
@@ -60,6 +61,11 @@ def guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor
     return unconditional + guidance * (conditional - unconditional)
 
 
+def widened(value: Tensor) -> Tensor:
+    """A network's output, which may be in half precision, in float32 or more."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
 Cond = dict[str, Tensor]
 
 
@@ -90,6 +96,7 @@ class Denoiser(nn.Module):
     network: called with xt (B, C, H, W), its native timestep (B,) and cond, a dict of tensors with B rows.
     uncond: the condition of the empty prompt, one row; needed for guidance other than 1.
     `largest`: samples that pass through the network together (0: all); of a larger batch one part after the other does.
+    `ranks`: the processes that share a pass without gradient, each holding the whole batch before it and after it; None: no other has it.
     """
 
     def __init__(
@@ -99,6 +106,7 @@ class Denoiser(nn.Module):
         self.network = network
         self.schedule, self.prediction, self.uncond = schedule, prediction, uncond
         self.largest = 0
+        self.ranks: Ranks | None = None
         self.forwards, self.backwards = 0, 0  # network evaluations so far, in samples
 
     @property
@@ -122,6 +130,13 @@ class Denoiser(nn.Module):
     def predict(self, xt: Tensor, t: Tensor, cond: Any) -> Tensor:
         """The network's own prediction, in its own parametrisation. t (B,) in [0, 1]."""
         timestep = self.schedule.timestep_of(t)
+        if self.ranks is None or torch.is_grad_enabled():
+            return self.pass_through(xt, timestep, cond)
+        own = self.ranks.rows(len(xt))
+        return self.ranks.gather(self.pass_through(xt[own], timestep[own], {key: value[own] for key, value in cond.items()}))
+
+    def pass_through(self, xt: Tensor, timestep: Tensor, cond: Any) -> Tensor:
+        """The network's output (B, C, H, W), part by part where the batch is larger than `largest`."""
         if not 0 < self.largest < len(xt):
             return self.counted(self.network(xt, timestep, cond))
         parts = [slice(at, at + self.largest) for at in range(0, len(xt), self.largest)]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.config import Config
+from fewstep.launch import launched
 from fewstep.models import UnsupportedTeacher, family, frozen_dtype
 from fewstep.models.backbone import Backbone, Roles
 
@@ -197,7 +198,7 @@ def measure(source: str, config: Config, prompts: int) -> Needs:
     frozen = frozen_dtype(config)
     backbone = skeleton(source, frozen)
     batch = config.groups * config.group_size
-    together = min(config.memory.micro_groups * config.group_size or batch, batch)
+    together = groups_together(config) * config.group_size
     text, decoder = (size(p for m in modules for p in m.parameters()) for modules in (backbone.text_modules(), [backbone.pipe.vae]))
     parameters, base = sum(p.numel() for p in backbone.model.parameters()), size(backbone.model.parameters())
     guided = config.matching.guidance != 1 and backbone.embedded_guidance is None
@@ -268,6 +269,15 @@ SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
+def share(config: Config) -> int:
+    """Groups of a batch that each of the launched processes has."""
+    return config.groups // launched()[1]
+
+
+def groups_together(config: Config) -> int:
+    return min(config.memory.micro_groups or share(config), share(config))
+
+
 def savings(source: str, config: Config, prompts: int) -> list[tuple[str, int]]:
     """(flag, bytes of the device's memory that a run with it needs) of what is not yet turned on, one at a time, then LoRA."""
     found = []
@@ -295,9 +305,9 @@ def capacity(device: str) -> tuple[int, str]:
 
 def largest_part(config: Config, needs: Needs, room: float) -> int:
     """The most prompts that may pass together (memory.micro_groups) in `room` bytes: activations alone grow with them."""
-    together = config.memory.micro_groups or config.groups
+    together = groups_together(config)
     spare = room - (needs.training - needs.activations)
-    return min(max(together, int(spare * together // needs.activations)), config.groups)
+    return min(max(together, int(spare * together // needs.activations)), share(config))
 
 
 def report(source: str, config: Config, prompts: int) -> str:
@@ -308,10 +318,11 @@ def report(source: str, config: Config, prompts: int) -> str:
     def gib(value: int) -> str:
         return f"{value / GIB:8.2f} GiB"
 
+    each = f"each of {launched()[1]} processes, " if launched()[1] > 1 else ""
     student = "full weights" if not config.lora_rank else f"LoRA of rank {config.lora_rank}"
     lines = [
         f"{config.teacher}: {needs.parameters / 1e6:,.1f} M parameters; {student}, {needs.trained / 1e6:,.1f} M trained for the student",
-        f"on {config.device} in {config.precision}, frozen parts in {config.memory.frozen}:",
+        f"{each}on {config.device} in {config.precision}, frozen parts in {config.memory.frozen}:",
         f"  {gib(needs.networks)}  teacher, student and fake",
         f"  {gib(needs.optimizer)}  optimizers' moments and the student's average",
         f"  {gib(needs.gradients)}  gradients",

@@ -6,13 +6,26 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewstep.composition import HELD_OUT, Run, assets, build, check_backbone, check_judges, check_rewards, resolve_hardware, resolve_teacher
+from fewstep.composition import (
+    HELD_OUT,
+    Run,
+    assets,
+    build,
+    check_backbone,
+    check_judges,
+    check_processes,
+    check_rewards,
+    resolve_hardware,
+    resolve_teacher,
+)  # fmt: skip
 from fewstep.errors import UserError, check_writable, naming
 from fewstep.evaluate.command import measure_student
 from fewstep.flags import as_plain, as_values
+from fewstep.launch import launched
 
 if TYPE_CHECKING:
     from fewstep.config import Config
+    from fewstep.ranks import Ranks
 
 
 RUN_FILES = (
@@ -84,37 +97,41 @@ def read_prompts(config: Config) -> list[str]:
 
 
 def distill(config: Config, functions: dict[str, Any] | None = None, judges: dict[str, Any] | None = None) -> int:
-    """Check, train, export, measure. functions, judges: rewards and judges of the caller's own. Returns the exit code."""
+    """Check, train, export, measure. functions, judges: rewards and judges of the caller's own. Returns the exit code.
+
+    Of several processes (torchrun's) each trains on its share of every batch, and the first alone writes and measures.
+    """
     prompts = read_prompts(config)
     functions = check_rewards(config, functions or {})
     judges = check_judges(config, judges or {})
     source = resolve_teacher(config.teacher)
+    from fewstep.ranks import Ranks
+
+    rank, size = launched()
+    check_processes(config, size)
     if config.dry_run:
-        return dry_run(config, source, len(prompts))
-    check_output(config)
+        return dry_run(config, source, len(prompts)) if rank == 0 else 0
+    if rank == 0:
+        check_output(config)
+    ranks = Ranks.join()
+    code = carry_out(config, prompts, source, functions, judges, ranks)
+    ranks.leave()
+    return code
+
+
+def carry_out(config: Config, prompts: list[str], source: str, functions: dict[str, Any], judges: dict[str, Any], ranks: Ranks) -> int:
+    """Build, train, export, measure what has been checked. Returns the exit code."""
     import yaml
 
-    output = Path(config.output)
+    output, first = Path(config.output), ranks.rank == 0
     from fewstep import checkpoint, models
     from fewstep.rewards import sources
 
     models.quiet_libraries()
-
-    state = None
-    if config.resume:
-        checkpoint.clear(output / "checkpoints")
-        try:
-            found = checkpoint.newest(output / "checkpoints")
-        except checkpoint.DamagedCheckpoint as error:
-            raise UserError(f"resume: {error}") from error
-        if found is None:
-            print("no checkpoint was saved yet: starting from update 0")
-        else:
-            folder, state = found
-            print(f"going on from {folder.name}")
-    run = build(config, prompts, source, functions, judges)
+    folder, state = find_checkpoint(output / "checkpoints", ranks) if config.resume else (None, None)
+    run = build(config, prompts, source, functions, judges, ranks=ranks)
     config = run.config
-    print(f"training on {config.device} in {config.precision}")
+    print(f"training on {config.device} in {config.precision}" + (f", {ranks.size} processes" if ranks.size > 1 else ""))
     cut = run.backbone.cut(prompts)
     if cut:
         print(f"{len(cut)} of {len(prompts)} prompts are longer than the text encoder reads and are cut, the first: {cut[0]!r}")
@@ -128,16 +145,38 @@ def distill(config: Config, functions: dict[str, Any] | None = None, judges: dic
                 f"resume: {folder} holds no {error}: another version of fewstep saved it. Go on with that one, or anew with --overwrite"
             ) from error
     with naming(output):
-        kept = as_plain(config) | {"resume": False, "overwrite": False}  # of this call, not of the run
-        (output / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False))
-        told = sources.records(config.reward, config.scorer, functions, assets=assets(config))
-        told |= {f"judge.{name}": record for name, record in judge_records(config, judges).items()}
-        for line in sources.write_records(output / "rewards.json", told, run.trainer.update):
-            print(line)
+        if first:
+            kept = as_plain(config) | {"resume": False, "overwrite": False}  # of this call, not of the run
+            (output / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False))
+            told = sources.records(config.reward, config.scorer, functions, assets=assets(config))
+            told |= {f"judge.{name}": record for name, record in judge_records(config, judges).items()}
+            for line in sources.write_records(output / "rewards.json", told, run.trainer.update):
+                print(line)
         if not train(run, output, prompts):
             return 130
-        finish(run, output, source, prompts)
+        if first:
+            finish(run, output, source, prompts)
+        ranks.wait()  # what is returned is there for all
         return 0
+
+
+def find_checkpoint(root: Path, ranks: Ranks) -> tuple[str | None, Any]:
+    """(name, contents) of the newest valid checkpoint, or (None, None). Raises UserError where none can be read, or the processes do not
+    see the same one."""
+    from fewstep import checkpoint
+
+    if ranks.rank == 0:
+        checkpoint.clear(root)
+    ranks.wait()
+    try:
+        found = checkpoint.newest(root)
+    except checkpoint.DamagedCheckpoint as error:
+        raise UserError(f"resume: {error}") from error
+    seen = ranks.told(found and found[0].name)
+    if len(set(seen)) > 1:
+        raise UserError(f"resume: the processes see other checkpoints under {root} ({seen}); it must lie on a disk that all machines share")
+    print("no checkpoint was saved yet: starting from update 0" if found is None else f"going on from {found[0].name}")
+    return (None, None) if found is None else (found[0].name, found[1])
 
 
 def judge_records(config: Config, functions: dict[str, Any]) -> dict[str, dict[str, str]]:
@@ -179,9 +218,11 @@ def train(run: Run, output: Path, prompts: list[str]) -> bool:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     stopping: list[int] = []
+    ranks = run.trainer.ranks
 
     def ask_to_stop(number: int, frame: Any) -> None:
-        if stopping:  # a second Ctrl-C does not wait
+        # a second Ctrl-C does not wait; of several processes each hears one from the terminal and one from the launcher
+        if len(stopping) > (ranks.size > 1):
             raise KeyboardInterrupt
         stopping.append(number)
         print("\nstopping: saving at the end of this update", flush=True)
@@ -208,12 +249,13 @@ def train(run: Run, output: Path, prompts: list[str]) -> bool:
                         f"update {trainer.update}/{config.updates}  R_dm {shown['score']}  lag {shown['lag']}  {shown['rate']} updates/s",
                         flush=True,
                     )
-                if config.sample_every and trainer.update % config.sample_every == 0 and trainer.update < config.updates:
+                due = config.sample_every and trainer.update % config.sample_every == 0 and trainer.update < config.updates
+                if due and ranks.rank == 0:
                     draw_progress(run, output, grid_prompts(config, prompts))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if stopping and trainer.update < config.updates:
+    if trainer.update < config.updates:
         print(f"stopped at update {trainer.update} of {config.updates}; saved. Go on with: fewstep distill --output {output} --resume")
         return False
     return True

@@ -98,8 +98,3 @@ class Student:
             for k in range(self.steps - 1)
         ]
         return torch.stack(columns, 1)
-
-    def old_log_prob(self, rollout: Rollout) -> Tensor:
-        """The same under the weights that made the rollout, from the predictions it kept: no network call, (B, K-1)."""
-        columns = [self.transition_log_prob(rollout.x0[k], rollout.states[k + 1], k) for k in range(self.steps - 1)]
-        return torch.stack(columns, 1)

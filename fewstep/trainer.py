@@ -6,10 +6,10 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from fewstep import checkpoint, importance, losses
 from fewstep.config import Config
-from fewstep.denoiser import Cond, Denoiser
+from fewstep.denoiser import Cond, Denoiser, widened
 from fewstep.metrics import MetricsLog, known, rms, spread_of
 from fewstep.prompts import Batches
+from fewstep.ranks import Ranks
 from fewstep.rewards.base import OnlineReward, Reward, RewardError, checked
 from fewstep.rewards.heldout import HeldOut, Parting
 from fewstep.student import Student
@@ -64,6 +65,13 @@ class Block:
     served: int = 0  # updates that the other rewards' part has
 
 
+class Prediction(NamedTuple):
+    """The student's x0 of a batch."""
+
+    whole: Tensor  # (B, C, H, W), without its graph
+    own: Tensor | None  # this process's rows with their graph; None where they are several parts: an update predicts each of them again
+
+
 def finite_or_stop(value: Tensor, what: str, update: int) -> None:
     """NaN or inf stops the run before anything is updated with it."""
     if not bool(torch.isfinite(value).all()):
@@ -95,7 +103,8 @@ class Trainer:
     the rollouts take in turn; weights: how the terms other than the anchor join it, one for each (ValueError naming one without);
     counted: denoisers by role and whatever else counts its passes, logged. judges: functions of (images, prompts) that score what the
     rewards score, once a rollout, and push nothing: one with the name of a reward stands beside that one, any other beside all of them.
-    news: what happened since it was last asked, by name, logged after each update.
+    news: what happened since it was last asked, by name, logged after each update. ranks: the processes that share the run's batches, whole
+    groups each (ValueError where they cannot share them evenly); the first one logs and saves.
     One cycle: a rollout without gradient, then `reuse.rollout` evaluations of the rewards at its states (in turn: up to K evaluations see
     each state once, more come round again) at fresh noise levels, each serving up to `reuse.evaluation` student updates; after each
     evaluation's updates the online rewards learn the rollout's predictions, `updates` times for every student update.
@@ -117,10 +126,19 @@ class Trainer:
         counted: dict[str, Any] | None = None,
         judges: dict[str, Callable[[Tensor, list[str]], Any]] | None = None,
         news: dict[str, Callable[[], dict[str, float]]] | None = None,
+        ranks: Ranks | None = None,
     ):
         self.student, self.parameters, self.terms, self.batches = student, parameters, terms, batches
         self.encode, self.decode, self.latent_shapes = encode, decode, latent_shapes
         self.config, self.device = config, torch.device(device)
+        self.ranks = ranks or Ranks()
+        if batches.groups % self.ranks.size:
+            raise ValueError(f"{batches.groups} groups cannot be shared evenly by {self.ranks.size} processes")
+        self.ranks.begin([*parameters.values(), *(p for term in terms.values() for p in (term.parameters or {}).values())])
+        if self.ranks.size > 1:  # what the processes drew until now need not be the same
+            started = checkpoint.rng_state(self.device)
+            self.ranks.begin(list(started.values()))
+            checkpoint.set_rng_state(started, self.device)
         own = config.student
         adamw = optimizer_class(config.memory.optimizer)
         self.optimizer = adamw(parameters.values(), lr=own.lr, betas=own.betas, weight_decay=own.weight_decay)
@@ -145,14 +163,15 @@ class Trainer:
         self.used = 0  # evaluations the current rollout has fed
         self.block: Block | None = None
         self.advantages: dict[str, Tensor] = {}  # (B,) of the current rollout, by reward, for policy gradients
+        self.old_log_prob: Tensor | None = None  # (B, K-1) of the current rollout, once a policy gradient has been taken of it
         self.judges: dict[str, Reward] = {name: HeldOut(function, f"judge.{name}") for name, function in (judges or {}).items()}
         # a discriminator's score is of its own network's making: no judge stands beside it
         judged = [name for name, term in terms.items() if not term.anchor and term.parameters is None]
         self.partings = {(name, judge): Parting() for name in judged for judge in self.judges if judge == name or judge not in judged}
         self.running: dict[str, float] = {}
-        for denoiser in self.counted.values():
-            if isinstance(denoiser, Denoiser):
-                denoiser.largest = config.memory.micro_groups * config.group_size
+        self.denoisers = [denoiser for denoiser in self.counted.values() if isinstance(denoiser, Denoiser)]
+        for denoiser in self.denoisers:
+            denoiser.largest = config.memory.micro_groups * config.group_size
 
     # -- one update ------------------------------------------------------------------------------------------------
 
@@ -163,6 +182,17 @@ class Trainer:
     def precision(self):
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.config.precision == "bf16" else nullcontext()
 
+    @contextmanager
+    def sharing(self) -> Iterator[None]:
+        """Within, passes without gradient take a whole batch and are shared out among the processes."""
+        for denoiser in self.denoisers:
+            denoiser.ranks = self.ranks if self.ranks.size > 1 else None
+        try:
+            yield
+        finally:
+            for denoiser in self.denoisers:
+                denoiser.ranks = None
+
     def new_rollout(self, until: int | None = None) -> Rollout:
         """A rollout of the next prompts from fresh noise, up to state `until` or the last. Raises FloatingPointError where the student
         predicts what is not finite, before any reward sees it."""
@@ -170,7 +200,7 @@ class Trainer:
         cond = {key: value.to(self.device) for key, value in self.encode(prompts).items()}
         shape = self.latent_shapes[self.rollouts % len(self.latent_shapes)]
         noise = torch.randn(len(prompts), *shape, device=self.device)
-        with self.precision():
+        with self.precision(), self.sharing():
             rollout = self.student.rollout(noise, cond, group=group.to(self.device), prompts=prompts, until=until)
         finite_or_stop(rollout.x0, "the student's prediction", self.update)  # its states are made of it
         return rollout
@@ -183,20 +213,25 @@ class Trainer:
         return Sample(x0, self.student.t(k, len(k), self.device), k, rollout.cond, rollout.prompts, group, self.decode)
 
     def parts(self, size: int) -> list[slice]:
-        """Rows of a batch of `size` that pass through the networks together, whole groups each (memory.micro_groups)."""
+        """Rows of a batch of `size` that pass through this process's networks together, whole groups each (memory.micro_groups)."""
+        own = self.ranks.rows(size)
         most = self.config.memory.micro_groups * self.config.group_size or size
-        return [slice(at, min(at + most, size)) for at in range(0, size, most)]
+        return [slice(at, min(at + most, own.stop)) for at in range(own.start, own.stop, most)]
 
-    def predict(self, rollout: Rollout, xk: Tensor, k: Tensor) -> Tensor:
-        """x0 (B, C, H, W) of the batch; with its graph where it is one part, else without: its update predicts part by part again."""
-        with self.precision(), torch.set_grad_enabled(len(self.parts(len(k))) == 1):
-            x0 = self.student.predict(xk, k, rollout.cond)
-        x0 = x0.float()
-        finite_or_stop(x0.detach(), "the student's prediction", self.update)
-        return x0
+    def predict(self, rollout: Rollout, xk: Tensor, k: Tensor) -> Prediction:
+        """The student's x0 of a batch xk (B, C, H, W), each process's rows by its own networks."""
+        rows = self.ranks.rows(len(k))
+        own = self.predict_rows(rollout.rows(rows), xk[rows], k[rows], grad=len(self.parts(len(k))) == 1)
+        whole = self.ranks.gather(own.detach())
+        finite_or_stop(whole, "the student's prediction", self.update)
+        return Prediction(whole, own if own.requires_grad else None)
 
-    def evaluate(self, rollout: Rollout, lag: float | None) -> tuple[Block, Tensor, dict[str, float]]:
-        """Ask every reward about the student's predictions; returns what its updates need, x0 with its graph, and the logs."""
+    def predict_rows(self, rollout: Rollout, xk: Tensor, k: Tensor, *, grad: bool = True) -> Tensor:
+        with self.precision(), torch.set_grad_enabled(grad):
+            return widened(self.student.predict(xk, k, rollout.cond))
+
+    def evaluate(self, rollout: Rollout, lag: float | None) -> tuple[Block, Prediction, dict[str, float]]:
+        """Ask every reward about the student's predictions; returns what its updates need, the predictions, and the logs."""
         if self.config.reuse.backward_simulation:
             k = torch.full_like(rollout.group, len(rollout.states) - 1)
         else:
@@ -205,24 +240,25 @@ class Trainer:
         xk = rollout.states[k, torch.arange(len(k), device=k.device)]
         fresh = self.used == 0 or self.config.reuse.backward_simulation
         if fresh and len(self.parts(len(k))) > 1:
-            x0 = rollout.x0[k, torch.arange(len(k), device=k.device)].float()  # of the same weights: its graph is made part by part
+            # of the same weights: its graph is made part by part
+            x0 = Prediction(widened(rollout.x0[k, torch.arange(len(k), device=k.device)]), None)
         else:
             x0 = self.predict(rollout, xk, k)
         others = {name: term.reward for name, term in self.terms.items() if term.via == "pathwise" and not term.anchor}
         # R_dm brings its own gradient; the rewards beside it may need one in x0
-        sample = self.sample_of(rollout, k, x0.detach().requires_grad_(bool(others)))
+        sample = self.sample_of(rollout, k, x0.whole.detach().requires_grad_(bool(others)))
         anchor, at, logs = self.ask_anchor(sample, lag)
         with self.precision():
             signals, judged = self.ask_with_judges(others, sample) if fresh else (self.ask_in_parts(others, sample), {})
         anchor, extra, more = self.combine(anchor, signals, sample.group)
-        return Block(k, xk, x0.detach(), anchor, extra, at.xt, at.t), x0, logs | judged | more
+        return Block(k, xk, x0.whole, anchor, extra, at.xt, at.t), x0, logs | judged | more
 
     def ask_anchor(self, sample: Sample, lag: float | None) -> tuple[Tensor, Signal, dict[str, float]]:
         """(R_dm's direction (B, C, H, W), its whole signal, logs); the weights of the other rewards hear its score."""
         anchor, at, logs = torch.zeros_like(sample.x0), Signal(None, None), {}
         for name in self.anchors:
             try:
-                with self.precision():
+                with self.precision(), self.sharing():
                     at = checked(name, self.terms[name].reward(sample), sample)
             except FloatingPointError as error:  # it names the network, which knows of no update
                 raise FloatingPointError(f"{error} at update {self.update}; nothing was updated with it") from error
@@ -238,23 +274,28 @@ class Trainer:
 
     def ask_anchor_again(self, rollout: Rollout, block: Block, x0: Tensor) -> dict[str, float]:
         """R_dm's part of a block, made anew at the same states where the student is now, x0 (B, C, H, W); the others' part stays."""
-        sample = self.sample_of(rollout, block.k, x0.detach())
+        sample = self.sample_of(rollout, block.k, x0)
         block.anchor, at, logs = self.ask_anchor(sample, None)
         block.x0, block.xt, block.t, block.used = sample.x0, at.xt, at.t, 0
         return logs
 
     def ask_in_parts(self, rewards: dict[str, Reward], sample: Sample) -> dict[str, Signal]:
-        """What rewards say of a sample, part by part, each part's pictures decoded once for all of them."""
+        """What rewards say of a sample, part by part, each part's pictures decoded once for all of them, each process asking its own."""
+        if not rewards:
+            return {}
         found: dict[str, list[Signal]] = {name: [] for name in rewards}
-        parts = self.parts(len(sample.group))
-        for rows in parts if rewards else []:
-            piece = sample if len(parts) == 1 else sample.rows(rows)
-            for name, reward in rewards.items():
-                found[name].append(checked(name, reward(piece), piece))
+        parts, size = self.parts(len(sample.group)), len(sample.group)
+        drawn = {name: reward.draw_for_call(sample) for name, reward in rewards.items() if hasattr(reward, "draw_for_call")}
+        with self.ranks.own_random(self.device):
+            for rows in parts:
+                piece = sample if rows == slice(0, size) else sample.rows(rows)
+                for name, reward in rewards.items():
+                    told = {key: value[rows] for key, value in drawn.get(name, {}).items()}
+                    found[name].append(checked(name, reward(piece, **told), piece))
 
         def joined(values: tuple[Tensor | None, ...]) -> Tensor | None:
             known = [value for value in values if value is not None]
-            return torch.cat(known) if len(known) == len(values) else None
+            return self.ranks.gather(torch.cat(known)) if len(known) == len(values) else None
 
         return {name: Signal(*map(joined, zip(*signals, strict=True))) for name, signals in found.items()}
 
@@ -342,24 +383,23 @@ class Trainer:
             raise RewardError(f"reward {name!r} could not score {masked} of {size} samples at update {self.update} (weights.max_masked)")
         return valid, float(masked)
 
-    def student_update(self, rollout: Rollout, block: Block, x0: Tensor, weight: Tensor | None) -> dict[str, float]:
-        """One step of the student along a block's direction. x0 (B, C, H, W), with its graph where the batch is one part; weight
-        (B,) of R_dm's part or None."""
+    def student_update(self, rollout: Rollout, block: Block, x0: Prediction, weight: Tensor | None) -> dict[str, float]:
+        """One step of the student along a block's direction, from its predictions; weight (B,) of R_dm's part or None."""
         logs: dict[str, float] = {}
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.device)
-        parts = self.parts(len(x0))
-        for rows in parts:
-            some = x0 if len(parts) == 1 else self.predict(rollout.rows(rows), block.xk[rows], block.k[rows])
+        for rows in self.parts(len(x0.whole)):
+            some = x0.own if x0.own is not None else self.predict_rows(rollout.rows(rows), block.xk[rows], block.k[rows])
             of_part = losses.pathwise(some, block.anchor[rows], None if weight is None else weight[rows])
             if block.extra is not None:
                 of_part = of_part + losses.pathwise(some, block.extra[rows])
-            of_part = of_part * (len(some) / len(x0))  # a mean over the batch is the weighted mean of its parts'
+            of_part = of_part * (len(some) / len(x0.whole))  # a mean over the batch is the weighted mean of its parts'
             of_part.backward()
             loss += of_part.detach()
         if self.advantages:
             policy_loss, logs = self.policy_updates(rollout)
             loss = loss + policy_loss
+        self.ranks.add([loss, *(parameter.grad for parameter in self.parameters.values())])
         finite_or_stop(loss, "the student's loss", self.update)
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.student.max_norm)
         finite_or_stop(norm, "the student's gradient norm", self.update)
@@ -372,13 +412,17 @@ class Trainer:
         return logs | {
             "loss": float(loss),
             "grad_norm": float(norm),
-            "x0_mean": float(x0.detach().mean()),
-            "x0_std": float(x0.detach().std()),
+            "x0_mean": float(x0.whole.mean()),
+            "x0_std": float(x0.whole.std()),
         }
 
     def policy_updates(self, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
         """Adds the gradient of the clipped policy loss of every reward that goes by its score, over the K-1 stochastic transitions;
-        returns (the loss, logs).
+        returns (the loss of this process's samples, logs).
+
+        The old log-probabilities are those of a rollout's first pass with a gradient, when the weights are still those that made it: of
+        the very numbers that are differentiated, so that every ratio is then exactly 1. The rollout's own predictions may come from other
+        kernels (a GPU has attention without a gradient that rounds otherwise), and a sum over all dimensions makes much of a rounding.
 
         Times 1 / sqrt(dimensions): an advantage of size 1 pushes the mean along a unit vector, a pathwise direction of RMS 1 has
         length sqrt(dimensions) and is averaged over them, so with this factor a weight means the same force by either way.
@@ -390,7 +434,7 @@ class Trainer:
             part = rollout.rows(rows)
             with self.precision():
                 log_probs.append(self.student.log_prob(part))
-            old = self.student.old_log_prob(part)
+            old = log_probs[-1].detach() if self.old_log_prob is None else self.old_log_prob[rows]
             loss = log_probs[-1].new_zeros(())
             for name, advantage in self.advantages.items():
                 some = advantage[rows]
@@ -400,9 +444,10 @@ class Trainer:
             loss.backward()
             total += loss.detach()
             log_probs[-1] = log_probs[-1].detach()
-        log_prob, old = torch.cat(log_probs), self.student.old_log_prob(rollout)
+        log_prob = self.ranks.gather(torch.cat(log_probs))
+        self.old_log_prob = log_prob if self.old_log_prob is None else self.old_log_prob
         for name, advantage in self.advantages.items():
-            logs[f"{name}/clip_fraction"] = losses.clip_fraction(log_prob, old, advantage, clip=clip)
+            logs[f"{name}/clip_fraction"] = losses.clip_fraction(log_prob, self.old_log_prob, advantage, clip=clip)
             logs[f"{name}/weight"] = values[name]
         return total, logs
 
@@ -421,7 +466,7 @@ class Trainer:
             valid, logs[f"{name}/masked"] = self.scored(name, signal, len(k))
             logs[f"{name}/score"] = float(signal.score[valid].mean())
             logs |= {f"{name}/{key}": value for key, value in spread_of(signal.score, rollout.group).items()}
-            self.advantages[name] = advantages(signal.score.float(), rollout.group)
+            self.advantages[name] = advantages(widened(signal.score), rollout.group)
         return logs
 
     def online_updates(self, rollout: Rollout, times: int) -> dict[str, float]:
@@ -437,6 +482,7 @@ class Trainer:
                     sample = self.sample_of(rollout, self.online_step(rollout))
                 optimizer.zero_grad(set_to_none=True)
                 loss = self.online_loss(term.reward, sample)
+                self.ranks.add([loss, *(parameter.grad for parameter in term.parameters.values())])
                 finite_or_stop(loss, f"the loss of {name}'s own network", self.update)
                 for settings in optimizer.param_groups:
                     settings["lr"] = learning_rate(term.lr, self.progress(), term.decay)
@@ -448,17 +494,19 @@ class Trainer:
         return logs
 
     def online_loss(self, reward: OnlineReward, sample: Sample) -> Tensor:
-        """The loss of an online reward's own network on a sample; its gradient is added up part by part."""
-        parts, total = self.parts(len(sample.group)), torch.zeros((), device=self.device)
-        draw = getattr(reward, "draw", None) if len(parts) > 1 else None
+        """The loss of an online reward's own network on this process's rows of a sample; its gradient is added up part by part."""
+        size, total = len(sample.group), torch.zeros((), device=self.device)
+        parts = self.parts(size)
+        draw = getattr(reward, "draw", None)
         drawn = {} if draw is None else draw(sample)
-        for rows in parts:
-            piece = sample if len(parts) == 1 else sample.rows(rows)
-            with self.precision():
-                loss = reward.loss(piece, **{key: value[rows] for key, value in drawn.items()})
-            loss = loss * (len(piece.group) / len(sample.group))  # a mean over the batch is the weighted mean of its parts'
-            loss.backward()
-            total += loss.detach()
+        with self.ranks.own_random(self.device):
+            for rows in parts:
+                piece = sample if rows == slice(0, size) else sample.rows(rows)
+                with self.precision():
+                    loss = reward.loss(piece, **{key: value[rows] for key, value in drawn.items()})
+                loss = loss * (len(piece.group) / size)  # a mean over the batch is the weighted mean of its parts'
+                loss.backward()
+                total += loss.detach()
         return total
 
     def simulate(self, *, last: bool = False) -> Rollout:
@@ -480,7 +528,7 @@ class Trainer:
             lag = getattr(self.terms[name].reward, "lag", None)
             if lag is not None:
                 k = self.online_step(new)
-                with self.precision():
+                with self.precision(), self.sharing():
                     found = lag(
                         self.sample_of(new, k), self.sample_of(old, k), kl=isinstance(self.weights, Adaptive) and name in self.anchors
                     )
@@ -502,13 +550,20 @@ class Trainer:
         if self.block.served == self.config.reuse.evaluation:
             logs |= self.finish_block()
         self.update += 1
-        logs = known(logs | {f"evaluations/{name}": float(denoiser.cost) for name, denoiser in self.counted.items()})
+        logs |= {f"evaluations/{name}": float(forwards + 2 * backwards) for name, (forwards, backwards) in self.passes().items()}
+        logs = known(logs)
         for key, value in logs.items():
             self.running[key] = value if key not in self.running else self.running[key] + 0.1 * (value - self.running[key])
         # not averaged: there is none where nothing happened
-        return logs | {f"{name}/{key}": value for name, ask in self.news.items() for key, value in ask().items()}
+        return logs | self.ranks.sums({f"{name}/{key}": value for name, ask in self.news.items() for key, value in ask().items()})
 
-    def serve_again(self, block: Block) -> tuple[Tensor, Tensor | None, dict[str, float]]:
+    def passes(self) -> dict[str, list[int]]:
+        """[forward, backward] passes so far, in samples, of all processes, by what makes them."""
+        counts = torch.tensor([[one.forwards, one.backwards] for one in self.counted.values()])
+        self.ranks.add([counts])
+        return dict(zip(self.counted, counts.tolist(), strict=True))
+
+    def serve_again(self, block: Block) -> tuple[Prediction, Tensor | None, dict[str, float]]:
         """(x0 today, importance weights or None, logs) of a block's next update; where the student has left the place of its evaluation,
         R_dm is asked again, or the block is finished if there is nothing else in it."""
         x0, weight, refused, logs = self.reweigh(self.rollout, block)
@@ -517,11 +572,11 @@ class Trainer:
                 logs |= self.finish_block()
             else:  # what the other rewards said of x0 bears the move, and may have cost far more
                 logs |= self.online_updates(self.rollout, block.used)
-                logs |= self.ask_anchor_again(self.rollout, block, x0)
+                logs |= self.ask_anchor_again(self.rollout, block, x0.whole)
         return x0, weight, logs
 
-    def evaluate_next(self) -> tuple[Tensor, dict[str, float]]:
-        """(x0 with its graph, logs) of a new block at the next states, those of a new rollout where this one has served."""
+    def evaluate_next(self) -> tuple[Prediction, dict[str, float]]:
+        """(the student's predictions, logs) of a new block at the next states, those of a new rollout where this one has served."""
         logs, lag = {}, None
         if self.config.reuse.backward_simulation:
             self.rollout = self.simulate()
@@ -537,7 +592,7 @@ class Trainer:
         if self.rollout is not None:
             self.earlier[(self.rollouts - 1) % sizes] = self.rollout
         old = self.earlier.pop(self.rollouts % sizes, None)  # outputs of another size are harder or easier to denoise
-        self.rollout, self.used, self.advantages = self.new_rollout(), 0, {}
+        self.rollout, self.used, self.advantages, self.old_log_prob = self.new_rollout(), 0, {}, None
         self.rollouts += 1
         logs, lag = ({}, None) if old is None else self.lags(self.rollout, old)
         return logs | self.score_finished(self.rollout), lag
@@ -548,19 +603,19 @@ class Trainer:
         self.used, self.block = self.used + 1, None
         return logs
 
-    def reweigh(self, rollout: Rollout, block: Block) -> tuple[Tensor, Tensor | None, bool, dict[str, float]]:
+    def reweigh(self, rollout: Rollout, block: Block) -> tuple[Prediction, Tensor | None, bool, dict[str, float]]:
         """(x0 today, importance weights of the block's evaluation or None, whether they have degenerated and serve no more, logs)."""
         reuse = self.config.reuse
         x0 = self.predict(rollout, block.xk, block.k)
         if block.xt is None or not reuse.weighted:
             return x0, None, False, {}
         alpha, sigma = self.student.schedule.alpha(block.t), self.student.schedule.sigma(block.t)
-        log_ratio = importance.log_ratio(block.xt, block.x0, x0.detach(), alpha, sigma)
-        moves = importance.move(block.x0, x0.detach(), alpha, sigma)
+        log_ratio = importance.log_ratio(block.xt, block.x0, x0.whole, alpha, sigma)
+        moves = importance.move(block.x0, x0.whole, alpha, sigma)
         # by quarters of the noise levels: the low ones lose their weight long before the batch as a whole does
         quarters = block.t.argsort().chunk(4)
         ess = min(importance.expected_sample_size(moves[rows]) for rows in quarters)
-        refused = not ess >= reuse.min_ess
+        refused = self.ranks.first(not ess >= reuse.min_ess)
         logs = {
             "reuse/ess": ess,
             "reuse/ess_of_all": float(importance.effective_sample_size((log_ratio - log_ratio.max()).exp())),
@@ -583,22 +638,24 @@ class Trainer:
     def run(self, output: Path, *, stop: Callable[[], bool]) -> Iterator[dict[str, float]]:
         """Update until `config.updates`, logging to metrics.jsonl and saving as the config says; yields after each update.
 
-        When `stop()` turns true the run saves at the end of the current update and ends.
+        When `stop()` turns true in any process the run saves at the end of the current update and ends.
         """
-        log = MetricsLog(output, self.update)
+        log = MetricsLog(output, self.update) if self.ranks.rank == 0 else None
         try:
             while self.update < self.config.updates:
                 began = time.perf_counter()
                 logs = self.step() | {"seconds": time.perf_counter() - began}
-                log.write(self.update, logs)
-                stopping = stop()
+                if log:
+                    log.write(self.update, logs)
+                stopping = self.ranks.any(stop())
                 if stopping or self.update % self.config.save_every == 0 or self.update == self.config.updates:
                     self.save(output)
                 yield logs
                 if stopping:
                     return
         finally:
-            log.close()
+            if log:
+                log.close()
 
     # -- weights and state -----------------------------------------------------------------------------------------
 
@@ -620,15 +677,16 @@ class Trainer:
             "ema": self.ema.state_dict(),
             "online": {name: {key: p.detach() for key, p in self.terms[name].parameters.items()} for name in self.online},
             "online_optimizer": {name: optimizer.state_dict() for name, optimizer in self.online.items()},
-            "rng": checkpoint.rng_state(),
+            "rng": checkpoint.rng_state(self.device),
             "batches": self.batches.state(),
             "rollout": None if self.rollout is None else kept(self.rollout),
             "earlier": {size: kept(rollout) for size, rollout in self.earlier.items()},
             "block": None if self.block is None else vars(self.block),
             "advantages": self.advantages,
+            "old_log_prob": self.old_log_prob,
             "weights": self.weights.state(),
             "partings": {f"{name} {judge}": parting.state() for (name, judge), parting in self.partings.items()},
-            "counted": {name: [denoiser.forwards, denoiser.backwards] for name, denoiser in self.counted.items()},
+            "counted": self.passes(),
         }
 
     @torch.no_grad()
@@ -647,13 +705,16 @@ class Trainer:
         self.earlier = {size: self.as_rollout(saved) for size, saved in state["earlier"].items()}
         self.block = None if state["block"] is None else Block(**{key: self.here(value) for key, value in state["block"].items()})
         self.advantages = {name: self.here(value) for name, value in state["advantages"].items()}
+        # an earlier version kept none: its policy gradients go on from the weights at hand
+        self.old_log_prob = self.here(state.get("old_log_prob"))
         self.weights.load_state(state["weights"])
         for (name, judge), parting in self.partings.items():  # a judge that is new to the run begins anew
             if f"{name} {judge}" in state["partings"]:
                 parting.load_state(state["partings"][f"{name} {judge}"])
         for name, (forwards, backwards) in state["counted"].items():
-            self.counted[name].forwards, self.counted[name].backwards = forwards, backwards
-        checkpoint.set_rng_state(state["rng"])  # last: nothing above may draw from it
+            first = self.ranks.rank == 0  # of all processes together
+            self.counted[name].forwards, self.counted[name].backwards = (forwards, backwards) if first else (0, 0)
+        checkpoint.set_rng_state(state["rng"], self.device)  # last: nothing above may draw from it
 
     def as_rollout(self, saved: dict[str, Any]) -> Rollout:
         """A rollout as `state` keeps it; its conditions are made again from its prompts."""
@@ -664,8 +725,12 @@ class Trainer:
     def here(self, value: Any) -> Any:
         return value.to(self.device) if isinstance(value, Tensor) else value
 
-    def save(self, output: Path) -> Path:
-        return checkpoint.save(output / "checkpoints", self.update, self.state())
+    def save(self, output: Path) -> None:
+        """A checkpoint, by the first process. Raises RuntimeError where another holds another student."""
+        self.ranks.check_same(list(self.parameters.values()), "the student")
+        state = self.state()
+        if self.ranks.rank == 0:
+            checkpoint.save(output / "checkpoints", self.update, state)
 
 
 def copy_parameters(own: Parameters, saved: dict[str, Tensor], who: str) -> None:

@@ -110,8 +110,8 @@ def test_the_reference_makes_the_librarys_updates(pair, monkeypatch, family, opt
     mine = gradients_at_step(trainer.optimizer, trainer.parameters)
     rollout = Rollout(x.expand(2, *x.shape), torch.zeros(2, *x.shape), trainer.student.times[:2], cond, group, prompts)
     x0 = trainer.predict(rollout, x, k)
-    found = matching.evaluate(x0.detach(), cond, group, k=k, t=t, noise=noise)
-    trainer.student_update(rollout, Block(k, x, x0.detach(), found.direction, None, found.xt, found.t), x0, None)
+    found = matching.evaluate(x0.whole, cond, group, k=k, t=t, noise=noise)
+    trainer.student_update(rollout, Block(k, x, x0.whole, found.direction, None, found.xt, found.t), x0, None)
     assert_same_gradients(mine, theirs)
 
     for p, q in zip(trainer.parameters.values(), reference.roles.student_parameters.values(), strict=True):

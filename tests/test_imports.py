@@ -11,11 +11,12 @@ import fewstep
 ROOT = Path(fewstep.__file__).parent
 # what each file or folder imports of fewstep; of `rewards` and `evaluate.command` by file, of other folders as a whole
 TABLE = {
-    "errors": "", "types": "", "schedule": "", "transforms": "", "levels": "", "weights": "", "cost": "", "prompts": "", "checkpoint": "",
-    "report": "",
+    "errors": "", "launch": "", "types": "", "schedule": "", "transforms": "", "levels": "", "weights": "", "cost": "", "prompts": "",
+    "checkpoint": "", "report": "",
+    "ranks": "launch",
     "importance": "schedule",
     "losses": "schedule",
-    "denoiser": "schedule",
+    "denoiser": "ranks schedule",
     "student": "denoiser schedule types",
     "config": "rewards.sources",
     "metrics": "transforms",
@@ -34,19 +35,21 @@ TABLE = {
     "rewards.serve": "rewards rewards.sources",
     "models": "config denoiser schedule",
     "world": "checkpoint evaluate rewards.clip",
-    "trainer": "checkpoint config denoiser importance losses metrics prompts rewards.base rewards.heldout student transforms types weights",
+    "trainer": "checkpoint config denoiser importance losses metrics prompts ranks "
+    "rewards.base rewards.heldout student transforms types weights",
     "evaluate": "denoiser export prompts rewards.base rewards.clip rewards.distribution rewards.remote rewards.sources types",
-    "needs": "config models",
+    "needs": "config launch models",
     "flags": "config errors models rewards.sources",
     "export": "checkpoint config evaluate models world",
-    "composition": "config cost errors export models prompts student trainer weights world "
+    "composition": "config cost errors export models prompts ranks student trainer weights world "
     "rewards rewards.base rewards.discriminator rewards.distribution rewards.remote rewards.sources",
-    "evaluate.command": "composition config errors evaluate export flags models rewards rewards.clip rewards.sources world",
-    "run": "checkpoint composition config errors evaluate evaluate.command export flags models needs prompts report rewards.sources world",
+    "evaluate.command": "composition config errors evaluate export flags launch models rewards rewards.clip rewards.sources world",
+    "run": "checkpoint composition config errors evaluate evaluate.command export flags launch models needs prompts ranks report "
+    "rewards.sources world",
     "compare": "composition config cost evaluate export flags models rewards.clip rewards.serve types weights world",
-    "cli": "compare composition config errors evaluate evaluate.command export flags models run world "
+    "cli": "compare composition config errors evaluate evaluate.command export flags launch models run world "
     "rewards rewards.convert rewards.serve",
-    "fewstep": "export flags run",
+    "fewstep": "export flags launch run",
 }  # fmt: skip
 DIFFUSERS = {"fewstep", "models", "export", "world", "evaluate", "trainer"}
 # scorers' packages, by the files of rewards that may name them
@@ -100,7 +103,7 @@ def test_a_file_imports_what_the_table_says(row):
 
 
 def test_the_pure_files_import_torch_alone():
-    for row in ("types", "schedule", "transforms", "importance", "losses", "levels", "weights", "cost", "denoiser", "student"):
+    for row in ("types", "schedule", "transforms", "importance", "losses", "levels", "weights", "cost", "ranks", "denoiser", "student"):
         others = {name.partition(".")[0] for name in of_row(row)} - set(sys.stdlib_module_names) - {"fewstep"}
         assert others <= {"torch"}, row
 

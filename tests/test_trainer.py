@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 
-from fewstep import checkpoint, composition, flags
+from fewstep import checkpoint, composition, flags, losses
 from fewstep.errors import UserError
 from fewstep.metrics import MetricsLog
 from fewstep.prompts import read
@@ -146,7 +146,7 @@ def a_run(teacher_folder, prompt_file):
 
 SIZES = ("--size", "16x8,8x16", "--reuse.rollout", "1")
 ALONE = ("student", "optimizer", "ema", "online", "online_optimizer", "rng", "batches", "rollout", "used", "rollouts", "update", "running")
-BESIDE = ("block", "advantages", "weights", "partings", "counted")
+BESIDE = ("block", "advantages", "old_log_prob", "weights", "partings", "counted")
 
 
 @pytest.mark.parametrize("key", BESIDE)
@@ -723,17 +723,33 @@ def test_a_run_says_that_its_evaluations_are_never_reused(teacher_folder, prompt
     assert len(said) == told and all("none of the first 3 evaluations" in each and "lower student.lr" in each for each in said)
 
 
-def test_policy_ratio_is_one_on_policy_and_moves_afterwards(teacher_folder, prompt_file):
-    run = run_of(teacher_folder, prompt_file, "--reward.contrast", "1", "--via.contrast", "policy")
-    trainer = run.trainer
-    trainer.rollout = rollout = trainer.new_rollout()
+@pytest.mark.parametrize("options", [(), ("--memory.micro-groups", "1")], ids=["whole", "parts"])
+def test_policy_ratio_is_one_on_policy_and_moves_afterwards(teacher_folder, prompt_file, monkeypatch, options):
+    """Also where a pass with a gradient rounds otherwise than the rollout's: a part in a hundred of each prediction here."""
+    trainer = run_of(teacher_folder, prompt_file, "--reward.contrast", "1", "--via.contrast", "policy", *options).trainer
+    denoiser, ratios = trainer.student.denoiser, []
+    predict = denoiser.pass_through
+    monkeypatch.setattr(denoiser, "pass_through", lambda *given: predict(*given) * (1.01 if torch.is_grad_enabled() else 1))
+    policy = losses.policy
+
+    def watched(log_prob, old, advantage, *, clip):
+        ratios.append((log_prob - old).detach())
+        return policy(log_prob, old, advantage, clip=clip)
+
+    monkeypatch.setattr(losses, "policy", watched)
+    logs = trainer.step()
+    assert logs["contrast/clip_fraction"] == 0 and all(torch.equal(ratio, torch.zeros_like(ratio)) for ratio in ratios)
     with trainer.precision():
-        now = trainer.student.log_prob(rollout)
-    assert torch.equal(now, trainer.student.old_log_prob(rollout))
-    trainer.rollout = None
+        assert not torch.allclose(trainer.student.log_prob(trainer.rollout), old_log_prob(trainer.student, trainer.rollout))
+    ratios.clear()
     trainer.step()
-    with trainer.precision():
-        assert not torch.equal(trainer.student.log_prob(trainer.rollout), trainer.student.old_log_prob(trainer.rollout))
+    assert trainer.used == 2 and all(bool((ratio != 0).all()) for ratio in ratios)
+
+
+def old_log_prob(student, rollout):
+    """The log-probability of each transition by the predictions that the rollout kept, (B, K-1)."""
+    following = zip(rollout.x0[:-1], rollout.states[1:], strict=True)
+    return torch.stack([student.transition_log_prob(x0, state, k) for k, (x0, state) in enumerate(following)], 1)
 
 
 @pytest.mark.parametrize("mode", ["fixed", "sum", "advantage"])

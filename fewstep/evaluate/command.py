@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fewstep.composition import OWN_JUDGE, resolve_teacher
 from fewstep.errors import UserError, check_writable, nearest
 from fewstep.flags import check_student, saved_config, student_parser, table_flags
+from fewstep.launch import launched, place
 
 if TYPE_CHECKING:
     from fewstep.config import Config
@@ -86,11 +87,9 @@ def measure_student(student: str | Path, teacher: str | None, config: Config | N
 
 def evaluation_device() -> str:
     """A GPU, each process of a torchrun its own, or the CPU."""
-    import os
-
     import torch
 
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{place()}" if torch.cuda.is_available() else "cpu"
 
 
 def load_judges(named: dict[str, str | None], *, device: str, in_world: bool, timeout: float) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -122,10 +121,8 @@ def load_judges(named: dict[str, str | None], *, device: str, in_world: bool, ti
 
 def share_of(text: str | None) -> tuple[int, int]:
     """(i, n) of --shard i/n, or of a torchrun's processes. Raises UserError."""
-    import os
-
     if text is None:
-        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        return launched()
     i, slash, n = text.partition("/")
     if not (slash and i.isdecimal() and n.isdecimal() and int(i) < int(n)):
         raise UserError(f"--shard: i/n, the i-th of n shares counted from 0, as 0/4; got {text!r}")

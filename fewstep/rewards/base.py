@@ -19,7 +19,11 @@ class RewardError(ValueError):
 
 @runtime_checkable
 class Reward(Protocol):
-    """Says of a sample how good it is, and, if it can, which way is better."""
+    """Says of a sample how good it is, and, if it can, which way is better.
+
+    Where it also has `draw_for_call(sample) -> dict[str, Tensor]`, whatever a call takes at random, a row a sample, a call takes that as
+    keywords, and a batch that is asked about in parts, or by several processes, gets the answer that it would get whole.
+    """
 
     def __call__(self, sample: Sample) -> Signal: ...
 
@@ -29,8 +33,8 @@ class OnlineReward(Reward, Protocol):
     """A reward that learns while the student learns: the fake denoiser of R_dm, a discriminator.
 
     Where it also has `draw(sample) -> dict[str, Tensor]`, whatever its loss takes at random, a row a sample, its loss takes that as
-    keywords, and a batch that passes through the networks in parts has the loss that it would have whole. Without `draw` each part
-    draws its own.
+    keywords, and a batch that passes through the networks in parts, or in several processes, has the loss that it would have whole.
+    Without `draw` each part draws its own.
     """
 
     module: nn.Module

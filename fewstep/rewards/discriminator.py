@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.denoiser import Denoiser, repeat
+from fewstep.denoiser import Denoiser, repeat, widened
 from fewstep.levels import noise_levels
 from fewstep.schedule import bcast
 from fewstep.types import Sample, Signal
@@ -43,15 +43,19 @@ class Discriminator:
         """What the frozen backbone's middle makes of x0 (B, C, H, W) renoised to t (B,), without a prompt; (B, F, h, w)."""
         schedule = self.backbone.schedule
         xt = bcast(schedule.alpha(t), x0) * x0 + bcast(schedule.sigma(t), x0) * noise
-        return self.backbone.features(xt, t, repeat(self.backbone.uncond, len(x0))).float()
+        return widened(self.backbone.features(xt, t, repeat(self.backbone.uncond, len(x0))))
 
-    def __call__(self, sample: Sample) -> Signal:
-        t = noise_levels(sample.group, self.t_range, "stratified")
+    def draw_for_call(self, sample: Sample) -> dict[str, Tensor]:
+        """Times t (B,), stratified over each group, and noise (B, C, H, W) at which a call looks at the sample."""
+        return {"t": noise_levels(sample.group, self.t_range, "stratified"), "noise": torch.randn_like(sample.x0)}
+
+    def __call__(self, sample: Sample, **drawn: Tensor) -> Signal:
+        """drawn: as `draw_for_call` gives it."""
+        drawn = drawn or self.draw_for_call(sample)
         with torch.enable_grad():
             x0 = sample.x0.detach().requires_grad_()
-            score = F.logsigmoid(
-                self.module(self.features(x0, t, torch.randn_like(x0)))
-            )  # the generator's non-saturating loss, with its sign turned
+            # the generator's non-saturating loss, with its sign turned
+            score = F.logsigmoid(self.module(self.features(x0, drawn["t"], drawn["noise"])))
             (direction,) = torch.autograd.grad(score.sum(), x0)
         return Signal(score.detach(), direction)
 

@@ -1,0 +1,147 @@
+"""The processes of one run: each passes its own rows of a batch through the networks, and all of them hold the whole of what comes out.
+
+What is drawn at random is drawn whole by every process from the same state, and what is decided is decided on whole batches: so N
+processes make the run that one makes, up to the order in which gradients are added up, and a checkpoint knows nothing of N.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as processes
+from torch import Tensor
+
+from fewstep.launch import launched, place
+
+PATIENCE = datetime.timedelta(days=1)  # the others wait while one saves, draws or encodes prompts; one that has died is seen at once
+
+
+class LostProcess(RuntimeError):
+    """Another process of the run has ended."""
+
+
+class Ranks:
+    """Process `rank` of `size`, one by itself unless told otherwise: then no method does anything to what it is given.
+
+    With more, torch.distributed has been initialised (`join`), and every process calls the same methods in the same order. Raises
+    LostProcess where another one has ended meanwhile.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size = rank, size
+
+    @classmethod
+    def join(cls) -> Ranks:
+        """The processes that this one was launched with, each with a GPU of its own where there are any."""
+        rank, size = launched()
+        if size > 1:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(place())
+            processes.init_process_group(timeout=PATIENCE)  # gloo for tensors on the CPU, NCCL for those on a GPU
+        return cls(rank, size)
+
+    def leave(self) -> None:
+        if self.size > 1:
+            processes.destroy_process_group()
+
+    def rows(self, size: int) -> slice:
+        """This process's rows of a batch of `size`, which the number of processes divides."""
+        each = size // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def gather(self, own: Tensor) -> Tensor:
+        """Every process's rows (b, ...) below one another, (b * size, ...), to the bit and without a gradient."""
+        if self.size == 1:
+            return own
+        own = own.detach().contiguous()
+        held = own.unsqueeze(-1).view(torch.uint8)  # as bytes: not every backend knows every number format
+        parts = [torch.empty_like(held) for _ in range(self.size)]
+        with naming_the_lost():
+            processes.all_gather(parts, held)
+        return torch.cat(parts).view(own.dtype).squeeze(-1)
+
+    def add(self, tensors: list[Tensor | None]) -> None:
+        """Puts the sum over all processes in the place of each tensor; None stays, as it does in every process."""
+        if self.size == 1:
+            return
+        with naming_the_lost():
+            for work in [processes.all_reduce(tensor, async_op=True) for tensor in tensors if tensor is not None]:
+                work.wait()
+
+    def sums(self, values: dict[str, float]) -> dict[str, float]:
+        """Sums over all processes, by name; a name that some lack is 0 there."""
+        if self.size == 1:
+            return values
+        found = self.told(values)
+        return {name: sum(one.get(name, 0) for one in found) for name in dict.fromkeys(name for one in found for name in one)}
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in one of the processes."""
+        return flag if self.size == 1 else any(self.told(flag))
+
+    def first(self, flag: bool) -> bool:
+        """What the first process says: a decision on whole batches, whose last bits may differ between GPUs, is made once."""
+        return flag if self.size == 1 else self.told(flag)[0]
+
+    def told(self, value: Any) -> list[Any]:
+        """What every process says: whatever JSON can hold."""
+        text = torch.frombuffer(bytearray(json.dumps(value), "ascii"), dtype=torch.uint8)
+        lengths = self.gather(torch.tensor([len(text)])).tolist()
+        padded = self.gather(torch.nn.functional.pad(text, (0, max(lengths) - len(text)))).view(self.size, -1)
+        return [json.loads(bytes(row[:length].tolist())) for row, length in zip(padded, lengths, strict=True)]
+
+    def begin(self, tensors: list[Tensor]) -> None:
+        """Puts the first process's values in the place of each tensor."""
+        if self.size == 1:
+            return
+        with torch.no_grad(), naming_the_lost():
+            for work in [processes.broadcast(tensor.detach(), 0, async_op=True) for tensor in tensors]:
+                work.wait()
+
+    def check_same(self, tensors: list[Tensor], what: str) -> None:
+        """Raises RuntimeError naming the processes whose tensors are not those of the first, by their sums."""
+        if self.size == 1:
+            return
+        found = self.told([float(tensor.detach().double().sum()) for tensor in tensors])
+        other = [str(rank) for rank, sums in enumerate(found) if sums != found[0]]
+        if other:
+            raise RuntimeError(f"{what} of process {', '.join(other)} is no longer that of process 0: their GPUs compute differently")
+
+    def wait(self) -> None:
+        """Until every process has come here."""
+        if self.size > 1:
+            self.told(None)
+
+    @contextmanager
+    def first_on_its_machine(self) -> Iterator[None]:
+        """The machine's first process goes through what is within, then its others: they find what it has cached."""
+        leads = place() == 0
+        if not leads:
+            self.wait()
+        yield
+        if leads:
+            self.wait()
+
+    @contextmanager
+    def own_random(self, device: torch.device) -> Iterator[None]:
+        """Within, each process has random numbers of its own; after it, all go on from the state that they share."""
+        if self.size == 1:
+            yield
+            return
+        with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
+            torch.manual_seed(int(torch.randint(2**62, (1,))) + self.rank)
+            yield
+
+
+@contextmanager
+def naming_the_lost() -> Iterator[None]:
+    """A collective that fails does so since another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostProcess("another process of this run has ended; what it printed says why") from error

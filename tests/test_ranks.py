@@ -1,0 +1,271 @@
+"""Several processes make the run that one makes (promise 9): in float64 to rounding, with checkpoints that either reads."""
+
+import json
+import os
+
+import pytest
+import torch
+import torch.distributed as processes
+from torch import nn
+
+from fewstep import checkpoint, flags
+from fewstep.denoiser import Denoiser
+from fewstep.prompts import Batches
+from fewstep.ranks import LostProcess, Ranks
+from fewstep.rewards.base import as_reward
+from fewstep.rewards.discriminator import Discriminator
+from fewstep.rewards.distribution import DistributionMatching
+from fewstep.schedule import Flow
+from fewstep.student import Student
+from fewstep.trainer import Term, Trainer
+from fewstep.weights import Adaptive, Fixed
+
+PROMPTS = ["a cat", "a dog", "a fish", "a bird", "a hat", "a bat", "a fox"]
+UPDATES = 6
+
+
+class Network(nn.Module):
+    """A flow network of a few numbers that hears its time and its prompt, and whose middle a discriminator may look at."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave, self.told = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1), nn.Linear(4, 8)
+
+    def features(self, xt, timestep, cond):
+        told = torch.cat([cond["text"], timestep[:, None] / 1000, cond.get("step", torch.zeros(len(xt)))[:, None].to(xt)], 1)
+        return torch.nn.functional.silu(self.enter(xt) + self.told(told)[:, :, None, None])
+
+    def forward(self, xt, timestep, cond):
+        return self.leave(self.features(xt, timestep, cond))
+
+
+def encode(prompts):
+    return {"text": torch.tensor([[float(len(prompt)), float(ord(prompt[-1]))] for prompt in prompts]) / 100}
+
+
+def redness(images, prompts):
+    return images[:, 0].mean((1, 2)) - images[:, 1].pow(2).mean((1, 2))
+
+
+def contrast(images, prompts):
+    return [float(one.std()) if one.mean() < 0.55 else None for one in images]  # a black box that does not answer every picture
+
+
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+ADAPTIVE = ("--weights.mode", "adaptive", "--weights.warmup", "2", "--weights.max-masked", "1")
+SEVERAL = (
+    *("--reward.redness", "0.3", "--reward.contrast", "0.2", "--via.contrast", "policy", *ADAPTIVE),
+    *("--reuse.rollout", "2", "--reuse.evaluation", "2", "--reuse.min-ess", "0"),
+)
+RUNS = {
+    "gndm": (),
+    "dmd, parts": ("--matching.normalize", "sample", "--memory.micro-groups", "1"),
+    "batch": ("--matching.normalize", "batch", "--matching.gamma", "0.5"),
+    "channel, draws": ("--matching.normalize", "channel", "--matching.guidance", "1.0"),
+    "rewards": SEVERAL,
+    "rewards, parts": (*SEVERAL, "--memory.micro-groups", "1"),
+    "asked again": (*SEVERAL, "--reuse.min-ess", "1", "--reuse.evaluation", "3"),
+    "discriminator": ("--reward.discriminator", "0.5"),
+    "backward simulation": ("--reuse.backward-simulation", "true", "--reuse.rollout", "1"),
+}
+
+
+def trainer_of(options, ranks=None):
+    config = flags.parse_config([
+        *("--groups", "4", "--group-size", "3", "--reuse.rollout", "3", "--updates", "8", "--precision", "fp32"),
+        *("--student.lr", "1e-2", "--fake.lr", "1e-2", "--fake.updates", "2", *options),
+    ])  # fmt: skip
+    torch.manual_seed(7)
+    networks = [Network() for _ in range(3)]
+    for network in networks[1:]:
+        network.load_state_dict(networks[0].state_dict())
+    student, teacher, fake = (Denoiser(network, Flow(), "flow", uncond=encode([" "])) for network in networks)
+    teacher.requires_grad_(False)
+    matching = DistributionMatching(
+        teacher, fake, Flow(), guidance=config.matching.guidance, normalize=config.matching.normalize, gamma=config.matching.gamma,
+        step_condition=True, score_weight="matching",
+    )  # fmt: skip
+    terms = {"dm": Term(matching, dict(fake.named_parameters()), lr=config.fake.lr, updates=config.fake.updates, anchor=True)}
+    functions = {"redness": redness, "contrast": contrast}
+    for name in config.reward:
+        if name == "discriminator":
+            head = nn.Sequential(nn.Flatten(), nn.Linear(8 * 16, 1), nn.Flatten(0))
+            lookalike = Discriminator(teacher, head, torch.randn(20, 3, 4, 4))
+            terms[name] = Term(lookalike, dict(head.named_parameters()), lr=1e-2)
+        else:
+            terms[name] = Term(as_reward(functions[name], name), via=config.via.get(name, "pathwise"))
+    adaptive = config.weights.mode == "adaptive"
+    weights = Adaptive(config.reward, 1.5, config.weights.warmup) if adaptive else Fixed(config.reward)
+    return Trainer(
+        Student(student, Flow(), [1.0, 0.7, 0.4]), dict(student.named_parameters()), terms, Batches(PROMPTS, 4, 3, seed=0),
+        encode=encode, decode=torch.sigmoid, latent_shapes=[(3, 4, 4)], config=config, weights=weights,
+        judges={"redness": brightness} if "redness" in config.reward else None,
+        counted={"student": student, "teacher": teacher, "fake": fake}, ranks=ranks,
+    )  # fmt: skip
+
+
+def go_on(trainer, updates, folder):
+    """Logs of some updates, after which the trainer is saved."""
+    logs = [trainer.step() for _ in range(updates)]
+    trainer.save(folder)
+    return logs
+
+
+def in_processes(size, work, folder):
+    """`work(ranks)` in forked processes that have joined; what each returned, as JSON. A process that raises exits with 1."""
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if not child:
+            try:
+                processes.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
+                torch.manual_seed(rank)  # whatever they drew before they met
+                (folder / f"{rank}.json").write_text(json.dumps(work(Ranks(rank, size))))
+                processes.destroy_process_group()
+                os._exit(0)
+            except BaseException as error:
+                (folder / f"{rank}.error").write_text(f"{type(error).__name__}: {error}")
+                os._exit(1)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0] * size, [path.read_text() for path in folder.glob("*.error")]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
+
+
+@pytest.fixture
+def in_float64():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+def assert_close(a, b):
+    (tensors_a, rest_a), (tensors_b, rest_b) = checkpoint.pack(a), checkpoint.pack(b)
+    assert tensors_a.keys() == tensors_b.keys()
+    for name, value in tensors_a.items():
+        if value.is_floating_point():
+            assert value.dtype == tensors_b[name].dtype, name
+            torch.testing.assert_close(value, tensors_b[name], rtol=1e-9, atol=1e-12, equal_nan=True, msg=name)
+        else:
+            assert torch.equal(value, tensors_b[name]), name
+    numbers_a, numbers_b = (list(leaves(rest)) for rest in (rest_a, rest_b))
+    assert len(numbers_a) == len(numbers_b)
+    for x, y in zip(numbers_a, numbers_b, strict=True):
+        assert x == y or x == pytest.approx(y, rel=1e-9, abs=1e-12)
+
+
+def leaves(value):
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
+        yield from leaves(one) if isinstance(one, (dict, list)) else [one]
+
+
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
+def test_two_processes_make_the_run_of_one(in_float64, tmp_path, options):
+    one = trainer_of(options)
+    alone = go_on(one, UPDATES, tmp_path / "one")
+    logs = in_processes(2, lambda ranks: go_on(trainer_of(options, ranks), UPDATES, tmp_path / "two"), tmp_path)
+    assert logs[0] == logs[1]
+    assert [sorted(each) for each in logs[0]] == [sorted(each) for each in alone]
+    assert_close(logs[0], alone)
+    saved, state = (checkpoint.newest(tmp_path / name / "checkpoints")[1] for name in ("two", "one"))
+    assert_close(saved["student"], state["student"])
+    assert_close(saved, state)
+    start = trainer_of(options).parameters
+    assert max(float((saved["student"][name] - p.detach()).abs().max()) for name, p in start.items()) > 1e-3  # it moved
+
+
+def test_a_run_goes_on_with_another_number_of_processes(in_float64, tmp_path):
+    """Two updates by two processes, two by four, two by one: the run of one."""
+    alone = trainer_of(SEVERAL)
+    go_on(alone, 6, tmp_path / "alone")
+
+    def resumed(ranks=None):
+        trainer = trainer_of(SEVERAL, ranks)
+        found = checkpoint.newest(tmp_path / "checkpoints")
+        if found:
+            trainer.load_state(found[1])
+        if ranks:
+            ranks.wait()  # the first one's save removes older checkpoints
+        go_on(trainer, 2, tmp_path)
+
+    in_processes(2, resumed, tmp_path)
+    in_processes(4, resumed, tmp_path)
+    resumed()
+    assert_close(checkpoint.newest(tmp_path / "checkpoints")[1], alone.state())
+
+
+def test_each_process_passes_its_share_alone(in_float64, tmp_path):
+    """Network passes of two processes are those of one, half of them each."""
+
+    def passes(ranks=None):
+        trainer = trainer_of(SEVERAL, ranks)
+        logs = [trainer.step() for _ in range(3)]
+        return {name: [one.forwards, one.backwards] for name, one in trainer.counted.items()}, logs[-1]
+
+    alone, logs = passes()
+    found = in_processes(2, passes, tmp_path)
+    for name, (forwards, backwards) in alone.items():
+        assert [own[name] for own, _ in found] == [[forwards / 2, backwards / 2]] * 2
+    assert all(said == pytest.approx(logs[key]) for key, said in found[0][1].items() if key.startswith("evaluations/"))
+
+
+def test_what_processes_tell_each_other(tmp_path):
+    def told(ranks):
+        own = torch.tensor([[ranks.rank, 0.5]], dtype=torch.bfloat16)
+        total = torch.tensor([1.0, ranks.rank])
+        ranks.add([None, total])
+        begun = torch.tensor([float(ranks.rank)])
+        ranks.begin([begun])
+        torch.manual_seed(3)
+        with ranks.own_random(torch.device("cpu")):
+            here = float(torch.rand(()))
+        after = float(torch.rand(()))
+        return {
+            "rows": str(ranks.rows(6)), "gathered": ranks.gather(own).tolist(),
+            "flags": ranks.gather(torch.tensor([ranks.rank == 1])).tolist(),
+            "total": total.tolist(), "sums": ranks.sums({"both": 1, f"only {ranks.rank}": 2.5}), "any": ranks.any(ranks.rank == 2),
+            "first": ranks.first(ranks.rank == 0), "told": ranks.told(["ä", None, ranks.rank]), "begun": float(begun),
+            "here": here, "after": after,
+        }  # fmt: skip
+
+    found = in_processes(3, told, tmp_path)
+    assert [one.pop("rows") for one in found] == ["slice(0, 2, None)", "slice(2, 4, None)", "slice(4, 6, None)"]
+    assert len({one.pop("here") for one in found}) == 3  # random numbers of their own, then those that they share
+    torch.manual_seed(3)
+    assert found[0] == found[1] == found[2] == {
+        "gathered": [[0.0, 0.5], [1.0, 0.5], [2.0, 0.5]], "flags": [False, True, False], "total": [3.0, 3.0],
+        "sums": {"both": 3, "only 0": 2.5, "only 1": 2.5, "only 2": 2.5}, "any": True, "first": True,
+        "told": [["ä", None, 0], ["ä", None, 1], ["ä", None, 2]], "begun": 0.0, "after": float(torch.rand(())),
+    }  # fmt: skip
+
+
+def test_a_student_that_is_no_longer_the_others_is_named(tmp_path):
+    def drifted(ranks):
+        trainer = trainer_of((), ranks)
+        if ranks.rank == 1:
+            next(iter(trainer.parameters.values())).data.add_(1e-3)
+        with pytest.raises(RuntimeError, match="the student of process 1 is no longer that of process 0"):
+            trainer.save(tmp_path)
+
+    in_processes(2, drifted, tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_process_that_ended_is_missed_at_once(tmp_path):
+    def lost(ranks):
+        if ranks.rank == 1:
+            return None
+        with pytest.raises(LostProcess, match="another process of this run has ended"):
+            for _ in range(2):
+                ranks.wait()
+
+    in_processes(2, lost, tmp_path)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused():
+    with pytest.raises(ValueError, match="4 groups cannot be shared evenly by 3 processes"):
+        trainer_of((), Ranks(0, 3))
