@@ -16,6 +16,13 @@ def rms(value: Tensor) -> float:
     return float(value.detach().double().pow(2).mean().sqrt())
 
 
+def ratios_of(log_ratio: Tensor) -> dict[str, float]:
+    """How far from 1 likelihood ratios lie, from their logarithms (any shape): the 5%, 50% and 95% quantiles and the largest."""
+    rho = log_ratio.detach().double().flatten().exp()
+    low, middle, high = torch.quantile(rho, rho.new_tensor([0.05, 0.5, 0.95])).tolist()
+    return {"rho_05": low, "rho_50": middle, "rho_95": high, "rho_max": float(rho.max())}
+
+
 def spread_of(score: Tensor, group: Tensor) -> dict[str, float]:
     """What there is to learn from scores (B,) inside groups (B,) of two or more: `spread` and `spread_min`, mean and smallest of the
     groups' standard deviations, in the reward's unit; `constant_groups`, the share of groups whose scores are all the same and offer no

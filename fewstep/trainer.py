@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fewstep import checkpoint, importance, losses
 from fewstep.config import Config
 from fewstep.denoiser import Cond, Denoiser, widened
-from fewstep.metrics import MetricsLog, known, rms, spread_of
+from fewstep.metrics import MetricsLog, known, ratios_of, rms, spread_of
 from fewstep.prompts import Batches
 from fewstep.ranks import Ranks
 from fewstep.rewards.base import OnlineReward, Reward, RewardError, checked
@@ -446,6 +446,7 @@ class Trainer:
             log_probs[-1] = log_probs[-1].detach()
         log_prob = self.ranks.gather(torch.cat(log_probs))
         self.old_log_prob = log_prob if self.old_log_prob is None else self.old_log_prob
+        logs |= {f"policy/{key}": value for key, value in ratios_of(log_prob - self.old_log_prob).items()}
         for name, advantage in self.advantages.items():
             logs[f"{name}/clip_fraction"] = losses.clip_fraction(log_prob, self.old_log_prob, advantage, clip=clip)
             logs[f"{name}/weight"] = values[name]
@@ -619,9 +620,9 @@ class Trainer:
         logs = {
             "reuse/ess": ess,
             "reuse/ess_of_all": float(importance.effective_sample_size((log_ratio - log_ratio.max()).exp())),
-            "reuse/rho_max": float(log_ratio.exp().max()),
             "reuse/refused": float(refused),
         }
+        logs |= {f"reuse/{key}": value for key, value in ratios_of(log_ratio).items()}
         if block.used == 1:
             least = max(reuse.min_ess, 1e-3)
             logs["reuse/permitted"] = min(importance.permitted_updates(moves[rows], min_ess=least) for rows in quarters)
@@ -703,7 +704,8 @@ class Trainer:
         self.batches.load_state(state["batches"])
         self.rollout = None if state["rollout"] is None else self.as_rollout(state["rollout"])
         self.earlier = {size: self.as_rollout(saved) for size, saved in state["earlier"].items()}
-        self.block = None if state["block"] is None else Block(**{key: self.here(value) for key, value in state["block"].items()})
+        block = state["block"]  # by name: KeyError for what an earlier version's lacks
+        self.block = None if block is None else Block(*(self.here(block[field.name]) for field in fields(Block)))
         self.advantages = {name: self.here(value) for name, value in state["advantages"].items()}
         # an earlier version kept none: its policy gradients go on from the weights at hand
         self.old_log_prob = self.here(state.get("old_log_prob"))

@@ -10,7 +10,7 @@ from test_trainer import brightness, redness, run_of
 
 from fewstep import checkpoint, cli, composition, flags
 from fewstep.errors import UserError
-from fewstep.metrics import rms, spread_of
+from fewstep.metrics import ratios_of, rms, spread_of
 from fewstep.prompts import read
 from fewstep.rewards import sources
 from fewstep.rewards.heldout import HeldOut, Parting, parting
@@ -247,3 +247,9 @@ def test_the_python_interface_takes_judges(teacher_folder, prompt_file, tmp_path
     assert "red/judge/red" in json.loads((out / "metrics.jsonl").read_text())
     with pytest.raises(UserError, match="nothing to judge"):
         fewstep.distill(str(teacher_folder), str(prompt_file), judges={"red": brightness}, output=str(tmp_path / "other"), **small)
+
+
+def test_ratios_are_told_by_their_quantiles():
+    """Of 101 ratios 0, 1, ..., 100 the 5% quantile is 5."""
+    found = ratios_of(torch.arange(101, dtype=torch.float32)[torch.randperm(101, generator=torch.Generator().manual_seed(0))].log())
+    assert found == pytest.approx({"rho_05": 5, "rho_50": 50, "rho_95": 95, "rho_max": 100})

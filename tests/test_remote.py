@@ -645,6 +645,8 @@ def test_the_server_needs_nothing_of_the_rest_of_the_package():
         (["FILE:redness", "--workers", "65"], "--workers: must be 1 .. 64"),
         (["image-reward"], "image-reward"),
         (["clip", "--scorer", "./nowhere"], "no such folder"),
+        (["FILE:redness", "--scorer", "world"], "FILE:redness brings its own model; leave the flag out"),
+        (["hps3", "--scorer", "./nowhere"], "--scorer: hps3 brings its own model; leave the flag out"),
         (["FILE:redness", "--device", "cuda"], "--device: there is no cuda here, torch finds 0 CUDA devices"),
         (["preference", "--scorer", "world", "--device", "cuda:1"], "--device: there is no cuda:1 here, torch finds 0 CUDA devices"),
         (["FILE:redness", "--device", "gpu"], "--device: must be cpu, cuda, cuda:N or auto, got 'gpu'"),

@@ -232,7 +232,7 @@ def test_an_importance_weight_is_on_matching_alone(teacher_folder, prompt_file):
     assert block.extra is not None and float(block.extra.abs().max()) > 0
     rho = torch.tensor([0.5, 2.0, 1.0, 0.0])
     wanted = by_autograd(
-        trainer.predict(rollout, block.xk, block.k), trainer, -(rho.view(-1, 1, 1, 1) * block.anchor + block.extra) / x0.numel()
+        trainer.predict(rollout, block.xk, block.k).own, trainer, -(rho.view(-1, 1, 1, 1) * block.anchor + block.extra) / x0.whole.numel()
     )
     found = gradients(trainer)
     trainer.student_update(rollout, block, x0, rho)
@@ -246,7 +246,8 @@ def reweighed(trainer, factor):
     with torch.no_grad():
         for parameter in trainer.parameters.values():
             parameter.mul_(factor)
-    return block, x0, trainer.reweigh(rollout, block)
+    today, *found = trainer.reweigh(rollout, block)
+    return block, x0.whole, (today.whole, *found)
 
 
 def test_an_importance_weight_is_todays_density_over_that_of_the_evaluation(teacher_folder, prompt_file):
@@ -273,7 +274,7 @@ def test_the_lowest_noise_levels_decide_whether_an_evaluation_serves_again(teach
     block.t = torch.linspace(0.02, 0.98, 16, dtype=torch.float64)[torch.randperm(16)]
     away = torch.randn_like(block.x0)
     away /= away.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    x0 = trainer.predict(rollout, block.xk, block.k).detach()
+    x0 = trainer.predict(rollout, block.xk, block.k).whole
     block.x0 = x0 + 0.06 * away
     # the noise of the evaluation lay across the move
     alpha, sigma = (f(block.t).float().view(-1, 1, 1, 1) for f in (trainer.student.schedule.alpha, trainer.student.schedule.sigma))
@@ -569,7 +570,7 @@ def test_nan_of_a_direction_a_loss_and_a_gradient_is_named(teacher_folder, promp
     with pytest.raises(FloatingPointError, match=r"^the gradient norm of dm's own network is nan at update 0"):
         trainer.online_updates(rollout, 1)
     handle.remove()
-    trainer.terms["dm"].reward.loss = lambda sample: math.nan * sum(p.sum() for p in fake.values())
+    trainer.terms["dm"].reward.loss = lambda sample, **drawn: math.nan * sum(p.sum() for p in fake.values())
     with pytest.raises(FloatingPointError, match=r"^the loss of dm's own network is nan at update 0"):
         trainer.online_updates(rollout, 1)
     assert all(torch.equal(p, before[name]) for name, p in fake.items())
@@ -692,7 +693,7 @@ def test_where_its_weights_degenerate_rdm_is_asked_again_and_the_other_rewards_a
     update = trainer.student_update
 
     def spy(rollout, block, x0, weight):
-        assert weight is None and torch.equal(block.x0, x0)  # R_dm speaks of where the student is
+        assert weight is None and torch.equal(block.x0, x0.whole)  # R_dm speaks of where the student is
         blocks.append(dataclasses.replace(block))
         return update(rollout, block, x0, weight)
 
@@ -738,6 +739,7 @@ def test_policy_ratio_is_one_on_policy_and_moves_afterwards(teacher_folder, prom
 
     monkeypatch.setattr(losses, "policy", watched)
     logs = trainer.step()
+    assert [logs[f"policy/rho_{which}"] for which in ("05", "50", "95", "max")] == [1] * 4
     assert logs["contrast/clip_fraction"] == 0 and all(torch.equal(ratio, torch.zeros_like(ratio)) for ratio in ratios)
     with trainer.precision():
         assert not torch.allclose(trainer.student.log_prob(trainer.rollout), old_log_prob(trainer.student, trainer.rollout))

@@ -38,6 +38,8 @@ Score = Callable[[Any, list[str]], Any]  # images (B, 3, H, W) in [0, 1] as a to
 
 def load(what: str, scorer: str | None, device: str) -> tuple[str, str, Score]:
     """(name, version, function) of a named reward or of path/to/file.py:function. Raises ValueError or ImportError."""
+    if scorer is not None and (sources.is_code(what) or what in OWN):
+        raise ValueError(f"--scorer: {what} brings its own model; leave the flag out")
     if sources.is_code(what):
         return what.rpartition(":")[2], sources.function_version(what), sources.load_function(what)
     if what not in REWARDS:
