@@ -60,10 +60,6 @@ def distill(
 
 def load(path: str | Path) -> Any:
     """The stock diffusers pipeline of a finished student: a bf16 folder as bf16, any other, and a hub id, as float32."""
-    from pathlib import Path
+    from fewstep.export import stock_pipeline
 
-    from diffusers import DiffusionPipeline
-
-    from fewstep.export import stored_dtype
-
-    return DiffusionPipeline.from_pretrained(str(path), dtype=stored_dtype(Path(path)), use_safetensors=True)
+    return stock_pipeline(path)

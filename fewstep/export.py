@@ -23,13 +23,13 @@ USAGE = {
     "diffusers": """```python
 {imports}from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{folder}"{dtype})
+pipe = DiffusionPipeline.from_pretrained("{folder}"{told})
 image = pipe(prompt="your prompt", num_inference_steps={steps}, {call}).images[0]
 ```""",
     "lora": """```python
 {imports}from diffusers import DiffusionPipeline, {scheduler}
 
-pipe = DiffusionPipeline.from_pretrained("{teacher}"{dtype})
+pipe = DiffusionPipeline.from_pretrained("{teacher}"{told})
 pipe.load_lora_weights("{folder}", adapter_name="student")
 pipe.scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")
 image = pipe(prompt="your prompt", num_inference_steps={steps}, {call}).images[0]
@@ -94,6 +94,16 @@ def read(folder: Path, config: Config) -> tuple[Averaged, bool]:
         raise CannotExport(f"{path}: its student is another network than {teacher} (has the teacher changed since?)")
     pipe = backbone.student_pipeline(roles, weights, config.steps)
     return Averaged(config, backbone, pipe, weights, update, logged_weights(folder, config, update)), finished
+
+
+def stock_pipeline(source: str | Path) -> Any:
+    """The stock diffusers pipeline of a folder or hub id, from safetensors alone: a bf16 folder as bf16, all else as float32."""
+    from diffusers import DiffusionPipeline
+
+    from fewstep.models import lacking
+
+    told = {"dtype": stored_dtype(Path(source)), "use_safetensors": True, **lacking(str(source))}
+    return DiffusionPipeline.from_pretrained(str(source), **told)
 
 
 def stored_dtype(folder: Path) -> dtype:
@@ -408,8 +418,9 @@ def model_card(student: Averaged, to: str, folder: Path, *, name: str | None = N
     place = {"world": "path/to/fewstep/world/assets/teacher"}.get(config.teacher, f"path/to/{teacher_in_words(config.teacher)}")
     # a folder in float32 is read so unasked; how a teacher is stored is not known here, and its parts may not be stored alike
     told = to == "lora" or backbone.dtype != torch.float32
+    absent = [f"{name}=None" for name in backbone.lacks()]
     usage = USAGE[to].format(
-        imports="import torch\n" * told, dtype=f", torch_dtype={backbone.dtype}" * told,
+        imports="import torch\n" * told, told=f", torch_dtype={backbone.dtype}" * told + "".join(f", {part}" for part in absent),
         folder=name or folder.name, teacher=config.teacher if on_hub(config.teacher) else place, scheduler=type(scheduler).__name__,
         steps=steps, call=f"{guided}, {size}", file=", ".join(path.name for path in folder.glob("*.safetensors")),
     )  # fmt: skip
@@ -419,6 +430,9 @@ def model_card(student: Averaged, to: str, folder: Path, *, name: str | None = N
             f"\n\n`torch_dtype={backbone.dtype}` is what {whose}. Without it one part may be read in another number format than the next, "
             "and such parts do not run together."
         )
+    if absent and to != "kohya":
+        whose = "The teacher" if to == "lora" else "This folder"
+        usage += f"\n\n{whose} comes without these parts, which diffusers has to be told: `{', '.join(absent)}`."
     from_picture = (
         f" In image-to-image pipelines `strength=j/{steps}` runs the last j of these timesteps; a strength between two such values is "
         "rounded to one of them."

@@ -55,10 +55,10 @@ def saved(root, makers):
 
 @pytest.fixture(scope="session")
 def teachers(tmp_path_factory):
-    """Folder with a folder of each family's tiny teacher, saved as any user's would be."""
-    from pipelines import PIPELINES
+    """Folder with a folder of each family's tiny teacher, and of the incomplete ones, saved as any user's would be."""
+    from pipelines import INCOMPLETE, PIPELINES
 
-    return saved(tmp_path_factory.mktemp("teachers"), PIPELINES)
+    return saved(tmp_path_factory.mktemp("teachers"), PIPELINES | INCOMPLETE)
 
 
 @pytest.fixture(scope="session")

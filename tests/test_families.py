@@ -18,19 +18,20 @@ from diffusers import (
 )
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from pipelines import GUIDED, PIPELINES
+from pipelines import GUIDED, INCOMPLETE, PIPELINES
 
 from fewstep import checkpoint, cli, composition, models, needs, run
 from fewstep.config import Config
 from fewstep.denoiser import guide
 from fewstep.errors import UserError
+from fewstep.models import embeddings
 from fewstep.models.backbone import AddedLinear
 from fewstep.report.grid import save
 from fewstep.run import sample_grid
 from fewstep.student import Student
 
 PROMPTS = ["a cat", "two red hats"]  # copied for each call: some stock pipelines write into the list they are given
-every_family = pytest.mark.parametrize("name", PIPELINES)
+every_family = pytest.mark.parametrize("name", PIPELINES | INCOMPLETE)
 
 
 def test_every_family_has_a_tiny_pipeline():
@@ -264,9 +265,9 @@ from diffusers.schedulers import scheduling_flow_match_euler_discrete, schedulin
 from safetensors.torch import load_file, save_file
 
 images = {}
-for folder, prompts, call in json.loads(sys.argv[1]):
+for folder, lacks, prompts, call in json.loads(sys.argv[1]):
     noises = load_file(folder + "/noise.safetensors")
-    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe = DiffusionPipeline.from_pretrained(folder, **dict.fromkeys(lacks))
     pipe.set_progress_bar_config(disable=True)
     given = list(noises["noise"])
 
@@ -289,7 +290,7 @@ def test_exported_folders_draw_in_a_fresh_process_what_training_drew(teachers, t
     from safetensors.torch import load_file, save_file
 
     jobs, expected = [], {}
-    for name in PIPELINES:
+    for name in PIPELINES | INCOMPLETE:
         for rank in (0, 2):
             backbone = models.load(str(teachers / name))
             roles, weights = moved_student(backbone, rank)
@@ -300,7 +301,7 @@ def test_exported_folders_draw_in_a_fresh_process_what_training_drew(teachers, t
             with torch.no_grad():
                 teacher = backbone.decode(roles.teacher(noises[0], torch.ones(2), backbone.encode(PROMPTS)))
             assert (teacher - mine).abs().max() > 1e-3, name  # the student has moved, so equality says something
-            jobs.append((str(folder), PROMPTS, told(backbone) | backbone.student_call))
+            jobs.append((str(folder), backbone.lacks(), PROMPTS, told(backbone) | backbone.student_call))
             expected[str(folder)] = (mine, backbone.schedule().timestep_of(backbone.times(4)))
     done = subprocess.run([sys.executable, "-c", STOCK, json.dumps(jobs), str(tmp_path / "images")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -613,6 +614,35 @@ def test_noise_levels_that_no_student_can_have_are_refused(teachers, tmp_path, s
     for opened in (models.load, lambda source: needs.skeleton(source, torch.float32)):
         with pytest.raises(models.UnsupportedTeacher, match=words):
             opened(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name, parts",
+    [
+        ("StableDiffusionPipeline", ["vae"]),
+        ("StableDiffusionXLPipeline", ["text_encoder", "tokenizer"]),  # the stock pipeline opens it, and draws with the other encoder alone
+        ("StableDiffusion3Pipeline", ["text_encoder", "tokenizer"]),
+        ("StableDiffusion3Pipeline", ["tokenizer_3"]),
+    ],
+)
+def test_a_teacher_without_a_part_that_it_needs_is_refused(teachers, tmp_path, name, parts):
+    import shutil
+
+    teacher = tmp_path / "teacher"
+    shutil.copytree(teachers / name, teacher)
+    index = teacher / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {part: [None, None] for part in parts}))
+    for opened in (models.load, lambda source: needs.skeleton(source, torch.float32)):
+        with pytest.raises(models.UnsupportedTeacher, match=f"has null for {', '.join(parts)}, and no student"):
+            opened(str(teacher))
+
+
+def test_conditions_without_t5_are_kept_by_the_width_that_the_network_reads(teachers):
+    backbone = models.load(str(teachers / "StableDiffusion3Pipeline-without-T5"))
+    before = embeddings.fingerprint(backbone.text_fingerprint())
+    assert backbone.encode(["a cat"])["prompt_embeds"][:, 16:].count_nonzero() == 0
+    backbone.model.register_to_config(joint_attention_dim=64)
+    assert embeddings.fingerprint(backbone.text_fingerprint()) != before
 
 
 def test_sdxl_decodes_with_the_autoencoders_mean_and_spread(teachers):

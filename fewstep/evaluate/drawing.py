@@ -160,12 +160,10 @@ def solver(name: str, config: Mapping[str, Any]) -> Any:
 
 
 def open_pipeline(source: str | Path, device: str | torch.device) -> Any:
-    """A diffusers folder or hub id, from safetensors alone; a bf16 folder as bf16, all else as float32."""
-    from diffusers import DiffusionPipeline
+    """A diffusers folder or hub id, as `stock_pipeline` reads it."""
+    from fewstep.export import stock_pipeline
 
-    from fewstep.export import stored_dtype
-
-    pipe = DiffusionPipeline.from_pretrained(str(source), dtype=stored_dtype(Path(source)), use_safetensors=True)
+    pipe = stock_pipeline(source)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

@@ -83,6 +83,18 @@ def pipeline_class(source: str) -> str:
     return name
 
 
+def lacking(source: str) -> dict[str, None]:
+    """The parts that a pipeline's model_index.json has as null, as from_pretrained is to be told of them: where the class asks for one,
+    as StableDiffusion3Pipeline does for T5, diffusers refuses a folder without it unless told so.
+
+    source: a folder or hub id. Raises OSError for one without model_index.json.
+    """
+    from diffusers import DiffusionPipeline
+
+    index = DiffusionPipeline.load_config(source)
+    return {name: None for name, entry in index.items() if isinstance(entry, list | tuple) and entry[0] is None}
+
+
 def family_name(pipeline: str) -> str:
     """Of a pipeline class: its adapter's file, and its recipe."""
     return FAMILIES[pipeline][0].rpartition(".")[2]

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from fewstep.denoiser import Cond, Denoiser, Prediction, join
-from fewstep.models import UnsupportedTeacher
+from fewstep.models import UnsupportedTeacher, lacking
 from fewstep.models.embeddings import Embeddings
 from fewstep.schedule import DDPM, Flow, Schedule
 
@@ -303,6 +303,7 @@ def without_path(config: dict[str, Any]) -> dict[str, Any]:
 
 def read(pipeline: type[DiffusionPipeline], source: str, **options: Any) -> Any:
     """A stock pipeline; where its weights are there in fp16 alone (`*.fp16.safetensors`), those, with a warning."""
+    options = lacking(source) | options
     try:
         return pipeline.from_pretrained(source, **options)
     except OSError as error:  # a file is missing
@@ -321,6 +322,7 @@ class Backbone:
     load_options: ClassVar[dict[str, Any]] = {}  # of the pipeline's from_pretrained
     part: ClassVar[str] = "transformer"  # the pipeline's denoising network
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    can_lack: ClassVar[tuple[str, ...]] = ()  # of these: text encoders that the stock pipeline does without, and their tokenizers
     time_module: ClassVar[str]  # what makes the time embedding (B, width), to which a step's is added
     lora_targets: ClassVar[list[str]]
     flow: ClassVar[bool] = True  # else a DDPM schedule, prediction as the teacher's scheduler says
@@ -333,6 +335,7 @@ class Backbone:
     def __init__(self, pipe: DiffusionPipeline, source: str, *, cache: Path | None = None, device: torch.device | str = "cpu"):
         self.pipe, self.source, self.device = pipe, source, torch.device(device)
         self.prediction: Prediction = "flow"
+        self.check_parts()
         if not self.flow:
             check_betas(pipe.scheduler, source)
             kind = pipe.scheduler.config.get("prediction_type")
@@ -356,6 +359,20 @@ class Backbone:
             raise UnsupportedTeacher(f"{source}: cannot be read as a {cls.pipeline.__name__} ({type(error).__name__}: {error})") from error
         pipe.set_progress_bar_config(disable=True)
         return cls(pipe, source, cache=cache, device=device)
+
+    def check_parts(self) -> None:
+        """Raises UnsupportedTeacher for a part that is missing and `can_lack` does not have; a tokenizer goes with its encoder."""
+        missing = [name for name in (self.part, "vae", "scheduler", *self.text_parts) if getattr(self.pipe, name) is None]
+        needed = [name for name in missing if name not in self.can_lack or name.replace("tokenizer", "text_encoder") not in missing]
+        if needed:
+            raise UnsupportedTeacher(
+                f"{self.source}: its model_index.json has null for {', '.join(needed)}, and no student can be trained without; give a "
+                f"{self.pipeline.__name__} that has them all" + f" (only {', '.join(self.can_lack)} may be missing)" * bool(self.can_lack)
+            )
+
+    def lacks(self) -> list[str]:
+        """The parts, of `can_lack`, that this teacher comes without."""
+        return [name for name in self.can_lack if getattr(self.pipe, name) is None]
 
     def check_schedule(self) -> None:
         """Raises UnsupportedTeacher for betas that LCM's scheduler lacks, and for a network that says nothing of x0 at t = 1."""

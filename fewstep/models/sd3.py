@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: an MMDiT on two CLIP encoders and T5 (StableDiffusion3Pipeline)."""
+"""Stable Diffusion 3 and 3.5: an MMDiT on two CLIP encoders and T5, which may be missing (StableDiffusion3Pipeline)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ T5_TOKENS = 256  # the stock pipeline's default
 class StableDiffusion3(Backbone):
     pipeline = StableDiffusion3Pipeline
     text_parts = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+    can_lack = ("text_encoder_3", "tokenizer_3")  # zeros stand for T5's text
     time_module = "time_text_embed"
     lora_targets: ClassVar[list[str]] = [
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
@@ -30,6 +31,11 @@ class StableDiffusion3(Backbone):
             prompt, prompt, prompt, device=self.device, do_classifier_free_guidance=False, max_sequence_length=T5_TOKENS
         )
         return {"prompt_embeds": text, "pooled": pooled}
+
+    def text_fingerprint(self) -> list[Any]:
+        """Without T5 the network alone says how wide its zeros are."""
+        width = [{"joint_attention_dim": self.model.config.joint_attention_dim}] if self.pipe.text_encoder_3 is None else []
+        return [*super().text_fingerprint(), *width]
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         config, clip = self.model.config, self.pipe.tokenizer_max_length
@@ -49,6 +55,6 @@ class StableDiffusion3(Backbone):
         return edge, edge
 
     def longest_text(self) -> tuple[Any, int]:
-        if self.pipe.tokenizer_3 is None:  # without T5, the CLIP encoders are all that reads
+        if self.pipe.text_encoder_3 is None:  # without T5, the CLIP encoders are all that reads
             return super().longest_text()
         return self.pipe.tokenizer_3, T5_TOKENS

@@ -14,5 +14,7 @@ PIPELINES = {
     "ZImagePipeline": z_image.pipeline,
     "QwenImagePipeline": qwen_image.pipeline,
 }
+# as PIPELINES, with parts missing that the stock pipeline does without
+INCOMPLETE = {"StableDiffusion3Pipeline-without-T5": sd3.without_t5}
 # pipeline class -> how it combines (conditional, unconditional, guidance) in its own layout, where that is not plain guidance
 GUIDED = {"QwenImagePipeline": qwen_image.guided}

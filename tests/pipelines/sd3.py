@@ -1,6 +1,13 @@
 from pipelines.parts import autoencoder, clip_text, clip_tokenizer, randomise, t5_encoder, t5_tokenizer
 
 
+def without_t5():
+    """As many folders have it, and the stock pipeline: zeros stand for T5's text."""
+    pipe = pipeline()
+    pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
+    return pipe
+
+
 def pipeline():
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
