@@ -413,7 +413,7 @@ def test_shipped_samples_stand_for_drawn_ones_and_are_timed_here(folders, scorer
     assert [row["sample"] for row in shipped["rows"]] == ["drawn", *["shipped"] * 4]
     for a, b in zip(fresh["rows"], shipped["rows"], strict=True):
         assert b["metrics"].keys() == a["metrics"].keys()
-        assert b["metrics"]["seconds_per_image"]["value"] > 0
+        assert b["metrics"]["seconds_per_image"]["value"] > 0 and b["timed"] == a["timed"]
         for name in ("fd_clip_teacher", "fd_clip_data", "clip", "utility", "diversity"):
             assert b["metrics"][name]["value"] == pytest.approx(a["metrics"][name]["value"], rel=2e-2, abs=2e-3), name  # float16
     # another seed, teacher or number of pictures is another sample

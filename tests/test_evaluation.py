@@ -966,10 +966,72 @@ def test_a_number_that_is_not_finite_is_never_saved(tmp_path):
 
 def test_what_was_left_out_stands_below_the_table(tmp_path):
     report = evaluated(Pipe(), tmp_path, images_per_prompt=1)
-    report["rows"].append(report["rows"][0] | {"name": "elsewhere", "device": "another machine"})
     text = " ".join(text_of(tables.as_table(report)).split())
     assert "no diversity within a prompt: needs at least two pictures of every prompt" in text
-    assert "drawn on different machines, whose seconds per image do not compare" in text and "elsewhere: another machine" in text
+
+
+def seconds_cells(text):
+    """The cells of a table's row of seconds per image, and of the row of the judge `bright`."""
+    found = {line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:-1]] for line in text.splitlines() if line.startswith("│")}
+    return found["seconds per image"], found["bright ↑"]
+
+
+def test_seconds_belong_to_the_device_and_to_the_pictures_drawn_together(tmp_path, monkeypatch):
+    """Two reports that differ in these alone compare in all but the seconds; a kept sample's are those it was drawn with."""
+    few = PromptSet("few", MANY.prompts[:3])
+    one, same, whole = (evaluated(Pipe(), tmp_path / name, batch=batch) for name, batch in (("one", 3), ("same", 3), ("whole", 100)))
+    device = protocol.device_name("cpu")
+    assert [report["rows"][0]["timed"] for report in (one, same, whole)] == [
+        {"device": device, "drawn_together": 3}, {"device": device, "drawn_together": 3}, {"device": device, "drawn_together": 10},
+    ]  # fmt: skip
+    assert evaluated(Pipe(), tmp_path / "few", prompts=few, batch=100)["rows"][0]["timed"]["drawn_together"] == 6
+    assert evaluated(Pipe(), tmp_path / "one", batch=4)["rows"][0]["timed"]["drawn_together"] == 3  # kept
+    monkeypatch.setattr(samples, "device_name", lambda device: "a GPU")
+    monkeypatch.setattr(evaluation, "device_name", lambda device: "a GPU")
+    moved = evaluated(Pipe(), tmp_path / "moved", batch=3)
+    assert moved["protocol"]["device"] == "a GPU" and moved["rows"][0]["timed"] == {"device": "a GPU", "drawn_together": 3}
+    # drawn here, and measured elsewhere
+    assert evaluated(Pipe(), tmp_path / "one")["rows"][0]["timed"] == one["rows"][0]["timed"]
+    text = text_of(tables.beside({"a": one, "b": same, "c": whole, "d": moved}))
+    (a, b, c, d), judged = seconds_cells(text)
+    assert c.endswith(" ‡") and d.endswith(" ‡") and "‡" not in a + b + "".join(judged) and "†" not in text
+    assert (
+        "‡ seconds per image that were not measured as those of a: student, 4 steps, and do not compare: c: student, 4 steps "
+        f"(drawn_together: 3 / 10); d: student, 4 steps (device: {device} / a GPU)"
+    ) in " ".join(text.split())
+    # beside a difference of another kind each is said for itself
+    other = evaluated(Pipe(), tmp_path / "other", batch=4, seed=7)
+    said = " ".join(text_of(tables.beside({"a": one, "b": other})).split())
+    assert "† b was measured otherwise than a, and its numbers do not compare: seeds.rows: 0 / 7 ‡" in said
+    assert f"b: student, 4 steps (device: {device} / a GPU; drawn_together: 3 / 4)" in said
+
+
+def test_seconds_within_one_report_are_marked_likewise(tmp_path):
+    """A teacher whose sample was kept from an evaluation with another batch, and a sample of which each half was drawn with another."""
+    evaluated(Pipe(0.8), tmp_path / "kept", teacher=Pipe(), batch=5)
+    report = evaluated(Pipe(0.7), tmp_path / "kept", teacher=Pipe(), batch=4)
+    assert [row["timed"]["drawn_together"] for row in report["rows"]] == [4, 5, 5]
+    (student, teacher, few, paired), judged = seconds_cells(text_of(tables.as_table(report)))
+    assert teacher.endswith(" ‡") and few.endswith(" ‡") and "‡" not in student + paired + "".join(judged)
+    assert any(note.startswith("‡ seconds per image") and "drawn_together: 4 / 5" in note for note in tables.notes(report))
+    evaluated(Pipe(0.6), tmp_path / "halves", share=(0, 2), batch=5)
+    halves = evaluated(Pipe(0.6), tmp_path / "halves", batch=2)
+    assert halves["rows"][0]["timed"]["drawn_together"] == [2, 5]
+    assert "student, 4 steps (drawn_together: 2 and 5)" in tables.notes(halves)[-1]
+
+
+def test_seconds_of_before_are_compared_by_the_device_alone(tmp_path):
+    one, early = evaluated(Pipe(), tmp_path), evaluated(Pipe(), tmp_path)
+    for row in early["rows"]:
+        del row["timed"]
+    text = text_of(tables.beside({"a": one, "b": early}))
+    assert "‡" not in text and "†" not in text
+    assert "b or a is of an earlier version, whose stamp lacks drawn_together: not compared" in text
+    early["rows"][0]["device"] = "another machine"
+    assert seconds_cells(text_of(tables.beside({"a": one, "b": early})))[0][1].endswith(" ‡")
+    # parts that an earlier version kept do not say it
+    assert samples.timing(["cpu"], ["unknown"]) == {"device": "cpu", "drawn_together": None}
+    assert samples.timing(["a", "b"], ["16", "4", "unknown"]) == {"device": ["a", "b"], "drawn_together": [None, 4, 16]}
 
 
 # The command

@@ -66,6 +66,7 @@ from fewstep.evaluate.samples import (
     content_of,
     looks,
     shipped_path,
+    timing,
 )
 from fewstep.evaluate.sets import PromptSet
 from fewstep.evaluate.store import fingerprint, read, replace, sha256
@@ -162,9 +163,9 @@ def evaluate(
 
     Returns {"protocol", "interval", "student", "teacher", "configs", "rows", "paired", "best_solver", "left_out"}: student and teacher are
     SHA-256 of their weights, configs those of their configurations; each row has name, solver, steps, guidance, seed, n, sample (drawn,
-    kept or shipped), device, metrics (see `measure`) and, where there are judges, what `asked_of` counts of each; paired: of the student
-    minus the teacher at many steps (see `paired`), None without a teacher; best_solver names the few-step teacher nearest to the teacher;
-    left_out says of metrics why there are none.
+    kept or shipped), device, timed (what its seconds per image belong to, see `timing`), metrics (see `measure`) and, where there are
+    judges, what `asked_of` counts of each; paired: of the student minus the teacher at many steps (see `paired`), None without a teacher;
+    best_solver names the few-step teacher nearest to the teacher; left_out says of metrics why there are none.
     """
     named = prompts if isinstance(prompts, PromptSet) else None
     texts = named.prompts if named else list(prompts)
@@ -246,7 +247,8 @@ def evaluate(
                 seen = {name: value.float() for name, value in found.items()}
                 if timed:
                     seen["seconds"] = time_batches(original, row, drawing)
-                return row | {"sample": "shipped", "device": protocol.device}, seen
+                timed = timing([protocol.device], [str(drawing.together())])
+                return row | {"sample": "shipped", "device": protocol.device, "timed": timed}, seen
 
             samples += [teacher_sample(row) for row in shown]
             _, reference = teacher_sample(last, timed=False)

@@ -26,7 +26,7 @@ Utility = Callable[[Tensor], Tensor]  # (B, 3, H, W) in [0, 1] -> (B,)
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a number was measured on. Two numbers compare when their protocols are equal."""
+    """What a number was measured on. Two numbers compare when their protocols are equal, but for the device."""
 
     prompts: str  # SHA-256 of the list of prompts
     set: str | None  # name of the prompts' set or file
@@ -46,7 +46,7 @@ class Protocol:
     neighbours: int  # k of precision and recall
     resolution: int | list[int]  # in pixels; [height, width] of pictures that are not square
     precision: str  # arithmetic of the pipelines
-    device: str  # with the number of threads: seconds per image belong to it
+    device: str  # with the number of threads; each row says on which its own seconds per image were measured
     versions: dict[str, str]
 
     def stamp(self) -> dict[str, Any]:
@@ -178,9 +178,12 @@ def stamp_of(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def compared(stamp: dict[str, Any], other: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """(what differs between two stamps, the later fields that one of them lacks and that were not compared)."""
+    """(what differs between two stamps, the later fields that one of them lacks and that were not compared).
+
+    The device is not compared: of the numbers, seconds per image alone are its own, and each row says on which they were measured.
+    """
     unknown = [field for field in LATER if (field in stamp) != (field in other)]
-    one, two = ({key: value for key, value in held.items() if key not in unknown} for held in (stamp, other))
+    one, two = ({key: value for key, value in held.items() if key not in [*unknown, "device"]} for held in (stamp, other))
     for field in LATER_OF_TEACHER if one.get("teacher") and two.get("teacher") else ():
         if (field in one["teacher"]) != (field in two["teacher"]):
             unknown.append(f"teacher.{field}")

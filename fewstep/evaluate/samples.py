@@ -166,6 +166,10 @@ class Drawing(NamedTuple):
         """Pictures of a part: whole batches, so that what a batch's noise belongs to does not depend on who draws which part."""
         return max(1, SHARD // self.batch) * self.batch if self.noise == "batch" else SHARD
 
+    def together(self) -> int:
+        """Pictures of a call of the pipeline; the last call of a part may have fewer."""
+        return min(self.batch, self.part_size(), self.n)
+
     def generators(self, seed: int, first: int, end: int) -> torch.Generator | list[torch.Generator]:
         if self.noise == "batch":
             return noise_generator(seed, first // self.batch)
@@ -205,7 +209,8 @@ def draw_parts(
                     if name.startswith("score/"):
                         heard = servers[name].news() if name in servers else {}
                         found |= asking(kept[name], i, name.removeprefix("score/"), len(parts(i)), heard)
-                    kept[name].save(i, found, device=device_name(drawing.device))
+                    said = {"drawn_together": str(drawing.together())} if name == COST else {}
+                    kept[name].save(i, found, device=device_name(drawing.device), **said)
                 seen.clear()
                 calls.clear()
 
@@ -247,6 +252,13 @@ def asked_of(seen: Seen, judge: str) -> dict[str, int]:
     """Pictures that a judge was asked for (more than there are, where it was asked again), those that have no score now, repeated tries."""
     masked = int((~torch.isfinite(seen[f"score/{judge}"][:])).sum())
     return {"asked": int(seen[f"asked/{judge}"][:].sum()), "masked": masked, "retried": int(seen[f"retried/{judge}"][:].sum())}
+
+
+def timing(devices: Sequence[str], together: Sequence[str]) -> dict[str, Any]:
+    """What seconds per image belong to: the device, and how many pictures a call of the pipeline draws; where a sample's parts were drawn
+    on several, or with several, the list of them. An earlier version did not say the second: None."""
+    numbers = sorted({int(number) if number.isdecimal() else None for number in together}, key=lambda number: number or 0)
+    return {key: found[0] if len(found) == 1 else found for key, found in (("device", [*devices]), ("drawn_together", numbers))}
 
 
 def pictures_folder(inside: Path, row: dict[str, Any], key: str) -> Path:
@@ -342,7 +354,8 @@ class Sampler:
             write_index(pictures, row, drawing)
             say(f"{row['name']}: pictures in {pictures}")
         seen: dict[str, Matrix] = {name: rows for shards in kept.values() for name, rows in shards.open().items()}
-        devices = sorted({device for shards in kept.values() for device in shards.devices()})
+        devices = sorted({device for shards in kept.values() for device in shards.said("device")})
+        timed = timing(kept[COST].said("device"), kept[COST].said("drawn_together"))
         judges = [name.removeprefix("score/") for name in self.decided if name.startswith("score/")]
         told = {"judges": {name: asked_of(seen, name) for name in judges}} if judges else {}
-        return row | {"sample": "drawn" if wanted else "kept", "device": ", ".join(devices)} | told, seen
+        return row | {"sample": "drawn" if wanted else "kept", "device": ", ".join(devices), "timed": timed} | told, seen

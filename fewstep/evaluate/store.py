@@ -181,12 +181,12 @@ class Shards:
             names = list(file.keys())
         return {name: Rows(parts, name) for name in names}
 
-    def devices(self) -> list[str]:
-        """The machines that the parts were drawn on."""
+    def said(self, name: str) -> list[str]:
+        """What the parts' headers say under a name, as the machines that they were drawn on ("device"), each once."""
         found = set()
         for i in range(self.count):
             with safe_open(self.path(i), "pt") as file:
-                found.add((file.metadata() or {}).get("device", "unknown"))
+                found.add((file.metadata() or {}).get(name, "unknown"))
         return sorted(found)
 
 

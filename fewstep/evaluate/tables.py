@@ -14,7 +14,7 @@ from fewstep.evaluate.measure import (
     SHUFFLED,
     Measured,
 )
-from fewstep.evaluate.protocol import compared, stamp_of
+from fewstep.evaluate.protocol import compared, differences, stamp_of
 
 LABELS = {
     "fid_data": "FID to data ↓",
@@ -42,6 +42,9 @@ LABELS = {
 }
 
 
+SECONDS = "seconds_per_image"
+
+
 def cell(measured: dict[str, float] | None) -> str:
     """`value [low, high]`, to four digits; the value alone where it is exact. A star marks a mean that misses pictures."""
     if measured is None:
@@ -63,9 +66,46 @@ def measured_in(report: dict[str, Any]) -> dict[str, Measured]:
 
 def as_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
     """(metric, one cell for each of `columns`), in a fixed order."""
-    measured = list(measured_in(report).values())
-    names = list(dict.fromkeys(itertools.chain(*measured)))
-    return [(label(name, names), [cell(metrics.get(name)) for metrics in measured]) for name in names]
+    return written_rows(measured_in(report), timed_otherwise(timings(report)))
+
+
+def written_rows(measured: Mapping[str, Measured], otherwise: Collection[str]) -> list[tuple[str, list[str]]]:
+    """(metric, one cell for each column). otherwise: the columns whose seconds per image do not compare with the first one's."""
+    names = list(dict.fromkeys(itertools.chain(*measured.values())))
+    marks = {(SECONDS, column): " ‡" for column in otherwise}
+    return [
+        (label(name, names), [cell(metrics.get(name)) + marks.get((name, column), "") for column, metrics in measured.items()])
+        for name in names
+    ]
+
+
+def timings(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Row -> what its seconds per image belong to; an early report says the device alone."""
+    return {row["name"]: row.get("timed") or {"device": row.get("device") or report["protocol"]["device"]} for row in report["rows"]}
+
+
+def says_together(report: dict[str, Any]) -> bool:
+    """Whether its rows say how many pictures were drawn together; an early report's do not."""
+    return all("drawn_together" in timed for timed in timings(report).values())
+
+
+def timed_otherwise(timed: Mapping[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """Column -> how its seconds were measured otherwise than the first column's, as `field: first / this`, or on several devices, or
+    with several numbers of pictures together; no entry where they compare. What one of the two does not say is not compared."""
+    first = next(iter(timed.values()))
+    found = {}
+    for column, own in timed.items():
+        shared = first.keys() & own.keys()
+        lines = differences(*({key: held[key] for key in sorted(shared)} for held in (first, own)))
+        lines = lines or [f"{key}: {' and '.join(map(str, value))}" for key, value in own.items() if isinstance(value, list)]
+        found |= {column: lines} if lines else {}
+    return found
+
+
+def seconds_note(timed: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Which seconds per image do not compare, and why."""
+    each = "; ".join(f"{column} ({'; '.join(lines)})" for column, lines in timed_otherwise(timed).items())
+    return [f"‡ seconds per image that were not measured as those of {next(iter(timed))}, and do not compare: {each}"] if each else []
 
 
 def label(name: str, among: Collection[str] | None = None) -> str:
@@ -91,7 +131,12 @@ def plain(name: str) -> str:
 
 
 def notes(report: dict[str, Any]) -> list[str]:
-    """What has to be said beside the numbers: what was left out, what misses pictures, intervals of another kind, other machines."""
+    """What has to be said beside the numbers: what was left out, what misses pictures, intervals of another kind, seconds measured
+    otherwise."""
+    return [*apart_from_seconds(report), *seconds_note(timings(report))]
+
+
+def apart_from_seconds(report: dict[str, Any]) -> list[str]:
     said = [f"no {plain(name)}: {why}" for name, why in report.get("left_out", {}).items()]
     measured = measured_in(report)
     for name in dict.fromkeys(itertools.chain(*measured.values())):
@@ -102,10 +147,6 @@ def notes(report: dict[str, Any]) -> list[str]:
     other = report["interval"].get("jackknife")
     if other:
         said.append(f"intervals of {', '.join(other['metrics'])}: jackknife over {other['blocks of prompts']} blocks of prompts")
-    devices = {row["name"]: row["device"] for row in report["rows"] if row.get("device")}
-    if len(set(devices.values())) > 1:
-        each = "; ".join(f"{name}: {device}" for name, device in devices.items())
-        said.append(f"drawn on different machines, whose seconds per image do not compare: {each}")
     return said
 
 
@@ -136,18 +177,21 @@ def verdict(name: str, first: str, found: list[str]) -> str:
 
 
 def beside(reports: Mapping[str, dict[str, Any]]) -> Table:
-    """Reports by name in one table. Every report whose stamp is not the first one's is marked, and what differs is said below."""
+    """Reports by name in one table. Every report whose stamp is not the first one's is marked, and seconds per image that were measured
+    otherwise than the first ones; what differs is said below."""
     first, *others = reports
-    said = [f"{first}: {note}" for note in notes(reports[first])]
+    said = [f"{first}: {note}" for note in apart_from_seconds(reports[first])]
     marks = {first: ""}
     for name in others:
         found, unknown = compared(stamp_of(reports[first]), stamp_of(reports[name]))
         marks[name] = " †" if found else ""
         said += [verdict(name, first, found)] if found else []
+        if says_together(reports[name]) != says_together(reports[first]):
+            unknown.append("drawn_together")
         if unknown:
             said.append(f"{name} or {first} is of an earlier version, whose stamp lacks {', '.join(unknown)}: not compared")
-        said += [f"{name}: {note}" for note in notes(reports[name])]
-    samples = [(f"{name}: {row['name']}{marks[name]}", row["metrics"]) for name, report in reports.items() for row in report["rows"]]
-    names = list(dict.fromkeys(metric for _, metrics in samples for metric in metrics))
-    rows = ((label(name, names), [cell(metrics.get(name)) for _, metrics in samples]) for name in names)
-    return as_written([title for title, _ in samples], rows, said=said)
+        said += [f"{name}: {note}" for note in apart_from_seconds(reports[name])]
+    samples = {f"{name}: {row['name']}": (row["metrics"], marks[name]) for name, report in reports.items() for row in report["rows"]}
+    timed = {f"{name}: {row}": own for name, report in reports.items() for row, own in timings(report).items()}
+    rows = written_rows({title: metrics for title, (metrics, _) in samples.items()}, timed_otherwise(timed))
+    return as_written([title + mark for title, (_, mark) in samples.items()], rows, said=[*said, *seconds_note(timed)])
