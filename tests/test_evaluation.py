@@ -841,6 +841,28 @@ def test_what_no_weight_tells_is_in_the_stamp_and_the_key(tmp_path):
         assert other["student"] == one["student"] and other["configs"]["student"] != one["configs"]["student"]
 
 
+@pytest.mark.parametrize("package", ["torch", "transformers", "torch-fidelity", "pillow", "fewstep", "diffusers"])
+def test_features_are_those_of_the_libraries_that_made_them(tmp_path, monkeypatch, package):
+    """Of real pictures as of drawn ones; what draws pictures decides none of the real ones'."""
+    looked_at = []
+    real = Pictures({"n": 12}, 12, lambda i: looked_at.append(i) or Image.new("RGB", (9, 9), (20 * i, 0, 99)))
+    one = evaluated(Pipe(), tmp_path, data=real)
+    assert evaluated(Pipe(), tmp_path, data=real)["rows"][0]["sample"] == "kept" and len(looked_at) == 12
+    monkeypatch.setattr(evaluation, "version", lambda name: "0.0" if name == package else protocol.version(name))
+    other = evaluated(Pipe(), tmp_path, data=real)
+    assert other["rows"][0]["sample"] == "drawn"
+    assert len(looked_at) == (12 if package == "diffusers" else 24)
+    assert [line.partition(":")[0] for line in protocol.differences(one["protocol"], other["protocol"])] == [f"versions.{package}"]
+
+
+def test_real_pictures_for_a_scorer_alone_are_read_by_a_version_too(tmp_path):
+    """The embedded world's extractor is a scorer; the pictures that it is given with --data are read by Pillow all the same."""
+    real = Pictures({"n": 12}, 12, lambda i: Image.new("RGB", (9, 9), (20 * i, 0, 99)))
+    options = {"scorers": {"clip": CLIPScore(tiny_clip(), tiny_tokenizer(), PREPROCESS)}, "extractors": [], "extractor": "clip"}
+    assert evaluated(Pipe(), tmp_path, data=real, **options)["protocol"]["versions"]["pillow"] == protocol.version("pillow")
+    assert "pillow" not in evaluated(Pipe(), tmp_path, **options)["protocol"]["versions"]
+
+
 def edit(path, *keys, value):
     """A JSON file with one value changed."""
     whole = held = json.loads(path.read_text())

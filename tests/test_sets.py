@@ -133,6 +133,7 @@ def test_sets_come_from_the_hub(monkeypatch, tmp_path):
 
 # Real pictures
 
+VERSIONS = {"torch": "1"}
 MEANS = Extractor("means", "fd_means", None, False, lambda x: x.mean((2, 3)), 3, "weights", "none")
 
 
@@ -153,7 +154,7 @@ def folder(tmp_path):
 def test_a_folders_pictures_are_read_in_order(folder, tmp_path):
     found = pictures.open_pictures(str(folder))
     assert found.n == found.identity["n"] == 3
-    options = {"batch": 2, "device": "cpu", "progress": False}
+    options = {"versions": VERSIONS, "batch": 2, "device": "cpu", "progress": False}
     features = pictures.features(found, {"means": MEANS}, tmp_path / "cache", **options)["means"]
     # b, c, deep/a: pictures of two sizes, one of them grey
     torch.testing.assert_close(features[:], torch.tensor([[1.0, 0, 0], [0, 0, 0.4], [0.2, 0.2, 0.2]]))
@@ -163,7 +164,7 @@ def test_a_folders_pictures_are_read_in_order(folder, tmp_path):
 
 def test_features_of_pictures_are_kept_and_shared(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "SHARD", 1)
-    found, options = pictures.open_pictures(str(folder)), {"batch": 2, "device": "cpu", "progress": False}
+    found, options = pictures.open_pictures(str(folder)), {"versions": VERSIONS, "batch": 2, "device": "cpu", "progress": False}
     whole = pictures.features(found, {"means": MEANS}, tmp_path / "one", **options)["means"][:]
     asked = []
     counting = MEANS._replace(function=lambda x: asked.append(len(x)) or x.mean((2, 3)))
@@ -175,6 +176,8 @@ def test_features_of_pictures_are_kept_and_shared(folder, tmp_path, monkeypatch)
     other = {"means": counting, "more": counting._replace(name="more", weights="others")}
     assert set(pictures.features(found, other, tmp_path / "two", **options)) == {"means", "more"}
     assert len(asked) == 6
+    pictures.features(found, {"means": counting}, tmp_path / "two", **options | {"versions": {"torch": "2"}})
+    assert len(asked) == 9
 
 
 @pytest.mark.parametrize("pixels, most", [(2**24, 4), (3 * 24, 3), (1, 1)])
@@ -189,7 +192,8 @@ def test_no_more_real_pictures_are_held_than_a_batch(tmp_path, monkeypatch, pixe
         held.append(len(alive))
         return picture
 
-    found = pictures.features(pictures.Pictures({"n": 30}, 30, get), {"means": MEANS}, tmp_path, batch=4, device="cpu", progress=False)
+    options = {"versions": VERSIONS, "batch": 4, "device": "cpu", "progress": False}
+    found = pictures.features(pictures.Pictures({"n": 30}, 30, get), {"means": MEANS}, tmp_path, **options)
     assert max(held) == most and len(held) == 30
     torch.testing.assert_close(found["means"][:], torch.tensor([[i, 2 * i, 255 - i] for i in range(30)]) / 255)
 
@@ -207,7 +211,8 @@ def test_pictures_that_cannot_be_had_are_named(folder, tmp_path, monkeypatch):
         pictures.open_pictures(str(folder)).get(0)
     (folder / "bad.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"bad.png: cannot be read as a picture"):
-        pictures.features(pictures.open_pictures(str(folder)), {"means": MEANS}, tmp_path / "cache", batch=1, device="cpu", progress=False)
+        options = {"versions": VERSIONS, "batch": 1, "device": "cpu", "progress": False}
+        pictures.features(pictures.open_pictures(str(folder)), {"means": MEANS}, tmp_path / "cache", **options)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no picture"):
         pictures.open_pictures(str(tmp_path / "empty"))

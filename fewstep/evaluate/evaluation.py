@@ -181,7 +181,8 @@ def evaluate(
     if extractors or judges or noise != "batch" or precision != "fp32":
         shipped = None  # what ships was drawn and seen without these
     drawn_by = {package: version(package) for package in ("torch", "diffusers", "transformers", "fewstep")}
-    seen_by = {package: version(package) for package in ("torch-fidelity", "pillow")} if extractors else {}
+    reads = extractors or isinstance(data, Pictures)
+    seen_by = {package: version(package) for package in ("torch-fidelity", "pillow")} if reads else {}
     configs = {e.name: e.config for e in used} | {name: config_of(holder) for name, holder in [*scorers.items(), *judges.items()]}
     protocol = Protocol(
         prompts=sha256(texts),
@@ -256,7 +257,9 @@ def evaluate(
         if isinstance(data, Pictures):
             # what is kept of real pictures is named by how they were brought to size, which a scorer's own stamp says elsewhere
             by_name = {e.name: e._replace(resize=in_words(scorers[e.name].preprocess)) if e.name in scorers else e for e in used}
-            real = features_of(data, by_name, folder, batch=batch, device=device, share=share, progress=progress)
+            told = {"batch": batch, "device": device, "share": share, "progress": progress}
+            made_by = {package: v for package, v in (drawn_by | seen_by).items() if package != "diffusers"}  # which draws, and no more
+            real = features_of(data, by_name, folder, versions=made_by, **told)
         if share != (0, 1):
             say(f"share {share[0]} of {share[1]} is drawn. When all are, the same call without a share measures")
             return None

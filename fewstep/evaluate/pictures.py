@@ -142,6 +142,7 @@ def features(
     extractors: Mapping[str, Extractor],
     folder: Path,
     *,
+    versions: Mapping[str, str],
     batch: int,
     device: str | torch.device,
     share: tuple[int, int] = (0, 1),
@@ -149,11 +150,11 @@ def features(
 ) -> dict[str, Rows] | None:
     """Each extractor's features of all pictures, kept in `folder` part by part; None where only a share of them was looked at.
 
-    What is kept there from before, of the same pictures by the same extractor, is not computed again.
+    versions: of the libraries that read pictures and make features of them. What is kept there from before, of the same pictures by the
+    same extractor under the same versions, is not computed again.
     """
-    notes = {
-        name: {"data": pictures.identity, "weights": e.weights, "config": e.config, "resize": e.resize} for name, e in extractors.items()
-    }
+    made_by = {"data": pictures.identity, "versions": dict(versions)}
+    notes = {name: made_by | {"weights": e.weights, "config": e.config, "resize": e.resize} for name, e in extractors.items()}
     kept = {name: Shards(folder, note, pictures.n, size=SHARD) for name, note in notes.items()}
     missing = {name: shards.missing() for name, shards in kept.items()}
     wanted = my_share(sorted({i for parts in missing.values() for i in parts}), share)
