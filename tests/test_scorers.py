@@ -560,11 +560,49 @@ def test_a_folders_version_changes_with_its_weights(tmp_path):
     folder = save_clip(tmp_path / "clip")
     before = sources.version(str(folder))
     assert before == sources.version(str(folder))
-    weights = folder / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
+    edited(folder / "model.safetensors")
     assert sources.version(str(folder)) != before
+
+
+def edited(path):
+    """Change a file's last byte."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "tokenizer_config.json", "merges.txt", "spiece.model"])
+def test_a_folders_version_changes_with_what_prompts_and_pictures_are_read_by(tmp_path, name):
+    folder = save_clip(tmp_path / "clip")
+    for slow in ("merges.txt", "spiece.model"):  # as CLIP's slow tokenizer and SigLIP's have them
+        (folder / slow).write_text("a t\n")
+    (folder / "pictures.png").write_text("read by nothing")
+    before = sources.version(str(folder))
+    (folder / "pictures.png").unlink()
+    assert sources.version(str(folder)) == before
+    edited(folder / name)
+    assert sources.version(str(folder)) != before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "preprocessor_config.json"])
+def test_the_aesthetics_version_changes_with_the_clip_that_it_names(tmp_path, name):
+    clip = save_clip(tmp_path / "clip")
+    torch.save(tiny_head(), tmp_path / "head.pth")
+    convert("aesthetic", tmp_path / "head.pth", tmp_path / "made", clip=str(clip))
+    told = sources.records(["aesthetic"], {"aesthetic": str(tmp_path / "made")}, {}, assets=None)
+    before = sources.version(str(tmp_path / "made"))
+    assert told["aesthetic"]["version"] == before == sources.version(str(tmp_path / "made")) != sources.version(str(clip))
+    edited(clip / name)
+    after = sources.version(str(tmp_path / "made"))
+    assert after != before
+    # another one by another name is another version, on the hub the commit
+    (tmp_path / "made" / "reward.json").write_text(json.dumps({"clip": "owner/clip@" + "0" * 40}))
+    of_hub = sources.version(str(tmp_path / "made"))
+    (tmp_path / "made" / "reward.json").write_text(json.dumps({"clip": "owner/clip@" + "1" * 40}))
+    assert len({before, after, of_hub, sources.version(str(tmp_path / "made"))}) == 4
+    (tmp_path / "made" / "reward.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"reward.json: cannot be read as the name of a CLIP"):
+        sources.version(str(tmp_path / "made"))
 
 
 def test_the_table_is_complete_and_says_what_is_so():

@@ -253,20 +253,41 @@ def function_version(source: str) -> str:
 
 
 def version(source: str) -> str:
-    """What tells two versions of a source apart: a hub id's commit, or a digest of what the folder or the file holds."""
+    """What tells two versions of a source apart: a hub id's commit, or a digest of all that is read of the folder or the file.
+
+    Of a folder that names the CLIP it belongs to, as the aesthetic predictor's does, that CLIP's version too. Raises ValueError for a
+    reward.json that cannot be read.
+    """
     code = CODE.fullmatch(source)
     path = Path(code[1] if code else source).expanduser()
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".safetensors"))
-    elif path.is_file():
-        files = [path]
-    else:
+    if not path.exists():
         return source.rpartition("@")[2]
+    digest = digest_of(path)
+    clip = clip_of(path)
+    if clip is not None and Path(clip).expanduser().is_dir():  # of one on the hub reward.json has the commit
+        digest.update(digest_of(Path(clip).expanduser()).digest())
+    return digest.hexdigest()[:12]
+
+
+def digest_of(path: Path) -> Any:
+    """SHA-256 over a file, or over a folder's weights, configs, tokenizer and preprocessing, with their names."""
+    patterns = ("*.safetensors", *WORDS)
     digest = hashlib.sha256()
-    for file in files:
+    for file in sorted({file for pattern in patterns for file in path.glob(pattern)}) if path.is_dir() else [path]:
         with file.open("rb") as held:
             digest.update(file.name.encode() + b"\0" + hashlib.file_digest(held, "sha256").digest())
-    return digest.hexdigest()[:12]
+    return digest
+
+
+def clip_of(folder: Path) -> str | None:
+    """The folder or hub id of the CLIP that a reward's folder names in its reward.json. Raises ValueError for one that cannot be read."""
+    path = folder / "reward.json"
+    if not path.is_file():
+        return None
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["clip"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: cannot be read as the name of a CLIP ({type(error).__name__}: {error})") from error
 
 
 def records(
