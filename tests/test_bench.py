@@ -36,12 +36,18 @@ def test_the_networks_have_the_models_own_size():
 
 @pytest.fixture
 def shallow(monkeypatch):
-    """Reduced networks of every kind of layer once: a test takes as long as there are layers."""
+    """Reduced networks of every kind of layer once, and narrow: a test takes as long as there are layers and columns."""
+    narrow = {"num_attention_heads": 1, "attention_head_dim": 16, "joint_attention_dim": 16, "pooled_projection_dim": 16}
     fewer = {
-        "sdxl": {"block_out_channels": (32, 32, 64), "transformer_layers_per_block": (1, 1, 1), "layers_per_block": 1},
-        "sd3.5-medium": {"num_layers": 2, "dual_attention_layers": (0,)},
-        "flux.1-dev": {"num_layers": 1, "num_single_layers": 1},
-    }
+        "sdxl": {
+            "block_out_channels": (32, 32, 32), "transformer_layers_per_block": (1, 1, 1), "layers_per_block": 1,
+            "attention_head_dim": (1, 1, 1), "cross_attention_dim": 16, "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": 40,
+        },
+        "sd3.5-medium": narrow
+        | {"num_layers": 2, "dual_attention_layers": (0,), "caption_projection_dim": 16, "pos_embed_max_size": 4, "sample_size": 8},
+        "flux.1-dev": narrow | {"num_layers": 1, "num_single_layers": 1, "axes_dims_rope": (4, 6, 6)},
+    }  # fmt: skip
     for name, family in networks.FAMILIES.items():
         monkeypatch.setitem(networks.FAMILIES, name, family._replace(reduced=family.reduced | fewer[name]))
 
@@ -203,7 +209,7 @@ def shrink(monkeypatch):
 def test_the_counted_peak_is_that_of_the_tensors(monkeypatch):
     """Three copies of a network against one, at a size where weights are most of what there is to count."""
     shrink(monkeypatch)
-    options = [*memory.options_of("sd3.5-medium", 1), "--fake.updates", "1", "--steps", "2"]
+    options = [*memory.options_of("sd3.5-medium", 1), "--groups", "1", "--fake.updates", "1", "--steps", "2"]
     weights = 2 * sum(p.numel() for p in networks.backbone("sd3.5-medium", reduced=False, device="meta").model.parameters())
     ours, plain = (memory.peak_of(name, "sd3.5-medium", options) for name in step.SYSTEMS)
     for width in (2, 4):
@@ -230,6 +236,16 @@ def test_launching_is_timed_by_kind_of_pass(shallow, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "| sd3.5-medium | 1000 | 1000 | 1000 | 14.0 |"  # a second by that clock for each
 
 
+@pytest.fixture
+def here(shallow, monkeypatch):
+    """Workers in this process, warmed up by one cycle."""
+    shrink(monkeypatch)
+    monkeypatch.setattr(step, "Process", InThisProcess)
+    monkeypatch.setitem(step.WARM_UP, "cpu", 1)
+    held = {"VmRSS": 0, "VmHWM": 10**6}  # what earlier tests have left in this process's heap would count too
+    monkeypatch.setattr(step, "resident", lambda what: held[what])
+
+
 class InThisProcess:
     """A worker without a process of its own: importing everything again takes longer than what is tested."""
 
@@ -247,11 +263,7 @@ class InThisProcess:
         self.answers.close()
 
 
-def test_the_script_measures_both_and_says_their_ratio(shallow, monkeypatch, tmp_path, capsys):
-    shrink(monkeypatch)
-    monkeypatch.setattr(step, "Process", InThisProcess)
-    held = {"VmRSS": 0, "VmHWM": 10**6}  # what earlier tests have left in this process's heap would count too
-    monkeypatch.setattr(step, "resident", lambda what: held[what])
+def test_the_script_measures_both_and_says_their_ratio(here, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(step.CASES["cpu"], "sd3.5-medium", (["lora"], ["--groups", "1", '--size=["64x64"]', "--fake.updates", "1"]))
     output = tmp_path / "step.json"
@@ -273,12 +285,8 @@ def test_the_script_measures_both_and_says_their_ratio(shallow, monkeypatch, tmp
     assert step.table(report["rows"]) in capsys.readouterr().out
 
 
-def test_modes_of_the_same_weights_share_a_process(shallow, monkeypatch):
+def test_modes_of_the_same_weights_share_a_process(here, monkeypatch):
     """What a GPU measures, on a CPU: the rollout's reuse changes between cycles, and the reference serves every mode."""
-    shrink(monkeypatch)
-    monkeypatch.setattr(step, "Process", InThisProcess)
-    held = {"VmRSS": 0, "VmHWM": 10**6}  # what earlier tests have left in this process's heap would count too
-    monkeypatch.setattr(step, "resident", lambda what: held[what])
     small = ["--groups", "2", '--size=["64x64"]', "--fake.updates", "1"]
     monkeypatch.setitem(step.CASES["cpu"], "sd3.5-medium", (["lora", "lora-u4"], small))
     ours, reference, ready = step.one_after_the_other("cpu", "sd3.5-medium", ["lora", "lora-u4"], 2)
