@@ -6,11 +6,11 @@ import os
 import resource
 import shutil
 import signal
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
+from forked import forked
 
 from fewstep import checkpoint
 
@@ -67,21 +67,6 @@ def test_old_ones_are_pruned_and_the_newest_valid_one_is_found(tmp_path):
     with pytest.warns(UserWarning), pytest.raises(checkpoint.DamagedCheckpoint, match="no checkpoint can be read"):
         checkpoint.newest(tmp_path)
     assert checkpoint.newest(tmp_path / "nothing") is None
-
-
-def forked(work):
-    """Status of a child process that ran `work`: 0, or 8 after an exception. The child never returns into the test run."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    status = 8
-    try:
-        work()
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
 
 
 def test_every_truncation_and_bit_flips_are_refused(tmp_path):

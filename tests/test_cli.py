@@ -1,6 +1,7 @@
 """The command line: what a person gets for good and for bad input."""
 
 import dataclasses
+import functools
 import json
 import os
 import resource
@@ -16,14 +17,17 @@ from unittest import mock
 import pytest
 import torch
 import yaml
+from forked import command
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
+from safetensors.torch import load_file
 
 import fewstep
 from fewstep import checkpoint, cli, composition, flags, models
 from fewstep.config import Config
 from fewstep.errors import UserError
 from fewstep.run import check_output, distill
+from fewstep.trainer import Trainer
 
 ROOT = Path(fewstep.__file__).parents[1]
 # full weights in one part, not as the recipe of the tiny teacher's family has it
@@ -308,33 +312,37 @@ STOCK = textwrap.dedent("""
     sys.modules["fewstep"] = None
     import torch
     from diffusers import DiffusionPipeline
-    pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
-    pipe.set_progress_bar_config(disable=True)
-    out = pipe(["a cat", "a dog"], num_inference_steps=4, guidance_scale=1, generator=torch.Generator().manual_seed(7), output_type="pt")
-    torch.save(out.images, sys.argv[2])
+    for folder in sys.argv[1:]:
+        pipe = DiffusionPipeline.from_pretrained(folder)
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(7)
+        out = pipe(["a cat", "a dog"], num_inference_steps=4, guidance_scale=1, generator=generator, output_type="pt")
+        torch.save(out.images, folder + "/images.pt")
 """)
 
 
-@pytest.mark.parametrize("options", [(), ("--lora-rank", "2")], ids=["full", "lora"])
-def test_the_folder_draws_in_stock_diffusers_what_the_student_draws_in_training(teacher_folder, prompt_file, tmp_path, options):
-    """A fresh process without fewstep, and the training code's own rollout, from the same seed: equal to 1e-5."""
-    config = flags.parse_config(["--teacher", str(teacher_folder), "--student.lr", "1e-2", *SMALL, *options])
-    run = composition.build(config, ["a cat", "a dog"], str(teacher_folder))
-    for _ in range(3):
-        run.trainer.step()
-    run.trainer.ema.copy_to(list(run.roles.student_parameters.values()))
-    pipe = run.backbone.student_pipeline(run.roles, run.trainer.averaged(), 4)
-    run.backbone.save(pipe, tmp_path / "student")
-    subprocess.run([sys.executable, "-c", STOCK, str(tmp_path / "student"), str(tmp_path / "images.pt")], check=True, capture_output=True)
-    stock = torch.load(tmp_path / "images.pt", weights_only=True)
-    generator = torch.Generator().manual_seed(7)
-    noise = torch.randn(2, *run.backbone.latent_shape(), generator=generator)
-    rollout = run.trainer.student.rollout(noise, run.backbone.encode(["a cat", "a dog"]), generator=generator)
-    with torch.no_grad():
-        mine = run.backbone.decode(rollout.x0[-1])
-        teacher = run.backbone.decode(run.roles.teacher(noise, torch.ones(2), run.backbone.encode(["a cat", "a dog"])))
-    assert (stock - mine).abs().max() <= 1e-5
-    assert (teacher - mine).abs().max() > 1e-3  # the student has moved, so equality says something
+def test_the_folder_draws_in_stock_diffusers_what_the_student_draws_in_training(teacher_folder, prompt_file, tmp_path):
+    """A fresh process without fewstep, and the training code's own rollout, from the same seed: equal to 1e-5; full weights and LoRA."""
+    drawn = {}
+    for rank in ("0", "2"):
+        config = flags.parse_config(["--teacher", str(teacher_folder), "--student.lr", "1e-2", *SMALL, "--lora-rank", rank])
+        run = composition.build(config, ["a cat", "a dog"], str(teacher_folder))
+        for _ in range(3):
+            run.trainer.step()
+        run.trainer.ema.copy_to(list(run.roles.student_parameters.values()))
+        pipe = run.backbone.student_pipeline(run.roles, run.trainer.averaged(), 4)
+        run.backbone.save(pipe, tmp_path / rank)
+        generator = torch.Generator().manual_seed(7)
+        noise = torch.randn(2, *run.backbone.latent_shape(), generator=generator)
+        rollout = run.trainer.student.rollout(noise, run.backbone.encode(["a cat", "a dog"]), generator=generator)
+        with torch.no_grad():
+            drawn[rank] = run.backbone.decode(rollout.x0[-1])
+            teacher = run.backbone.decode(run.roles.teacher(noise, torch.ones(2), run.backbone.encode(["a cat", "a dog"])))
+        assert (teacher - drawn[rank]).abs().max() > 1e-3  # the student has moved, so equality says something
+    subprocess.run([sys.executable, "-c", STOCK, *(str(tmp_path / rank) for rank in drawn)], check=True, capture_output=True)
+    for rank, mine in drawn.items():
+        stock = torch.load(tmp_path / rank / "images.pt", weights_only=True)
+        assert (stock - mine).abs().max() <= 1e-5, rank
 
 
 def test_lora_file_gives_the_same_student_on_the_teacher(teacher_folder, prompt_file, tmp_path):
@@ -467,42 +475,48 @@ def test_a_sample_is_of_the_size_that_was_trained_at(finished, tmp_path, capsys)
     assert "--size: " in refused(capsys, "sample", str(finished), "--prompt", "x", "--size", "3x16")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_signal_saves_and_resume_ends_where_an_unbroken_run_ends(teacher_folder, prompt_file, tmp_path, number):
-    base = ["--teacher", str(teacher_folder), "--prompts", str(prompt_file), *SMALL]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "fewstep.cli", "distill", *base, "--updates", "16", "--output", str(tmp_path / "broken")]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    log = tmp_path / "broken" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") >= 3):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "saved. Go on with" in output
-    stopped = max(int(path.name[5:]) for path in (tmp_path / "broken" / "checkpoints").iterdir())
-    assert 3 <= stopped < 16
-    assert cli.main(["distill", "--output", str(tmp_path / "broken"), "--resume"]) == 0
-    assert cli.main(["distill", *base, "--updates", "16", "--output", str(tmp_path / "whole")]) == 0
-    from safetensors.torch import load_file
+BROKEN = 3  # the update in which a signal comes
 
-    name = "checkpoints/step-00000016/state.safetensors"
-    a, b = load_file(tmp_path / "broken" / name), load_file(tmp_path / "whole" / name)
-    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, teacher_folder, prompt_file):
+    """Arguments of a run of some updates more, and the state that it ends with."""
+    output = tmp_path_factory.mktemp("unbroken")
+    arguments = ["distill", "--teacher", str(teacher_folder), "--prompts", str(prompt_file), *SMALL, "--updates", str(BROKEN + 3)]
+    assert cli.main([*arguments, "--output", str(output)]) == 0
+    return arguments, last_state(output)
+
+
+def last_state(output):
+    return load_file(output / "checkpoints" / f"step-{BROKEN + 3:08d}" / "state.safetensors")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_saves_and_resume_ends_where_an_unbroken_run_ends(unbroken, tmp_path, number):
+    arguments, whole = unbroken
+    step = Trainer.step
+
+    def interrupted(trainer):
+        if trainer.update == BROKEN - 1:
+            os.kill(os.getpid(), number)
+        return step(trainer)
+
+    status, output = command(*arguments, "--output", str(tmp_path), before=lambda: setattr(Trainer, "step", interrupted))
+    assert status == 130 and "saved. Go on with" in output, output
+    assert max(path.name for path in (tmp_path / "checkpoints").iterdir()) == f"step-{BROKEN:08d}"  # at the end of that update
+    assert cli.main(["distill", "--output", str(tmp_path), "--resume"]) == 0
+    resumed = last_state(tmp_path)
+    assert resumed.keys() == whole.keys() and all(torch.equal(resumed[key], whole[key]) for key in whole)
 
 
 @pytest.mark.parametrize("most, file", [(1_000, "out: could not be written to"), (20_000, "step-00000002: could not write checkpoint of ")])
 def test_a_full_disk_ends_the_run_with_one_line(teacher_folder, prompt_file, tmp_path, most, file):
     """No file may grow past `most` bytes: the config does not fit, or the first checkpoint."""
     options = ["--teacher", str(teacher_folder), "--prompts", str(prompt_file), "--output", str(tmp_path / "out"), *SMALL]
-    done = subprocess.run(
-        [sys.executable, "-m", "fewstep.cli", "distill", *options, "--updates", "4"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
-    )  # fmt: skip
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    limited = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most))
+    status, output = command("distill", *options, "--updates", "4", before=limited)
+    last = output.strip().splitlines()[-1]
+    assert status == 1 and "Traceback" not in output, output
     assert last.startswith(f"fewstep: error: {tmp_path / 'out'}") and file in last and "File too large" in last and "--resume" in last
     assert not list((tmp_path / "out").glob("checkpoints/*"))
 
@@ -513,8 +527,6 @@ def test_nan_ends_the_run_with_one_line_and_saves_nothing_of_it(teacher_folder, 
     assert cli.main(["distill", *options, "--updates", "50", "--student.lr", "1e30", "--save-every", "1"]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("fewstep: error: ") and "last checkpoint" in error
-    from safetensors.torch import load_file
-
     newest = max((tmp_path / "out" / "checkpoints").iterdir())
     fake = {name: value for name, value in load_file(newest / "state.safetensors").items() if name.startswith("/online/")}
     assert fake and all(bool(torch.isfinite(value).all()) for value in fake.values())

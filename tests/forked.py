@@ -1,0 +1,49 @@
+"""Processes of their own without importing everything again, which takes longer than what is tested."""
+
+import os
+import sys
+import traceback
+
+from fewstep import cli
+
+
+def start(work):
+    """Number of a child process that runs `work`: it ends with what that returns, or 8 after an exception, never in the test run."""
+    child = os.fork()
+    if child:
+        return child
+    status = 8
+    try:
+        status = work() or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def ended(child):
+    """Exit code of a child process, waited for; minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def forked(work):
+    """Exit code of `work` in a child process."""
+    return ended(start(work))
+
+
+def command(*arguments, before=lambda: None):
+    """(exit code, what it printed) of a command line in a child process, after `before` there."""
+    read, write = os.pipe()
+
+    def work():
+        os.dup2(write, 1)
+        os.dup2(write, 2)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115 (ends with the child)
+        before()
+        return cli.main(list(arguments))
+
+    child = start(work)
+    os.close(write)
+    with open(read) as printed:
+        output = printed.read()
+    return ended(child), output
