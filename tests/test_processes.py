@@ -1,15 +1,16 @@
 """`fewstep distill` in several processes, from its flags to the finished student."""
 
 import contextlib
+import functools
 import os
 import signal
 import socket
 import sys
 import time
-import traceback
 
 import pytest
 import torch
+from forked import ended, start
 from safetensors.torch import load_file
 
 from fewstep import checkpoint, cli, composition, flags
@@ -34,25 +35,17 @@ def launched(rank, port, size=2):
 @contextlib.contextmanager
 def two_processes(arguments, folder):
     """Process ids of two forked ones in which `fewstep` was called; what each says is in RANK.out and RANK.err."""
-    port, children = free_port(), []
-    for rank in range(2):
-        child = os.fork()
-        if not child:
-            for stream, name in ((1, "out"), (2, "err")):
-                os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-            # not those of pytest, which holds what is written back
-            sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
-            os.environ.update(launched(rank, port))
-            code = 1
-            try:
-                code = cli.main(arguments)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
+    port = free_port()
+
+    def of(rank):
+        for stream, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        # not those of pytest, which holds what is written back
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115 (end with the child)
+        os.environ.update(launched(rank, port))
+        return cli.main(arguments)
+
+    children = [start(functools.partial(of, rank)) for rank in range(2)]
     try:
         yield children
     finally:
@@ -62,7 +55,7 @@ def two_processes(arguments, folder):
 
 
 def codes(children):
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return [ended(child) for child in children]
 
 
 def said(folder, rank, where="out"):
@@ -120,7 +113,7 @@ def test_a_process_that_raises_ends_the_others_within_thirty_seconds(base, tmp_p
     )
     told = ["--reward.mine", "1", "--scorer.mine", f"{reward}:f", "--updates", "4", "--output", str(tmp_path / "run")]
     with two_processes([*base, *told], tmp_path) as children:
-        assert codes(children) == [1, 1]
+        assert codes(children) == [1, 8]  # in one line; with its traceback
     assert time.time() - float((tmp_path / "raised").read_text()) < 30
     assert "OverflowError: a number too large\nraised by the reward 'mine'" in said(tmp_path, 1, "err")
     assert "fewstep: error: process 0: another process of this run has ended; what it printed says why" in said(tmp_path, 0, "err")

@@ -1,11 +1,12 @@
 """Several processes make the run that one makes (promise 9): in float64 to rounding, with checkpoints that either reads."""
 
+import functools
 import json
-import os
 
 import pytest
 import torch
 import torch.distributed as processes
+from forked import ended, start
 from torch import nn
 
 from fewstep import checkpoint, flags
@@ -115,23 +116,16 @@ def go_on(trainer, updates, folder):
 
 
 def in_processes(size, work, folder):
-    """`work(ranks)` in forked processes that have joined; what each returned, as JSON. A process that raises exits with 1."""
-    children = []
-    for rank in range(size):
-        child = os.fork()
-        if not child:
-            try:
-                processes.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
-                torch.manual_seed(rank)  # whatever they drew before they met
-                (folder / f"{rank}.json").write_text(json.dumps(work(Ranks(rank, size))))
-                processes.destroy_process_group()
-                os._exit(0)
-            except BaseException as error:
-                (folder / f"{rank}.error").write_text(f"{type(error).__name__}: {error}")
-                os._exit(1)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert codes == [0] * size, [path.read_text() for path in folder.glob("*.error")]
+    """`work(ranks)` in forked processes that have joined; what each returned, as JSON."""
+
+    def of(rank):
+        processes.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
+        torch.manual_seed(rank)  # whatever they drew before they met
+        (folder / f"{rank}.json").write_text(json.dumps(work(Ranks(rank, size))))
+        processes.destroy_process_group()
+
+    children = [start(functools.partial(of, rank)) for rank in range(size)]
+    assert [ended(child) for child in children] == [0] * size
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
 
 
