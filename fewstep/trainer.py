@@ -24,7 +24,7 @@ from fewstep.ranks import Ranks
 from fewstep.rewards.base import OnlineReward, Reward, RewardError, checked
 from fewstep.rewards.heldout import HeldOut, Parting
 from fewstep.student import Student
-from fewstep.transforms import advantages, modulate, pull
+from fewstep.transforms import advantages, group_mean, modulate, pull
 from fewstep.types import Rollout, Sample, Signal
 from fewstep.weights import Adaptive, Fixed
 
@@ -267,6 +267,8 @@ class Trainer:
             anchor = at.direction
             finite_or_stop(anchor, f"the direction of {name}", self.update)
             logs[f"{name}/direction_rms"] = rms(anchor)
+            if at.magnitude is not None:  # latents that collapse, or a teacher that reproduces them, make the scale of eq. (5) vanish
+                logs[f"{name}/scale_min"] = float(group_mean(at.magnitude, sample.group).min())
             if at.score is not None:
                 logs[f"{name}/score"] = float(at.score.mean())
                 logs |= {f"weights/{key}": value for key, value in self.weights.observe(logs[f"{name}/score"], lag).items()}

@@ -51,12 +51,14 @@ class Sample:
 
 
 class Signal(NamedTuple):
-    """What a reward says of a sample. xt and t: where the direction was evaluated, when eq. (8) can carry it to a moved student."""
+    """What a reward says of a sample. xt and t: where the direction was evaluated, when eq. (8) can carry it to a moved student;
+    magnitude: of R_dm's direction, what its scale is the mean of."""
 
     score: Tensor | None  # (B,), higher is better; NaN = could not be scored
     direction: Tensor | None  # (B, C, H, W), ascent direction in latent space
     xt: Tensor | None = None  # (B, C, H, W)
     t: Tensor | None = None  # (B,)
+    magnitude: Tensor | None = None  # (B,), n_i = mean |x0_i - D_teacher(xt_i)|
 
 
 class Evaluation(NamedTuple):

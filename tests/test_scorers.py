@@ -445,6 +445,9 @@ def test_the_aesthetic_score_is_the_published_head_on_unit_features(tmp_path):
     convert("aesthetic", tmp_path / "other.pth", tmp_path / "other", clip=str(clip))
     with pytest.raises(ValueError, match="the head reads 9 features, but its CLIP has 8: it belongs to another CLIP"):
         Aesthetic.load(tmp_path / "other")
+    (tmp_path / "other" / "reward.json").unlink()
+    with pytest.raises(ValueError, match=r"other: no reward.json that names its CLIP; give the folder that"):
+        Aesthetic.load(tmp_path / "other")
 
 
 # Conversion

@@ -576,6 +576,17 @@ def test_nan_of_a_direction_a_loss_and_a_gradient_is_named(teacher_folder, promp
     assert all(torch.equal(p, before[name]) for name, p in fake.items())
 
 
+def test_the_smallest_denoising_scale_is_logged(teacher_folder, prompt_file):
+    """What eq. (5) divides by, of the group in which it is smallest."""
+    trainer = run_of(teacher_folder, prompt_file).trainer
+    matching, seen = trainer.terms["dm"].reward, []
+    evaluate = matching.evaluate
+    matching.evaluate = lambda *given, **told: seen.append(evaluate(*given, **told)) or seen[-1]
+    logs = trainer.step()
+    means = seen[0].magnitude.view(2, 2).mean(1)  # two groups of two
+    assert logs["dm/scale_min"] == pytest.approx(float(means.min()), rel=1e-6) and means[0] != means[1]
+
+
 def test_metrics_lines_of_a_lost_run_are_dropped(teacher_folder, prompt_file, tmp_path):
     trainer = run_of(teacher_folder, prompt_file).trainer
     stops = iter([False, True])

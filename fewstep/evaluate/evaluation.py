@@ -248,8 +248,8 @@ def evaluate(
                 seen = {name: value.float() for name, value in found.items()}
                 if timed:
                     seen["seconds"] = time_batches(original, row, drawing)
-                timed = timing([protocol.device], [str(drawing.together())])
-                return row | {"sample": "shipped", "device": protocol.device, "timed": timed}, seen
+                belongs = timing([protocol.device], [str(drawing.together())])
+                return row | {"sample": "shipped", "device": protocol.device, "timed": belongs}, seen
 
             samples += [teacher_sample(row) for row in shown]
             _, reference = teacher_sample(last, timed=False)

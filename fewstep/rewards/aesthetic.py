@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.rewards.base import PixelReward
 from fewstep.rewards.clip import CLIPScore, read_config
 from fewstep.rewards.pixels import Preprocess
-from fewstep.rewards.sources import check_safetensors, fetch, read_model
+from fewstep.rewards.sources import check_safetensors, clip_of, fetch, read_model
 from fewstep.types import Sample, Signal
 
 if TYPE_CHECKING:
@@ -41,8 +41,10 @@ class Aesthetic:
         from safetensors.torch import load_file
         from transformers import CLIPVisionModelWithProjection
 
-        path = Path(folder) / "reward.json"
-        clip = fetch(str(read_config(path).get("clip")))
+        named = clip_of(Path(folder))
+        if named is None:
+            raise ValueError(f"{folder}: no reward.json that names its CLIP; give the folder that `fewstep convert-reward aesthetic` made")
+        clip = fetch(named)
         size = int(read_config(clip / "config.json").get("vision_config", {}).get("image_size", 224))
         check_safetensors(folder)
         head = load_file(Path(folder) / "model.safetensors")

@@ -177,12 +177,13 @@ class DistributionMatching:
         n = self.draws
         if n == 1:
             result = self.evaluate(sample.x0, sample.cond, sample.group, k=sample.k)
-            return Signal(result.score, result.direction, result.xt, result.t)
+            return Signal(result.score, result.direction, result.xt, result.t, result.magnitude)
         # draw by draw, so that the strata of a group, counted in this order, spread each sample's draws over the range
         cond = {key: torch.cat([value] * n) for key, value in sample.cond.items()}
         k = None if sample.k is None else torch.cat([sample.k] * n)
         result = self.evaluate(torch.cat([sample.x0] * n), cond, torch.cat([sample.group] * n), k=k)
-        return Signal(result.score.view(n, -1).mean(0), result.direction.unflatten(0, (n, -1)).mean(0))
+        score, magnitude = (value.view(n, -1).mean(0) for value in (result.score, result.magnitude))
+        return Signal(score, result.direction.unflatten(0, (n, -1)).mean(0), magnitude=magnitude)
 
     def draw(self, sample: Sample) -> dict[str, Tensor]:
         """Times t (B,), stratified over the batch in a random order, and noise (B, C, H, W) for the fake's loss."""
