@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import pytest
 from safetensors.torch import save_file
 
 from fewstep import cli, compare, composition, flags, world
-from fewstep.evaluate import drawing, store
+from fewstep.evaluate import drawing, judge, store
 from fewstep.weights import Adaptive
 
 
@@ -24,9 +25,13 @@ def cell(row, seed, fd):
     return found | {"machine": "a machine"}
 
 
-def small(folder, evaluations, **settings):
+QUICK = ("--groups", "2", "--group-size", "2")  # as `fewstep compare --quick` has it
+SHORT = (*QUICK, "--steps", "2", "--fake.updates", "1")  # half the drawing, a third of an update
+
+
+def small(folder, evaluations, options=SHORT, **settings):
     """A plan of small cells, in whose folder the world's own pictures stand for the teacher's sample: that takes half a minute to draw."""
-    plan = compare.Plan(folder, evaluations, 3, 24, 1, options=("--groups", "2", "--group-size", "2"), **settings)
+    plan = compare.Plan(folder, evaluations, 3, 24, 1, options=options, **settings)
     prompts, _, data = compare.instruments(plan)
     made = {"prompts": store.sha256(prompts), "n": "72"}
     save_file({"features": data[:72].contiguous()}, folder / "reference.safetensors", metadata=made)
@@ -106,15 +111,30 @@ def no_distances_by_step(monkeypatch):
     monkeypatch.setattr(compare, "fd_per_step", lambda *told: [])
 
 
+@pytest.fixture
+def no_pictures(no_distances_by_step, monkeypatch):
+    """For what a cell tells of its training alone: a sample costs as much as three updates."""
+    monkeypatch.setattr(compare, "observe_pipeline", lambda *told, **how: {})
+    monkeypatch.setattr(compare, "measure", lambda *told: {})
+
+
 @pytest.mark.usefixtures("no_distances_by_step")
 def test_measuring_along_the_training_changes_nothing(tmp_path):
-    plan, row = small(tmp_path, 300), compare.EVERY_ROW["GNDM"]
+    """Two marks over three updates: after the second, and after the last."""
+    plan, row = small(tmp_path, 120), compare.EVERY_ROW["GNDM"]
     plain, marked = (compare.run_cell(plan, r, 0) for r in (row, row._replace(marks=2)))
     timing = {"seconds_per_image"}
     assert {k: v for k, v in plain["metrics"].items() if k not in timing} == {k: v for k, v in marked["metrics"].items() if k not in timing}
-    assert "along" not in plain and [m["evaluations"] >= 150 for m in marked["along"]] == [True, True]
+    assert "along" not in plain and [m["evaluations"] >= 60 for m in marked["along"]] == [True, True]
+    assert [m["update"] for m in marked["along"]] == [2, 3] and plain["updates"] == 3
     assert marked["along"][-1]["fd_clip_teacher"] == marked["metrics"]["fd_clip_teacher"]  # the last mark is the finished student
-    assert compare.run_cell(plan, row._replace(cost=0.5), 0)["updates"] < plain["updates"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_rows_cost_is_a_share_of_the_plans(tmp_path):
+    plan, row = small(tmp_path, 120), compare.EVERY_ROW["GNDM"]
+    half = compare.run_cell(plan, row._replace(cost=0.5), 0)
+    assert 60 <= sum(half["costs"][name] for name in compare.NETWORKS) < 120 and half["updates"] == 2  # of the three of the whole
 
 
 def test_a_teachers_sample_of_another_plan_is_drawn_anew(tmp_path, monkeypatch):
@@ -132,7 +152,7 @@ def test_a_teachers_sample_of_another_plan_is_drawn_anew(tmp_path, monkeypatch):
     assert len(opened) == 2
 
 
-@pytest.mark.usefixtures("no_distances_by_step")
+@pytest.mark.usefixtures("no_pictures")
 def test_a_reward_with_a_price_uses_up_the_budget(tmp_path):
     plan, row = small(tmp_path, 600), compare.EVERY_ROW["GNDMR, expensive reward"]
     cell = compare.run_cell(plan, row, 0)
@@ -216,34 +236,63 @@ def test_a_cell_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
     assert "teacher, 28 steps, guidance 1, seed 7" in capsys.readouterr().out
 
 
-@pytest.mark.timeout(600)  # a minute and a half of one quiet core
+class Drawn(Exception):
+    """Raised where a sample would have been drawn."""
+
+
+@pytest.mark.parametrize("name", compare.TEACHER_ROWS)
+def test_a_teachers_cell_is_drawn_with_its_rows_solver(tmp_path, monkeypatch, name):
+    plan, row, asked = compare.Plan(tmp_path, 100, 2, 4, 1), compare.TEACHER_ROWS[name], []
+
+    def observe(plan, pipe, **how):
+        asked.append((type(pipe.scheduler).__name__, how))
+        raise Drawn
+
+    monkeypatch.setattr(compare, "observe_pipeline", observe)
+    with pytest.raises(Drawn):
+        compare.run_teacher_cell(plan, row, 3)
+    own = type(drawing.open_pipeline(world.TEACHER, "cpu").scheduler).__name__
+    kind = drawing.SOLVERS[row.solver] if row.solver else own
+    assert asked == [(kind, {"steps": row.steps, "guidance": row.guidance, "seed": 3})]
+
+
+@pytest.mark.timeout(600)  # a minute of one quiet core
 def test_a_quick_comparison_from_end_to_end_and_again(tmp_path, capsys):
+    """The first call makes what is missing beside what was kept, in processes of its own; the second finds all that the first made."""
     folder = tmp_path / "compare"
     folder.mkdir()
-    plan, teacher = small(folder, 200), "teacher, 28 steps"
-    there = compare.cell_path(plan, teacher, 100)  # half a minute's drawing; the teacher's other rows are made
-    there.parent.mkdir()
-    there.write_text(json.dumps(cell(teacher, 100, 0.1) | {"stamp": compare.stamp_of(plan, teacher, 100), "commit": "0"}))
+    (folder / "cells").mkdir()
+    plan = small(folder, 200, QUICK)
+    for teacher in (
+        "teacher, 28 steps",
+        "teacher, 4 steps, DDIM",
+        "teacher, 4 steps, UniPC",
+    ):  # a teacher's row takes as long as a student's
+        made = {"stamp": compare.stamp_of(plan, teacher, 100), "commit": "0"}
+        compare.cell_path(plan, teacher, 100).write_text(json.dumps(cell(teacher, 100, 0.1) | made))
     assert cli.main(["compare", "--quick", "--output", str(folder)]) == 0
-    assert "1 of 6 cells are there; making 5" in capsys.readouterr().out
+    assert "3 of 6 cells are there; making 3" in capsys.readouterr().out
     report = json.loads((folder / "compare.json").read_text())
     assert [row["row"] for row in report["rows"]][-2:] == ["DMD", "GNDM"] and report["rows"][-1]["paired"]
     students = [c for c in report["cells"] if "costs" in c]
-    assert all(sum(c["costs"][name] for name in compare.NETWORKS) >= 200 for c in students) and all(
-        "commit" in c and "machine" in c for c in report["cells"]
+    assert (
+        len(students) == 2
+        and all(sum(c["costs"][name] for name in compare.NETWORKS) >= 200 for c in students)
+        and all("commit" in c and "machine" in c for c in report["cells"])
     )
     assert all(len(c["fd_clip_teacher_per_step"]) == 4 and min(c["fd_clip_teacher_per_step"]) > 0 for c in students)
     # the last step's prediction is the sample: drawn with other noise than the pipeline's, its distance is of the same size
     assert all(0.3 < c["fd_clip_teacher_per_step"][-1] / c["metrics"]["fd_clip_teacher"] < 3 for c in students)
     assert (folder / "compare.png").stat().st_size > 1000 and "| GNDM | 1 |" in (folder / "compare.md").read_text()
-    next((folder / "cells").glob("gndm-*")).unlink()
     assert cli.main(["compare", "--quick", "--output", str(folder)]) == 0
-    assert "5 of 6 cells are there; making 1" in capsys.readouterr().out
+    assert "6 of 6 cells are there; making 0" in capsys.readouterr().out
+    assert json.loads((folder / "compare.json").read_text()) == report
 
 
-@pytest.mark.usefixtures("no_distances_by_step")
-def test_an_adaptive_cell_is_judged_by_a_fresh_fake(tmp_path):
-    plan, row = small(tmp_path, 700, judge_updates=4), compare.EVERY_ROW["GNDMR adaptive"]
+@pytest.mark.usefixtures("no_pictures")
+def test_an_adaptive_cell_is_judged_by_a_fresh_fake(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "judge", functools.partial(judge.judge, batches=4))  # of sixteen, which take longer than the training
+    plan, row = small(tmp_path, 250, judge_updates=4), compare.EVERY_ROW["GNDMR adaptive"]
     plan.output.joinpath("cells").mkdir()
     cell = compare.run_cell(plan, row._replace(flags=(*row.flags, "--weights.warmup", "3", "--weights.budget", "2")), 0)
     judged = cell["judge"]
@@ -261,10 +310,10 @@ def test_an_adaptive_cell_is_judged_by_a_fresh_fake(tmp_path):
 ORPHANS = """
 import multiprocessing, os, time
 from concurrent.futures import ProcessPoolExecutor
-from fewstep import compare
+from fewstep.rewards.serve import end_with_parent
 
 if __name__ == "__main__":
-    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=compare.end_with_parent)
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent)
     print(pool.submit(os.getpid).result(), flush=True)
     pool.submit(time.sleep, 600)
     time.sleep(600)
