@@ -64,9 +64,11 @@ def test_a_moved_fake_shifts_the_gradient_by_its_own_precision():
 
 
 def kl(mean_q, cov_q, mean_p, cov_p):
+    """Of Gaussians, (...,); means (..., D), covariances (..., D, D)."""
     inverse = torch.linalg.inv(cov_p)
-    gap = mean_p - mean_q
-    return 0.5 * (torch.trace(inverse @ cov_q) + gap @ inverse @ gap - D + torch.logdet(cov_p) - torch.logdet(cov_q))
+    gap = (mean_p - mean_q)[..., None]
+    trace = (inverse @ cov_q).diagonal(dim1=-2, dim2=-1).sum(-1)
+    return 0.5 * (trace + (gap.mT @ inverse @ gap)[..., 0, 0] - D + torch.logdet(cov_p) - torch.logdet(cov_q))
 
 
 @pytest.mark.parametrize("levels", [{}, {"level_density": "logit-normal"}, {"level_density": "shifted", "shift": 2.0}], ids=str)

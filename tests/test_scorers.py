@@ -3,6 +3,9 @@
 import json
 import math
 import pickle
+import subprocess
+import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,11 +22,31 @@ from fewstep import cli
 from fewstep.rewards import REWARDS, hps, rows, sources
 from fewstep.rewards.aesthetic import Aesthetic
 from fewstep.rewards.clip import CLIPScore, PickScore
-from fewstep.rewards.convert import convert
+from fewstep.rewards.convert import OPEN, convert
 from fewstep.rewards.hps import HPS
 from fewstep.rewards.pixels import Preprocess, filter_weights, read_preprocess, resize_8bit
 
 PIL_NUMBER = {"bilinear": 2, "bicubic": 3}
+
+
+@pytest.fixture
+def opened_here(monkeypatch):
+    """A conversion opens its pickle in this process, by the same lines: one of its own imports torch for three seconds.
+
+    Not where it matters that another process opens it.
+    """
+
+    def run(command, **told):
+        *start, lines, file, held = command
+        assert (start, lines) == ([sys.executable, "-I", "-c"], OPEN)
+        with mock.patch.object(sys, "argv", ["-c", file, held]):
+            try:
+                exec(lines, {})
+            except SystemExit as refusal:
+                return subprocess.CompletedProcess(command, 1, "", refusal.code)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr("fewstep.rewards.convert.subprocess.run", run)
 
 
 def noise(n, height, width, seed=0, *, extreme=False):
@@ -217,7 +240,7 @@ def without(*starts):
     ],
     ids=["no vision tower", "one tensor less", "another shape", "one tensor more", "another model"],
 )  # fmt: skip
-def test_weights_that_are_not_the_models_are_refused(damage, change, words, tmp_path):
+def test_weights_that_are_not_the_models_are_refused(damage, change, words, tmp_path, opened_here):
     """transformers draws what is missing at random, and says so where nobody looks."""
     folder = damage(change)
     with pytest.raises(ValueError, match=words):
@@ -422,7 +445,7 @@ def tiny_head(seed=0, widths=(8, 10, 6, 5, 4, 1)):
     }
 
 
-def test_the_aesthetic_score_is_the_published_head_on_unit_features(tmp_path):
+def test_the_aesthetic_score_is_the_published_head_on_unit_features(tmp_path, opened_here):
     clip = save_clip(tmp_path / "clip")
     torch.save(tiny_head(), tmp_path / "head.pth")
     arguments = ["convert-reward", "aesthetic", str(tmp_path / "head.pth"), "--output", str(tmp_path / "made"), "--clip", str(clip)]
@@ -485,7 +508,7 @@ def test_a_pickle_runs_no_code_and_is_never_loaded_as_it_is(tmp_path, capsys, pr
         CLIPScore.load(clip)
 
 
-def test_what_cannot_be_converted_is_named(tmp_path, capsys):
+def test_what_cannot_be_converted_is_named(tmp_path, capsys, opened_here):
     clip = save_clip(tmp_path / "clip", model=head_clip())
 
     def convert(name, state):
@@ -638,7 +661,7 @@ def test_scores_of_8_bit_pictures_do_not_depend_on_how_they_are_held():
 # All at once
 
 
-def test_the_recipe_with_four_rewards_runs_on_their_folders(hps_folder, teacher_folder, prompt_file, tmp_path):
+def test_the_recipe_with_four_rewards_runs_on_their_folders(hps_folder, teacher_folder, prompt_file, tmp_path, opened_here):
     """Each scores every update, and pulls as soon as there is a KL to be a multiple of: the first update has none."""
     clip = save_clip(tmp_path / "clip")
     torch.save(tiny_head(), tmp_path / "head.pth")
