@@ -25,6 +25,7 @@ def cell(row, seed, fd):
     return found | {"machine": "a machine"}
 
 
+ROWS = compare.Plan(Path("compare"), 100, 2, 4, 1)  # for what rows say of themselves: each is parsed once
 QUICK = ("--groups", "2", "--group-size", "2")  # as `fewstep compare --quick` has it
 SHORT = (*QUICK, "--steps", "2", "--fake.updates", "1")  # half the drawing, a third of an update
 
@@ -162,29 +163,26 @@ def test_a_reward_with_a_price_uses_up_the_budget(tmp_path):
     assert compare.stamp_of(plan, row.name, 0)["price"] == row.price and "price" not in compare.stamp_of(plan, "GNDM", 0)
 
 
-def test_every_row_can_be_built_and_names_a_baseline_before_it(tmp_path):
+def test_every_row_can_be_built_and_names_a_baseline_before_it():
     names = []
-    plan = compare.Plan(tmp_path, 1, 1, 2, 1)
     for row in compare.EVERY_ROW.values():
-        config = compare.cell_config(plan, row, 3)
+        config = compare.cell_config(ROWS, row, 3)
         assert config.seed == 3
         composition.check_rewards(config, {})
         assert row.baseline is None or row.baseline in names
         names.append(row.name)
-    paths = [compare.cell_path(plan, name, 0) for name in names]
+    paths = [compare.cell_path(ROWS, name, 0) for name in names]
     assert len(set(paths)) == len(names) and len(set(names)) == len(names)
 
 
-def test_a_student_of_the_unguided_teacher_is_compared_with_it(tmp_path):
-    plan = compare.Plan(tmp_path, 100, 2, 4, 1)
-
+def test_a_student_of_the_unguided_teacher_is_compared_with_it():
     def target(name):
-        return compare.target_guidance(name, compare.config_of(plan, name, 0))
+        return compare.target_guidance(name, compare.config_of(ROWS, name, 0))
 
     unguided = [name for name in (*compare.TEACHER_ROWS, *compare.EVERY_ROW) if target(name) == 1]
     assert unguided and all("guidance 1" in name for name in unguided)
     assert target("GNDM") == world.TEACHER_GUIDANCE != 1
-    assert compare.stamp_of(plan, "GNDM, guidance 1", 0)["target_guidance"] == 1
+    assert compare.stamp_of(ROWS, "GNDM, guidance 1", 0)["target_guidance"] == 1
 
 
 def test_a_kept_cell_is_used_only_if_made_in_the_same_way(tmp_path, capsys):
