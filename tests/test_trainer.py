@@ -65,18 +65,18 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize(
-    "stop_at, options",
+    "stop_at, until, options",
     [
-        (1, ()),
-        (3, ()),
-        (5, ()),
-        (4, ("--lora-rank", "2")),
-        (2, ("--fake.condition", "none")),
-        (3, EVERYTHING),
-        (4, EVERYTHING),
-        (4, (*EVERYTHING, "--reuse.min-ess", "1", "--reuse.evaluation", "3")),
-        (3, ("--reuse.backward-simulation", "true", "--reuse.rollout", "1")),
-        (4, ("--size", "16x8,8x16", "--reuse.rollout", "1")),
+        (1, 4, ()),
+        (3, 5, ()),
+        (5, 7, ()),
+        (2, 4, ("--lora-rank", "2")),
+        (2, 4, ("--fake.condition", "none")),
+        (3, 5, EVERYTHING),
+        (4, 6, EVERYTHING),
+        (4, 7, (*EVERYTHING, "--reuse.min-ess", "1", "--reuse.evaluation", "3")),
+        (3, 5, ("--reuse.backward-simulation", "true", "--reuse.rollout", "1")),
+        (4, 6, ("--size", "16x8,8x16", "--reuse.rollout", "1")),
     ],
     ids=[
         "mid-rollout",
@@ -91,18 +91,24 @@ def assert_same(a, b):
         "sizes",
     ],
 )
-def test_resume_is_bit_exact(teacher_folder, prompt_file, tmp_path, stop_at, options):
+def test_resume_is_bit_exact(teacher_folder, prompt_file, tmp_path, stop_at, until, options):
+    """Into the next rollout; the save itself leaves the run that goes on as it was."""
     straight = run_of(teacher_folder, prompt_file, *options).trainer
-    for _ in range(7):
-        straight.step()
-    first = run_of(teacher_folder, prompt_file, *options).trainer
     for _ in range(stop_at):
-        first.step()
-    first.save(tmp_path)
+        straight.step()
+    before = snapshot(straight)
+    straight.save(tmp_path)
+    _, saved = checkpoint.newest(tmp_path / "checkpoints")
+    assert_same(before, saved)
+    assert_same(before, straight.state())
+    rollouts = straight.rollouts
+    for _ in range(until - stop_at):
+        straight.step()
+    assert straight.rollouts > rollouts
     torch.manual_seed(12345)  # whatever happened to the generator in between must not matter
     second = run_of(teacher_folder, prompt_file, *options, "--seed", "0").trainer
-    second.load_state(checkpoint.newest(tmp_path / "checkpoints")[1])
-    for _ in range(7 - stop_at):
+    second.load_state(saved)
+    for _ in range(until - stop_at):
         second.step()
     assert_same(straight.state(), second.state())
 
@@ -145,6 +151,7 @@ def a_run(teacher_folder, prompt_file):
 
 
 SIZES = ("--size", "16x8,8x16", "--reuse.rollout", "1")
+TWICE = ("--reuse.rollout", "2")  # saved in the middle of the second rollout, gone on with into the third
 ALONE = ("student", "optimizer", "ema", "online", "online_optimizer", "rng", "batches", "rollout", "used", "rollouts", "update", "running")
 BESIDE = ("block", "advantages", "old_log_prob", "weights", "partings", "counted")
 
@@ -165,10 +172,10 @@ def test_every_part_of_the_state_matters_with_rewards_and_reuse(teacher_folder, 
 @pytest.mark.parametrize("key", ALONE)
 def test_every_part_of_the_state_matters(teacher_folder, prompt_file, a_run, key):
     """Resume with one part left as a fresh run has it: the continuation must differ."""
-    fresh, saved, later = a_run(save_at=4, go_on=3)
-    broken = run_of(teacher_folder, prompt_file).trainer
+    fresh, saved, later = a_run(*TWICE, save_at=3, go_on=2)
+    broken = run_of(teacher_folder, prompt_file, *TWICE).trainer
     broken.load_state(saved | {key: fresh[key]})
-    for _ in range(3):
+    for _ in range(2):
         broken.step()
     with pytest.raises(AssertionError):
         assert_same(later, broken.state())
@@ -189,7 +196,7 @@ def test_the_earlier_rollout_of_each_size_matters(teacher_folder, prompt_file, a
             assert_same(later, trainer.state())
 
 
-@pytest.mark.parametrize("options, save_at, go_on", [((), 4, 3), (EVERYTHING, 5, 2)], ids=["alone", "rewards"])
+@pytest.mark.parametrize("options, save_at, go_on", [(TWICE, 3, 2), (EVERYTHING, 5, 2)], ids=["alone", "rewards"])
 def test_nothing_left_out_gives_the_same_continuation(teacher_folder, prompt_file, a_run, options, save_at, go_on):
     """What the tests of single keys stand on: with every part the states are equal."""
     _, saved, later = a_run(*options, save_at=save_at, go_on=go_on)
