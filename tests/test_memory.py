@@ -31,12 +31,18 @@ def plain_descent(monkeypatch):
     monkeypatch.setattr(trainer, "optimizer_class", lambda name: descent)
 
 
+def weights_of(loop):
+    online = {f"{name}/{key}": p for name in loop.online for key, p in loop.terms[name].parameters.items()}
+    return {name: p.detach().clone() for name, p in {**loop.parameters, **online}.items()}
+
+
 def weights_after(teacher_folder, prompt_file, *options, updates=3):
+    """(what is trained at the start, the same after some updates, the trainer)."""
     loop = run_of(teacher_folder, prompt_file, "--precision", "fp32", "--groups", "3", "--reuse.rollout", "2", *options).trainer
+    start = weights_of(loop)
     for _ in range(updates):
         loop.step()
-    online = {f"{name}/{key}": p for name in loop.online for key, p in loop.terms[name].parameters.items()}
-    return {name: p.detach().clone() for name, p in {**loop.parameters, **online}.items()}, loop
+    return start, weights_of(loop), loop
 
 
 def distance(first, second):
@@ -58,11 +64,10 @@ def distance(first, second):
     ids=["plain", "lora", "rewards", "evaluation-reuse", "asked-again", "backward-simulation", "sum"],
 )
 def test_an_update_in_parts_is_the_update(teacher_folder, prompt_file, plain_descent, options):
-    start, _ = weights_after(teacher_folder, prompt_file, *options, updates=0)
-    whole, one = weights_after(teacher_folder, prompt_file, *options)
-    parts, other = weights_after(teacher_folder, prompt_file, *options, "--memory.micro-groups", "2")
+    start, whole, one = weights_after(teacher_folder, prompt_file, *options)
+    again, parts, other = weights_after(teacher_folder, prompt_file, *options, "--memory.micro-groups", "2")
     assert len(one.parts(6)) == 1 and other.parts(6) == [slice(0, 4), slice(4, 6)]
-    assert distance(whole, parts) < 1e-3 * distance(start, whole)
+    assert distance(start, again) == 0 and distance(whole, parts) < 1e-3 * distance(start, whole)
     assert one.counted["teacher"].cost == other.counted["teacher"].cost
 
 
@@ -103,9 +108,8 @@ def test_an_online_reward_needs_no_draw_to_learn_in_parts(teacher_folder, prompt
 def test_recomputed_activations_give_the_same_gradient(teacher_folder, prompt_file, plain_descent, rank):
     """With LoRA, teacher and fake use the base between the student's forward and backward."""
     options = ("--lora-rank", rank, "--reward.redness", "0.3", "--reuse.rollout", "1")
-    start, _ = weights_after(teacher_folder, prompt_file, *options, updates=0)
-    kept, _ = weights_after(teacher_folder, prompt_file, *options)
-    again, loop = weights_after(teacher_folder, prompt_file, *options, "--memory.checkpointing")
+    start, kept, _ = weights_after(teacher_folder, prompt_file, *options)
+    _, again, loop = weights_after(teacher_folder, prompt_file, *options, "--memory.checkpointing")
     assert loop.counted["student"].network.model.is_gradient_checkpointing
     assert distance(kept, again) < 1e-3 * distance(start, kept)
 
@@ -262,14 +266,12 @@ def test_eight_bits_of_the_teacher_are_near_it_and_leave_the_student_alone(teach
 
 def test_eight_bit_adam_trains_and_resumes(teacher_folder, prompt_file, tmp_path):
     options = ("--memory.optimizer", "adamw8bit", "--precision", "fp32")
-    straight, _ = weights_after(teacher_folder, prompt_file, *options, updates=2)
-    start, _ = weights_after(teacher_folder, prompt_file, *options, updates=0)
-    from fewstep import checkpoint
-
-    _, loop = weights_after(teacher_folder, prompt_file, *options, updates=1)
+    start, _, loop = weights_after(teacher_folder, prompt_file, *options, updates=1)
     loop.save(tmp_path)
+    loop.step()
+    straight = weights_of(loop)
     _, state = checkpoint.newest(tmp_path / "checkpoints")
-    _, other = weights_after(teacher_folder, prompt_file, *options, updates=0)
+    *_, other = weights_after(teacher_folder, prompt_file, *options, updates=0)
     other.load_state(state)
     other.step()
     assert all(torch.equal(straight[name], p) for name, p in other.parameters.items())
@@ -357,8 +359,7 @@ def test_compiled_blocks_give_the_same_update(family, teachers, prompt_file, pla
     teacher_folder, options = teachers / family, ("--lora-rank", "2", "--reuse.rollout", "1")
     counters = torch._dynamo.utils.counters
     counters.clear()
-    start, _ = weights_after(teacher_folder, prompt_file, *options, updates=0)
-    plain, _ = weights_after(teacher_folder, prompt_file, *options, updates=2)
+    start, plain, _ = weights_after(teacher_folder, prompt_file, *options, updates=2)
     real, traced = torch.compile, []
 
     def compile_eagerly(model, **settings):
@@ -366,7 +367,7 @@ def test_compiled_blocks_give_the_same_update(family, teachers, prompt_file, pla
         return real(model, **settings | {"backend": "eager"})
 
     monkeypatch.setattr(torch, "compile", compile_eagerly)
-    compiled, _ = weights_after(teacher_folder, prompt_file, *options, "--compile", updates=2)
+    _, compiled, _ = weights_after(teacher_folder, prompt_file, *options, "--compile", updates=2)
     assert traced and counters["frames"]["ok"] == counters["frames"]["total"] > 4 and not counters["graph_break"]
     assert distance(plain, compiled) < 1e-3 * distance(start, plain)
 
