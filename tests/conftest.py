@@ -15,6 +15,15 @@ CACHE = tempfile.TemporaryDirectory()  # of this process alone: what an earlier 
 os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 
+# the files whose tests take longest, so that none of those comes when a worker has nothing else left to do
+FIRST = ("test_compare.py", "test_export.py", "test_families.py", "test_memory.py", "test_cli.py", "test_trainer.py", "test_evaluation.py")
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: at for at, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(FIRST)))  # a file's tests stay beside one another: they share what they made
+
+
 def tiny_pipeline(prediction: str = "v_prediction"):
     """A random StableDiffusionPipeline of a few thousand parameters, weights as they come, that reads eight tokens."""
     from diffusers import AutoencoderKL, StableDiffusionPipeline
