@@ -60,6 +60,6 @@ def distill(
 
 def load(path: str | Path) -> Any:
     """The stock diffusers pipeline of a finished student: a bf16 folder as bf16, any other, and a hub id, as float32."""
-    from fewstep.export import stock_pipeline
+    from fewstep.models import stock_pipeline
 
     return stock_pipeline(path)

@@ -280,7 +280,7 @@ def sample_command(arguments: list[str]) -> int:
     try:
         size = (dataclasses.replace(config, size=[options.size]) if options.size is not None else config).sizes()[0]
         device = evaluation_device()
-        backbone = models.load(str(options.folder), device=device, dtype=export.stored_dtype(options.folder))
+        backbone = models.load(str(options.folder), device=device, dtype=models.stored_dtype(options.folder))
         backbone.latent_shape(size)
     except models.UnsupportedTeacher as error:
         raise UserError(str(error)) from error

@@ -74,6 +74,7 @@ def check_rewards(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
     Raises UserError, before anything slow, for a reward that nobody can make; hub ids in `config.scorer` get their commit.
     """
     from fewstep.rewards import REWARDS, sources
+    from fewstep.rewards.address import is_remote
 
     found = dict(functions)
     for name in config.reward:
@@ -83,7 +84,7 @@ def check_rewards(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
         try:
             if sources.is_code(scorer):
                 found[name] = sources.load_function(scorer)
-            elif sources.is_remote(scorer):
+            elif is_remote(scorer):
                 from fewstep.rewards.remote import Remote
 
                 found[name] = Remote(scorer, name, timeout=config.remote.timeout).connect()
@@ -112,6 +113,7 @@ def check_judges(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
     Raises UserError, before anything slow, for one that nobody can make, and for a judge that is what the student is trained on.
     """
     from fewstep.rewards import REWARDS, sources
+    from fewstep.rewards.address import is_remote
 
     found = dict(functions)
     if functions and not config.reward:
@@ -120,7 +122,7 @@ def check_judges(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
         if name in functions:
             continue
         try:
-            if sources.is_code(source) or sources.is_remote(source):
+            if sources.is_code(source) or is_remote(source):
                 if source == config.scorer.get(name):
                     raise ValueError(f"{source} is what the student is trained on; a judge is held out")
                 found[name] = sources.open_judge(name, source, timeout=config.remote.timeout)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard, ModelCardData
 
 if TYPE_CHECKING:
-    from torch import Tensor, dtype
+    from torch import Tensor
 
     from fewstep.config import Config
 
@@ -73,7 +73,7 @@ def read(folder: Path, config: Config) -> tuple[Averaged, bool]:
         found = checkpoint.newest(folder / "checkpoints", only=("update", "student", "ema"))
         if found is None and not finished:
             raise CannotExport(f"{folder}: no checkpoint was saved yet; let the run go on (save_every {config.save_every})")
-        kept_in = stored_dtype(folder) if finished else models.frozen_dtype(config)
+        kept_in = models.stored_dtype(folder) if finished else models.frozen_dtype(config)
         backbone = models.load(str(folder) if found is None else teacher, dtype=kept_in)
     except checkpoint.DamagedCheckpoint as error:
         raise CannotExport(" ".join(str(error).split())) from error
@@ -94,31 +94,6 @@ def read(folder: Path, config: Config) -> tuple[Averaged, bool]:
         raise CannotExport(f"{path}: its student is another network than {teacher} (has the teacher changed since?)")
     pipe = backbone.student_pipeline(roles, weights, config.steps)
     return Averaged(config, backbone, pipe, weights, update, logged_weights(folder, config, update)), finished
-
-
-def stock_pipeline(source: str | Path) -> Any:
-    """The stock diffusers pipeline of a folder or hub id, from safetensors alone: a bf16 folder as bf16, all else as float32."""
-    from diffusers import DiffusionPipeline
-
-    from fewstep.models import lacking
-
-    told = {"dtype": stored_dtype(Path(source)), "use_safetensors": True, **lacking(str(source))}
-    return DiffusionPipeline.from_pretrained(str(source), **told)
-
-
-def stored_dtype(folder: Path) -> dtype:
-    """bf16 where a pipeline's folder holds its frozen parts so, else float32, also for what is no folder.
-
-    A run's config may have left that to the machine. To be named when a pipeline is read: transformers reads its parts as their
-    configuration says, diffusers the others as float32, and bf16 beside float32 does not run.
-    """
-    import torch
-    from safetensors import safe_open
-
-    for path in folder.glob("vae/*.safetensors"):
-        with safe_open(path, "pt") as file:
-            return torch.bfloat16 if file.get_slice(next(iter(file.keys()))).get_dtype() == "BF16" else torch.float32
-    return torch.float32
 
 
 def read_lora(folder: Path, part: str) -> dict[str, Tensor]:

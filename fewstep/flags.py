@@ -79,7 +79,8 @@ def as_lists_of_sizes(arguments: list[str]) -> list[str]:
 
 def spell_out(arguments: list[str]) -> list[str]:
     """`--reward.NAME path/to/file.py:function` or a server's address as what it is short for: weight 1, and the scorer."""
-    from fewstep.rewards.sources import is_code, is_remote
+    from fewstep.rewards.address import is_remote
+    from fewstep.rewards.sources import is_code
 
     out: list[str] = []
     for argument in arguments:

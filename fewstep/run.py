@@ -67,7 +67,7 @@ def check_same_run(config: Config, path: Path) -> None:
     import yaml
 
     from fewstep.config import Config
-    from fewstep.rewards.sources import is_remote
+    from fewstep.rewards.address import is_remote
 
     def values(plain: dict[str, Any]) -> dict[str, Any]:
         # a server may have moved; its version is what counts, and `rewards.json` has it
@@ -160,8 +160,8 @@ def carry_out(config: Config, prompts: list[str], source: str, functions: dict[s
         return 0
 
 
-def find_checkpoint(root: Path, ranks: Ranks) -> tuple[str | None, Any]:
-    """(name, contents) of the newest valid checkpoint, or (None, None). Raises UserError where none can be read, or the processes do not
+def find_checkpoint(root: Path, ranks: Ranks) -> tuple[Path | None, Any]:
+    """(folder, contents) of the newest valid checkpoint, or (None, None). Raises UserError where none can be read, or the processes do not
     see the same one."""
     from fewstep import checkpoint
 
@@ -176,7 +176,7 @@ def find_checkpoint(root: Path, ranks: Ranks) -> tuple[str | None, Any]:
     if len(set(seen)) > 1:
         raise UserError(f"resume: the processes see other checkpoints under {root} ({seen}); it must lie on a disk that all machines share")
     print("no checkpoint was saved yet: starting from update 0" if found is None else f"going on from {found[0].name}")
-    return (None, None) if found is None else (found[0].name, found[1])
+    return found or (None, None)
 
 
 def judge_records(config: Config, functions: dict[str, Any]) -> dict[str, dict[str, str]]:

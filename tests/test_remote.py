@@ -628,7 +628,10 @@ def test_the_server_needs_nothing_of_the_rest_of_the_package():
     assert set(json.loads(done.stdout.replace("'", '"'))) == {
         "fewstep.cli",
         "fewstep.errors",
+        "fewstep.launch",
         "fewstep.rewards",
+        "fewstep.rewards.address",
+        "fewstep.rewards.files",
         "fewstep.rewards.sources",
         "fewstep.rewards.serve",
     }

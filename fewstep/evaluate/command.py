@@ -100,13 +100,14 @@ def load_judges(named: dict[str, str | None], *, device: str, in_world: bool, ti
     from fewstep import world
     from fewstep.evaluate.measure import is_reserved
     from fewstep.rewards import REWARDS, sources
+    from fewstep.rewards.address import is_remote
     from fewstep.rewards.clip import CLIPScore
 
     scorers, others = {}, {}
     for name, source in named.items():
         if is_reserved(name):
             raise UserError(f"judge.{name}: another number of the report has this name, or one like it; give the judge another")
-        if name not in REWARDS and not (sources.is_code(source) or sources.is_remote(source)):
+        if name not in REWARDS and not (sources.is_code(source) or is_remote(source)):
             raise UserError(f"judge.{name}: unknown reward{nearest(name, REWARDS)}. {OWN_JUDGE.format(name)}")
         try:
             judge = sources.open_judge(name, source, assets=world.ASSETS if in_world else None, device=device, timeout=timeout)

@@ -161,7 +161,7 @@ def solver(name: str, config: Mapping[str, Any]) -> Any:
 
 def open_pipeline(source: str | Path, device: str | torch.device) -> Any:
     """A diffusers folder or hub id, as `stock_pipeline` reads it."""
-    from fewstep.export import stock_pipeline
+    from fewstep.models import stock_pipeline
 
     pipe = stock_pipeline(source)
     pipe.set_progress_bar_config(disable=True)

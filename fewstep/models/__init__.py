@@ -95,6 +95,29 @@ def lacking(source: str) -> dict[str, None]:
     return {name: None for name, entry in index.items() if isinstance(entry, list | tuple) and entry[0] is None}
 
 
+def stock_pipeline(source: str | Path) -> Any:
+    """The stock diffusers pipeline of a folder or hub id, from safetensors alone: a bf16 folder as bf16, all else as float32."""
+    from diffusers import DiffusionPipeline
+
+    told = {"dtype": stored_dtype(Path(source)), "use_safetensors": True, **lacking(str(source))}
+    return DiffusionPipeline.from_pretrained(str(source), **told)
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """bf16 where a pipeline's folder holds its frozen parts so, else float32, also for what is no folder.
+
+    A run's config may have left that to the machine. To be named when a pipeline is read: transformers reads its parts as their
+    configuration says, diffusers the others as float32, and bf16 beside float32 does not run.
+    """
+    import torch
+    from safetensors import safe_open
+
+    for path in folder.glob("vae/*.safetensors"):
+        with safe_open(path, "pt") as file:
+            return torch.bfloat16 if file.get_slice(next(iter(file.keys()))).get_dtype() == "BF16" else torch.float32
+    return torch.float32
+
+
 def family_name(pipeline: str) -> str:
     """Of a pipeline class: its adapter's file, and its recipe."""
     return FAMILIES[pipeline][0].rpartition(".")[2]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fewstep.rewards.base import PixelReward
 from fewstep.rewards.clip import CLIPScore, read_config
+from fewstep.rewards.files import check_safetensors, clip_of, fetch, read_model
 from fewstep.rewards.pixels import Preprocess
-from fewstep.rewards.sources import check_safetensors, clip_of, fetch, read_model
 from fewstep.types import Sample, Signal
 
 if TYPE_CHECKING:

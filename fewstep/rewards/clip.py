@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.rewards.base import PixelReward
+from fewstep.rewards.files import read_model
 from fewstep.rewards.pixels import Preprocess, read_preprocess
-from fewstep.rewards.sources import read_model
 from fewstep.types import Sample, Signal
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fewstep.rewards import REWARDS, sources
+from fewstep.rewards import REWARDS, files, sources
 
 # argv: pickle, safetensors. weights_only refuses everything but tensors and plain containers; nothing of fewstep is imported.
 OPEN = """
@@ -90,7 +90,7 @@ def write_clip(name: str, state: dict[str, Any], source: str, folder: Path) -> N
 
     from fewstep.rewards.hps import from_open_clip
 
-    words = sources.fetch(source, weights=False)
+    words = files.fetch(source, weights=False)
     model = AutoModel.from_config(AutoConfig.from_pretrained(words, trust_remote_code=False), trust_remote_code=False)
     state = from_open_clip(state) if name == "hps" else state
     try:
@@ -102,7 +102,7 @@ def write_clip(name: str, state: dict[str, Any], source: str, folder: Path) -> N
         odd = ", ".join([*report.missing_keys, *unknown][:4])
         raise ValueError(f"not weights of the model in {source}: missing or unknown {odd}")
     model.save_pretrained(folder)
-    for pattern in sources.WORDS:
+    for pattern in files.WORDS:
         for path in words.glob(pattern):
             if not (folder / path.name).exists() and path.name != "model.safetensors.index.json":
                 shutil.copy(path, folder)

@@ -28,8 +28,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fewstep.rewards.address import TIMEOUT, check_url, is_loopback
 from fewstep.rewards.base import PixelReward, RewardError
-from fewstep.rewards.sources import TIMEOUT, check_url, is_loopback
 
 PROTOCOL = 1
 TRIES = 3

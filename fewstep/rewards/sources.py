@@ -6,61 +6,26 @@ import dataclasses
 import hashlib
 import importlib
 import importlib.util
-import ipaddress
 import json
 import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from fewstep.rewards import REWARDS, Named
+from fewstep.rewards.address import TIMEOUT, is_remote
+from fewstep.rewards.files import PICKLES, clip_of, convert_hint, digest_of, fetch, resolve
 
 if TYPE_CHECKING:
     from fewstep.config import Config
 
 CODE = re.compile(r"(?s)(.+\.py):([^\W\d]\w*)")
-HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
-COMMIT = re.compile(r"[0-9a-f]{40}")
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
-WORDS = ("*.json", "*.txt", "*.model")  # configs, tokenizers, preprocessing
-TIMEOUT = 120.0  # seconds for one try of one request to a server, from connecting to the last byte
 
 
 def is_code(value: Any) -> bool:
     """Whether a value is path/to/file.py:function, which only the user's own flag may name."""
     return isinstance(value, str) and CODE.fullmatch(value) is not None
-
-
-def is_remote(value: Any) -> bool:
-    """Whether a value is the address of a server."""
-    return isinstance(value, str) and value.lower().startswith(("http://", "https://"))
-
-
-def check_url(url: str) -> str:
-    """The address without a slash at its end. Raises ValueError for one that pictures must not be sent to.
-
-    Plain http is for this machine alone: elsewhere anyone on the way could read the pictures and change the scores.
-    """
-    parts = urlsplit(url)
-    try:
-        host, _ = parts.hostname, parts.port  # the port is parsed when it is asked for
-    except ValueError as error:
-        raise ValueError(f"{url}: not an address ({error})") from error
-    if not host or parts.query or parts.fragment or parts.username is not None or re.search(r"[\s\x00-\x1f]", url):
-        raise ValueError(f"{url}: an address is https://HOST:PORT, with a path perhaps, and no user name, query or blank")
-    if parts.scheme.lower() == "http" and not is_loopback(host):
-        raise ValueError(f"{url}: plain http is for this machine alone; use https, or a tunnel to http://127.0.0.1:PORT")
-    return url.rstrip("/")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine by its name or number alone, without asking any name server."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def settle_via(config: Config) -> Config:
@@ -109,10 +74,6 @@ def load_function(value: str) -> Callable[..., Any]:
     return function
 
 
-def convert_hint(name: str, path: str | Path) -> str:
-    return f"{path} is a pickle, which is never loaded. Convert it once: fewstep convert-reward {name} {path} --output FOLDER"
-
-
 def locate(name: str, source: str | None, *, assets: Path | None = None, flag: str | None = None) -> str:
     """The folder, or the hub id with its commit, that a named reward is read from; a hub id without a commit gets its newest.
 
@@ -134,25 +95,6 @@ def locate(name: str, source: str | None, *, assets: Path | None = None, flag: s
     return resolve(source)
 
 
-def resolve(source: str) -> str:
-    """The folder, or the hub id with its commit; without one it gets the newest. Raises ValueError."""
-    path, hub = Path(source).expanduser(), HUB.fullmatch(source)
-    if path.is_dir():
-        check_headers(path)
-        return str(path)
-    if path.exists() or hub is None or source.startswith((".", "~")):
-        raise ValueError(f"{source}: no such folder, and not a hub id (owner/name@commit)")
-    if hub[2] is not None and COMMIT.fullmatch(hub[2]):
-        return source
-    import huggingface_hub
-
-    try:
-        commit = huggingface_hub.HfApi().model_info(hub[1], revision=hub[2]).sha
-    except Exception as error:  # the hub's client raises many kinds; each means that the commit is unknown
-        raise ValueError(f"{source}: no such folder, and the hub does not tell its commit ({type(error).__name__}: {error})") from error
-    return f"{hub[1]}@{commit}"
-
-
 def missing(name: str, row: Named, flag: str) -> str:
     """What to give a reward that has no model of its own."""
     if row.built_by is None:
@@ -160,65 +102,6 @@ def missing(name: str, row: Named, flag: str) -> str:
     if name in ("hps", "aesthetic"):
         return f"give the folder that `fewstep convert-reward {name}` made of the published weights, {flag} FOLDER"
     return f"give the folder or hub id of its model, {flag} FOLDER (only the embedded world brings its own)"
-
-
-def fetch(source: str, *, weights: bool = True) -> Path:
-    """The folder of a located source, downloaded if it is a hub id: safetensors, configs and tokenizer, never a pickle."""
-    if Path(source).expanduser().is_dir():
-        return Path(source).expanduser()
-    hub = HUB.fullmatch(source)
-    if hub is None or hub[2] is None:
-        raise ValueError(f"{source}: no such folder, and not a hub id with its commit (owner/name@commit)")
-    import huggingface_hub
-
-    patterns = [*WORDS, "model*.safetensors"] if weights else list(WORDS)
-    try:
-        return Path(huggingface_hub.snapshot_download(hub[1], revision=hub[2], allow_patterns=patterns))
-    except Exception as error:  # as above
-        raise ValueError(f"{source}: cannot be read from the hub ({type(error).__name__}: {error})") from error
-
-
-def check_headers(folder: str | Path) -> None:
-    """Raises ValueError naming a safetensors file of the folder that is cut off or none; no weights are read."""
-    from safetensors import SafetensorError, safe_open
-
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        try:
-            safe_open(path, framework="numpy")  # its header tells how long the file has to be
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path}: damaged, or no safetensors file ({error}); get it again") from error
-
-
-def check_safetensors(folder: str | Path) -> None:
-    """Raises ValueError for a model's folder without whole safetensors, naming the pickle that it holds instead, if any."""
-    check_headers(folder)
-    if any(Path(folder).glob("*.safetensors")):
-        return
-    pickles = sorted(path for path in Path(folder).glob("*") if path.suffix in PICKLES)
-    if pickles:
-        raise ValueError(convert_hint("NAME", pickles[0]))
-    raise ValueError(f"{folder}: holds no weights (*.safetensors)")
-
-
-def read_model(kind: Any, folder: str | Path, *, more: bool = False) -> Any:
-    """The transformers model of class `kind` in a folder, all its weights the folder's own: transformers draws the others at random.
-
-    more: the folder may hold weights that the class does not read. Raises ValueError naming the folder and the weights that are amiss.
-    """
-    check_safetensors(folder)
-    # ignored so that they are told like the others
-    told = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
-    try:
-        model, report = kind.from_pretrained(folder, **told)
-    except (OSError, ValueError) as error:  # a shard that the index names is not there; a kind of model that is not known
-        raise ValueError(f"{folder}: cannot be read ({' '.join(str(error).split())[:300]})") from error
-    unknown = [] if more else [name for name in report["unexpected_keys"] if not name.endswith("position_ids")]  # old versions kept them
-    shapes = [f"{name} {tuple(held)}, not {tuple(wanted)}" for name, held, wanted in report["mismatched_keys"]]
-    amiss = {"missing": sorted(report["missing_keys"]), "unknown": sorted(unknown), "of another shape": sorted(shapes)}
-    said = [f"{len(names)} {what}, as {names[0]}" for what, names in amiss.items() if names]
-    if said:
-        raise ValueError(f"{folder}: its weights are not those of a whole {type(model).__name__}: {'; '.join(said)}; get them again")
-    return model
 
 
 def build(name: str, source: str, *, device: Any = "cpu") -> Any:
@@ -267,27 +150,6 @@ def version(source: str) -> str:
     if clip is not None and Path(clip).expanduser().is_dir():  # of one on the hub reward.json has the commit
         digest.update(digest_of(Path(clip).expanduser()).digest())
     return digest.hexdigest()[:12]
-
-
-def digest_of(path: Path) -> Any:
-    """SHA-256 over a file, or over a folder's weights, configs, tokenizer and preprocessing, with their names."""
-    patterns = ("*.safetensors", *WORDS)
-    digest = hashlib.sha256()
-    for file in sorted({file for pattern in patterns for file in path.glob(pattern)}) if path.is_dir() else [path]:
-        with file.open("rb") as held:
-            digest.update(file.name.encode() + b"\0" + hashlib.file_digest(held, "sha256").digest())
-    return digest
-
-
-def clip_of(folder: Path) -> str | None:
-    """The folder or hub id of the CLIP that a reward's folder names in its reward.json. Raises ValueError for one that cannot be read."""
-    path = folder / "reward.json"
-    if not path.is_file():
-        return None
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["clip"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be read as the name of a CLIP ({type(error).__name__}: {error})") from error
 
 
 def records(

@@ -1,0 +1,117 @@
+"""A reward's files: a folder, or the hub at a commit, and what is read of them. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+WORDS = ("*.json", "*.txt", "*.model")  # configs, tokenizers, preprocessing
+
+
+def convert_hint(name: str, path: str | Path) -> str:
+    return f"{path} is a pickle, which is never loaded. Convert it once: fewstep convert-reward {name} {path} --output FOLDER"
+
+
+def resolve(source: str) -> str:
+    """The folder, or the hub id with its commit; without one it gets the newest. Raises ValueError."""
+    path, hub = Path(source).expanduser(), HUB.fullmatch(source)
+    if path.is_dir():
+        check_headers(path)
+        return str(path)
+    if path.exists() or hub is None or source.startswith((".", "~")):
+        raise ValueError(f"{source}: no such folder, and not a hub id (owner/name@commit)")
+    if hub[2] is not None and COMMIT.fullmatch(hub[2]):
+        return source
+    import huggingface_hub
+
+    try:
+        commit = huggingface_hub.HfApi().model_info(hub[1], revision=hub[2]).sha
+    except Exception as error:  # the hub's client raises many kinds; each means that the commit is unknown
+        raise ValueError(f"{source}: no such folder, and the hub does not tell its commit ({type(error).__name__}: {error})") from error
+    return f"{hub[1]}@{commit}"
+
+
+def fetch(source: str, *, weights: bool = True) -> Path:
+    """The folder of a located source, downloaded if it is a hub id: safetensors, configs and tokenizer, never a pickle."""
+    if Path(source).expanduser().is_dir():
+        return Path(source).expanduser()
+    hub = HUB.fullmatch(source)
+    if hub is None or hub[2] is None:
+        raise ValueError(f"{source}: no such folder, and not a hub id with its commit (owner/name@commit)")
+    import huggingface_hub
+
+    patterns = [*WORDS, "model*.safetensors"] if weights else list(WORDS)
+    try:
+        return Path(huggingface_hub.snapshot_download(hub[1], revision=hub[2], allow_patterns=patterns))
+    except Exception as error:  # as above
+        raise ValueError(f"{source}: cannot be read from the hub ({type(error).__name__}: {error})") from error
+
+
+def check_headers(folder: str | Path) -> None:
+    """Raises ValueError naming a safetensors file of the folder that is cut off or none; no weights are read."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            safe_open(path, framework="numpy")  # its header tells how long the file has to be
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: damaged, or no safetensors file ({error}); get it again") from error
+
+
+def check_safetensors(folder: str | Path) -> None:
+    """Raises ValueError for a model's folder without whole safetensors, naming the pickle that it holds instead, if any."""
+    check_headers(folder)
+    if any(Path(folder).glob("*.safetensors")):
+        return
+    pickles = sorted(path for path in Path(folder).glob("*") if path.suffix in PICKLES)
+    if pickles:
+        raise ValueError(convert_hint("NAME", pickles[0]))
+    raise ValueError(f"{folder}: holds no weights (*.safetensors)")
+
+
+def read_model(kind: Any, folder: str | Path, *, more: bool = False) -> Any:
+    """The transformers model of class `kind` in a folder, all its weights the folder's own: transformers draws the others at random.
+
+    more: the folder may hold weights that the class does not read. Raises ValueError naming the folder and the weights that are amiss.
+    """
+    check_safetensors(folder)
+    # ignored so that they are told like the others
+    told = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
+    try:
+        model, report = kind.from_pretrained(folder, **told)
+    except (OSError, ValueError) as error:  # a shard that the index names is not there; a kind of model that is not known
+        raise ValueError(f"{folder}: cannot be read ({' '.join(str(error).split())[:300]})") from error
+    unknown = [] if more else [name for name in report["unexpected_keys"] if not name.endswith("position_ids")]  # old versions kept them
+    shapes = [f"{name} {tuple(held)}, not {tuple(wanted)}" for name, held, wanted in report["mismatched_keys"]]
+    amiss = {"missing": sorted(report["missing_keys"]), "unknown": sorted(unknown), "of another shape": sorted(shapes)}
+    said = [f"{len(names)} {what}, as {names[0]}" for what, names in amiss.items() if names]
+    if said:
+        raise ValueError(f"{folder}: its weights are not those of a whole {type(model).__name__}: {'; '.join(said)}; get them again")
+    return model
+
+
+def digest_of(path: Path) -> Any:
+    """SHA-256 over a file, or over a folder's weights, configs, tokenizer and preprocessing, with their names."""
+    patterns = ("*.safetensors", *WORDS)
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in patterns for file in path.glob(pattern)}) if path.is_dir() else [path]:
+        with file.open("rb") as held:
+            digest.update(file.name.encode() + b"\0" + hashlib.file_digest(held, "sha256").digest())
+    return digest
+
+
+def clip_of(folder: Path) -> str | None:
+    """The folder or hub id of the CLIP that a reward's folder names in its reward.json. Raises ValueError for one that cannot be read."""
+    path = folder / "reward.json"
+    if not path.is_file():
+        return None
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["clip"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: cannot be read as the name of a CLIP ({type(error).__name__}: {error})") from error
