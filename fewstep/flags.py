@@ -202,13 +202,21 @@ def read_config(arguments: list[str]) -> tuple[Config, list[str], list[str]]:
     for recipe in recipes:
         check_recipe(Path(recipe), names)
     parser = config_parser()
-    for recipe in recipes:  # alone first, so that a wrong type is blamed on the file that holds it
+    try:
+        parsed = parser.instantiate(parser.parse_args([part for recipe in recipes for part in ("--config", recipe)] + flags))
+    except UserError:
+        check_types(recipes)
+        raise
+    return Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)}), recipes, flags
+
+
+def check_types(recipes: list[str]) -> None:
+    """Raise UserError naming the first recipe that holds a value of a wrong type: read together, none is told from the flags."""
+    for recipe in recipes:
         try:
-            parser.parse_args(["--config", recipe])
+            config_parser().parse_args(["--config", recipe])
         except UserError as error:
             raise UserError(f"{recipe}: {error}") from error
-    parsed = parser.instantiate(parser.parse_args([part for recipe in recipes for part in ("--config", recipe)] + flags))
-    return Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)}), recipes, flags
 
 
 def parse_config(arguments: list[str]) -> Config:
