@@ -808,6 +808,8 @@ def test_what_no_weight_tells_is_in_the_stamp_and_the_key(tmp_path):
             clip.tokenizer._tokenizer = type(clip.tokenizer._tokenizer).from_str(json.dumps(does))
         return clip
 
+    few = PromptSet("few", MANY.prompts[:6])
+
     def run(**changes):
         clip, other = scorer(**changes.pop("clip", {})), scorer(**changes.pop("judge", {}))
         extractor = features.of_scorer("eyes", scorer(**changes.pop("eyes", {})))
@@ -815,7 +817,7 @@ def test_what_no_weight_tells_is_in_the_stamp_and_the_key(tmp_path):
         for pipe, name in zip(pipes, ("student", "teacher"), strict=True):
             pipe.unet.config = {"scaling_factor": 1.0, "_name_or_path": str(changes), **changes.pop(name, {})}
             pipe.config = changes.pop(f"{name}_index", {})
-        options = {"scorers": {"clip": clip}, "judges": {"judge": other.score}, "extractors": [extractor], "data": real}
+        options = {"scorers": {"clip": clip}, "judges": {"judge": other.score}, "extractors": [extractor], "data": real, "prompts": few}
         return evaluated(pipes[0], tmp_path, teacher=pipes[1], **options)
 
     looked_at = []
