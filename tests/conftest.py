@@ -75,3 +75,10 @@ def prompt_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     path.write_text("a cat\na dog\na fish\na bird\na hat\n")
     return path
+
+
+@pytest.fixture
+def small_grid(monkeypatch):
+    """A run's last picture shows one sample a prompt, and a teacher of two steps: drawing it takes as long as all its updates do here."""
+    monkeypatch.setattr("fewstep.run.SAMPLES_PER_PROMPT", 1)
+    monkeypatch.setattr("fewstep.world.TEACHER_STEPS", 2)

@@ -29,6 +29,7 @@ from fewstep.errors import UserError
 from fewstep.run import check_output, distill
 from fewstep.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("small_grid")
 ROOT = Path(fewstep.__file__).parents[1]
 # full weights in one part, not as the recipe of the tiny teacher's family has it
 SMALL = ["--groups", "2", "--group-size", "2", "--save-every", "2", "--sample-every", "0", "--lora-rank", "0",

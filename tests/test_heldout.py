@@ -205,6 +205,7 @@ def bright(images, prompts):
 """
 
 
+@pytest.mark.usefixtures("small_grid")
 def test_a_run_with_judges_and_one_that_goes_on(teacher_folder, prompt_file, tmp_path):
     file, out = tmp_path / "mine.py", tmp_path / "out"
     file.write_text(JUDGES)
@@ -236,6 +237,7 @@ def test_the_worlds_own_twins_are_other_models(teacher_folder):
     assert told["clip"]["version"] == sources.version(str(world.ASSETS / "clip-heldout")) != told["preference"]["version"]
 
 
+@pytest.mark.usefixtures("small_grid")
 def test_the_python_interface_takes_judges(teacher_folder, prompt_file, tmp_path):
     import fewstep
 

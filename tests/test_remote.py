@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import ended, start
 
 import fewstep
 from fewstep import cli, flags
@@ -387,26 +389,46 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def answers(url):
+    try:
+        Remote(url, "probe", tries=1, timeout=5).connect()
+    except ValueError:
+        return False
+    return True
+
+
 @contextmanager
-def served(what, *options, environment=()):
+def served(what, *options):
     """A `fewstep serve-reward` of its own process; yields its address."""
     port = free_port()
     command = [sys.executable, "-m", "fewstep.cli", "serve-reward", str(what), "--port", str(port), "--device", "cpu", *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | dict(environment)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 90
     try:
-        while True:
+        while not answers(url):
             assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
-            try:
-                Remote(url, "probe", tries=1, timeout=5).connect()
-                break
-            except ValueError:
-                time.sleep(0.1)
+            time.sleep(0.1)
         yield url
     finally:
         process.terminate()
         process.communicate(timeout=60)
+
+
+@contextmanager
+def served_by_fork(what, *options):
+    """As `served`, of a process that has transformers imported."""
+    port = free_port()
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 90
+    child = start(lambda: cli.main(["serve-reward", str(what), "--port", str(port), "--device", "cpu", *options]))
+    try:
+        while not answers(url):
+            assert os.waitpid(child, os.WNOHANG) == (0, 0) and time.monotonic() < deadline
+            time.sleep(0.1)
+        yield url
+    finally:
+        os.kill(child, signal.SIGTERM)
+        ended(child)
 
 
 @pytest.fixture(scope="module")
@@ -440,7 +462,7 @@ def test_the_worlds_preference_gives_the_same_bits_behind_a_server():
 
     images, prompts = pictures(40, 64, 64), world.prompts("evaluate")[:40]
     here = PickScore.load(world.ASSETS / "preference")
-    with served("preference", "--scorer", "world") as url:
+    with served_by_fork("preference", "--scorer", "world") as url:
         reward = Remote(url, "preference").connect()
         there = reward.ask(images, prompts)
     eight_bits = (images * 255).round().byte().float() / 255
@@ -696,6 +718,7 @@ def trouble(log):
     return {key: value for key, value in log.items() if "/retries" in key or "/faults/" in key}
 
 
+@pytest.mark.usefixtures("small_grid")
 def test_a_run_is_scored_by_a_server_and_remembers_which(faulty, teacher_folder, prompt_file, tmp_path, capsys, monkeypatch):
     import yaml
 
@@ -735,6 +758,7 @@ def test_a_run_is_scored_by_a_server_and_remembers_which(faulty, teacher_folder,
     assert posted == {(f"{other.url}/score", 7.0), (f"{faulty.url}/score", 7.0)}
 
 
+@pytest.mark.usefixtures("small_grid")
 def test_a_run_stops_when_too_much_cannot_be_scored(faulty, teacher_folder, prompt_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(remote, "BACKOFF", 0.01)
     out = tmp_path / "out"
@@ -779,6 +803,7 @@ def test_scores_alone_are_enough_where_they_only_scale(faulty):
 # Code of the user's own
 
 
+@pytest.mark.usefixtures("small_grid")
 def test_a_function_in_a_file_is_a_reward_by_the_users_own_flag(reward_file, teacher_folder, prompt_file, tmp_path, capsys):
     import yaml
 
@@ -864,6 +889,7 @@ def test_a_function_without_gradient_says_what_to_do(reward_file, teacher_folder
     assert "'mine' is not differentiable (it gave no direction): use --via.mine policy" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("small_grid")
 def test_python_takes_the_same_three_kinds(faulty, reward_file, teacher_folder, prompt_file, tmp_path):
     small = {"groups": 2, "group_size": 2, "updates": 1, "save_every": 1, "sample_every": 0, "evaluate": False, "lora_rank": 0,
              "memory": {"micro_groups": 0, "checkpointing": False}}  # fmt: skip
