@@ -251,7 +251,9 @@ def test_the_densities_are_the_named_ones():
     t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     z = torch.distributions.Normal(0.0, 1.0).cdf((t / (1 - t)).log())
     torch.testing.assert_close(density_named("logit-normal").rank(t), z)
-    assert density_named("shifted").at(t).tolist() == pytest.approx([3 * u / (1 + 2 * u) for u in t.tolist()])
+    wanted = pytest.approx([3 * u / (1 + 2 * u) for u in t.tolist()])
+    assert density_named("shifted").at(t).tolist() == wanted
+    assert DistributionMatching(None, None, Flow(), level_density="shifted").density.at(t).tolist() == wanted  # the same without a shift
     for bad, word in ((dict(name="cosine"), "uniform, logit-normal, shifted"), (dict(name="shifted", shift=0.0), "positive")):
         with pytest.raises(ValueError, match=word):
             density_named(**bad)
@@ -399,6 +401,22 @@ def test_the_fake_learns_in_its_own_parametrisation_and_nothing_else_learns(kind
     torch.manual_seed(0)
     drawn = torch.stack([matching.loss(sample).detach() for _ in range(20)])
     assert bool(torch.isfinite(drawn).all()) and len(drawn.unique()) == 20  # fresh noise every time
+
+
+def test_what_the_fakes_loss_is_not_given_it_draws():
+    matching, _, sample, t, noise = told_case("sample")
+
+    def seeded(given):
+        torch.manual_seed(1)
+        return matching.loss(sample, **given).item()
+
+    torch.manual_seed(1)
+    drawn = matching.draw(sample)
+    for given in ((), ("t",), ("noise",), ("t", "noise")):
+        assert seeded({name: drawn[name] for name in given}) == seeded(drawn)
+    state = torch.get_rng_state()
+    matching.loss(sample, t=t, noise=noise)
+    assert torch.equal(torch.get_rng_state(), state)  # with both given it draws nothing
 
 
 @pytest.mark.parametrize("kind", V_TARGETS)
