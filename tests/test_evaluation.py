@@ -3,14 +3,13 @@
 import functools
 import json
 import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import fidelity
 import forked
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -888,9 +887,9 @@ def test_a_pipelines_configuration_is_that_of_its_folder_wherever_it_is_read(tmp
     told = "import sys\nfrom fewstep.evaluate import configs, drawing\n"
     told += "print(configs.pipeline_config(drawing.open_pipeline(sys.argv[1], 'cpu')))"
     shutil.copytree(tmp_path / "pipe", tmp_path / "elsewhere")
-    found = subprocess.run([sys.executable, "-c", told, str(tmp_path / "elsewhere")], capture_output=True, text=True, check=True)
+    found = fresh.run(told, str(tmp_path / "elsewhere"), printed=tmp_path / "printed")
     opened = read(tmp_path / "pipe")
-    assert configs.pipeline_config(opened) == found.stdout.split()[-1] == before
+    assert configs.pipeline_config(opened) == found.split()[-1] == before
     opened.tokenizer(["a cat"], padding="max_length", max_length=5, truncation=True)
     assert configs.pipeline_config(opened) == before  # how it was last called is not what it is
     changes = [
@@ -1160,16 +1159,14 @@ def test_two_shares_of_the_command_are_one(command, student, tmp_path, capsys):
 
 
 def test_two_processes_of_a_torchrun_are_one(command, student, tmp_path):
-    """Each draws its share in a process of its own; the first, which has nothing to import, measures when both have done."""
+    """Each draws its share in a process of its own, with another hash seed; the first measures when both have done."""
     clear(student)
     together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    fresh = os.environ | together | {"RANK": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    start = "import sys; from fewstep import cli; from fewstep.evaluate import drawing, samples; "
-    start += f"drawing.TEACHER_STEPS = 3; samples.SHARD = 10; sys.exit(cli.main({command!r}))"
-    other = subprocess.Popen([sys.executable, "-c", start], env=fresh, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    other = "import sys; from fewstep import cli; from fewstep.evaluate import drawing, samples; "
+    other += f"drawing.TEACHER_STEPS = 3; samples.SHARD = 10; sys.exit(cli.main({command!r}))"
+    job = fresh.start(other, printed=tmp_path / "printed", environment=together | {"RANK": "1"})
     code, output = forked.command(*command, before=lambda: os.environ.update(together | {"RANK": "0"}))
-    said = [output, other.communicate(timeout=150)[0]]
-    assert [code, other.returncode] == [0, 0], said
+    assert [code, fresh.ended(job)] == [0, 0], (output, (tmp_path / "printed").read_text())
     shared = json.loads((tmp_path / "report.json").read_text())
     parts = kept(student / "evaluation")
     clear(student)

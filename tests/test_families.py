@@ -2,10 +2,9 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from unittest import mock
 
+import fresh
 import pytest
 import torch
 from diffusers import (
@@ -304,8 +303,7 @@ def test_exported_folders_draw_in_a_fresh_process_what_training_drew(teachers, t
             assert (teacher - mine).abs().max() > 1e-3, name  # the student has moved, so equality says something
             jobs.append((str(folder), backbone.lacks(), PROMPTS, told(backbone) | backbone.student_call))
             expected[str(folder)] = (mine, backbone.schedule().timestep_of(backbone.times(4)))
-    done = subprocess.run([sys.executable, "-c", STOCK, json.dumps(jobs), str(tmp_path / "images")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    fresh.run(STOCK, json.dumps(jobs), str(tmp_path / "images"), printed=tmp_path / "printed")
     images = load_file(tmp_path / "images")
     for folder, (mine, times) in expected.items():
         assert (images[folder] - mine).abs().max() <= 1e-4, folder
