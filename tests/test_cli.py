@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import fresh
 import pytest
 import torch
 import yaml
@@ -340,7 +341,7 @@ def test_the_folder_draws_in_stock_diffusers_what_the_student_draws_in_training(
             drawn[rank] = run.backbone.decode(rollout.x0[-1])
             teacher = run.backbone.decode(run.roles.teacher(noise, torch.ones(2), run.backbone.encode(["a cat", "a dog"])))
         assert (teacher - drawn[rank]).abs().max() > 1e-3  # the student has moved, so equality says something
-    subprocess.run([sys.executable, "-c", STOCK, *(str(tmp_path / rank) for rank in drawn)], check=True, capture_output=True)
+    fresh.run(STOCK, *(str(tmp_path / rank) for rank in drawn), printed=tmp_path / "printed")
     for rank, mine in drawn.items():
         stock = torch.load(tmp_path / rank / "images.pt", weights_only=True)
         assert (stock - mine).abs().max() <= 1e-5, rank

@@ -241,6 +241,7 @@ def test_a_layer_that_diffusers_would_not_read_back_is_not_exported(teachers, ru
         assert "--to kohya: diffusers does not read" in refused(capsys, folder, "--to", "kohya", "--output", tmp_path / "out")
 
 
+@pytest.mark.usefixtures("small_grid")
 @pytest.mark.parametrize("frozen", ["fp32", "bf16"])
 def test_a_finished_run_is_exported_as_it_was_left(teachers, prompt_file, tmp_path, capsys, frozen):
     """`distill` and `export --to diffusers` write the same files; without its checkpoints a finished folder is enough."""

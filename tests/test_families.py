@@ -385,6 +385,7 @@ def gone_on_with(straight, resumed, monkeypatch):
     return [checkpoint.load(folder / "checkpoints" / f"step-{step:08d}")["ema"]["shadow_params"] for folder, step in steps]
 
 
+@pytest.mark.usefixtures("small_grid")
 @every_family
 def test_distil_and_resume(teachers, name, prompt_file, tmp_path, capsys, monkeypatch):
     """Two updates and their export through the command line; the same run gone on with after one has the same weights.
@@ -393,8 +394,6 @@ def test_distil_and_resume(teachers, name, prompt_file, tmp_path, capsys, monkey
     """
     from safetensors.torch import load_file
 
-    monkeypatch.setattr("fewstep.world.TEACHER_STEPS", 2)  # a small samples.png
-    monkeypatch.setattr("fewstep.run.SAMPLES_PER_PROMPT", 1)
     backbone = models.load(str(teachers / name))
     part, (height, width) = backbone.part, size_of(backbone)
     options = ["--teacher", str(teachers / name), "--prompts", str(prompt_file), *SMALL, "--size", f"[{height}x{width}]"]

@@ -661,6 +661,7 @@ def test_scores_of_8_bit_pictures_do_not_depend_on_how_they_are_held():
 # All at once
 
 
+@pytest.mark.usefixtures("small_grid")
 def test_the_recipe_with_four_rewards_runs_on_their_folders(hps_folder, teacher_folder, prompt_file, tmp_path, opened_here):
     """Each scores every update, and pulls as soon as there is a KL to be a multiple of: the first update has none."""
     clip = save_clip(tmp_path / "clip")
