@@ -129,6 +129,7 @@ def test_each_mode_pulls_by_its_own_rule():
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
         whole = weigh(anchor, {"a": direction}, {"a": 0.3}, GROUP)
         assert torch.allclose(anchor + out, whole) == (mode != "sum" and opposing)
+    assert torch.equal(pull(anchor, direction, 0.3, GROUP), pull(anchor, direction, 0.3, GROUP, mode="fixed", opposing=True))
 
 
 @pytest.mark.parametrize("mode, opposing", [("fixed", True), ("fixed", False), ("sum", True)])
