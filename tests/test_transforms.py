@@ -65,9 +65,9 @@ def test_group_rms_is_over_the_group_and_all_elements():
 
 @pytest.mark.parametrize("size", [1e30, 1e-30])
 def test_no_size_of_direction_over_or_underflows(size):
-    """In fp32 the squares of these are inf and 0; and the smallest element, here zero, says nothing of the largest."""
-    direction = torch.tensor([0.0, 1.0, -2.0, 2.0]).view(2, 2, 1, 1) * size
-    torch.testing.assert_close(group_rms(direction, torch.zeros(2, dtype=torch.long)), torch.full((2,), 1.5 * size), rtol=1e-6, atol=0)
+    """In fp32 the squares of these are inf and 0; and a sample's smallest element, here zero, says nothing of the largest."""
+    direction = torch.tensor([0.0, 6.0, -8.0, 0.0]).view(2, 2, 1, 1) * size
+    torch.testing.assert_close(group_rms(direction, torch.zeros(2, dtype=torch.long)), torch.full((2,), 5 * size), rtol=1e-6, atol=0)
     anchor, against = torch.tensor([[0.0, 1.0]]) * size, torch.tensor([[3.0, -4.0]])
     torch.testing.assert_close(project(anchor, against), torch.tensor([[3.0, 0.0]]), rtol=1e-6, atol=0)
 
