@@ -65,7 +65,7 @@ class Block:
     served: int = 0  # updates that the other rewards' part has
 
 
-class Prediction(NamedTuple):
+class Predicted(NamedTuple):
     """The student's x0 of a batch."""
 
     whole: Tensor  # (B, C, H, W), without its graph
@@ -218,19 +218,19 @@ class Trainer:
         most = self.config.memory.micro_groups * self.config.group_size or size
         return [slice(at, min(at + most, own.stop)) for at in range(own.start, own.stop, most)]
 
-    def predict(self, rollout: Rollout, xk: Tensor, k: Tensor) -> Prediction:
+    def predict(self, rollout: Rollout, xk: Tensor, k: Tensor) -> Predicted:
         """The student's x0 of a batch xk (B, C, H, W), each process's rows by its own networks."""
         rows = self.ranks.rows(len(k))
         own = self.predict_rows(rollout.rows(rows), xk[rows], k[rows], grad=len(self.parts(len(k))) == 1)
         whole = self.ranks.gather(own.detach())
         finite_or_stop(whole, "the student's prediction", self.update)
-        return Prediction(whole, own if own.requires_grad else None)
+        return Predicted(whole, own if own.requires_grad else None)
 
     def predict_rows(self, rollout: Rollout, xk: Tensor, k: Tensor, *, grad: bool = True) -> Tensor:
         with self.precision(), torch.set_grad_enabled(grad):
             return widened(self.student.predict(xk, k, rollout.cond))
 
-    def evaluate(self, rollout: Rollout, lag: float | None) -> tuple[Block, Prediction, dict[str, float]]:
+    def evaluate(self, rollout: Rollout, lag: float | None) -> tuple[Block, Predicted, dict[str, float]]:
         """Ask every reward about the student's predictions; returns what its updates need, the predictions, and the logs."""
         if self.config.reuse.backward_simulation:
             k = torch.full_like(rollout.group, len(rollout.states) - 1)
@@ -241,7 +241,7 @@ class Trainer:
         fresh = self.used == 0 or self.config.reuse.backward_simulation
         if fresh and len(self.parts(len(k))) > 1:
             # of the same weights: its graph is made part by part
-            x0 = Prediction(widened(rollout.x0[k, torch.arange(len(k), device=k.device)]), None)
+            x0 = Predicted(widened(rollout.x0[k, torch.arange(len(k), device=k.device)]), None)
         else:
             x0 = self.predict(rollout, xk, k)
         others = {name: term.reward for name, term in self.terms.items() if term.via == "pathwise" and not term.anchor}
@@ -385,7 +385,7 @@ class Trainer:
             raise RewardError(f"reward {name!r} could not score {masked} of {size} samples at update {self.update} (weights.max_masked)")
         return valid, float(masked)
 
-    def student_update(self, rollout: Rollout, block: Block, x0: Prediction, weight: Tensor | None) -> dict[str, float]:
+    def student_update(self, rollout: Rollout, block: Block, x0: Predicted, weight: Tensor | None) -> dict[str, float]:
         """One step of the student along a block's direction, from its predictions; weight (B,) of R_dm's part or None."""
         logs: dict[str, float] = {}
         self.optimizer.zero_grad(set_to_none=True)
@@ -566,7 +566,7 @@ class Trainer:
         self.ranks.add([counts])
         return dict(zip(self.counted, counts.tolist(), strict=True))
 
-    def serve_again(self, block: Block) -> tuple[Prediction, Tensor | None, dict[str, float]]:
+    def serve_again(self, block: Block) -> tuple[Predicted, Tensor | None, dict[str, float]]:
         """(x0 today, importance weights or None, logs) of a block's next update; where the student has left the place of its evaluation,
         R_dm is asked again, or the block is finished if there is nothing else in it."""
         x0, weight, refused, logs = self.reweigh(self.rollout, block)
@@ -578,7 +578,7 @@ class Trainer:
                 logs |= self.ask_anchor_again(self.rollout, block, x0.whole)
         return x0, weight, logs
 
-    def evaluate_next(self) -> tuple[Prediction, dict[str, float]]:
+    def evaluate_next(self) -> tuple[Predicted, dict[str, float]]:
         """(the student's predictions, logs) of a new block at the next states, those of a new rollout where this one has served."""
         logs, lag = {}, None
         if self.config.reuse.backward_simulation:
@@ -606,7 +606,7 @@ class Trainer:
         self.used, self.block = self.used + 1, None
         return logs
 
-    def reweigh(self, rollout: Rollout, block: Block) -> tuple[Prediction, Tensor | None, bool, dict[str, float]]:
+    def reweigh(self, rollout: Rollout, block: Block) -> tuple[Predicted, Tensor | None, bool, dict[str, float]]:
         """(x0 today, importance weights of the block's evaluation or None, whether they have degenerated and serve no more, logs)."""
         reuse = self.config.reuse
         x0 = self.predict(rollout, block.xk, block.k)
