@@ -137,6 +137,8 @@ def check_recipe(path: Path, names: dict[str, type]) -> None:
                 raise UserError(f"{path}: {name} names code, {value}; {ONLY_BY_FLAG.format(name, value)}")
             if isinstance(value, dict):
                 walk(value, f"{name}.")
+            elif inside := [each for each in names if each.startswith(f"{name}.")]:
+                raise UserError(f"{path}: {name} is a group of keys, as {inside[0]}; got {value!r}")
 
     walk(recipe, "")
 
@@ -145,7 +147,7 @@ WRONG_TYPE = re.compile(r"Parser key \"([\w.]+)\": .*?Expected an? (.+?)\. Got v
 PAIR = "two numbers in brackets, as [0.9, 0.99]"
 KINDS = {
     "<class 'int'>": "a whole number", "<class 'float'>": "a number", "<class 'bool'>": "true or false",
-    "<class 'tuple'>": PAIR, "tuple with 2 elements": PAIR,
+    "<class 'dict'>": "a table of NAME: value", "<class 'tuple'>": PAIR, "tuple with 2 elements": PAIR,
 }  # fmt: skip
 
 

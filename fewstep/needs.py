@@ -100,7 +100,9 @@ def skeleton(source: str, dtype: torch.dtype) -> Backbone:
         except (OSError, AttributeError) as error:
             raise UnsupportedTeacher(f"{source}: {name} cannot be read ({type(error).__name__}: {one_line(error)})") from error
     settings = {key: value for key, value in json.loads((folder / "model_index.json").read_text()).items() if isinstance(value, bool)}
-    backbone = adapter(adapter.pipeline(**parts, **settings | adapter.load_options), source, device="meta")
+    pipe = adapter.pipeline(**parts, **settings | adapter.load_options)
+    adapter.check_parts(pipe, source)
+    backbone = adapter(pipe, source, device="meta")
     backbone.encode = lambda prompts: backbone.random_conditions(len(prompts))
     return backbone
 

@@ -135,6 +135,9 @@ def test_bad_input_gets_one_clear_line(capsys, tmp_path, prompt_file, arguments,
         ("- steps", "this holds a list"),
         ("steps", "this holds only 'steps'"),
         ("", "this holds nothing"),
+        ("student: 3", "student is a group of keys, as student.lr; got 3"),
+        ("fake: null", "fake is a group of keys, as fake.lr; got None"),
+        ("reward: 3", "reward: must be a table of NAME: value; got 3"),
     ],
 )
 def test_bad_recipes_name_the_file(capsys, tmp_path, text, words):

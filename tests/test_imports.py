@@ -40,7 +40,8 @@ TABLE = {
     "world": "checkpoint evaluate rewards.clip",
     "trainer": "checkpoint config denoiser importance losses metrics prompts ranks "
     "rewards.base rewards.heldout student transforms types weights",
-    "evaluate": "denoiser export models prompts rewards.base rewards.clip rewards.distribution rewards.remote rewards.sources types",
+    "evaluate": "denoiser export models prompts types "
+    "rewards.base rewards.clip rewards.distribution rewards.files rewards.remote rewards.sources",
     "needs": "config launch models",
     "flags": "config errors models rewards.address rewards.sources",
     "export": "checkpoint config evaluate models world",

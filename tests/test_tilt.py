@@ -97,7 +97,7 @@ class Pull:
         self.a = a
 
     def __call__(self, sample):
-        return Signal(flat(sample.x0) @ self.a.float(), unflat(self.a.float().expand(len(sample.x0), D)))
+        return Signal(flat(sample.x0) @ self.a, unflat(self.a.expand(len(sample.x0), D)))
 
 
 def matching_kl(m, cov, t_range, nodes=200):

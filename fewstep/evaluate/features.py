@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fewstep.evaluate.configs import config_hash
 from fewstep.evaluate.store import fingerprint
+from fewstep.rewards import files
 from fewstep.rewards import sources as origins
 from fewstep.rewards.clip import FAMILIES, CLIPScore, read_config, read_processor
 
@@ -104,7 +105,7 @@ def make_clip(source: str | None, resize: int | None, device: str | torch.device
     ViT-L/14 at 336 px."""
     if source is None:
         raise ValueError("give the folder of a CLIP model (config, safetensors, preprocessing) or its hub id: --extractor.clip FOLDER")
-    scorer = CLIPScore.load(origins.fetch(origins.resolve(source)), device=device)
+    scorer = CLIPScore.load(files.fetch(files.resolve(source)), device=device)
 
     def features(images: Tensor) -> Tensor:
         return scorer.image_features(as_kept(images, resize))
@@ -116,7 +117,7 @@ def make_clip(source: str | None, resize: int | None, device: str | torch.device
 
 def make_other(name: str, source: str | None, resize: int | None, device: str | torch.device) -> list[Extractor]:
     """An extractor under a name of the user's own: a CLIP beside the first, another vision model of transformers, a function in a file."""
-    if source is None or not (origins.is_code(source) or Path(source).expanduser().is_dir() or origins.HUB.fullmatch(source)):
+    if source is None or not (origins.is_code(source) or Path(source).expanduser().is_dir() or files.HUB.fullmatch(source)):
         raise ValueError(
             f"unknown; known: {', '.join(EXTRACTORS)}. One of your own: --extractor.{name} with the folder or hub id of a vision model, "
             "or path/to/file.py:function"
@@ -125,7 +126,7 @@ def make_other(name: str, source: str | None, resize: int | None, device: str | 
         raise ValueError("a name is made of letters, digits, - and _")
     if origins.is_code(source):
         return [of_function(name, source, resize)]
-    folder = origins.fetch(origins.resolve(source))
+    folder = files.fetch(files.resolve(source))
     if read_config(folder / "config.json").get("model_type") in FAMILIES:
         (clip,) = make_clip(str(folder), resize, device)
         return [clip._replace(name=f"extractor-{name}", frechet=f"fd_{name}", kernel=None)]
@@ -148,7 +149,7 @@ def of_vision(name: str, folder: Path, resize: int | None, device: str | torch.d
     if off or isinstance(processor.get("size"), int):  # a size that is one number is an edge to some of them and a square to others
         raise ValueError(f"{path}: {' and '.join(off) or 'size'} is not as it is read here; {own}")
     preprocess = CLIPScore.read_preprocess(folder, read_config(folder / "config.json").get("image_size", 224))
-    model = origins.read_model(AutoModel, folder, more=True).to(device).float().eval().requires_grad_(False)  # a head is not read
+    model = files.read_model(AutoModel, folder, more=True).to(device).float().eval().requires_grad_(False)  # a head is not read
 
     def features(images: Tensor) -> Tensor:
         pictures = as_kept(images, resize)

@@ -335,7 +335,6 @@ class Backbone:
     def __init__(self, pipe: DiffusionPipeline, source: str, *, cache: Path | None = None, device: torch.device | str = "cpu"):
         self.pipe, self.source, self.device = pipe, source, torch.device(device)
         self.prediction: Prediction = "flow"
-        self.check_parts()
         if not self.flow:
             check_betas(pipe.scheduler, source)
             kind = pipe.scheduler.config.get("prediction_type")
@@ -358,16 +357,18 @@ class Backbone:
         except Exception as error:  # diffusers, transformers and safetensors raise many kinds; each means an unreadable teacher
             raise UnsupportedTeacher(f"{source}: cannot be read as a {cls.pipeline.__name__} ({type(error).__name__}: {error})") from error
         pipe.set_progress_bar_config(disable=True)
+        cls.check_parts(pipe, source)
         return cls(pipe, source, cache=cache, device=device)
 
-    def check_parts(self) -> None:
+    @classmethod
+    def check_parts(cls, pipe: DiffusionPipeline, source: str) -> None:
         """Raises UnsupportedTeacher for a part that is missing and `can_lack` does not have; a tokenizer goes with its encoder."""
-        missing = [name for name in (self.part, "vae", "scheduler", *self.text_parts) if getattr(self.pipe, name) is None]
-        needed = [name for name in missing if name not in self.can_lack or name.replace("tokenizer", "text_encoder") not in missing]
+        missing = [name for name in (cls.part, "vae", "scheduler", *cls.text_parts) if getattr(pipe, name) is None]
+        needed = [name for name in missing if name not in cls.can_lack or name.replace("tokenizer", "text_encoder") not in missing]
         if needed:
             raise UnsupportedTeacher(
-                f"{self.source}: its model_index.json has null for {', '.join(needed)}, and no student can be trained without; give a "
-                f"{self.pipeline.__name__} that has them all" + f" (only {', '.join(self.can_lack)} may be missing)" * bool(self.can_lack)
+                f"{source}: its model_index.json has null for {', '.join(needed)}, and no student can be trained without; give a "
+                f"{cls.pipeline.__name__} that has them all" + f" (only {', '.join(cls.can_lack)} may be missing)" * bool(cls.can_lack)
             )
 
     def lacks(self) -> list[str]:
