@@ -283,6 +283,8 @@ def test_strata_cover_the_range_once_a_group():
             assert sorted(strata.tolist()) == [0, 1, 2, 3]
     rank, size = rank_in_group(group)
     assert rank.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and size.tolist() == [4] * 8
+    rank, _ = rank_in_group(torch.arange(60) % 3)  # in the batch's order, where a sort that is not stable loses it
+    assert torch.equal(rank, torch.arange(60) // 3)
 
 
 def test_groups_share_the_strata_out_among_themselves():

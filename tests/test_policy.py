@@ -117,6 +117,7 @@ def test_samples_without_an_advantage_are_left_out():
     nothing.backward()
     assert torch.equal(log_prob.grad, torch.zeros_like(log_prob))
     assert losses.clip_fraction(log_prob, old, torch.full((40,), float("nan")), clip=0.2) == 0
+    assert losses.policy(torch.zeros(4, 3), torch.zeros(4, 3), torch.full((4,), float("nan")), clip=0.2) == 0
 
 
 def test_only_todays_log_probability_is_trained():

@@ -55,7 +55,8 @@ def test_a_score_that_is_not_finite_touches_its_own_sample_alone(bad):
 
 def test_group_rms_is_over_the_group_and_all_elements():
     direction = random()
-    torch.testing.assert_close(group_rms(direction, GROUP), plain_rms(direction), rtol=1e-12, atol=0)
+    for one in (direction, direction[:, :1, :1, :1]):  # a sample of one element too
+        torch.testing.assert_close(group_rms(one, GROUP), plain_rms(one), rtol=1e-12, atol=0)
     valid = torch.tensor([True, False, True, True, True, True])
     poisoned = torch.where(valid.view(-1, 1, 1, 1), direction, torch.full_like(direction, float("nan")))
     expected = direction[(GROUP == 7) & valid].pow(2).mean().sqrt()
