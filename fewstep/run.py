@@ -113,6 +113,8 @@ def distill(config: Config, functions: dict[str, Any] | None = None, judges: dic
         return dry_run(config, source, len(prompts)) if rank == 0 else 0
     if rank == 0:
         check_output(config)
+    if size > 1:
+        print(f"waiting until all {size} processes are there", flush=True)
     ranks = Ranks.join()
     code = carry_out(config, prompts, source, functions, judges, ranks)
     ranks.leave()

@@ -73,6 +73,7 @@ def test_two_processes_leave_what_one_leaves(base, tmp_path, monkeypatch):
     assert cli.main([*options, str(tmp_path / "one")]) == 0
     with two_processes([*options, str(tmp_path / "two")], tmp_path) as children:
         assert codes(children) == [0, 0], said(tmp_path, 0, "err") + said(tmp_path, 1, "err")
+    assert "waiting until all 2 processes are there" in said(tmp_path, 0)
     assert "training on cpu in fp32, 2 processes" in said(tmp_path, 0) and not said(tmp_path, 1)  # the first one alone talks
     left = {name: {str(path.relative_to(tmp_path / name)) for path in (tmp_path / name).rglob("*")} for name in ("one", "two")}
     assert left["one"] == left["two"]
