@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fewstep.launch import launched, place
 
+BUCKET = 2**24  # numbers that travel together
 PATIENCE = datetime.timedelta(days=1)  # the others wait while one saves, draws or encodes prompts; one that has died is seen at once
 
 
@@ -70,8 +71,11 @@ class Ranks:
         if self.size == 1:
             return
         with naming_the_lost():
-            for work in [processes.all_reduce(tensor, async_op=True) for tensor in tensors if tensor is not None]:
-                work.wait()
+            for bucket in buckets([tensor for tensor in tensors if tensor is not None]):
+                flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+                processes.all_reduce(flat)
+                for tensor, summed in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                    tensor.copy_(summed.view(tensor.shape))
 
     def sums(self, values: dict[str, float]) -> dict[str, float]:
         """Sums over all processes, by name; a name that some lack is 0 there."""
@@ -136,6 +140,23 @@ class Ranks:
         with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
             torch.manual_seed(int(torch.randint(2**62, (1,))) + self.rank)
             yield
+
+
+def buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one number format and device, at most BUCKET numbers together: a LoRA's gradients are thousands of tensors, each of which
+    would travel by itself."""
+    kinds: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for same in kinds.values():
+        bucket, held = [], 0
+        for tensor in same:
+            if bucket and held + tensor.numel() > BUCKET:
+                yield bucket
+                bucket, held = [], 0
+            bucket.append(tensor)
+            held += tensor.numel()
+        yield bucket
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from forked import ended, start
 from small_run import SEVERAL, trainer_of
 
 from fewstep import checkpoint
-from fewstep.ranks import LostProcess, Ranks
+from fewstep.ranks import LostProcess, Ranks, buckets
 
 UPDATES = 6
 RUNS = {
@@ -153,6 +154,27 @@ def test_what_processes_tell_each_other(tmp_path):
         "sums": {"both": 3, "only 0": 2.5, "only 1": 2.5, "only 2": 2.5}, "any": True, "first": True,
         "told": [["ä", None, 0], ["ä", None, 1], ["ä", None, 2]], "begun": 0.0, "after": float(torch.rand(())),
     }  # fmt: skip
+
+
+def test_tensors_travel_in_buckets_and_come_back_in_their_shapes(tmp_path, monkeypatch):
+    monkeypatch.setattr("fewstep.ranks.BUCKET", 10)
+
+    def added(ranks):
+        sizes = [(2, 3), (4,), (1,), (11,), (3, 2), (), (5,)]
+        floats = [torch.arange(math.prod(size), dtype=torch.float32).view(size) + 100 * ranks.rank for size in sizes]
+        turned = torch.arange(6.0).view(2, 3).t()  # not contiguous
+        whole = torch.tensor([2**40])  # no float32 holds it beside one
+        mixed = [*floats[:3], whole, None, turned, *floats[3:]]
+        ranks.add(mixed)
+        alone = [len(bucket) for bucket in buckets(floats)]
+        return {"floats": [each.tolist() for each in floats], "turned": turned.tolist(), "whole": whole.tolist(), "buckets": alone}
+
+    found = in_processes(2, added, tmp_path)
+    expected = [(2 * torch.arange(math.prod(size)).view(size) + 100).tolist() for size in [(2, 3), (4,), (1,), (11,), (3, 2), (), (5,)]]
+    for each in found:
+        assert each["floats"] == expected and each["whole"] == [2**41]
+        assert each["turned"] == (2 * torch.arange(6.0).view(2, 3).t()).tolist()
+        assert each["buckets"] == [2, 1, 1, 2, 1]
 
 
 def test_a_student_that_is_no_longer_the_others_is_named(tmp_path):
