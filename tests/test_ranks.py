@@ -62,7 +62,7 @@ def assert_close(a, b):
     for name, value in tensors_a.items():
         if value.is_floating_point():
             assert value.dtype == tensors_b[name].dtype, name
-            torch.testing.assert_close(value, tensors_b[name], rtol=1e-9, atol=1e-12, equal_nan=True, msg=name)
+            torch.testing.assert_close(value, tensors_b[name], rtol=1e-12, atol=1e-12, equal_nan=True, msg=name)
         else:
             assert torch.equal(value, tensors_b[name]), name
     numbers_a, numbers_b = (list(leaves(rest)) for rest in (rest_a, rest_b))
