@@ -320,7 +320,8 @@ def report(source: str, config: Config, prompts: int) -> str:
     def gib(value: int) -> str:
         return f"{value / GIB:8.2f} GiB"
 
-    each = f"each of {launched()[1]} processes, " if launched()[1] > 1 else ""
+    processes = launched()[1]
+    each = f"each of {processes} processes, " if processes > 1 else ""
     student = "full weights" if not config.lora_rank else f"LoRA of rank {config.lora_rank}"
     lines = [
         f"{config.teacher}: {needs.parameters / 1e6:,.1f} M parameters; {student}, {needs.trained / 1e6:,.1f} M trained for the student",

@@ -7,8 +7,9 @@ processes make the run that one makes, up to the order in which gradients are ad
 from __future__ import annotations
 
 import datetime
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from fewstep.launch import launched, place
 
 BUCKET = 2**24  # numbers that travel together
-PATIENCE = datetime.timedelta(days=1)  # the others wait while one saves, draws or encodes prompts; one that has died is seen at once
+PATIENCE = datetime.timedelta(days=30)  # the others wait while one saves, draws or encodes prompts; one that has died is seen at once
 
 
 class LostProcess(RuntimeError):
@@ -70,12 +71,7 @@ class Ranks:
         """Puts the sum over all processes in the place of each tensor; None stays, as it does in every process."""
         if self.size == 1:
             return
-        with naming_the_lost():
-            for bucket in buckets([tensor for tensor in tensors if tensor is not None]):
-                flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-                processes.all_reduce(flat)
-                for tensor, summed in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-                    tensor.copy_(summed.view(tensor.shape))
+        in_buckets(processes.all_reduce, [tensor for tensor in tensors if tensor is not None])
 
     def sums(self, values: dict[str, float]) -> dict[str, float]:
         """Sums over all processes, by name; a name that some lack is 0 there."""
@@ -103,15 +99,13 @@ class Ranks:
         """Puts the first process's values in the place of each tensor."""
         if self.size == 1:
             return
-        with torch.no_grad(), naming_the_lost():
-            for work in [processes.broadcast(tensor.detach(), 0, async_op=True) for tensor in tensors]:
-                work.wait()
+        in_buckets(functools.partial(processes.broadcast, src=0), tensors)
 
     def check_same(self, tensors: list[Tensor], what: str) -> None:
         """Raises RuntimeError naming the processes whose tensors are not those of the first, by their sums."""
         if self.size == 1:
             return
-        found = self.told([float(tensor.detach().double().sum()) for tensor in tensors])
+        found = self.told(torch.stack([tensor.detach().double().sum() for tensor in tensors]).tolist())
         other = [str(rank) for rank, sums in enumerate(found) if sums != found[0]]
         if other:
             raise RuntimeError(f"{what} of process {', '.join(other)} is no longer that of process 0: their GPUs compute differently")
@@ -140,6 +134,17 @@ class Ranks:
         with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
             torch.manual_seed(int(torch.randint(2**62, (1,))) + self.rank)
             yield
+
+
+@torch.no_grad()
+def in_buckets(collective: Callable[[Tensor], Any], tensors: list[Tensor]) -> None:
+    """Puts what a collective makes of the tensors in their place, bucket by bucket."""
+    with naming_the_lost():
+        for bucket in buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            collective(flat)
+            for tensor, made in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(made.view(tensor.shape))
 
 
 def buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

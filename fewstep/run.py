@@ -17,7 +17,7 @@ from fewstep.composition import (
     check_rewards,
     resolve_hardware,
     resolve_teacher,
-)  # fmt: skip
+)
 from fewstep.errors import UserError, check_writable, naming
 from fewstep.evaluate.command import measure_student
 from fewstep.flags import as_plain, as_values

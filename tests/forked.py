@@ -1,6 +1,7 @@
 """Processes of their own without importing everything again, which takes longer than what is tested."""
 
 import os
+import socket
 import sys
 import traceback
 
@@ -31,14 +32,27 @@ def forked(work):
     return ended(start(work))
 
 
+def speak_into(out, err):
+    """What this process prints, and what it complains of, goes into two open files from here on."""
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    # not those of pytest, which holds what is written back
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115 (they end with the process)
+
+
+def free_port():
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def command(*arguments, before=lambda: None):
     """(exit code, what it printed) of a command line in a child process, after `before` there."""
     read, write = os.pipe()
 
     def work():
-        os.dup2(write, 1)
-        os.dup2(write, 2)
-        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115 (ends with the child)
+        speak_into(write, write)
         before()
         return cli.main(list(arguments))
 

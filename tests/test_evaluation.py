@@ -1161,7 +1161,7 @@ def test_two_shares_of_the_command_are_one(command, student, tmp_path, capsys):
 def test_two_processes_of_a_torchrun_are_one(command, student, tmp_path):
     """Each draws its share in a process of its own, with another hash seed; the first measures when both have done."""
     clear(student)
-    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(forked.free_port())}
     other = "import sys; from fewstep import cli; from fewstep.evaluate import drawing, samples; "
     other += f"drawing.TEACHER_STEPS = 3; samples.SHARD = 10; sys.exit(cli.main({command!r}))"
     job = fresh.start(other, printed=tmp_path / "printed", environment=together | {"RANK": "1"})
@@ -1176,14 +1176,6 @@ def test_two_processes_of_a_torchrun_are_one(command, student, tmp_path):
     assert cli.main(command) == 0
     assert without_times(json.loads((tmp_path / "report.json").read_text())) == without_times(shared)
     assert_same(kept(student / "evaluation"), parts)
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ TABLE = {
     "export": "checkpoint config evaluate models world",
     "composition": "config cost errors export models prompts ranks student trainer weights world "
     "rewards rewards.address rewards.base rewards.discriminator rewards.distribution rewards.remote rewards.sources",
-    "evaluate.command": "composition config errors evaluate export flags launch models "
+    "evaluate.command": "composition config errors evaluate export flags launch models ranks "
     "rewards rewards.address rewards.clip rewards.sources world",
     "run": "checkpoint composition config errors evaluate evaluate.command export flags launch models needs prompts ranks report "
     "rewards.address rewards.sources world",

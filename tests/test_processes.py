@@ -4,13 +4,11 @@ import contextlib
 import functools
 import os
 import signal
-import socket
-import sys
 import time
 
 import pytest
 import torch
-from forked import ended, start
+from forked import ended, free_port, speak_into, start
 from safetensors.torch import load_file
 
 from fewstep import checkpoint, cli, composition, flags
@@ -18,12 +16,6 @@ from fewstep.errors import UserError
 
 SMALL = ("--groups", "2", "--group-size", "2", "--precision", "fp32", "--lora-rank", "2", "--evaluate", "false", "--sample-every", "1",
          "--fake.updates", "1", "--memory.micro-groups", "0", "--memory.checkpointing", "false")  # fmt: skip
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def launched(rank, port, size=2):
@@ -38,10 +30,7 @@ def two_processes(arguments, folder):
     port = free_port()
 
     def of(rank):
-        for stream, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-        # not those of pytest, which holds what is written back
-        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115 (end with the child)
+        speak_into(*(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for name in ("out", "err")))
         os.environ.update(launched(rank, port))
         return cli.main(arguments)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import ended, start
+from forked import ended, free_port, start
 
 import fewstep
 from fewstep import cli, flags
@@ -381,12 +381,6 @@ def test_scores_are_read_strictly():
 
 
 # The real server
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def answers(url):

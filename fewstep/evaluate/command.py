@@ -236,6 +236,7 @@ def command(arguments: list[str]) -> int:
 
     from fewstep import models
     from fewstep.evaluate import features, pictures, sets
+    from fewstep.ranks import Ranks
 
     models.quiet_libraries()
     device = evaluation_device()
@@ -257,7 +258,9 @@ def command(arguments: list[str]) -> int:
         told["scorers"], told["judges"] = load_judges(options.judge, device=device, in_world=against == "world", timeout=remote.timeout)
         report = measure_student(folder, teacher, config, output=output, share=share, progress=share[0] == 0 or not launched, **told)
         if launched and share[1] > 1:
-            await_others()
+            ranks = Ranks.join()
+            ranks.wait()  # until every share is drawn
+            ranks.leave()
             if share[0] == 0:
                 report = measure_student(folder, teacher, config, output=output, **told)
     except (ValueError, FloatingPointError) as error:
@@ -285,14 +288,3 @@ def read_report(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"--beside: {path}: not a report of fewstep evaluate ({error})") from error
     return report
-
-
-def await_others() -> None:
-    """Wait until every process of a torchrun has come here."""
-    import datetime
-
-    import torch.distributed as processes
-
-    processes.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-    processes.barrier()
-    processes.destroy_process_group()
