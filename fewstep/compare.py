@@ -29,7 +29,7 @@ REFERENCE_SEED = 10_000  # of the teacher's sample that distances are taken to; 
 METRICS = ("fd_clip_data", "fd_clip_teacher", "clip", "clip-heldout", "preference", "utility", "precision", "recall", "diversity")
 DISTANCES = ("fd_clip_data", "fd_clip_teacher")
 MAIN_SEEDS, OTHER_SEEDS = 5, 3
-TRACED = ("/score", "/lag", "/ess", "/cosine")  # of what an update logs, what a cell keeps
+TRACED = ("/score", "/lag", "/ess", "/cosine", "/fake_error", "/inflation")  # of what an update logs, what a cell keeps
 # fields that came after the first cells: in a stamp when not as they are by default
 LATER = ("size", "memory", "compile", "dry_run", "judge", "remote", "matching.level_density", "matching.shift")
 NETWORKS = ("student", "teacher", "fake")  # one evaluation of each costs the same: the budget of a cell

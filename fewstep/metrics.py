@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.transforms import advantages, group_rms
+from fewstep.types import Moments
 
 
 def rms(value: Tensor) -> float:
@@ -21,6 +22,14 @@ def ratios_of(log_ratio: Tensor) -> dict[str, float]:
     rho = log_ratio.detach().double().flatten().exp()
     low, middle, high = torch.quantile(rho, rho.new_tensor([0.05, 0.5, 0.95])).tolist()
     return {"rho_05": low, "rho_50": middle, "rho_95": high, "rho_max": float(rho.max())}
+
+
+def health(moments: Moments) -> dict[str, float]:
+    """Whether R_dm can be trusted where it was evaluated. `fake_error`: the fake's mean squared error over the teacher's; a fake that knows
+    the student is its best denoiser at every noise level, so that it is below 1. `inflation`: RMS of the student's latents over that of
+    what the teacher makes of them, the geometric mean over samples."""
+    x0, guided, teacher, fake = (value.detach().double() for value in moments)
+    return {"fake_error": float(fake.sum() / teacher.sum()), "inflation": float((x0 / guided).log().mean().div(2).exp())}
 
 
 def spread_of(score: Tensor, group: Tensor) -> dict[str, float]:

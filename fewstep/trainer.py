@@ -16,9 +16,10 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from fewstep import checkpoint, importance, losses
+from fewstep.alarms import Watch
 from fewstep.config import Config
 from fewstep.denoiser import Cond, Denoiser, widened
-from fewstep.metrics import MetricsLog, known, ratios_of, rms, spread_of
+from fewstep.metrics import MetricsLog, health, known, ratios_of, rms, spread_of
 from fewstep.prompts import Batches
 from fewstep.ranks import Ranks
 from fewstep.rewards.base import OnlineReward, Reward, RewardError, checked
@@ -168,6 +169,8 @@ class Trainer:
         # a discriminator's score is of its own network's making: no judge stands beside it
         judged = [name for name, term in terms.items() if not term.anchor and term.parameters is None]
         self.partings = {(name, judge): Parting() for name in judged for judge in self.judges if judge == name or judge not in judged}
+        policies = dict.fromkeys((name for name, term in terms.items() if term.via == "policy"), "policy")
+        self.alarms = Watch(dict.fromkeys(self.anchors, "anchor") | policies)
         self.running: dict[str, float] = {}
         self.denoisers = [denoiser for denoiser in self.counted.values() if isinstance(denoiser, Denoiser)]
         for denoiser in self.denoisers:
@@ -269,6 +272,8 @@ class Trainer:
             logs[f"{name}/direction_rms"] = rms(anchor)
             if at.magnitude is not None:  # latents that collapse, or a teacher that reproduces them, make the scale of eq. (5) vanish
                 logs[f"{name}/scale_min"] = float(group_mean(at.magnitude, sample.group).min())
+            if at.moments is not None:
+                logs |= {f"{name}/{key}": value for key, value in health(at.moments).items()}
             if at.score is not None:
                 logs[f"{name}/score"] = float(at.score.mean())
                 logs |= {f"weights/{key}": value for key, value in self.weights.observe(logs[f"{name}/score"], lag).items()}
@@ -555,6 +560,8 @@ class Trainer:
         self.update += 1
         logs |= {f"evaluations/{name}": float(forwards + 2 * backwards) for name, (forwards, backwards) in self.passes().items()}
         logs = known(logs)
+        for alarm in self.alarms.observe(logs):
+            warnings.warn(f"update {self.update}: {alarm}", stacklevel=2)
         for key, value in logs.items():
             self.running[key] = value if key not in self.running else self.running[key] + 0.1 * (value - self.running[key])
         # not averaged: there is none where nothing happened
@@ -689,6 +696,7 @@ class Trainer:
             "old_log_prob": self.old_log_prob,
             "weights": self.weights.state(),
             "partings": {f"{name} {judge}": parting.state() for (name, judge), parting in self.partings.items()},
+            "alarms": self.alarms.state(),
             "counted": self.passes(),
         }
 
@@ -715,6 +723,7 @@ class Trainer:
         for (name, judge), parting in self.partings.items():  # a judge that is new to the run begins anew
             if f"{name} {judge}" in state["partings"]:
                 parting.load_state(state["partings"][f"{name} {judge}"])
+        self.alarms.load_state(state.get("alarms", {}))  # an earlier version kept none
         for name, (forwards, backwards) in state["counted"].items():
             first = self.ranks.rank == 0  # of all processes together
             self.counted[name].forwards, self.counted[name].backwards = (forwards, backwards) if first else (0, 0)

@@ -50,15 +50,25 @@ class Sample:
         return self._decode(self.x0)
 
 
+class Moments(NamedTuple):
+    """Mean squares over a sample's latents, (B,) each, where R_dm was evaluated."""
+
+    x0: Tensor  # of the student's prediction
+    guided: Tensor  # of the teacher's, under guidance
+    teacher_error: Tensor  # of x0 - D_teacher(xt), without guidance
+    fake_error: Tensor  # of x0 - D_fake(xt)
+
+
 class Signal(NamedTuple):
     """What a reward says of a sample. xt and t: where the direction was evaluated, when eq. (8) can carry it to a moved student;
-    magnitude: of R_dm's direction, what its scale is the mean of."""
+    magnitude: of R_dm's direction, what its scale is the mean of; moments: what tells whether it can be trusted."""
 
     score: Tensor | None  # (B,), higher is better; NaN = could not be scored
     direction: Tensor | None  # (B, C, H, W), ascent direction in latent space
     xt: Tensor | None = None  # (B, C, H, W)
     t: Tensor | None = None  # (B,)
     magnitude: Tensor | None = None  # (B,), n_i = mean |x0_i - D_teacher(xt_i)|
+    moments: Moments | None = None
 
 
 class Evaluation(NamedTuple):
@@ -69,3 +79,4 @@ class Evaluation(NamedTuple):
     direction: Tensor  # (B, C, H, W), scaled by eq. (5)
     score: Tensor  # (B,), one draw of eq. (4)
     magnitude: Tensor  # (B,), n_i = mean |x0_i - D_teacher(xt_i)|
+    moments: Moments

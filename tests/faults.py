@@ -17,6 +17,7 @@ import os
 import random
 import resource
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -30,6 +31,7 @@ from unittest import mock
 import torch
 import yaml
 from forked import ended, start
+from gaussian_run import Run
 from small_run import SEVERAL, trainer_of
 
 from fewstep import checkpoint, cli, flags, prompts, run
@@ -289,6 +291,42 @@ def out_of_memory(trials: int, chance: random.Random, folder: Path) -> Iterator[
         yield explained and digest(state) == unbroken.at(state["update"])
 
 
+def alarmed(trainer: Run, updates: int) -> tuple[int, str]:
+    """(updates until the first alarm, what it says); (updates, "") without one."""
+    for update in range(1, updates + 1):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer.step()
+        if said:
+            return update, str(said[0].message)
+    return updates, ""
+
+
+def fakes_that_stay(trials: int, chance: random.Random, folder: Path) -> Iterator[bool]:
+    """The fake stops learning at a random update: the alarm names it."""
+    delays = []
+    for trial in range(trials):
+        trainer, before = Run(trial), chance.randint(0, 30)
+        clean = alarmed(trainer, before)[1] == ""
+        trainer.known()  # what it knows from now on
+        trainer.follows = False
+        delay, told = alarmed(trainer, 60)
+        delays.append(delay)
+        yield clean and "the fake of 'dm'" in told
+    print(f"  updates until the alarm: {min(delays)} to {max(delays)}, median {statistics.median(delays):g}")
+
+
+def rates_too_large(trials: int, chance: random.Random, folder: Path) -> Iterator[bool]:
+    """The student learns a hundred times too fast: the alarm tells that it has left what the teacher knows, or it comes back by itself."""
+    delays = []
+    for trial in range(trials):
+        trainer = Run(trial, lr=10.0)
+        delay, told = alarmed(trainer, 60)
+        delays += [delay] if told else []
+        yield "times as large as what the teacher sees" in told or 0.5 <= trainer.step()["dm/inflation"] <= 1.5
+    print(f"  updates until {len(delays)} alarms: {min(delays)} to {max(delays)}, median {statistics.median(delays):g}")
+
+
 def bad_prompts(trials: int, chance: random.Random, folder: Path) -> Iterator[bool]:
     """A prompt file with one defect: refused, with the file and the line."""
     defects = {
@@ -373,6 +411,8 @@ FAULTS = (
         not_numbers,
         64,
     ),
+    Fault("a fake that stops learning", "an alarm names it within 60 updates; there was none before", fakes_that_stay, 64),
+    Fault("a student's learning rate times 100", "an alarm within 60 updates, or the student comes back by itself", rates_too_large, 64),
     Fault("a prompt file with a defect", "refused, with file and line", bad_prompts, 300),
     Fault("a config with a defect", "refused, with the key", bad_configs, 200),
 )
@@ -397,7 +437,8 @@ def as_markdown(rows: list[tuple[Fault, int, int]]) -> str:
 TEXT = """# Faults
 
 What a run meets, injected in numbers, and what held. Made by `python tests/faults.py`, which asserts of every fault that it fired; its run
-is a real `Trainer` on networks of a few numbers, with two rewards, an adaptive weight, policy gradients and both kinds of reuse.
+is a real `Trainer` on networks of a few numbers, with two rewards, an adaptive weight, policy gradients and both kinds of reuse; of
+the [alarms](rewards.md#alarms) it is one on a Gaussian teacher.
 
 {table}
 

@@ -13,14 +13,14 @@ ROOT = Path(fewstep.__file__).parent
 # what each file or folder imports of fewstep; of `rewards` and `evaluate.command` by file, of other folders as a whole
 TABLE = {
     "errors": "", "launch": "", "types": "", "schedule": "", "transforms": "", "levels": "", "weights": "", "cost": "", "prompts": "",
-    "checkpoint": "", "report": "",
+    "checkpoint": "", "report": "", "alarms": "",
     "ranks": "launch",
     "importance": "schedule",
     "losses": "schedule",
     "denoiser": "ranks schedule",
     "student": "denoiser schedule types",
     "config": "rewards.address",
-    "metrics": "transforms",
+    "metrics": "transforms types",
     "rewards": "",
     "rewards.base": "types",
     "rewards.address": "",
@@ -38,7 +38,7 @@ TABLE = {
     "rewards.serve": "rewards rewards.sources",
     "models": "config denoiser schedule",
     "world": "checkpoint evaluate rewards.clip",
-    "trainer": "checkpoint config denoiser importance losses metrics prompts ranks "
+    "trainer": "alarms checkpoint config denoiser importance losses metrics prompts ranks "
     "rewards.base rewards.heldout student transforms types weights",
     "evaluate": "denoiser export models prompts types "
     "rewards.base rewards.clip rewards.distribution rewards.files rewards.remote rewards.sources",

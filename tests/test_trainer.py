@@ -183,7 +183,7 @@ def test_every_part_of_the_state_matters(teacher_folder, prompt_file, a_run, key
 
 def test_the_earlier_rollout_of_each_size_matters(teacher_folder, prompt_file, a_run):
     fresh, saved, later = a_run(*SIZES, save_at=3, go_on=2)
-    assert set(saved) == {*ALONE, *BESIDE, "earlier"} and saved["earlier"]  # every key of the state has its test
+    assert set(saved) == {*ALONE, *BESIDE, "earlier", "alarms"} and saved["earlier"]  # every key of the state has its test
     for state, same in ((saved, True), (saved | {"earlier": fresh["earlier"]}, False)):
         trainer = run_of(teacher_folder, prompt_file, *SIZES).trainer
         trainer.load_state(copy.deepcopy(state))
@@ -194,6 +194,20 @@ def test_the_earlier_rollout_of_each_size_matters(teacher_folder, prompt_file, a
             continue
         with pytest.raises(AssertionError):
             assert_same(later, trainer.state())
+
+
+def test_what_alarms_have_counted_matters(teacher_folder, prompt_file, a_run):
+    """A fake that learns next to nothing is the teacher, and no better: wrong at every update."""
+    options = (*TWICE, "--fake.lr", "1e-12")
+    fresh, saved, later = a_run(*options, save_at=3, go_on=2)
+    assert saved["alarms"]["dm/fake_error"]["since"] == 3
+    broken = run_of(teacher_folder, prompt_file, *options).trainer
+    broken.load_state(saved | {"alarms": fresh["alarms"]})
+    for _ in range(2):
+        broken.step()
+    assert later["alarms"]["dm/fake_error"]["since"] == 5 and broken.state()["alarms"]["dm/fake_error"]["since"] == 2
+    with pytest.raises(AssertionError):
+        assert_same(later, broken.state())
 
 
 @pytest.mark.parametrize("options, save_at, go_on", [(TWICE, 3, 2), (EVERYTHING, 5, 2)], ids=["alone", "rewards"])

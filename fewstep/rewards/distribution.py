@@ -12,7 +12,7 @@ from fewstep.levels import DensityName, Levels, density_named, noise_levels
 from fewstep.losses import denoising
 from fewstep.schedule import Schedule, bcast
 from fewstep.transforms import group_mean, scale_direction
-from fewstep.types import Evaluation, Sample, Signal
+from fewstep.types import Evaluation, Moments, Sample, Signal
 
 Normalize = Literal["group", "sample", "batch", "channel", "none"]
 ScoreWeight = Literal["likelihood", "matching"]
@@ -152,7 +152,8 @@ class DistributionMatching:
             alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
             direction = direction * bcast((sigma / (alpha**2 + sigma**2).sqrt()) ** -self.gamma, direction)
 
-        return Evaluation(xt, t, direction, self.score(x0, fake, conditional, t), magnitude)
+        moments = Moments(*(value.square().flatten(1).mean(1) for value in (x0, guided, x0 - conditional, x0 - fake)))
+        return Evaluation(xt, t, direction, self.score(x0, fake, conditional, t), magnitude, moments)
 
     def score(self, x0: Tensor, fake: Tensor, teacher: Tensor, t: Tensor) -> Tensor:
         """One draw of eq. (4), (B,), from both denoisers' x0 (B, C, H, W) at times t (B,)."""
@@ -177,13 +178,13 @@ class DistributionMatching:
         n = self.draws
         if n == 1:
             result = self.evaluate(sample.x0, sample.cond, sample.group, k=sample.k)
-            return Signal(result.score, result.direction, result.xt, result.t, result.magnitude)
+            return Signal(result.score, result.direction, result.xt, result.t, result.magnitude, result.moments)
         # draw by draw, so that the strata of a group, counted in this order, spread each sample's draws over the range
         cond = {key: torch.cat([value] * n) for key, value in sample.cond.items()}
         k = None if sample.k is None else torch.cat([sample.k] * n)
         result = self.evaluate(torch.cat([sample.x0] * n), cond, torch.cat([sample.group] * n), k=k)
-        score, magnitude = (value.view(n, -1).mean(0) for value in (result.score, result.magnitude))
-        return Signal(score, result.direction.unflatten(0, (n, -1)).mean(0), magnitude=magnitude)
+        score, magnitude, *moments = (value.view(n, -1).mean(0) for value in (result.score, result.magnitude, *result.moments))
+        return Signal(score, result.direction.unflatten(0, (n, -1)).mean(0), magnitude=magnitude, moments=Moments(*moments))
 
     def draw(self, sample: Sample) -> dict[str, Tensor]:
         """Times t (B,), stratified over the batch in a random order, and noise (B, C, H, W) for the fake's loss."""
