@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.config import Config
 from fewstep.launch import launched
-from fewstep.models import UnsupportedTeacher, family, frozen_dtype
+from fewstep.models import UnsupportedTeacher, family, frozen_dtype, index_of
 from fewstep.models.backbone import Backbone, Roles
 
 GIB = 2**30
@@ -71,14 +71,15 @@ def one_line(error: Exception) -> str:
 def skeleton(source: str, dtype: torch.dtype) -> Backbone:
     """A family's adapter whose modules have shapes and no numbers (the meta device). source: a folder with its configurations."""
     import importlib
-    import json
 
     import transformers
 
     adapter = family(source)
     folder = Path(configurations(source))
-    parts: dict[str, Any] = {}
-    for name, entry in json.loads((folder / "model_index.json").read_text()).items():
+    index = index_of(str(folder))
+    adapter.absent(index, source)
+    parts: dict[str, Any] = dict.fromkeys(adapter.pipeline._optional_components)
+    for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or name in adapter.load_options:
             continue
         library, kind = entry
@@ -99,9 +100,8 @@ def skeleton(source: str, dtype: torch.dtype) -> Backbone:
                 parts[name] = cls.from_pretrained(folder / name)
         except (OSError, AttributeError) as error:
             raise UnsupportedTeacher(f"{source}: {name} cannot be read ({type(error).__name__}: {one_line(error)})") from error
-    settings = {key: value for key, value in json.loads((folder / "model_index.json").read_text()).items() if isinstance(value, bool)}
-    pipe = adapter.pipeline(**parts, **settings | adapter.load_options)
-    adapter.check_parts(pipe, source)
+    settings = {key: value for key, value in index.items() if isinstance(value, bool)}
+    pipe = adapter.pipeline(**parts | settings | adapter.load_options)
     backbone = adapter(pipe, source, device="meta")
     backbone.encode = lambda prompts: backbone.random_conditions(len(prompts))
     return backbone

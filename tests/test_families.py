@@ -631,6 +631,36 @@ def test_a_teacher_without_a_part_that_it_needs_is_refused(teachers, tmp_path, n
             opened(str(teacher))
 
 
+@pytest.mark.parametrize(
+    "name, parts",
+    [
+        ("StableDiffusionPipeline", ["unet", "vae"]),
+        ("StableDiffusionPipeline", ["scheduler"]),
+        ("StableDiffusion3Pipeline", ["text_encoder_3"]),  # null there says that it is missing on purpose
+    ],
+)
+def test_a_teacher_whose_index_has_no_entry_for_a_part_is_refused(teachers, tmp_path, name, parts):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(teachers / name, teacher)
+    index = teacher / "model_index.json"
+    held = json.loads(index.read_text())
+    index.write_text(json.dumps({key: value for key, value in held.items() if key not in parts}))
+    for opened in (models.load, lambda source: needs.skeleton(source, torch.float32)):
+        with pytest.raises(models.UnsupportedTeacher, match=f"{index.name} has no entry for {', '.join(parts)}, and no student"):
+            opened(str(teacher))
+    # what diffusers does without may be left out too
+    index.write_text(json.dumps({key: value for key, value in held.items() if key != "feature_extractor"}))
+    assert "feature_extractor" in held and needs.skeleton(str(teacher), torch.float32).pipe.feature_extractor is None
+
+
+def test_the_hub_is_asked_once_for_an_index(teachers):
+    index = str(teachers / "StableDiffusion3Pipeline" / "model_index.json")
+    with mock.patch("huggingface_hub.hf_hub_download", return_value=index) as download:
+        assert {models.pipeline_class("an-owner/asked-once") for _ in range(3)} == {"StableDiffusion3Pipeline"}
+        assert models.family("an-owner/asked-once").absent(models.index_of("an-owner/asked-once"), "") == []
+    assert download.call_count == 1
+
+
 def test_conditions_without_t5_are_kept_by_the_width_that_the_network_reads(teachers):
     backbone = models.load(str(teachers / "StableDiffusion3Pipeline-without-T5"))
     before = embeddings.fingerprint(backbone.text_fingerprint())

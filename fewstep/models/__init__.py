@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import logging
@@ -39,8 +40,8 @@ class UnsupportedTeacher(ValueError):
     """A teacher that cannot be read, or whose family has no adapter; the message says which are known."""
 
 
-def pipeline_class(source: str) -> str:
-    """The pipeline class that a folder's or hub repository's model_index.json names."""
+def index_of(source: str) -> dict[str, Any]:
+    """What a folder's or hub repository's model_index.json says. Raises UnsupportedTeacher."""
     folder = Path(source)
     if folder.is_dir():
         index = folder / "model_index.json"
@@ -55,27 +56,41 @@ def pipeline_class(source: str) -> str:
             f"{source}: no such folder, and not a hub id (owner/name); a teacher is a diffusers pipeline folder or a hub id"
         )
     else:
-        import huggingface_hub as hub
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-        try:
-            index = Path(hub.hf_hub_download(source, "model_index.json"))
-        except LocalEntryNotFoundError as error:  # a kind of EntryNotFoundError too
-            raise UnsupportedTeacher(
-                f"{source}: the hub could not be reached (no network, or HF_HUB_OFFLINE is set), and its model_index.json is not among the "
-                f"files that were downloaded before ({' '.join(str(error).split())})"
-            ) from error
-        except Exception as error:  # the hub's client raises many kinds; each means that this teacher cannot be read
-            reason = " ".join(str(error).split())
-            hint = f"; {SINGLE_FILE}" if isinstance(error, EntryNotFoundError) else ""
-            raise UnsupportedTeacher(
-                f"{source}: cannot read its model_index.json from the hub ({type(error).__name__}: {reason}){hint}"
-            ) from error
+        index = index_on_hub(source)
     try:
-        name = json.loads(index.read_text())["_class_name"]
+        found = json.loads(index.read_text())
+        if not isinstance(found["_class_name"], str | list):  # a pipeline with code of its own has a list there
+            raise TypeError("its _class_name names no class")
     except (ValueError, KeyError, TypeError) as error:
         raise UnsupportedTeacher(f"{index}: not a diffusers pipeline index ({error})") from error
-    if not isinstance(name, str) or name not in FAMILIES:  # a pipeline with code of its own has a list there
+    return found
+
+
+@functools.cache  # a process asks the hub once
+def index_on_hub(source: str) -> Path:
+    """A hub repository's model_index.json. Raises UnsupportedTeacher."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hub.hf_hub_download(source, "model_index.json"))
+    except LocalEntryNotFoundError as error:  # a kind of EntryNotFoundError too
+        raise UnsupportedTeacher(
+            f"{source}: the hub could not be reached (no network, or HF_HUB_OFFLINE is set), and its model_index.json is not among the "
+            f"files that were downloaded before ({' '.join(str(error).split())})"
+        ) from error
+    except Exception as error:  # the hub's client raises many kinds; each means that this teacher cannot be read
+        reason = " ".join(str(error).split())
+        hint = f"; {SINGLE_FILE}" if isinstance(error, EntryNotFoundError) else ""
+        raise UnsupportedTeacher(
+            f"{source}: cannot read its model_index.json from the hub ({type(error).__name__}: {reason}){hint}"
+        ) from error
+
+
+def pipeline_class(source: str) -> str:
+    """The pipeline class that a folder's or hub repository's model_index.json names. Raises UnsupportedTeacher where it has no adapter."""
+    name = index_of(source)["_class_name"]
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UnsupportedTeacher(
             f"{source} is a {name}; supported: {', '.join(FAMILIES)}. A family is one file in fewstep/models and one line in its table: "
             "docs/new-family.md"
@@ -83,24 +98,22 @@ def pipeline_class(source: str) -> str:
     return name
 
 
-def lacking(source: str) -> dict[str, None]:
-    """The parts that a pipeline's model_index.json has as null, as from_pretrained is to be told of them: where the class asks for one,
-    as StableDiffusion3Pipeline does for T5, diffusers refuses a folder without it unless told so.
-
-    source: a folder or hub id. Raises OSError for one without model_index.json.
-    """
-    from diffusers import DiffusionPipeline
-
-    index = DiffusionPipeline.load_config(source)
-    return {name: None for name, entry in index.items() if isinstance(entry, list | tuple) and entry[0] is None}
+def is_null(entry: Any) -> bool:
+    """Whether an entry of a model_index.json says that the pipeline comes without that part."""
+    return isinstance(entry, list) and entry[:1] == [None]
 
 
 def stock_pipeline(source: str | Path) -> Any:
-    """The stock diffusers pipeline of a folder or hub id, from safetensors alone: a bf16 folder as bf16, all else as float32."""
+    """The stock diffusers pipeline of a folder or hub id, from safetensors alone: a bf16 folder as bf16, all else as float32.
+
+    Parts that its model_index.json has as null are told: where the class asks for one, as StableDiffusion3Pipeline does for T5, diffusers
+    refuses a folder without it unless told so. Raises UnsupportedTeacher for what is no pipeline.
+    """
     from diffusers import DiffusionPipeline
 
-    told = {"dtype": stored_dtype(Path(source)), "use_safetensors": True, **lacking(str(source))}
-    return DiffusionPipeline.from_pretrained(str(source), **told)
+    absent = [name for name, entry in index_of(str(source)).items() if is_null(entry)]
+    told = {"dtype": stored_dtype(Path(source)), "use_safetensors": True}
+    return DiffusionPipeline.from_pretrained(str(source), **told, **dict.fromkeys(absent))
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from fewstep.denoiser import Cond, Denoiser, Prediction, join
-from fewstep.models import UnsupportedTeacher, lacking
+from fewstep.models import UnsupportedTeacher, index_of, is_null
 from fewstep.models.embeddings import Embeddings
 from fewstep.schedule import DDPM, Flow, Schedule
 
@@ -303,7 +303,6 @@ def without_path(config: dict[str, Any]) -> dict[str, Any]:
 
 def read(pipeline: type[DiffusionPipeline], source: str, **options: Any) -> Any:
     """A stock pipeline; where its weights are there in fp16 alone (`*.fp16.safetensors`), those, with a warning."""
-    options = lacking(source) | options
     try:
         return pipeline.from_pretrained(source, **options)
     except OSError as error:  # a file is missing
@@ -352,24 +351,31 @@ class Backbone:
     @classmethod
     def load(cls, source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, cache: Path | None = None) -> Backbone:
         """dtype: of the frozen parts. Raises UnsupportedTeacher with the path and the reason when a part is missing or damaged."""
+        absent = cls.absent(index_of(source), source)
         try:
-            pipe = read(cls.pipeline, source, dtype=dtype, use_safetensors=True, **cls.load_options)
+            pipe = read(cls.pipeline, source, dtype=dtype, use_safetensors=True, **cls.load_options, **dict.fromkeys(absent))
         except Exception as error:  # diffusers, transformers and safetensors raise many kinds; each means an unreadable teacher
             raise UnsupportedTeacher(f"{source}: cannot be read as a {cls.pipeline.__name__} ({type(error).__name__}: {error})") from error
         pipe.set_progress_bar_config(disable=True)
-        cls.check_parts(pipe, source)
         return cls(pipe, source, cache=cache, device=device)
 
     @classmethod
-    def check_parts(cls, pipe: DiffusionPipeline, source: str) -> None:
-        """Raises UnsupportedTeacher for a part that is missing and `can_lack` does not have; a tokenizer goes with its encoder."""
-        missing = [name for name in (cls.part, "vae", "scheduler", *cls.text_parts) if getattr(pipe, name) is None]
-        needed = [name for name in missing if name not in cls.can_lack or name.replace("tokenizer", "text_encoder") not in missing]
-        if needed:
+    def absent(cls, index: dict[str, Any], source: str) -> list[str]:
+        """The parts, of `can_lack`, that a teacher's model_index.json has as null: diffusers is to be told of them. A tokenizer goes with
+        its encoder. Raises UnsupportedTeacher for any other part that has null there, or no entry at all."""
+        parts = (cls.part, "vae", "scheduler", *cls.text_parts)
+        null = [name for name in parts if is_null(index.get(name))]
+        needed = {
+            "null for": [name for name in null if name not in cls.can_lack or name.replace("tokenizer", "text_encoder") not in null],
+            "no entry for": [name for name in parts if name not in index],
+        }
+        has = [f"{what} {', '.join(names)}" for what, names in needed.items() if names]
+        if has:
             raise UnsupportedTeacher(
-                f"{source}: its model_index.json has null for {', '.join(needed)}, and no student can be trained without; give a "
-                f"{cls.pipeline.__name__} that has them all" + f" (only {', '.join(cls.can_lack)} may be missing)" * bool(cls.can_lack)
+                f"{source}: its model_index.json has {' and '.join(has)}, and no student can be trained without; give a "
+                f"{cls.pipeline.__name__} that has them all" + f" (only {', '.join(cls.can_lack)} may be null)" * bool(cls.can_lack)
             )
+        return null
 
     def lacks(self) -> list[str]:
         """The parts, of `can_lack`, that this teacher comes without."""
