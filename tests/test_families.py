@@ -614,7 +614,8 @@ def test_noise_levels_that_no_student_can_have_are_refused(teachers, tmp_path, s
     "name, parts",
     [
         ("StableDiffusionPipeline", ["vae"]),
-        ("StableDiffusionXLPipeline", ["text_encoder", "tokenizer"]),  # the stock pipeline opens it, and draws with the other encoder alone
+        ("StableDiffusionXLPipeline", ["text_encoder_2", "tokenizer_2"]),
+        ("StableDiffusionXLPipeline", ["tokenizer"]),
         ("StableDiffusion3Pipeline", ["text_encoder", "tokenizer"]),
         ("StableDiffusion3Pipeline", ["tokenizer_3"]),
     ],

@@ -1,4 +1,5 @@
-"""Stable Diffusion XL: a UNet on two CLIP encoders, their pooled text and the picture's size (StableDiffusionXLPipeline)."""
+"""Stable Diffusion XL: a UNet on two CLIP encoders, of which the first may be missing, the second's pooled text and the picture's size
+(StableDiffusionXLPipeline)."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ class StableDiffusionXL(Backbone):
     load_options: ClassVar[dict[str, Any]] = {"add_watermarker": False}
     part = "unet"
     text_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    can_lack = ("text_encoder", "tokenizer")  # the network then reads the second encoder's text alone
     time_module = "time_embedding"
     lora_targets = UNET_LORA_TARGETS
     flow = False
@@ -36,7 +38,7 @@ class StableDiffusionXL(Backbone):
         return [*super().text_fingerprint(), {"force_zeros_for_empty_prompt": self.pipe.config.force_zeros_for_empty_prompt}]
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
-        text = (self.pipe.tokenizer.model_max_length, self.model.config.cross_attention_dim)
+        text = (self.pipe.tokenizer_2.model_max_length, self.model.config.cross_attention_dim)
         return {"prompt_embeds": text, "text_embeds": (self.pipe.text_encoder_2.config.projection_dim,)}
 
     def predict(self, model: nn.Module, xt: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
@@ -61,5 +63,8 @@ class StableDiffusionXL(Backbone):
     def middle(self, model: nn.Module) -> nn.Module:
         return model.mid_block
 
-    def kohya_version(self) -> str:
-        return "sdxl_base_v1-0"
+    def longest_text(self) -> tuple[Any, int]:
+        return self.pipe.tokenizer_2, self.pipe.tokenizer_2.model_max_length  # as long as the first one's: both texts lie side by side
+
+    def kohya_version(self) -> str | None:
+        return "sdxl_base_v1-0" if self.pipe.text_encoder is not None else None

@@ -15,6 +15,9 @@ PIPELINES = {
     "QwenImagePipeline": qwen_image.pipeline,
 }
 # as PIPELINES, with parts missing that the stock pipeline does without
-INCOMPLETE = {"StableDiffusion3Pipeline-without-T5": sd3.without_t5}
+INCOMPLETE = {
+    "StableDiffusion3Pipeline-without-T5": sd3.without_t5,
+    "StableDiffusionXLPipeline-without-first-encoder": sdxl.without_first_encoder,
+}
 # pipeline class -> how it combines (conditional, unconditional, guidance) in its own layout, where that is not plain guidance
 GUIDED = {"QwenImagePipeline": qwen_image.guided}
