@@ -159,7 +159,8 @@ def test_stock_diffusers_reads_kohyas_file_as_the_student(teachers, runs, export
     layers = {key.removesuffix(".alpha") for key in weights if key.endswith(".alpha")}
     assert {f"{layer}.{end}" for layer in layers for end in ("alpha", "lora_down.weight", "lora_up.weight")} == weights.keys()
     assert 2 * len(layers) == len(run.roles.student_parameters)  # each layer of the student, none besides
-    assert all(float(weights[f"{layer}.alpha"]) == 2 for layer in layers)
+    assert all(weights[f"{layer}.alpha"].shape == () and float(weights[f"{layer}.alpha"]) == 2 for layer in layers)
+    assert {value.dtype for value in weights.values()} == {torch.float32}
     with safe_open(file, "pt") as opened:
         written = opened.metadata()
     assert written["ss_network_dim"] == written["ss_network_alpha"] == "2" and written["modelspec.title"] == f"4-step student of {name}"

@@ -61,7 +61,9 @@ def to_kohya(layers: dict[str, Tensor], config: Any, *, names: str) -> dict[str,
     if names == "sgm":
         parted = {key: key.partition(".lora_") for key in layers}
         layers = {f"{sgm_name(layer, config)}{mark}{rest}": layers[key] for key, (layer, mark, rest) in parted.items()}
-    return convert_state_dict_to_kohya({f"unet.{name}": value for name, value in layers.items()})
+    keys = convert_state_dict_to_kohya({f"unet.{name}": value for name, value in layers.items()})
+    dtype = next(iter(layers.values())).dtype
+    return {key: value.to(dtype) for key, value in keys.items()}  # the alphas too, which kohya saves so and diffusers makes int64
 
 
 def from_kohya(keys: dict[str, Tensor], pipeline: Any, config: Any) -> dict[str, Tensor]:
