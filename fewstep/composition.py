@@ -214,7 +214,10 @@ def make_terms(config: Config, roles: Any, functions: dict[str, Any]) -> dict[st
 
 
 def check_backbone(backbone: Any, config: Config) -> tuple[Any, list[tuple[int, int, int]]]:
-    """(times, latent shapes) of a run. Raises UserError naming the key that this teacher, or what is installed, cannot do."""
+    """(times, latent shapes) of a run; says in one line of a teacher that looks distilled to few steps that it is guided.
+
+    Raises UserError naming the key that this teacher, or what is installed, cannot do.
+    """
     from fewstep.trainer import optimizer_class
 
     key = "steps"
@@ -230,6 +233,13 @@ def check_backbone(backbone: Any, config: Config) -> tuple[Any, list[tuple[int, 
         optimizer_class(config.memory.optimizer)
     except ImportError as error:
         raise UserError(str(error)) from error
+    few, guidance = backbone.few_step_scheduler(), config.matching.guidance
+    if few and guidance != 1:
+        print(
+            f"{config.teacher}: its scheduler, {few}, is one of teachers distilled to few steps (SD-Turbo, SDXL-Turbo, Lightning, LCM, a "
+            f"student), which are not made to be guided, and this run guides it by {guidance:g}: if it is one, set --matching.guidance 1 "
+            "and --teacher-guidance 1"
+        )
     return times, latent_shapes
 
 

@@ -12,16 +12,21 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     EDMDPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
     PNDMScheduler,
     SchedulerMixin,
+    TCDScheduler,
+    UNet2DConditionModel,
 )
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pipelines import GUIDED, INCOMPLETE, PIPELINES
 
 from fewstep import checkpoint, cli, composition, models, needs, run
-from fewstep.config import Config
+from fewstep.config import Config, MatchingConfig
 from fewstep.denoiser import guide
 from fewstep.errors import UserError
 from fewstep.models import embeddings
@@ -607,6 +612,51 @@ def test_noise_levels_that_no_student_can_have_are_refused(teachers, tmp_path, s
     pipe.save_pretrained(tmp_path, safe_serialization=True)
     for opened in (models.load, lambda source: needs.skeleton(source, torch.float32)):
         with pytest.raises(models.UnsupportedTeacher, match=words):
+            opened(str(tmp_path))
+
+
+# as SD-Turbo, SDXL-Turbo and Lightning, LCM, Hyper-SD and a student come; and as the models that these were made from do
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SCHEDULERS = [
+    ("StableDiffusionPipeline", EulerDiscreteScheduler(**BETAS, timestep_spacing="trailing"), "EulerDiscreteScheduler in trailing steps"),
+    (
+        "StableDiffusionXLPipeline",
+        EulerAncestralDiscreteScheduler(**BETAS, timestep_spacing="trailing"),
+        "EulerAncestralDiscreteScheduler in trailing steps",
+    ),
+    ("StableDiffusionPipeline", LCMScheduler(**BETAS), "LCMScheduler"),
+    ("StableDiffusionPipeline", TCDScheduler(**BETAS), "TCDScheduler"),
+    ("StableDiffusion3Pipeline", FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), "FlowMatchEulerDiscreteScheduler"),
+    ("StableDiffusionXLPipeline", EulerDiscreteScheduler(**BETAS, timestep_spacing="leading"), None),
+    ("StableDiffusionPipeline", DDIMScheduler(**BETAS, timestep_spacing="trailing"), None),
+    (
+        "StableDiffusionPipeline",
+        EulerDiscreteScheduler(**BETAS, timestep_spacing="trailing", prediction_type="v_prediction", rescale_betas_zero_snr=True),
+        None,
+    ),
+    ("StableDiffusion3Pipeline", FlowMatchEulerDiscreteScheduler(shift=3.0), None),
+]
+
+
+@pytest.mark.parametrize("name, scheduler, words", SCHEDULERS)
+def test_a_teacher_that_looks_distilled_to_few_steps_is_said_to_be_guided(teachers, capsys, name, scheduler, words):
+    pipe = needs.skeleton(str(teachers / name), torch.float32).pipe
+    pipe.register_modules(scheduler=scheduler)
+    backbone = models.family(str(teachers / name))(pipe, "here", device="meta")
+    for guidance, line in ((4.0, words), (1.0, None)):
+        composition.check_backbone(backbone, Config(teacher="here", matching=MatchingConfig(guidance=guidance)))
+        said = capsys.readouterr().out
+        assert (f"its scheduler, {line}, is one of" in said and "guides it by 4" in said) if line else said == ""
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
+def test_a_network_that_is_told_the_guidance_scale_is_refused(teachers, tmp_path, name):
+    """A latent consistency model's, whose stock pipeline hands it an embedding of the scale."""
+    pipe = models.load(str(teachers / name)).pipe
+    pipe.register_modules(unet=UNet2DConditionModel.from_config(pipe.unet.config, time_cond_proj_dim=8))
+    pipe.save_pretrained(tmp_path, safe_serialization=True)
+    for opened in (models.load, lambda source: needs.skeleton(source, torch.float32)):
+        with pytest.raises(models.UnsupportedTeacher, match=r"unet is told the guidance scale \(time_cond_proj_dim\)"):
             opened(str(tmp_path))
 
 

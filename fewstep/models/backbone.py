@@ -30,6 +30,7 @@ from fewstep.models.embeddings import Embeddings
 from fewstep.schedule import DDPM, Flow, Schedule
 
 TRACES = 64  # of one block's function that torch may keep
+FEW_STEP = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")  # of teachers distilled to few steps alone
 
 
 class Roles(NamedTuple):
@@ -341,6 +342,11 @@ class Backbone:
                 raise UnsupportedTeacher(f"{source}: prediction_type {kind!r} in its scheduler is not one of epsilon, v_prediction, sample")
             self.prediction = kind
             self.check_schedule()
+            if self.model.config.get("time_cond_proj_dim"):
+                raise UnsupportedTeacher(
+                    f"{source}: its {self.part} is told the guidance scale (time_cond_proj_dim), as latent consistency models are, and "
+                    "here it would not be; give the model that it was distilled from"
+                )
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
@@ -471,6 +477,18 @@ class Backbone:
     def takes_guidance(self) -> bool:
         """Whether the teacher can be guided; one that is distilled to few steps may not."""
         return True
+
+    def few_step_scheduler(self) -> str | None:
+        """The teacher's scheduler in words where it is one of teachers distilled to few steps, which were not made to be guided; else None.
+
+        SD-Turbo, SDXL-Turbo and SDXL-Lightning come with Euler's in trailing steps, where the models that they were made from have leading
+        ones. SD3.5-large-turbo and Z-Image-Turbo say nothing of it.
+        """
+        kind, config = type(self.pipe.scheduler).__name__, self.pipe.scheduler.config
+        if kind in FEW_STEP or config.get("stochastic_sampling"):
+            return kind
+        trailing = kind.startswith("Euler") and config.get("timestep_spacing") == "trailing" and self.prediction == "epsilon"
+        return f"{kind} in trailing steps" if trailing else None
 
     def to_pipeline(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W) in the layout that the stock pipeline's loop holds them in."""
