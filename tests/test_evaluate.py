@@ -1,9 +1,19 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
 
@@ -242,8 +252,57 @@ def test_network_evaluations_are_those_made(pipe, guidance, name):
 
 
 def test_a_flow_schedule_is_refused():
-    with pytest.raises(ValueError, match="beta"):
-        drawing.solver("DDIM", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+    for config in (
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+        {"beta_schedule": "linear", "prediction_type": "flow_prediction"},
+    ):
+        with pytest.raises(ValueError, match="beta"):
+            drawing.solver("DDIM", config)
+
+
+def error_of_a_gaussian_teacher(scheduler, steps, mean=0.7, deviation=0.5):
+    """The largest distance of what a scheduler makes of its noise to where the teacher's ODE ends, for latents of N(mean, deviation^2).
+
+    There x_t has mean alpha mean and variance C = alpha^2 deviation^2 + sigma^2, E[x0 | x_t] = mean + alpha deviation^2 (x_t - alpha mean)
+    / C, and the ODE keeps (x_t - alpha mean) / sqrt(C).
+    """
+    scheduler.set_timesteps(steps)
+    kind = scheduler.config.get("prediction_type", "flow_prediction")
+    x = torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x, kept = x * getattr(scheduler, "init_noise_sigma", 1.0), None
+    for t in scheduler.timesteps:
+        if kind == "flow_prediction":
+            alpha, sigma = 1 - float(t) / 1000, float(t) / 1000
+        else:
+            alpha, sigma = (float(value) ** 0.5 for value in (scheduler.alphas_cumprod[int(t)], 1 - scheduler.alphas_cumprod[int(t)]))
+        xt = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        variance = (alpha * deviation) ** 2 + sigma**2
+        kept = (xt - alpha * mean) / variance**0.5 if kept is None else kept
+        x0 = mean + alpha * deviation**2 / variance * (xt - alpha * mean)
+        eps = (xt - alpha * x0) / sigma
+        output = {"flow_prediction": eps - x0, "epsilon": eps, "v_prediction": alpha * eps - sigma * x0, "sample": x0}[kind]
+        x = scheduler.step(output, t, x).prev_sample.double()
+    return (x - (mean + deviation * kept)).abs().max().item()
+
+
+# as folders have them that were saved from a pipeline: some published ones say clip_sample beside, others do not
+SCHEDULES = {
+    "flow": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "Sana": DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    "SD": PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1),
+    "SDXL": EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),
+    "PixArt": DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02),
+    "v": DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_solver_of_a_teacher_solves_its_ode(name):
+    found = drawing.schedulers_of(SimpleNamespace(scheduler=SCHEDULES[name]))
+    assert list(found) == ["its own", *(drawing.SOLVERS if name not in ("flow", "Sana") else [])]
+    for scheduler in found.values():
+        coarse, fine = (error_of_a_gaussian_teacher(scheduler, steps) for steps in (10, 100))
+        assert fine < 0.06 and fine < coarse / 4, (type(scheduler).__name__, coarse, fine)
 
 
 # Measuring

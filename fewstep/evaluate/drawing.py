@@ -145,18 +145,26 @@ def teacher_rows(
 
 
 def schedulers_of(pipe: Any) -> dict[str, Any]:
-    """A pipeline's own scheduler and each of SOLVERS on its schedule, by name; its own alone where the schedule has no betas (flow)."""
+    """A pipeline's own scheduler and each of SOLVERS on its schedule, by name; its own alone where the network predicts a flow."""
     schedule = dict(pipe.scheduler.config)
-    return {"its own": pipe.scheduler} | ({name: solver(name, schedule) for name in SOLVERS} if "beta_schedule" in schedule else {})
+    return {"its own": pipe.scheduler} | ({name: solver(name, schedule) for name in SOLVERS} if on_betas(schedule) else {})
+
+
+def on_betas(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's configuration is of a diffusion schedule; Sana's has betas that it makes no use of."""
+    return "beta_schedule" in config and config.get("prediction_type") != "flow_prediction"
 
 
 def solver(name: str, config: Mapping[str, Any]) -> Any:
-    """One of SOLVERS on a teacher's schedule, with trailing steps. Raises ValueError for a schedule without betas."""
+    """One of SOLVERS on a teacher's schedule, with trailing steps. Raises ValueError for a schedule without betas.
+
+    DDIM clips x0 to [-1, 1] unless told not to, as pixels allow and latents do not: a configuration that is silent means latents.
+    """
     import diffusers
 
-    if "beta_schedule" not in config:
+    if not on_betas(config):
         raise ValueError(f"{name} needs a diffusion (beta) schedule; the teacher's {config.get('_class_name', 'scheduler')} has none")
-    return getattr(diffusers, SOLVERS[name]).from_config(config, timestep_spacing="trailing")
+    return getattr(diffusers, SOLVERS[name]).from_config({"clip_sample": False, **config}, timestep_spacing="trailing")
 
 
 def open_pipeline(source: str | Path, device: str | torch.device) -> Any:
