@@ -21,6 +21,7 @@ from fewstep.evaluate import drawing, evaluation, measure, protocol, samples, st
 from fewstep.evaluate.distances import diversity, frechet, precision_recall
 from fewstep.evaluate.features import clip_features, in_batches, scaled
 from fewstep.evaluate.measure import caption_scores
+from fewstep.evaluate.pictures import Pictures
 from fewstep.rewards.base import Reward
 from fewstep.rewards.clip import CLIPScore, PickScore
 from fewstep.rewards.pixels import Preprocess
@@ -511,6 +512,8 @@ def check_showing(report, folder):
         ({"extractor": "inception"}, "'inception' is not among the scorers: clip"),
         ({"data": torch.zeros(8, 8)}, "more than 8"),
         ({"data": torch.zeros(20, 7)}, r"got \(20, 7\)"),
+        ({"data": Pictures({"n": 8}, 8, lambda i: 1 / 0)}, "data: 8 real pictures, .* more than 8: give more"),
+        ({"data": Pictures({"n": 1}, 1, lambda i: 1 / 0)}, "data: 1 real picture, "),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_read(scorer, tmp_path, monkeypatch, changes, message):

@@ -969,7 +969,7 @@ TWO, THREE = PromptSet("few", ["a", "b c"]), PromptSet("few", ["a", "b c", "d"])
     }),
     (MANY, 1, {
         "kid_data": "1 real picture, but it takes the mean over pairs of different ones",
-        "precision": "1 real pictures, but a ball reaches to neighbour 3 of its picture and needs more than 3",
+        "precision": "1 real picture, but a ball reaches to neighbour 3 of its picture and needs more than 3",
     }),
 ])  # fmt: skip
 def test_what_a_few_pictures_do_not_allow_is_left_out_of_a_report(tmp_path, prompts, real, said):

@@ -41,6 +41,7 @@ from fewstep.evaluate.measure import (
     jackknifed,
     measure,
     paired,
+    real_pictures,
     told_apart,
 )
 from fewstep.evaluate.pictures import Pictures
@@ -93,7 +94,7 @@ def check(
     images_per_prompt: int,
     scorers: Mapping[str, CLIPScore],
     extractor: str | None,
-    data: Tensor | Any,
+    data: Tensor | Pictures | None,
     *,
     repeats: bool,
 ) -> None:
@@ -115,6 +116,10 @@ def check(
         )
     if isinstance(data, Tensor) and (data.shape[1] != width or len(data) <= width):
         raise ValueError(f"features of real pictures must be (more than {width}, {width}) for {extractor!r}, got {tuple(data.shape)}")
+    if isinstance(data, Pictures) and data.n <= width:
+        raise ValueError(
+            f"data: {real_pictures(data.n)}, but the Frechet distance of {width}-dimensional features needs more than {width}: give more"
+        )
 
 
 def evaluate(

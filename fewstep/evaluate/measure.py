@@ -97,6 +97,10 @@ def check_names(extractors: Sequence[Extractor], scorers: Iterable[str], judges:
         raise ValueError(f"{name!r} would name two things of one report: give the judge, scorer or extractor another name")
 
 
+def real_pictures(n: int) -> str:
+    return f"{n} real picture{'s' if n != 1 else ''}"
+
+
 def put(out: Measured, name: str, found: dict[str, float]) -> None:
     """Raises ValueError for a name that another number has."""
     if name in out:
@@ -315,7 +319,8 @@ def distances_of(
         mine, theirs = as_distances_take(e, features), other
         check_finite(other, others)
     if min(n, len(other)) <= d and (e.kernel or e.frechet != "fd_clip"):  # a scorer's alone was refused before anything was drawn
-        left_out[name] = f"{min(n, len(other))} pictures, but the covariance of {d} features needs more than {d}"
+        least = f"{n} pictures" if paired or n <= len(other) else real_pictures(len(other))
+        left_out[name] = f"{least}, but the covariance of {d} features needs more than {d}"
     elif n * d <= SMALL:
         frechet(theirs, mine)  # refuses what has no covariance
         if paired:
@@ -338,7 +343,7 @@ def distances_of(
         kernel, name = e.kernel.partition(".")[0], f"{e.kernel}_{what}"
         unbiased = KERNELS[kernel][1]
         if unbiased and len(other) < 2:
-            left_out[name] = f"{len(other)} real picture, but it takes the mean over pairs of different ones"
+            left_out[name] = f"{real_pictures(len(other))}, but it takes the mean over pairs of different ones"
         elif unbiased and n < 3:
             left_out[name] = f"{n} pictures, but its interval leaves a prompt out, and the mean over pairs needs two pictures of the others"
         else:
@@ -403,13 +408,13 @@ def precision_and_recall(
     mine = as_distances_take(e, features[:] if small else features)
     theirs = checked(data[:], "reference") if small else data
     one = torch.zeros(len(data), dtype=torch.long)
-    too_few = f"pictures, but a ball reaches to neighbour {neighbours} of its picture and needs more than {neighbours}"
+    too_few = f"but a ball reaches to neighbour {neighbours} of its picture and needs more than {neighbours}"
     if len(data) > neighbours:
         add_mean("precision", covering(mine, theirs, radii(theirs, neighbours), one)[:, 0])
     else:
-        left_out["precision"] = f"{len(data)} real {too_few}"
+        left_out["precision"] = f"{real_pictures(len(data))}, {too_few}"
     if n <= neighbours:
-        left_out["recall"] = f"{n} {too_few}"
+        left_out["recall"] = f"{n} pictures, {too_few}"
         return
     block = torch.arange(len(rows)) if small else blocks_of(len(rows), seed)
     held = covering(theirs, mine, radii(mine, neighbours), block.repeat_interleave(rows.shape[1]))  # (M, prompts or blocks)
