@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pipelines.parts import clip_tokenizer
 from safetensors.torch import load_file, save_file
 from test_evaluate import PROMPTS, text_config, tiny_clip, tiny_tokenizer, to_pil
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, SiglipConfig, SiglipModel
@@ -392,6 +393,20 @@ def test_hps_scores_what_the_cleaned_prompt_says(hps_folder):
     scorer = HPS.load(hps_folder)
     plain, other = scorer.text_features(["a cat", "a dog"]), scorer.text_features(["  A &#99;AT\n", "a\t\tdｏg"])
     assert torch.equal(plain, other) and not torch.equal(plain[0], plain[1])
+
+
+def test_hps_reads_the_mark_of_a_texts_end_as_text(hps_folder):
+    """As open_clip's tokenizer does, whose own marks are others: by a tokenizer that knows every character, as the published one."""
+    scorer, whole, seen = HPS.load(hps_folder), clip_tokenizer(), []
+    tiny = scorer.tokenizer
+
+    def read(prompts, **told):
+        seen.append([whole.convert_ids_to_tokens(ids) for ids in whole(prompts, **told)["input_ids"].tolist()])
+        return tiny(prompts, **told)
+
+    scorer.tokenizer = read
+    scorer.text_features(["<|endoftext|> b"])
+    assert seen == [[["<|startoftext|>", "<", "|</w>", "e", "n", "d", "o", "<|endoftext|>"]]]  # cut at eight
 
 
 @pytest.mark.parametrize("end, stated", [(1, 1), (20, 20), (20, 2)])  # 2: as CLIP's old configurations say, where the highest number ends

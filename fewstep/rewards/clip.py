@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ class CLIPScore:
 
     model: frozen and put into float32 and eval mode. preprocess: pictures (B, 3, H, W) in [0, 1] -> what the model reads.
     """
+
+    reading: ClassVar[dict[str, Any]] = {}  # what the tokenizer is told beside
 
     def __init__(
         self, model: CLIPModel | SiglipModel, tokenizer: PreTrainedTokenizerBase, preprocess: Preprocess | Callable[[Tensor], Tensor]
@@ -97,7 +99,7 @@ class CLIPScore:
         # SigLIP was trained on padded texts, sees what pads them and reads the last place; CLIP looks no further than its text's end
         padded = self.model.config.model_type == "siglip"
         tokens = self.tokenizer(
-            unique, padding="max_length" if padded else True, truncation=True, max_length=length, return_tensors="pt"
+            unique, padding="max_length" if padded else True, truncation=True, max_length=length, return_tensors="pt", **self.reading
         ).to(self.model.device)
         output = self.model.get_text_features(input_ids=tokens["input_ids"], attention_mask=None if padded else tokens["attention_mask"])
         number = {prompt: i for i, prompt in enumerate(unique)}

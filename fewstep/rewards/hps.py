@@ -7,6 +7,7 @@ import re
 import unicodedata
 from functools import partial
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,8 +53,11 @@ def cleaned(prompt: str) -> str:
 class HPS(CLIPScore):
     """The cosine itself, as the published `score` returns it; its tables show 100 times that.
 
-    Read from the folder that `fewstep convert-reward hps` makes of the published open_clip state dict.
+    Read from the folder that `fewstep convert-reward hps` makes of the published open_clip state dict. To open_clip "<|endoftext|>" in a
+    prompt is text as any other, where a transformers CLIP's text would end there. Its own "<end_of_text>" is read as it stands.
     """
+
+    reading: ClassVar[dict[str, Any]] = {"split_special_tokens": True}
 
     @property
     def scale(self) -> float:
