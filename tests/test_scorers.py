@@ -356,6 +356,7 @@ def hps_folder(tmp_path_factory):
     """What `fewstep convert-reward hps` makes of a pickle with the published layout."""
     root = tmp_path_factory.mktemp("hps")
     save_clip(root / "clip", model=head_clip())
+    (root / "clip" / "earlier.json").mkdir()  # a folder, which is no part of it
     torch.save({"state_dict": open_clip_state(), "epoch": 3}, root / "HPS_tiny.pt")
     assert cli.main(["convert-reward", "hps", str(root / "HPS_tiny.pt"), "--output", str(root / "made"), "--clip", str(root / "clip")]) == 0
     return root / "made"
@@ -600,6 +601,7 @@ def test_a_hub_id_gets_its_commit_and_no_pickle(tmp_path, monkeypatch):
 def test_a_folders_version_changes_with_its_weights(tmp_path):
     folder = save_clip(tmp_path / "clip")
     before = sources.version(str(folder))
+    (folder / "earlier.json").mkdir()  # a folder of that name is no part of it
     assert before == sources.version(str(folder))
     edited(folder / "model.safetensors")
     assert sources.version(str(folder)) != before

@@ -104,5 +104,5 @@ def write_clip(name: str, state: dict[str, Any], source: str, folder: Path) -> N
     model.save_pretrained(folder)
     for pattern in files.WORDS:
         for path in words.glob(pattern):
-            if not (folder / path.name).exists() and path.name != "model.safetensors.index.json":
+            if path.is_file() and not (folder / path.name).exists() and path.name != "model.safetensors.index.json":
                 shutil.copy(path, folder)

@@ -100,7 +100,8 @@ def digest_of(path: Path) -> Any:
     """SHA-256 over a file, or over a folder's weights, configs, tokenizer and preprocessing, with their names."""
     patterns = ("*.safetensors", *WORDS)
     digest = hashlib.sha256()
-    for file in sorted({file for pattern in patterns for file in path.glob(pattern)}) if path.is_dir() else [path]:
+    files = {file for pattern in patterns for file in path.glob(pattern) if file.is_file()} if path.is_dir() else {path}
+    for file in sorted(files):
         with file.open("rb") as held:
             digest.update(file.name.encode() + b"\0" + hashlib.file_digest(held, "sha256").digest())
     return digest
