@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.config import Config
@@ -31,6 +34,8 @@ class Needs(NamedTuple):
     optimizer: int  # moments, and the student's running average
     gradients: int
     activations: int  # of the part of a batch that passes together, with what its backward pass needs
+    pictures: int  # what decoding those of a part keeps, where a reward looks at them
+    one_picture: int  # what decoding one takes
     conditions: int  # of a batch's prompts
     cached: int  # of all prompts, on disk
     student_folder: int  # on disk
@@ -172,6 +177,29 @@ class Kept:
         return sum(self.outside.values()) + self.largest_block
 
 
+class Peak(TorchDispatchMode):
+    """The most bytes of tensors made within that live at once; own: those that are there already."""
+
+    def __init__(self, own: Iterable[Tensor]):
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in own}
+        self.live = self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        for value in tree_iter(output):
+            if isinstance(value, Tensor) and (storage := value.untyped_storage())._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self.leave, storage._cdata, storage.nbytes())
+        self.bytes = max(self.bytes, self.live)
+        return output
+
+    def leave(self, storage: int, size: int) -> None:
+        self.known.discard(storage)
+        self.live -= size
+
+
 def passes(config: Config, guided: bool) -> float:
     """Forward passes of one sample through the network that an update costs for each of its samples (a backward counts two).
 
@@ -194,8 +222,8 @@ def passes(config: Config, guided: bool) -> float:
 def measure(source: str, config: Config, prompts: int) -> Needs:
     """What a run of this config on this teacher needs. config: with its hardware resolved; prompts: how many there are.
 
-    Activations are those that the student's backward pass needs, in the arithmetic of the training; work space of kernels and the
-    allocator's reserve come on top, some tenths. The rewards' own models are not in it.
+    Activations are those that the student's backward pass needs, in the arithmetic of the training, and those of the autoencoder, in its
+    own; work space of kernels and the allocator's reserve come on top, some tenths. The rewards' own models are not in it.
     """
     frozen = frozen_dtype(config)
     backbone = skeleton(source, frozen)
@@ -219,6 +247,9 @@ def measure(source: str, config: Config, prompts: int) -> Needs:
     shapes = [backbone.latent_shape(at) for at in config.sizes()]
     found = [activations(backbone, roles, config, shape, together) for shape in shapes]
     activated = max(kept for kept, _ in found)
+    pathwise = any(name != "discriminator" and config.via.get(name, "pathwise") == "pathwise" for name in config.reward)
+    pictures = max(decoding(backbone, config, shape, together, grad=pathwise) for shape in shapes) if looks else 0
+    one_picture = max(decoding(backbone, config, shape, 1, grad=False) for shape in shapes)
     held_throughout = networks + moments + averaged + condition * batch
     return Needs(
         networks=networks,
@@ -227,6 +258,8 @@ def measure(source: str, config: Config, prompts: int) -> Needs:
         optimizer=moments + averaged,
         gradients=gradients,
         activations=activated,
+        pictures=pictures,
+        one_picture=one_picture,
         conditions=condition * batch,
         cached=condition * prompts,
         student_folder=parameters * frozen.itemsize + decoder + text,
@@ -235,8 +268,9 @@ def measure(source: str, config: Config, prompts: int) -> Needs:
         parameters=parameters,
         flops=sum(flops for _, flops in found) / len(found) * batch * passes(config, guided),
         encoding=base + (resting or text),
-        training=held_throughout + gradients + activated + (resting or decoder * looks),
-        drawing=held_throughout + averaged + text + decoder,  # the average is copied out and lies in place of the student's own
+        training=held_throughout + working(config, gradients, activated, pictures) + (resting or decoder * looks),
+        # the average is copied out and lies in place of the student's own
+        drawing=held_throughout + averaged + text + decoder + one_picture,
     )
 
 
@@ -259,6 +293,33 @@ def activations(backbone: Backbone, roles: Roles, config: Config, shape: tuple[i
         parameter.data = before[name]
     network.model.disable_gradient_checkpointing()
     return kept.bytes, counter.get_total_flops() / n
+
+
+def decoding(backbone: Backbone, config: Config, shape: tuple[int, int, int], n: int, *, grad: bool) -> int:
+    """Bytes that decoding n samples' latents takes: the most that lives at once, or, if more, what is kept for a gradient in them."""
+    vae = backbone.pipe.vae
+    own = [*vae.parameters(), *vae.buffers()]
+    x0 = torch.zeros(n, *shape, device="meta")
+    with fused_attention(), torch.no_grad(), Peak([*own, x0]) as peak:
+        backbone.decode(x0)
+    if not grad:
+        return peak.bytes
+    kept = Kept(own)
+    recomputed = config.memory.checkpointing and vae._supports_gradient_checkpointing
+    if recomputed:
+        vae.enable_gradient_checkpointing(kept.checkpoint)
+    with fused_attention(), kept.hooks():
+        backbone.decode(x0.requires_grad_())
+    if recomputed:
+        vae.disable_gradient_checkpointing()
+    return max(peak.bytes, kept.bytes)
+
+
+def working(config: Config, gradients: int, activated: int, pictures: int) -> int:
+    """Bytes of an update beside what is held throughout: gradients with the activations of a part, or the pictures of one, before there is
+    a gradient; a batch in one part is decoded beside the graph of its prediction."""
+    beside = activated if groups_together(config) == share(config) else 0
+    return max(gradients + activated, beside + pictures)
 
 
 # what can be turned, in the order in which it costs least
@@ -306,10 +367,11 @@ def capacity(device: str) -> tuple[int, str]:
 
 
 def largest_part(config: Config, needs: Needs, room: float) -> int:
-    """The most prompts that may pass together (memory.micro_groups) in `room` bytes: activations alone grow with them."""
+    """The most prompts that may pass together (memory.micro_groups) in `room` bytes: activations and pictures alone grow with them."""
     together = groups_together(config)
-    spare = room - (needs.training - needs.activations)
-    return min(max(together, int(spare * together // needs.activations)), share(config))
+    spare = room - (needs.training - working(config, needs.gradients, needs.activations, needs.pictures))
+    times = min((spare - needs.gradients) / needs.activations, spare / (needs.activations + needs.pictures))
+    return min(max(together, int(times * together)), share(config))
 
 
 def report(source: str, config: Config, prompts: int) -> str:
@@ -331,18 +393,20 @@ def report(source: str, config: Config, prompts: int) -> str:
         f"  {gib(needs.gradients)}  gradients",
         f"  {gib(needs.activations)}  activations (estimate: kernels' work space and the allocator's reserve come on top)",
         f"  {gib(needs.decoder)}  autoencoder",
+        f"  {gib(needs.pictures or needs.one_picture)}  its activations, "
+        + ("of the pictures of a part for the rewards" if needs.pictures else "of one picture while samples are drawn"),
         f"  {gib(needs.text)}  text encoders",
         f"  {gib(needs.conditions)}  conditions of a batch",
         "the most that is there at once:",
         f"  {gib(needs.encoding)}  while prompts are encoded",
         f"  {gib(needs.training)}  in training",
-        f"  {gib(needs.drawing)}  while samples are drawn (decoding a picture comes on top)",
+        f"  {gib(needs.drawing)}  while samples are drawn",
         f"{needs.flops * config.updates / 1e15:,.2f} PFLOP in {config.updates} updates, rewards and decoder apart",
         f"on disk: {gib(needs.student_folder).strip()} student, {gib(needs.checkpoints).strip()} checkpoints, "
         f"{gib(needs.cached).strip()} conditions of {prompts} prompts",
     ]
     if config.reward:
-        lines.append(f"not counted: the models of {', '.join(config.reward)}, and pictures with their gradient")
+        lines.append(f"not counted: the models of {', '.join(config.reward)}, and what they keep of the pictures")
     fits, larger = needs.device <= 0.9 * total, largest_part(config, needs, 0.9 * total)
     lines.append(f"{'fits' if fits else 'DOES NOT FIT'}: {name} has {gib(total).strip()}")
     if fits and torch.device(config.device).type == "cuda" and 0 < config.memory.micro_groups < larger:

@@ -58,12 +58,41 @@ def test_networks_optimizers_and_activations_of_every_family(teachers, name, ran
     own = {x.untyped_storage()._cdata for x in [*roles.student.parameters(), *roles.student.buffers()]}
     # all lies in one memory on a CPU, whatever the phase
     assert found.encoding == network + text + decoder
-    assert found.drawing == found.networks + found.optimizer + found.conditions + student + text + decoder
-    assert found.training == found.drawing - student + found.gradients + found.activations
+    assert found.drawing == found.networks + found.optimizer + found.conditions + student + text + decoder + found.one_picture
+    assert found.training == found.drawing - found.one_picture - student + found.gradients + found.activations and found.pictures == 0
     noise = torch.randn(4, *backbone.latent_shape(config.sizes()[0]))
     cond = backbone.random_conditions(4)
     real = kept_by_autograd(roles, own, roles.student.network, noise, torch.full((4,), 500.0), cond)
     assert found.activations == pytest.approx(real, rel=0.1)
+
+
+@every_family
+def test_pictures_of_every_family(teachers, name):
+    """What decoding a part with its gradient keeps, and decoding one picture without, beside the real thing in memory."""
+    source = str(teachers / name)
+    backbone = models.load(source)
+    vae, config = backbone.pipe.vae, config_of("--teacher", source, "--lora-rank", "2", "--size", small(backbone), "--reward.clip", "1")
+    shape = backbone.latent_shape(config.sizes()[0])
+    found = needs.measure(source, config, prompts=7)
+    own = {x.untyped_storage()._cdata for x in [*vae.parameters(), *vae.buffers()]}
+    real = kept_by_autograd(None, own, backbone.decode, torch.randn(4, *shape, requires_grad=True))
+    assert found.pictures == pytest.approx(real, rel=0.1)
+    with torch.no_grad(), needs.Peak([*vae.parameters(), *vae.buffers()]) as peak:
+        backbone.decode(torch.randn(1, *shape))
+    assert found.one_picture == pytest.approx(peak.bytes, rel=0.1) and found.one_picture < found.pictures
+
+
+def test_the_most_that_lives_at_once():
+    held = torch.zeros(10)  # 40 bytes
+    with needs.Peak([held]) as peak:
+        view = held[2:].view(4, 2)  # of what is there already
+        assert peak.bytes == 0
+        made = view + 1  # 32
+        made = made * 2  # 32 more, then the first is gone
+        twice = torch.cat([made, made])  # 64
+    assert peak.bytes == 96 and peak.live == 96
+    del made, twice
+    assert peak.live == 0
 
 
 @pytest.mark.parametrize(
@@ -121,6 +150,7 @@ def test_what_is_turned_changes_what_is_needed(teachers):
 
 def test_a_gpu_holds_in_each_phase_what_the_run_places_there(teachers, monkeypatch):
     monkeypatch.setattr(needs, "activations", lambda *args: (1000, 1.0))  # of tiny weights they are nearly all there is
+    monkeypatch.setattr(needs, "decoding", lambda *args, grad: 100 if grad else 10)
     source = str(teachers / "StableDiffusion3Pipeline")
     config = dataclasses.replace(config_of("--teacher", source, "--size", "[16x16]", "--lora-rank", "2"), device="cuda")
     plain, looking, apart = (
@@ -131,7 +161,16 @@ def test_a_gpu_holds_in_each_phase_what_the_run_places_there(teachers, monkeypat
     assert looking.training == plain.training + plain.decoder
     assert plain.encoding < plain.networks + plain.text  # the adapters come after it
     # here the samples take the most: what fits in training alone does not fit
-    assert plain.device == plain.drawing == looking.drawing > throughout + plain.text + plain.decoder > plain.training
+    assert plain.device == plain.drawing == looking.drawing > throughout + plain.text + plain.decoder + 10 > plain.training
+    # pictures come before the gradients, and beside the graph of a batch in one part
+    many = 10 * plain.gradients
+    monkeypatch.setattr(needs, "decoding", lambda *args, grad: many if grad else 10)
+    seen = dataclasses.replace(config, reward={"clip": 1.0})
+    parts = dataclasses.replace(seen, memory=dataclasses.replace(seen.memory, micro_groups=1))
+    assert needs.measure(source, seen, 7).training == throughout + plain.decoder + many + 1000
+    assert needs.measure(source, parts, 7).training == throughout + plain.decoder + many
+    policy = needs.measure(source, dataclasses.replace(seen, via={"clip": "policy"}), 7)
+    assert policy.training == plain.training + plain.decoder and policy.pictures == 10
     monkeypatch.setattr(needs, "capacity", lambda device: (plain.training / 0.9, "a GPU"))
     told = needs.report(source, config, 7).splitlines()
     assert sum("DOES NOT FIT" in line for line in told) == 1 and any("while samples are drawn" in line for line in told)
