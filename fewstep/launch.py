@@ -19,7 +19,8 @@ def place() -> int:
 
 @contextlib.contextmanager
 def first_alone_prints() -> Iterator[None]:
-    """Within, what processes other than the first print goes nowhere; errors and warnings are each one's own."""
+    """Within, what processes other than the first print goes nowhere; errors are each one's own, and warnings too
+    until they join (`ranks.Ranks.join`)."""
     if launched()[0] == 0:
         yield
         return

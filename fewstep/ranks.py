@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import datetime
 import functools
+import hashlib
 import json
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,20 +39,29 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1):
         self.rank, self.size = rank, size
+        self.show = warnings.showwarning  # as a process by itself shows one
 
     @classmethod
     def join(cls) -> Ranks:
-        """The processes that this one was launched with, each with a GPU of its own where there are any."""
+        """The processes that this one was launched with, each with a GPU of its own where there are any.
+
+        Until they `leave`, a warning that several of them have is shown by one alone, whichever has it first.
+        """
         rank, size = launched()
+        ranks = cls(rank, size)
         if size > 1:
             if torch.cuda.is_available():
                 torch.cuda.set_device(place())
-            processes.init_process_group(timeout=PATIENCE)  # gloo for tensors on the CPU, NCCL for those on a GPU
-        return cls(rank, size)
+            store, _, _ = next(processes.rendezvous("env://", rank, size, timeout=PATIENCE))
+            # gloo for tensors on the CPU, NCCL for those on a GPU
+            processes.init_process_group(store=processes.PrefixStore("run", store), rank=rank, world_size=size, timeout=PATIENCE)
+            warnings.showwarning = functools.partial(show_once, processes.PrefixStore("warnings", store), Counter(), ranks.show)
+        return ranks
 
     def leave(self) -> None:
         if self.size > 1:
             processes.destroy_process_group()
+            warnings.showwarning = self.show
 
     def rows(self, size: int) -> slice:
         """This process's rows of a batch of `size`, which the number of processes divides."""
@@ -134,6 +146,20 @@ class Ranks:
         with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
             torch.manual_seed(int(torch.randint(2**62, (1,))) + self.rank)
             yield
+
+
+def show_once(
+    store: processes.Store, had: Counter[str], show: Callable[..., None], message: Warning | str, category: type[Warning], *rest: Any
+) -> None:
+    """Show a warning unless another process has shown the same, as often as this one has had it. had: what this process has had."""
+    text = f"{category.__name__}: {message}"
+    had[text] += 1
+    try:
+        first = store.add(f"{had[text]} {hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
+    except RuntimeError:  # the process that keeps count has ended
+        first = True
+    if first:
+        show(message, category, *rest)
 
 
 @torch.no_grad()

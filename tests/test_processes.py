@@ -4,7 +4,9 @@ import contextlib
 import functools
 import os
 import signal
+import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 
 from fewstep import checkpoint, cli, composition, flags
 from fewstep.errors import UserError
+from fewstep.ranks import Ranks
 
 SMALL = ("--groups", "2", "--group-size", "2", "--precision", "fp32", "--lora-rank", "2", "--evaluate", "false", "--sample-every", "1",
          "--fake.updates", "1", "--memory.micro-groups", "0", "--memory.checkpointing", "false")  # fmt: skip
@@ -139,6 +142,27 @@ def test_processes_that_see_other_checkpoints_do_not_go_on(base, tmp_path):
 
     with pytest.raises(UserError, match=r"the processes see other checkpoints .* it must lie on a disk that all machines share"):
         run.find_checkpoint(tmp_path, Apart())
+
+
+def test_a_warning_that_several_processes_have_is_shown_once(tmp_path):
+    port = free_port()
+
+    def of(rank):
+        speak_into(*(os.open(tmp_path / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT) for name in ("out", "err")))
+        os.environ.update(launched(rank, port))
+        own = warnings.showwarning = lambda message, *rest: print(message, file=sys.stderr)  # pytest would keep it
+        warnings.simplefilter("always")
+        ranks = Ranks.join()
+        for text in ("of both", f"of {rank} alone", "of both"):
+            warnings.warn(text, stacklevel=1)
+        ranks.wait()
+        ranks.leave()
+        assert warnings.showwarning is own
+
+    assert [ended(child) for child in [start(functools.partial(of, rank)) for rank in range(2)]] == [0, 0], said(tmp_path, 0, "err")
+    shown = [line for rank in range(2) for line in said(tmp_path, rank, "err").splitlines()]
+    assert sorted(line for line in shown if line.startswith("of ")) == ["of 0 alone", "of 1 alone", "of both", "of both"]
+    assert "of 1 alone" in said(tmp_path, 1, "err")
 
 
 def test_a_dry_run_is_of_each_process(base, monkeypatch, capsys):
