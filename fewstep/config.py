@@ -48,9 +48,10 @@ class FakeConfig:
 
 @dataclass
 class MatchingConfig:
-    guidance: float = 2.5
+    guidance: float | tuple[float, float] = 2.5
     """Guidance scale of the teacher inside R_dm. It acts on densities at every noise level, which pulls harder than the same scale
-    does in a sampler."""
+    does in a sampler. One scale is distilled in and fixed; a range, as [1.5, 8], stays a knob: each group is drawn a scale of its own
+    from it, student and fake are told which, and the student is called with guidance_scale (`fewstep models`: families with a range)."""
     normalize: Literal["group", "sample", "batch", "channel", "none"] = "group"
     """What eq. (5) divides by: group is GNDM, sample is DMD."""
     leave_one_out: bool = False
@@ -70,6 +71,11 @@ class MatchingConfig:
     """Noise levels at which every sample is compared: a steadier direction, for three more network evaluations each."""
     score_weight: Literal["likelihood", "matching"] = "matching"
     """W of the score (4): matching is the value of R_dm that the direction ascends, likelihood is log p/q (very noisy)."""
+
+    @property
+    def guidance_range(self) -> tuple[float, float] | None:
+        """(low, high) where the student keeps the guidance scale as a knob, None where one is distilled in."""
+        return self.guidance if isinstance(self.guidance, tuple) else None
 
 
 @dataclass
@@ -151,7 +157,8 @@ class Config:
     output: str = "out"
     """Folder for the student and everything the run leaves behind."""
     teacher_guidance: float = 3.0
-    """Guidance scale of the teacher's own pictures, which the student is compared with."""
+    """Guidance scale of the teacher's own pictures, which the student is compared with. A student with a range (matching.guidance) is
+    drawn and measured beside them at this scale too, or at the end of its range that lies nearest, and so is then its teacher."""
     steps: int = 4
     """Steps of the student."""
     size: list[str] = field(default_factory=list)
@@ -213,6 +220,15 @@ class Config:
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     """The discriminator, when `--reward.discriminator` is given (DMD2)."""
 
+    def shown_guidance(self) -> float:
+        """The scale of the pictures in which the teacher is shown and measured: inside the student's range, where it has one."""
+        within = self.matching.guidance_range
+        return self.teacher_guidance if within is None else min(max(self.teacher_guidance, within[0]), within[1])
+
+    def student_guidance(self) -> float | None:
+        """The scale that the student is told in its pictures beside them; None where one is distilled in."""
+        return None if self.matching.guidance_range is None else self.shown_guidance()
+
     def not_finite(self) -> dict[str, Any]:
         """Dotted name -> value of every number that is NaN or infinite, but for the limits that infinity switches off."""
 
@@ -239,6 +255,8 @@ class Config:
     def problems(self) -> list[str]:
         """What is wrong with the values, one line a key."""
         low, high = self.matching.t_range
+        within = self.matching.guidance_range
+        least = self.matching.guidance if within is None else within[0]
         weights, mode, backward = self.weights, self.weights.mode, self.reuse.backward_simulation
         policies = ", ".join(name for name, via in self.via.items() if via == "policy")
         checks = [
@@ -262,7 +280,11 @@ class Config:
             (self.fake.max_norm > 0, "fake.max_norm", f"must be positive (.inf: no limit), got {self.fake.max_norm}"),
             (0 <= self.fake.decay <= 1, "fake.decay", f"must lie in [0, 1], got {self.fake.decay}"),
             (self.fake.updates >= 0, "fake.updates", f"must be 0 or more, got {self.fake.updates}"),
-            (self.matching.guidance >= 0, "matching.guidance", f"must be 0 or more, got {self.matching.guidance}"),
+            (least >= 0, "matching.guidance", f"must be 0 or more, got {self.matching.guidance}"),
+            (
+                least < 0 or within is None or within[0] < within[1],
+                "matching.guidance", f"a range runs from a lower scale to a higher one, got {self.matching.guidance}",
+            ),
             (0 <= self.matching.gamma <= 1, "matching.gamma", f"must lie in [0, 1], got {self.matching.gamma}"),
             (0 < low < high <= 1, "matching.t_range", f"must satisfy 0 < low < high <= 1, got {low}, {high}"),
             (not self.matching.leave_one_out or self.group_size > 1, "matching.leave_one_out", "needs group_size of at least 2"),

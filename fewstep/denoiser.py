@@ -56,9 +56,10 @@ def score(x0: Tensor, xt: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     return (bcast(alpha, xt) * x0 - xt) / bcast(sigma, xt) ** 2
 
 
-def guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance D_u + w (D_c - D_u) (Ho and Salimans, arXiv 2207.12598)."""
-    return unconditional + guidance * (conditional - unconditional)
+def guide(conditional: Tensor, unconditional: Tensor, guidance: float | Tensor) -> Tensor:
+    """Classifier-free guidance D_u + w (D_c - D_u) (Ho and Salimans, arXiv 2207.12598); w one scale, or (B,) one for each sample."""
+    w = bcast(guidance, conditional) if isinstance(guidance, Tensor) else guidance
+    return unconditional + w * (conditional - unconditional)
 
 
 def widened(value: Tensor) -> Tensor:
@@ -67,6 +68,7 @@ def widened(value: Tensor) -> Tensor:
 
 
 Cond = dict[str, Tensor]
+SCALE = ("guidance", "timestep_cond")  # the conditions that tell a network its guidance scale: the scale itself, and what embeds it
 
 
 def repeat(cond: Cond, n: int) -> Cond:
@@ -147,9 +149,9 @@ class Denoiser(nn.Module):
         """What the network's middle makes of xt, (B, F, h, w); its family's network says where the middle is."""
         return self.counted(self.network.features(xt, self.schedule.timestep_of(t), cond))
 
-    def forward(self, xt: Tensor, t: Tensor, cond: Any, *, guidance: float = 1.0) -> Tensor:
-        """E[x0 | xt] under guidance. xt (B, C, H, W), t (B,) in [0, 1] -> (B, C, H, W)."""
-        if guidance == 1.0:
+    def forward(self, xt: Tensor, t: Tensor, cond: Any, *, guidance: float | Tensor = 1.0) -> Tensor:
+        """E[x0 | xt] under guidance, one scale or (B,). xt (B, C, H, W), t (B,) in [0, 1] -> (B, C, H, W)."""
+        if not isinstance(guidance, Tensor) and guidance == 1.0:
             return to_x0(self.predict(xt, t, cond), xt, self.schedule.alpha(t), self.schedule.sigma(t), self.prediction)
         return guide(*self.pair(xt, t, cond), guidance)
 
@@ -157,7 +159,8 @@ class Denoiser(nn.Module):
         """(conditional, unconditional) x0 from one network call on the doubled batch."""
         if self.uncond is None:
             raise ValueError("guidance needs the unconditional prompt: give Denoiser its `uncond`")
-        empty = repeat(self.uncond, len(xt))
+        # without its prompt a sample is told the same scale as with it
+        empty = repeat(self.uncond, len(xt)) | {key: cond[key] for key in SCALE if key in cond}
         both = join([cond, empty])
         conditional, unconditional = self(torch.cat([xt, xt]), torch.cat([t, t]), both).chunk(2)
         return conditional, unconditional

@@ -151,8 +151,15 @@ KINDS = {
 }  # fmt: skip
 
 
+NUMBER_OR_PAIR = re.compile(
+    r"Parser key \"([\w.]+)\": .*Union subtypes Subtypes: \[<class 'float'>, tuple\[float, float\]\].*Given value: (.*)"
+)
+
+
 def in_plain_words(message: str) -> str:
     """What the parser says of a value of the wrong type, without the names that types have in Python."""
+    if found := NUMBER_OR_PAIR.search(message):
+        return f"{found[1]}: must be a number, or two in brackets, as [1.5, 8]; got {found[2]}"
     found = WRONG_TYPE.search(message)
     if found is None:
         return message.replace("Parser key", "key")

@@ -100,8 +100,9 @@ def optimizer_class(name: str) -> Any:
 class Trainer:
     """Distils `student` along the directions of `terms`.
 
-    encode: prompts -> conditions, one row each; decode: latents -> images; latent_shapes: (C, H, W) of each size, which
-    the rollouts take in turn; weights: how the terms other than the anchor join it, one for each (ValueError naming one without);
+    encode: prompts -> conditions, one row each; where matching.guidance is a range, (prompts, scales (B,)) -> those that tell each its
+    scale. decode: latents -> images; latent_shapes: (C, H, W) of each size, which the rollouts take in turn; weights: how the terms other
+    than the anchor join it, one for each (ValueError naming one without);
     counted: denoisers by role and whatever else counts its passes, logged. judges: functions of (images, prompts) that score what the
     rewards score, once a rollout, and push nothing: one with the name of a reward stands beside that one, any other beside all of them.
     news: what happened since it was last asked, by name, logged after each update. ranks: the processes that share the run's batches, whole
@@ -118,7 +119,7 @@ class Trainer:
         terms: dict[str, Term],
         batches: Batches,
         *,
-        encode: Callable[[list[str]], Cond],
+        encode: Callable[..., Cond],
         decode: Callable[[Tensor], Tensor],
         latent_shapes: Sequence[tuple[int, int, int]],
         config: Config,
@@ -200,13 +201,26 @@ class Trainer:
         """A rollout of the next prompts from fresh noise, up to state `until` or the last. Raises FloatingPointError where the student
         predicts what is not finite, before any reward sees it."""
         prompts, group = self.batches.next()
-        cond = {key: value.to(self.device) for key, value in self.encode(prompts).items()}
+        cond = self.conditions(prompts, self.draw_guidance(group))
         shape = self.latent_shapes[self.rollouts % len(self.latent_shapes)]
         noise = torch.randn(len(prompts), *shape, device=self.device)
         with self.precision(), self.sharing():
             rollout = self.student.rollout(noise, cond, group=group.to(self.device), prompts=prompts, until=until)
         finite_or_stop(rollout.x0, "the student's prediction", self.update)  # its states are made of it
         return rollout
+
+    def draw_guidance(self, group: Tensor) -> Tensor | None:
+        """A guidance scale for each sample (B,) float64, one for all of its group; None where one is distilled in. group (B,)."""
+        within = self.config.matching.guidance_range
+        if within is None:
+            return None
+        low, high = within
+        return (low + (high - low) * torch.rand(self.batches.groups, dtype=torch.float64))[group]
+
+    def conditions(self, prompts: list[str], guidance: Tensor | None) -> Cond:
+        """Conditions on the device, one row a prompt, each told its scale where there are scales (B,)."""
+        cond = self.encode(prompts) if guidance is None else self.encode(prompts, guidance)
+        return {key: value.to(self.device) for key, value in cond.items()}
 
     def sample_of(self, rollout: Rollout, k: Tensor, x0: Tensor | None = None) -> Sample:
         """The batch with sample i taken at state k_i; where steps are mixed, a group is (prompt, k)."""
@@ -675,7 +689,8 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         def kept(rollout: Rollout) -> dict[str, Any]:
-            return {"states": rollout.states, "x0": rollout.x0, "group": rollout.group, "prompts": rollout.prompts}
+            scale = {} if self.config.matching.guidance_range is None else {"guidance": rollout.cond["guidance"]}
+            return {"states": rollout.states, "x0": rollout.x0, "group": rollout.group, "prompts": rollout.prompts} | scale
 
         return {
             "update": self.update,
@@ -730,8 +745,8 @@ class Trainer:
         checkpoint.set_rng_state(state["rng"], self.device)  # last: nothing above may draw from it
 
     def as_rollout(self, saved: dict[str, Any]) -> Rollout:
-        """A rollout as `state` keeps it; its conditions are made again from its prompts."""
-        cond = {key: value.to(self.device) for key, value in self.encode(saved["prompts"]).items()}
+        """A rollout as `state` keeps it; its conditions are made again from its prompts and scales."""
+        cond = self.conditions(saved["prompts"], None if self.config.matching.guidance_range is None else saved["guidance"])
         states, x0, group = (saved[key].to(self.device) for key in ("states", "x0", "group"))
         return Rollout(states, x0, self.student.times[: len(states)], cond, group, saved["prompts"])
 

@@ -25,15 +25,17 @@ class Network(nn.Module):
         self.enter, self.leave, self.told = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1), nn.Linear(4, 8)
 
     def features(self, xt, timestep, cond):
-        told = torch.cat([cond["text"], timestep[:, None] / 1000, cond.get("step", torch.zeros(len(xt)))[:, None]], 1).to(xt)
+        step, text = cond.get("step", torch.zeros(len(xt))), cond["text"] + 0.1 * cond.get("guidance", torch.zeros(1))[:, None]
+        told = torch.cat([text, timestep[:, None] / 1000, step[:, None]], 1).to(xt)
         return torch.nn.functional.silu(self.enter(xt) + self.told(told)[:, :, None, None])
 
     def forward(self, xt, timestep, cond):
         return self.leave(self.features(xt, timestep, cond))
 
 
-def encode(prompts):
-    return {"text": torch.tensor([[float(len(prompt)), float(ord(prompt[-1]))] for prompt in prompts]) / 100}
+def encode(prompts, guidance=None):
+    cond = {"text": torch.tensor([[float(len(prompt)), float(ord(prompt[-1]))] for prompt in prompts]) / 100}
+    return cond if guidance is None else cond | {"guidance": guidance}
 
 
 def redness(images, prompts):
@@ -67,8 +69,8 @@ def trainer_of(options, ranks=None):
     student, teacher, fake = (Denoiser(network, Flow(), "flow", uncond=encode([" "])) for network in networks)
     teacher.requires_grad_(False)
     matching = DistributionMatching(
-        teacher, fake, Flow(), guidance=config.matching.guidance, normalize=config.matching.normalize, gamma=config.matching.gamma,
-        step_condition=True, score_weight="matching",
+        teacher, fake, Flow(), guidance=None if config.matching.guidance_range else config.matching.guidance,
+        normalize=config.matching.normalize, gamma=config.matching.gamma, step_condition=True, score_weight="matching",
     )  # fmt: skip
     terms = {"dm": Term(matching, dict(fake.named_parameters()), lr=config.fake.lr, updates=config.fake.updates, anchor=True)}
     functions = {"redness": redness, "contrast": contrast}

@@ -18,7 +18,9 @@ TAKEN = {
     "weights.warmup": "-1 0", "weights.lag_limit": "0 inf", "weights.clip": "inf", "weights.max_masked": "0",
     "reuse.rho_max": "inf", "reuse.min_ess": "0", "memory.micro_groups": "0", "reward": "0",
 }  # fmt: skip
-NUMBERS = {name: kind for name, kind in field_names(Config).items() if kind in (int, float)}
+OR_A_RANGE = float | tuple[float, float]
+KINDS = {name: float if kind == OR_A_RANGE else kind for name, kind in field_names(Config).items()}
+NUMBERS = {name: kind for name, kind in KINDS.items() if kind in (int, float)}
 
 
 def config_with(name, value, base=None):
@@ -57,6 +59,21 @@ def test_betas_lie_below_one(who, pair):
 def test_noise_levels_lie_in_order(pair):
     (line,) = config_with("matching.t_range", pair).problems()
     assert line.startswith("matching.t_range: must ")
+
+
+@pytest.mark.parametrize("pair", [(-1.0, 2.0), (2.0, 2.0), (8.0, 1.5), (math.nan, 2.0), (1.0, math.nan), (1.0, math.inf)])
+def test_a_range_of_guidance_lies_in_order(pair):
+    (line,) = config_with("matching.guidance", pair).problems()
+    assert line.startswith("matching.guidance: ") and str(pair) in line
+    assert not config_with("matching.guidance", (0.0, 1.5)).problems()
+
+
+def test_a_student_with_a_range_is_shown_beside_its_teacher_at_one_scale_inside_it():
+    fixed = Config(teacher_guidance=3.0)
+    assert (fixed.shown_guidance(), fixed.student_guidance(), fixed.matching.guidance_range) == (3.0, None, None)
+    for within, scale in (((1.5, 8.0), 3.0), ((4.0, 8.0), 4.0), ((1.0, 2.0), 2.0)):
+        ranged = config_with("matching.guidance", within, fixed)
+        assert ranged.shown_guidance() == ranged.student_guidance() == scale and ranged.matching.guidance_range == within
 
 
 @pytest.mark.parametrize("text", BAD)

@@ -22,6 +22,7 @@ RUNS = {
     "rewards": SEVERAL,
     "rewards, parts": (*SEVERAL, "--memory.micro-groups", "1"),
     "asked again": (*SEVERAL, "--reuse.min-ess", "1", "--reuse.evaluation", "3"),
+    "a range of guidance": ("--matching.guidance", "[1.5,8]", "--memory.micro-groups", "1"),
     "discriminator": ("--reward.discriminator", "0.5"),
     "backward simulation": ("--reuse.backward-simulation", "true", "--reuse.rollout", "1"),
 }

@@ -28,6 +28,7 @@ class Lag(NamedTuple):
 class DistributionMatching:
     """An OnlineReward from a frozen teacher and a fake that learns the student's own distribution.
 
+    guidance: the teacher's scale; None: each sample's own, cond["guidance"] (B,), the same for all of a group.
     direction: d_i = (D_teacher - D_fake)(xt_i) / scale, eq. (5), with D_teacher guided by `guidance` and the scale
         group    mean over the group of n_j = mean |x0_j - D_teacher(xt_j)|   (GNDM)
         sample   the sample's own n_i                                         (DMD, arXiv 2311.18828)
@@ -55,7 +56,7 @@ class DistributionMatching:
         fake: Denoiser,
         schedule: Schedule,
         *,
-        guidance: float = 1.0,
+        guidance: float | None = 1.0,
         normalize: Normalize = "group",
         leave_one_out: bool = False,
         gamma: float = 0.0,
@@ -139,7 +140,7 @@ class DistributionMatching:
             conditional = guided = self.teacher(xt, t, cond)
         else:
             conditional, unconditional = self.teacher.pair(xt, t, cond)
-            guided = guide(conditional, unconditional, self.guidance)
+            guided = guide(conditional, unconditional, cond["guidance"] if self.guidance is None else self.guidance)
         fake = self.fake(xt, t, self.fake_cond(cond, k))
         for name, value in (("teacher", guided), ("fake", fake)):
             if not bool(torch.isfinite(value).all()):
