@@ -29,6 +29,21 @@ def resolve_teacher(name: str) -> str:
     return source
 
 
+def check_range(config: Config, source: str) -> None:
+    """Raises UserError, before any weight is read, for a range of guidance where students cannot have one, and for a teacher that is itself
+    a student with one."""
+    from fewstep import export, models
+
+    if export.keeps_guidance(Path(source)):
+        raise UserError(f"teacher: {models.KEPT_GUIDANCE.format(source)}")
+    if config.matching.guidance_range is not None:
+        models.quiet_libraries()
+        try:
+            models.family(source).check_range()
+        except ValueError as error:
+            raise UserError(f"matching.guidance: {error}") from error
+
+
 def resolve_hardware(config: Config) -> Config:
     """The config with `auto` replaced by what this machine has."""
     import torch
@@ -303,7 +318,9 @@ def build(
         raise UserError(f"teacher: {error}") from error
     except ImportError as error:
         raise UserError(str(error)) from error
-    inside = dataclasses.asdict(config.matching) | {"guidance": guidance if backbone.embedded_guidance is None else 1.0}
+    inside = dataclasses.asdict(config.matching) | {"guidance": guidance if config.matching.guidance_range is None else None}
+    if backbone.embedded_guidance is not None:
+        inside["guidance"] = 1.0
     schedule = backbone.schedule()
     matching = DistributionMatching(roles.teacher, roles.fake, schedule, **inside, step_condition=conditioned)
     fake = config.fake

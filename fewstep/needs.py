@@ -108,7 +108,7 @@ def skeleton(source: str, dtype: torch.dtype) -> Backbone:
     settings = {key: value for key, value in index.items() if isinstance(value, bool)}
     pipe = adapter.pipeline(**parts | settings | adapter.load_options)
     backbone = adapter(pipe, source, device="meta")
-    backbone.encode = lambda prompts: backbone.random_conditions(len(prompts))
+    backbone.encode = lambda prompts, guidance=None: backbone.random_conditions(len(prompts), guidance)
     return backbone
 
 
@@ -219,6 +219,11 @@ def passes(config: Config, guided: bool) -> float:
     return config.steps * rollouts + refused + matching + trained * (1 + fake)
 
 
+def scales(config: Config, n: int) -> Tensor | None:
+    """Guidance scales (n,) that conditions tell, where there is a range of them."""
+    return None if config.matching.guidance_range is None else torch.ones(n)
+
+
 def measure(source: str, config: Config, prompts: int) -> Needs:
     """What a run of this config on this teacher needs. config: with its hardware resolved; prompts: how many there are.
 
@@ -241,11 +246,12 @@ def measure(source: str, config: Config, prompts: int) -> Needs:
     networks = size(held.values())
     if config.memory.teacher == "int8":
         networks -= round(size(roles.teacher.parameters()) * (1 - 1 / frozen.itemsize))
-    condition = size(backbone.random_conditions(1).values())
+    condition = size(backbone.random_conditions(1, scales(config, 1)).values())
     resting = text + decoder if torch.device(config.device).type == "cpu" else 0  # what would lie on the CPU is on the device then too
     looks = any(name != "discriminator" for name in config.reward)  # at pictures, in every update: the decoder stays
     shapes = [backbone.latent_shape(at) for at in config.sizes()]
     found = [activations(backbone, roles, config, shape, together) for shape in shapes]
+    exported = sum(p.numel() for name, p in roles.student.network.model.named_parameters() if ".lora_" not in name)
     activated = max(kept for kept, _ in found)
     pathwise = any(name != "discriminator" and config.via.get(name, "pathwise") == "pathwise" for name in config.reward)
     pictures = max(decoding(backbone, config, shape, together, grad=pathwise) for shape in shapes) if looks else 0
@@ -261,8 +267,8 @@ def measure(source: str, config: Config, prompts: int) -> Needs:
         pictures=pictures,
         one_picture=one_picture,
         conditions=condition * batch,
-        cached=condition * prompts,
-        student_folder=parameters * frozen.itemsize + decoder + text,
+        cached=size(backbone.random_conditions(1).values()) * prompts,
+        student_folder=exported * frozen.itemsize + decoder + text,
         checkpoints=2 * (gradients + moments + averaged),
         trained=sum(p.numel() for p in trained["student"]),
         parameters=parameters,
@@ -286,7 +292,8 @@ def activations(backbone: Backbone, roles: Roles, config: Config, shape: tuple[i
         network.model.enable_gradient_checkpointing(kept.checkpoint)
     dtype = torch.bfloat16 if half else torch.float32
     xt = torch.zeros(n, *shape, device="meta", dtype=dtype)
-    cond = {key: value.to(dtype) if value.is_floating_point() else value for key, value in backbone.random_conditions(n).items()}
+    given = backbone.random_conditions(n, scales(config, n))
+    cond = {key: value.to(dtype) if value.is_floating_point() else value for key, value in given.items()}
     with fused_attention(), kept.hooks(), FlopCounterMode(display=False) as counter:
         network(xt, torch.full((n,), 500.0, device="meta", dtype=dtype), cond)
     for name, parameter in network.named_parameters():

@@ -14,6 +14,7 @@ from fewstep.composition import (
     check_backbone,
     check_judges,
     check_processes,
+    check_range,
     check_rewards,
     resolve_hardware,
     resolve_teacher,
@@ -105,6 +106,7 @@ def distill(config: Config, functions: dict[str, Any] | None = None, judges: dic
     functions = check_rewards(config, functions or {})
     judges = check_judges(config, judges or {})
     source = resolve_teacher(config.teacher)
+    check_range(config, source)
     from fewstep.ranks import Ranks
 
     rank, size = launched()
@@ -282,7 +284,8 @@ def student_grid(run: Run, prompts: list[str], weights: dict[str, Any]) -> Any:
     backbone, steps = run.backbone, run.config.steps
     student = backbone.drawing(run.roles.student, backbone.scheduler(steps), weights)
     with student as pipe:
-        return sample_grid(pipe, prompts, steps=steps, call=backbone.student_call | backbone.told_size(run.config.sizes()[0]))
+        told = backbone.student_told(run.config.student_guidance()) | backbone.told_size(run.config.sizes()[0])
+        return sample_grid(pipe, prompts, steps=steps, call=told)
 
 
 def teacher_grids(run: Run, prompts: list[str], best: str) -> dict[str, Any]:
@@ -293,7 +296,7 @@ def teacher_grids(run: Run, prompts: list[str], best: str) -> dict[str, Any]:
     from fewstep.evaluate.drawing import solver
 
     backbone, steps = run.backbone, run.config.steps
-    call = backbone.teacher_call(run.config.teacher_guidance) | backbone.told_size(run.config.sizes()[0])
+    call = backbone.teacher_call(run.config.shown_guidance()) | backbone.told_size(run.config.sizes()[0])
     own = backbone.pipe.scheduler
     made_for = export.steps_in(own.config)
     if made_for is not None:
@@ -334,8 +337,9 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
     results, best = None, "DPM-Solver++" if not backbone.flow else "its own solver"
     if config.evaluate and config.teacher == "world":
         report = measure_student(
-            output, source, config, output=output / "evaluation.json", steps=config.steps, guidance=config.teacher_guidance
-        )
+            output, source, config, scale=config.student_guidance(), output=output / "evaluation.json", steps=config.steps,
+            guidance=config.shown_guidance(),
+        )  # fmt: skip
         assert report is not None
         results, best = export.results_markdown(report), next(r["solver"] for r in report["rows"] if r["name"] == report["best_solver"])
     elif config.evaluate:

@@ -45,6 +45,9 @@ def brightness(images, prompts):
     return images.mean((1, 2, 3))
 
 
+RANGE = ("--matching.guidance", "[1.5,8]")
+
+
 def run_of(teacher_folder, prompt_file, *options):
     config = flags.parse_config([*OPTIONS, "--teacher", str(teacher_folder), "--updates", "8", *options])
     rewards, judges = {"redness": redness, "contrast": contrast}, {"redness": brightness} if config.reward else {}
@@ -77,6 +80,8 @@ def assert_same(a, b):
         (4, 7, (*EVERYTHING, "--reuse.min-ess", "1", "--reuse.evaluation", "3")),
         (3, 5, ("--reuse.backward-simulation", "true", "--reuse.rollout", "1")),
         (4, 6, ("--size", "16x8,8x16", "--reuse.rollout", "1")),
+        (4, 6, ("--size", "16x8,8x16", "--reuse.rollout", "1", *RANGE)),
+        (3, 5, (*RANGE, "--lora-rank", "2", "--reuse.rollout", "2")),
     ],
     ids=[
         "mid-rollout",
@@ -89,6 +94,8 @@ def assert_same(a, b):
         "asked-again",
         "backward-simulation",
         "sizes",
+        "range, sizes",
+        "range, lora",
     ],
 )
 def test_resume_is_bit_exact(teacher_folder, prompt_file, tmp_path, stop_at, until, options):

@@ -36,6 +36,12 @@ SINGLE_FILE = (
 )
 
 
+KEPT_GUIDANCE = (
+    "{} is itself a student that keeps guidance as a knob: in each call it is told a scale, and no run guides a teacher so or draws it; "
+    "give the teacher that it was distilled from"
+)
+
+
 class UnsupportedTeacher(ValueError):
     """A teacher that cannot be read, or whose family has no adapter; the message says which are known."""
 
@@ -154,7 +160,13 @@ def frozen_dtype(config: Config) -> torch.dtype:
     return torch.bfloat16 if config.memory.frozen == "bf16" else torch.float32
 
 
-SUPPORT = ("pipeline", "recipe", "predicts", "guidance", "LoRA file", "kohya file")
+def with_range() -> list[str]:
+    """The pipelines whose students may keep a range of guidance scales."""
+    kinds = {pipeline: getattr(importlib.import_module(module), name) for pipeline, (module, name) in FAMILIES.items()}
+    return [pipeline for pipeline, kind in kinds.items() if kind.scale_input is not None]
+
+
+SUPPORT = ("pipeline", "recipe", "predicts", "guidance", "guidance range", "LoRA file", "kohya file")
 
 
 def support() -> list[tuple[str, ...]]:
@@ -164,7 +176,7 @@ def support() -> list[tuple[str, ...]]:
         kind = getattr(importlib.import_module(module), name)
         guidance = f"embedded, {kind.embedded_guidance:g}" if kind.embedded_guidance is not None else f"{kind.default_guidance:g}"
         predicts = "flow" if kind.flow else "eps, v or x0"
-        files = ("yes" if can else "no" for can in (kind.saves_lora(), kind.kohya))
+        files = ("yes" if can else "no" for can in (kind.scale_input, kind.saves_lora(), kind.kohya))
         rows.append((pipeline, family_name(pipeline), predicts, guidance, *files))
     return rows
 

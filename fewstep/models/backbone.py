@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from fewstep.denoiser import Cond, Denoiser, Prediction, join
-from fewstep.models import UnsupportedTeacher, index_of, is_null
+from fewstep.denoiser import SCALE, Cond, Denoiser, Prediction, join
+from fewstep.models import KEPT_GUIDANCE, UnsupportedTeacher, index_of, is_null, with_range
 from fewstep.models.embeddings import Embeddings
 from fewstep.schedule import DDPM, Flow, Schedule
 
@@ -153,7 +153,7 @@ class Network(nn.Module):
 
     The step is an embedding added to the time embedding, zero at the start (method, section 6).
     adapters, adapter: the base's LoRA layers and the adapter to switch on for the call; "" switches all off.
-    guidance: the scale that a guidance-distilled network is told.
+    guidance: the scale that the network is told in every call; "each": its conditions tell one for each sample; None: it is told none.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class Network(nn.Module):
         steps: int = 0,
         adapters: Adapters | None = None,
         adapter: str = "",
-        guidance: float | None = None,
+        guidance: float | Literal["each"] | None = None,
     ):
         super().__init__()
         self.model, self.adapters, self.adapter, self.guidance = model, adapters, adapter, guidance
@@ -176,8 +176,12 @@ class Network(nn.Module):
 
     def forward(self, xt: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
         self.switch()
-        if self.guidance is not None:
+        if self.guidance is None:  # the teacher of a student that is told: it is guided from outside
+            cond = {key: value for key, value in cond.items() if key not in SCALE}
+        elif self.guidance != "each":
             cond = {**cond, "guidance": torch.full((len(xt),), self.guidance, device=xt.device)}
+        elif "guidance" not in cond:
+            raise ValueError("this network is told a guidance scale, and its conditions have none: encode prompts with one")
         with self.add_step(cond), attention():
             return self.backbone[0].predict(self.model, xt, timestep, cond)
 
@@ -327,6 +331,8 @@ class Backbone:
     lora_targets: ClassVar[list[str]]
     flow: ClassVar[bool] = True  # else a DDPM schedule, prediction as the teacher's scheduler says
     embedded_guidance: ClassVar[float | None] = None  # guidance-distilled: the scale that the network is called with
+    # the input by which the stock pipeline tells a network its scale: its "own", or one "added" to student and fake; None: it has no way
+    scale_input: ClassVar[Literal["own", "added"] | None] = None
     empty: ClassVar[str] = ""  # the prompt of classifier-free guidance
     default_guidance: ClassVar[float]  # of the teacher's own pictures, as its model card has it
     student_call: ClassVar[dict[str, Any]] = {"guidance_scale": 1.0}  # what the stock pipeline needs to be told for no more guidance
@@ -498,6 +504,24 @@ class Backbone:
         """Latents (B, C, H, W) in the layout that the stock pipeline's `latents=` takes."""
         return self.to_pipeline(latents)
 
+    def scale_conditions(self, guidance: Tensor) -> Cond:
+        """What tells a network its guidance scale (B,) float64, as the stock pipeline does; on the CPU."""
+        return {"guidance": guidance}
+
+    def add_scale_input(self, model: nn.Module) -> None:
+        """Give a network that has none (`scale_input` "added") an input for its scale, of no effect as yet."""
+
+    def name_scale_input(self, model: nn.Module, there: bool) -> None:
+        """Whether the configuration has the input that was added: the stock pipeline then tells it the scale and adds no guidance."""
+
+    def keeps_guidance(self) -> bool:
+        """Whether this pipeline's network has an input for a scale that was added to it: it is a student's, with a range."""
+        return False
+
+    def student_told(self, guidance: float | None) -> dict[str, Any]:
+        """What the stock pipeline is told for a student's pictures; guidance: the scale of one that keeps it as a knob, else None."""
+        return self.student_call | ({} if guidance is None else {"guidance_scale": guidance})
+
     def teacher_call(self, guidance: float) -> dict[str, Any]:
         """What the stock pipeline is told for the teacher's pictures under guidance `uncond + w (cond - uncond)`."""
         return {"guidance_scale": guidance}
@@ -541,18 +565,27 @@ class Backbone:
         """What conditions depend on beside the prompt: the text encoders' and tokenizers' contents, the family's encoding."""
         return [type(self).__name__, *(getattr(self.pipe, name) for name in self.text_parts)]
 
-    def encode(self, prompts: list[str]) -> Cond:
-        """Text conditions, one row per prompt. Each prompt is encoded alone, so that its row does not depend on its batch."""
-        rows = {prompt: {key: value.to(self.device) for key, value in self.embeddings[prompt].items()} for prompt in dict.fromkeys(prompts)}
-        return join([rows[prompt] for prompt in prompts])
+    def encode(self, prompts: list[str], guidance: Tensor | None = None) -> Cond:
+        """Text conditions, one row per prompt. Each prompt is encoded alone, so that its row does not depend on its batch.
 
-    def random_conditions(self, n: int) -> Cond:
+        guidance (B,): scales that the networks are told beside, where they take one.
+        """
+        rows = {prompt: {key: value.to(self.device) for key, value in self.embeddings[prompt].items()} for prompt in dict.fromkeys(prompts)}
+        cond = join([rows[prompt] for prompt in prompts])
+        return cond if guidance is None else cond | self.scales_on_device(guidance)
+
+    def scales_on_device(self, guidance: Tensor) -> Cond:
+        # on the CPU, as in the stock pipeline: the sine of a scale times 1000 makes much of another device's rounding
+        return {key: value.to(self.device) for key, value in self.scale_conditions(guidance.cpu().double()).items()}
+
+    def random_conditions(self, n: int, guidance: Tensor | None = None) -> Cond:
         """Conditions as `encode` makes them of n long prompts, of random numbers: to measure with, without a text encoder."""
         make = {True: torch.ones, False: torch.randn}
-        return {
+        cond = {
             key: make["mask" in key](n, *shape, device=self.device, dtype=torch.long if "mask" in key else self.dtype)
             for key, shape in self.condition_shapes().items()
         }
+        return cond if guidance is None else cond | self.scales_on_device(guidance)
 
     def cut(self, prompts: list[str]) -> list[str]:
         """Those of the prompts that are longer than the text encoder reads."""
@@ -600,20 +633,37 @@ class Backbone:
         """(K,) float64, decreasing from 1, read from the scheduler that is exported."""
         return self.schedule().t_of(self.scheduler(steps).timesteps.double().cpu())
 
-    def denoiser(self, network: nn.Module) -> Denoiser:
-        return Denoiser(network, self.schedule(), self.prediction, uncond=self.encode([self.empty]))
+    def denoiser(self, network: nn.Module, scale: float | None = None) -> Denoiser:
+        """scale: what an embedded guidance is told where nothing but the empty prompt is asked about."""
+        told = None if scale is None else torch.tensor([scale])
+        return Denoiser(network, self.schedule(), self.prediction, uncond=self.encode([self.empty], told))
 
-    def check_guidance(self, guidance: float) -> None:
-        """Raises ValueError for guidance of a teacher whose stock pipeline ignores it."""
+    @classmethod
+    def check_range(cls) -> None:
+        """Raises ValueError where the stock pipeline has no way to tell a network its guidance scale."""
+        if cls.scale_input is None:
+            raise ValueError(
+                f"a range needs a network that is told its scale, and a stock {cls.pipeline.__name__} tells none: give one scale; "
+                f"families with a range: {', '.join(with_range())}"
+            )
+
+    def check_guidance(self, guidance: float | tuple[float, float]) -> None:
+        """Raises ValueError for guidance of a teacher whose stock pipeline ignores it, for a range where students cannot have one, and for
+        a teacher that is itself told its scale by an added input."""
+        if self.keeps_guidance():
+            raise ValueError(KEPT_GUIDANCE.format(self.source))
+        if isinstance(guidance, tuple):
+            self.check_range()
         if guidance != 1 and not self.takes_guidance():
-            raise ValueError(f"{self.source} is distilled to few steps and takes no guidance, got {guidance:g}: set matching.guidance to 1")
+            told = f"{guidance:g}" if not isinstance(guidance, tuple) else f"[{guidance[0]:g}, {guidance[1]:g}]"
+            raise ValueError(f"{self.source} is distilled to few steps and takes no guidance, got {told}: set matching.guidance to 1")
 
     def roles(
         self,
         *,
         lora_rank: int = 0,
         fake_steps: int = 0,
-        guidance: float = 1.0,
+        guidance: float | tuple[float, float] = 1.0,
         checkpointing: bool = False,
         int8_teacher: bool = False,
         compiled: bool = False,
@@ -622,19 +672,33 @@ class Backbone:
 
         lora_rank 0: full copies, in float32. Otherwise one base with two adapters; the teacher is the base with both off.
         fake_steps: how many student steps the fake is conditioned on (0: none).
-        guidance: what a guidance-distilled teacher is told; student and fake are told what the stock pipeline is called with.
+        guidance: what a guidance-distilled teacher is told; student and fake are told what the stock pipeline is called with. Of a range
+        all that can be told are told each sample's own scale; an input that this needs is added to student and fake, its weights zero.
         checkpointing, int8_teacher, compiled: as the config's `memory` and `compile` say; some decoders cannot compute theirs again.
         Raises ValueError for guidance of a teacher whose stock pipeline ignores it.
         """
         self.check_guidance(guidance)
         base = self.model
-        own, guidance = self.embedded_guidance, guidance if self.embedded_guidance is not None else None
+        own, scale, told = self.embedded_guidance, None, (None, None, None)
+        added = isinstance(guidance, tuple) and self.scale_input == "added"
+        if added:
+            told = (None, "each", "each")
+        elif isinstance(guidance, tuple):
+            scale, told = sum(guidance) / 2, ("each", "each", "each")
+        elif own is not None:
+            told = (guidance, own, own)
         if lora_rank == 0:
-            student, fake = (copy.deepcopy(base).float().requires_grad_(True) for _ in range(2))
+            student, fake = (copy.deepcopy(base).float() for _ in range(2))
+            for model in (student, fake):
+                if added:
+                    self.add_scale_input(model)
+                model.requires_grad_(True)
             models, adapters = (base, student, fake), None
             if int8_teacher:
                 in_eight_bits(base)
         else:
+            if added:
+                self.add_scale_input(base)
             config = self.lora_config(lora_rank)
             config._register_custom_module({nn.Linear: AddedLinear})
             for name in ("student", "fake"):
@@ -654,9 +718,9 @@ class Backbone:
             for block in itertools.chain.from_iterable(map(repeated_blocks, set(models))):
                 block.compile()
         networks = (
-            Network(self, models[0], adapters=adapters, adapter="", guidance=guidance),
-            Network(self, models[1], adapters=adapters, adapter="student", guidance=own),
-            Network(self, models[2], adapters=adapters, adapter="fake", steps=fake_steps, guidance=own),
+            Network(self, models[0], adapters=adapters, adapter="", guidance=told[0]),
+            Network(self, models[1], adapters=adapters, adapter="student", guidance=told[1]),
+            Network(self, models[2], adapters=adapters, adapter="fake", steps=fake_steps, guidance=told[2]),
         )
         networks = [network.to(self.device) for network in networks]
 
@@ -668,7 +732,7 @@ class Backbone:
                 if name.startswith("step_embedding") or any(part in name for part in parts)
             }
 
-        return Roles(*map(self.denoiser, networks), owned(networks[1], "student"), owned(networks[2], "fake"))
+        return Roles(*(self.denoiser(network, scale) for network in networks), owned(networks[1], "student"), owned(networks[2], "fake"))
 
     def lora_config(self, rank: int) -> LoraConfig:
         return LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=True, target_modules=self.lora_targets)
@@ -688,6 +752,8 @@ class Backbone:
             own[name.removeprefix("model.")].copy_(value)
         if network.adapters:
             model = merged(model, network.adapter)
+        if network.guidance == "each":
+            self.name_scale_input(model, True)
         pipe = copy.copy(self.pipe)  # the teacher's other parts and settings
         pipe.register_modules(**{self.part: model.to(self.dtype).eval(), "scheduler": self.scheduler(steps)})
         pipe.set_progress_bar_config(disable=True)
@@ -710,6 +776,8 @@ class Backbone:
             for name, value in weights.items():
                 own[name].data = value.to(own[name])
             network.switch()
+            if network.guidance == "each":
+                self.name_scale_input(network.model, True)
             mixed = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)  # full weights are float32
             with self.on_device([*self.text_modules(), pipe.vae]), mixed, torch.no_grad():
                 yield pipe
@@ -718,6 +786,8 @@ class Backbone:
                 pipe.vae.use_slicing = slices
             for name, value in before.items():
                 own[name].data = value
+            if network.guidance == "each":
+                self.name_scale_input(network.model, False)
 
     @classmethod
     def saves_lora(cls) -> bool:

@@ -54,6 +54,7 @@ class Flux1(Flux):
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out",
     ]  # fmt: skip
     embedded_guidance = 3.5
+    scale_input = "own"
     default_guidance = 3.5
     student_call: ClassVar[dict[str, Any]] = {"guidance_scale": 3.5}
 
@@ -74,7 +75,7 @@ class Flux1(Flux):
         text = cond["prompt_embeds"]
         output = model(
             hidden_states=self.to_pipeline(xt), timestep=timestep / 1000, encoder_hidden_states=text, pooled_projections=cond["pooled"],
-            guidance=cond["guidance"] if self.takes_guidance() else None,
+            guidance=cond["guidance"].float() if self.takes_guidance() else None,
             txt_ids=xt.new_zeros(text.shape[1], 3), img_ids=positions(1, height, width, device=xt.device), return_dict=False,
         )[0]  # fmt: skip
         return F.pixel_shuffle(picture(output, height, width), 2)

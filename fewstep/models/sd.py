@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -18,6 +19,7 @@ UNET_LORA_TARGETS = [
     "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv", "conv_in", "conv_out", "linear_1", "linear_2",
 ]  # fmt: skip
 
+SCALE_WIDTH = 256  # of a guidance scale's embedding, as LCM has it
 SHORT = 256  # positions up to which plain matrix products beat the CPU's fused attention (bf16 training at 16 positions: 1.2 x)
 
 
@@ -28,14 +30,54 @@ def attention(xt: Tensor):
     return nullcontext()
 
 
-class StableDiffusion(Backbone):
-    pipeline = StableDiffusionPipeline
-    load_options: ClassVar[dict[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
+class UNet(Backbone):
+    """What Stable Diffusion and SDXL share: a UNet2DConditionModel on a DDPM schedule.
+
+    Its pipelines tell a network with `time_cond_proj_dim` an embedding of guidance_scale - 1, which joins the time's, and add no guidance
+    of their own then (as for LCM, arXiv 2310.04378).
+    """
+
     part = "unet"
-    text_parts = ("text_encoder", "tokenizer")
     time_module = "time_embedding"
     lora_targets = UNET_LORA_TARGETS
     flow = False
+    scale_input = "added"
+
+    def middle(self, model: nn.Module) -> nn.Module:
+        return model.mid_block
+
+    def time_width(self, model: nn.Module) -> int:
+        return model.time_embedding.linear_2.out_features  # the input for a scale, where one was added, comes after it
+
+    def scale_conditions(self, guidance: Tensor) -> Cond:
+        embedded = self.pipe.get_guidance_scale_embedding((guidance - 1).float(), embedding_dim=SCALE_WIDTH)
+        return super().scale_conditions(guidance) | {"timestep_cond": embedded}
+
+    def add_scale_input(self, model: nn.Module) -> None:
+        embedding = model.time_embedding
+        like = embedding.linear_1.weight
+        added = nn.Linear(SCALE_WIDTH, embedding.linear_1.in_features, bias=False, device=like.device, dtype=like.dtype)
+        embedding.cond_proj = added.requires_grad_(False)
+        nn.init.zeros_(added.weight)
+
+    def name_scale_input(self, model: nn.Module, there: bool) -> None:
+        model.register_to_config(time_cond_proj_dim=SCALE_WIDTH if there else None)
+
+    def keeps_guidance(self) -> bool:
+        return self.model.config.time_cond_proj_dim is not None
+
+    def lora_config(self, rank: int) -> LoraConfig:
+        """With the input that was added for the scale: its base is zero, so the adapter is all of it."""
+        config = super().lora_config(rank)
+        if self.model.time_embedding.cond_proj is not None:
+            config.target_modules |= {"cond_proj"}
+        return config
+
+
+class StableDiffusion(UNet):
+    pipeline = StableDiffusionPipeline
+    load_options: ClassVar[dict[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
+    text_parts = ("text_encoder", "tokenizer")
     default_guidance = 7.5
     kohya = "diffusers"
 
@@ -48,10 +90,9 @@ class StableDiffusion(Backbone):
 
     def predict(self, model: nn.Module, xt: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
         with attention(xt):
-            return model(xt, timestep, encoder_hidden_states=cond["prompt_embeds"], return_dict=False)[0]
-
-    def middle(self, model: nn.Module) -> nn.Module:
-        return model.mid_block
+            return model(
+                xt, timestep, timestep_cond=cond.get("timestep_cond"), encoder_hidden_states=cond["prompt_embeds"], return_dict=False
+            )[0]  # fmt: skip
 
     def kohya_version(self) -> str | None:
         version = {768: "sd_v1", 1024: "sd_v2"}.get(self.model.config.cross_attention_dim)

@@ -10,19 +10,14 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from fewstep.denoiser import Cond
-from fewstep.models.backbone import Backbone
-from fewstep.models.sd import UNET_LORA_TARGETS, attention
+from fewstep.models.sd import UNet, attention
 
 
-class StableDiffusionXL(Backbone):
+class StableDiffusionXL(UNet):
     pipeline = StableDiffusionXLPipeline
     load_options: ClassVar[dict[str, Any]] = {"add_watermarker": False}
-    part = "unet"
     text_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     can_lack = ("text_encoder", "tokenizer")  # the network then reads the second encoder's text alone
-    time_module = "time_embedding"
-    lora_targets = UNET_LORA_TARGETS
-    flow = False
     default_guidance = 5.0
     kohya = "sgm"
 
@@ -48,7 +43,8 @@ class StableDiffusionXL(Backbone):
         added = {"text_embeds": cond["text_embeds"], "time_ids": sizes}
         with attention(xt):
             return model(
-                xt, timestep, encoder_hidden_states=cond["prompt_embeds"], added_cond_kwargs=added, return_dict=False
+                xt, timestep, timestep_cond=cond.get("timestep_cond"), encoder_hidden_states=cond["prompt_embeds"],
+                added_cond_kwargs=added, return_dict=False,
             )[0]  # fmt: skip
 
     def to_autoencoder(self, x0: Tensor) -> Tensor:
@@ -59,9 +55,6 @@ class StableDiffusionXL(Backbone):
             return x0 / config.scaling_factor  # the stock pipeline has no shift here
         mean, std = (torch.tensor(value).view(1, -1, 1, 1).to(x0) for value in (mean, std))
         return x0 * std / config.scaling_factor + mean
-
-    def middle(self, model: nn.Module) -> nn.Module:
-        return model.mid_block
 
     def longest_text(self) -> tuple[Any, int]:
         return self.pipe.tokenizer_2, self.pipe.tokenizer_2.model_max_length  # as long as the first one's: both texts lie side by side
