@@ -252,6 +252,10 @@ def sample_command(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture's batch")
     parser.add_argument("-n", type=int, default=1, help="how many pictures")
     parser.add_argument("--size", default=None, help="HEIGHTxWIDTH in pixels (default: that of its training)")
+    parser.add_argument(
+        "--guidance", type=float, default=None,
+        help="guidance scale of a student with a range (default: teacher_guidance of its run, inside the range)",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, default=None, help="folder for the PNG files (default: FOLDER/pictures)")
     options = parser.parse_args(arguments)
     if not options.prompt.strip():
@@ -273,10 +277,13 @@ def sample_command(arguments: list[str]) -> int:
     from fewstep.config import Config
 
     models.quiet_libraries()
-    from fewstep.evaluate.command import evaluation_device
+    from fewstep.evaluate.command import evaluation_device, student_scale
     from fewstep.evaluate.drawing import generate
 
-    config = saved_config(options.folder) if (options.folder / "config.yaml").is_file() else Config()
+    own = saved_config(options.folder) if (options.folder / "config.yaml").is_file() else None
+    scale, config = student_scale(options.folder, own, options.guidance), own or Config()
+    if scale is None and options.guidance is not None:
+        raise UserError("--guidance: one scale is distilled into this student and fixed; leave the flag out")
     try:
         size = (dataclasses.replace(config, size=[options.size]) if options.size is not None else config).sizes()[0]
         device = evaluation_device()
@@ -286,7 +293,7 @@ def sample_command(arguments: list[str]) -> int:
         raise UserError(str(error)) from error
     except ValueError as error:
         raise UserError(f"--size: {error}") from error
-    call = backbone.student_call | backbone.told_size(size)
+    call = backbone.student_told(scale) | backbone.told_size(size)
     try:
         images, _ = generate(backbone.pipe.to(device), [options.prompt], options.n, steps=steps, seed=options.seed, call=call)
     except FloatingPointError as error:
@@ -300,9 +307,8 @@ def sample_command(arguments: list[str]) -> int:
             digest = hashlib.sha256(f"{options.seed}\0{options.prompt}".encode() + pixels.tobytes()).hexdigest()[:8]
             path = output / f"step{steps}-{index:03d}-{digest}.png"
             Image.fromarray(pixels).save(path)
-            log.write(
-                json.dumps({"file": path.name, "prompt": options.prompt, "seed": options.seed, "index": index, "steps": steps}) + "\n"
-            )
+            line = {"file": path.name, "prompt": options.prompt, "seed": options.seed, "index": index, "steps": steps}
+            log.write(json.dumps(line | ({} if scale is None else {"guidance": scale})) + "\n")
             print(path)
     return 0
 

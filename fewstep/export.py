@@ -126,7 +126,9 @@ def write_diffusers(student: Averaged, folder: Path) -> None:
     """A folder that stock `DiffusionPipeline.from_pretrained` opens, and the LoRA file beside where there is one."""
     backbone, rank = student.backbone, student.config.lora_rank
     backbone.save(student.pipe, folder)
-    if rank and not backbone.saves_lora():
+    if rank and outside_lora(student.config, backbone):
+        print(f"no LoRA file: {NO_SCALE_INPUT}; the folder holds the merged weights")
+    elif rank and not backbone.saves_lora():
         print(f"no LoRA file: diffusers has no loader for a {backbone.pipeline.__name__}; the folder holds the merged weights")
     elif student.weights and rank:
         backbone.save_lora(student.weights, folder, rank=rank)
@@ -138,12 +140,38 @@ def write_lora(student: Averaged, folder: Path) -> None:
     student.pipe.scheduler.save_pretrained(folder / "scheduler")
 
 
+NO_SCALE_INPUT = (
+    "this student keeps guidance as a knob (matching.guidance is a range), and the input that tells it the scale is part of its own UNet: "
+    "a pipeline of the teacher has none for a LoRA to change"
+)
+
+
+def outside_lora(config: Config, family: Any) -> bool:
+    """Whether the student has an input for its guidance scale that its teacher's network lacks."""
+    return config.matching.guidance_range is not None and family.scale_input == "added"
+
+
+def keeps_guidance(student: Path) -> bool:
+    """Whether the student in a folder is told its guidance scale in each call: its UNet has the input, or the run there trained a range."""
+    import yaml
+
+    unet, run = student / "unet" / "config.json", student / "config.yaml"
+    try:
+        if unet.is_file():
+            return json.loads(unet.read_text()).get("time_cond_proj_dim") is not None
+        return run.is_file() and isinstance(yaml.safe_load(run.read_text())["matching"]["guidance"], list)
+    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):  # whoever reads the folder as what it is says what is wrong
+        return False
+
+
 def check_form(config: Config, family: Any, to: str) -> None:
     """Raises CannotExport for a form that this student does not have."""
     if to == "diffusers":
         return
     if config.lora_rank == 0:
         raise CannotExport(f"--to {to}: this run trained full weights (lora_rank 0), there is no LoRA; use --to diffusers")
+    if outside_lora(config, family):
+        raise CannotExport(f"--to {to}: {NO_SCALE_INPUT}; use --to diffusers")
     if to == "lora" and not family.saves_lora():
         raise CannotExport(f"--to lora: diffusers has no LoRA loader for a {family.pipeline.__name__}; use --to diffusers")
     if to == "kohya" and family.kohya is None:
@@ -273,6 +301,17 @@ def push(folder: Path, name: str, *, private: bool) -> str:
 
 # -- the card ----------------------------------------------------------------------------------------------------------
 
+FIXED_GUIDANCE = (
+    "The student was held to its teacher under guidance {}, at every noise level. That is distilled in and fixed: another "
+    "guidance takes another distillation (`--matching.guidance`). Sample with `{}`: the pipeline then adds no guidance of its own, "
+    "and a negative prompt has no effect."
+)
+KNOB = (
+    "The student was held to its teacher under guidance {0}, at every noise level, and told which. `guidance_scale` is any number {0}; "
+    "outside of these it was not trained. Above it stands as the pictures here were drawn: `{1}`. The pipeline tells the student the scale "
+    "and adds no guidance of its own: a picture takes one evaluation a step at any scale, and a negative prompt has no effect."
+)
+
 
 def teacher_licence(teacher: str) -> tuple[dict[str, Any], str]:
     """(license, license_name, license_link of the teacher's card, as far as it has them; why there are none).
@@ -382,13 +421,14 @@ def model_card(student: Averaged, to: str, folder: Path, *, name: str | None = N
         **fields,
         **(relation if on_hub(config.teacher) else {}),
     )
-    normalize, guidance = config.matching.normalize, config.matching.guidance
+    normalize, within = config.matching.normalize, config.matching.guidance_range
+    guidance = f"{config.matching.guidance:g}" if within is None else f"from {within[0]:g} to {within[1]:g}"
     method = {"group": "GNDM (group-normalised distribution matching)", "sample": "DMD"}.get(
         normalize, f"distribution matching, scale `{normalize}`"
     )
     scheduler = backbone.scheduler(steps)
     grid = f"[{', '.join(f'{round(float(t), 3):g}' for t in scheduler.timesteps)}]"
-    guided = ", ".join(f"{key}={value!r}" for key, value in backbone.student_call.items())
+    guided = ", ".join(f"{key}={value!r}" for key, value in backbone.student_told(config.student_guidance()).items())
     size = ", ".join(f"{key}={value}" for key, value in backbone.told_size(config.sizes()[0]).items())
     place = {"world": "path/to/fewstep/world/assets/teacher"}.get(config.teacher, f"path/to/{teacher_in_words(config.teacher)}")
     # a folder in float32 is read so unasked; how a teacher is stored is not known here, and its parts may not be stored alike
@@ -424,7 +464,7 @@ def model_card(student: Averaged, to: str, folder: Path, *, name: str | None = N
 # {title(config)}
 
 Distilled with fewstep by {method}: {student.update} updates{f" of {config.updates}" * (student.update < config.updates)}, \
-teacher guidance {guidance:g}, {rewards_in_words(config, student.rewards)}.
+teacher guidance {guidance}, {rewards_in_words(config, student.rewards)}.
 
 {licence}
 
@@ -437,9 +477,7 @@ with another number of steps or another scheduler it is no longer the model that
 
 ## Guidance
 
-The student was held to its teacher under guidance {guidance:g}, at every noise level. That is distilled in and fixed: another \
-guidance takes another distillation (`--matching.guidance`). Sample with `{guided}`: the pipeline then adds no guidance of its own, \
-and a negative prompt has no effect.
+{FIXED_GUIDANCE.format(guidance, guided) if within is None else KNOB.format(guidance, guided)}
 
 ## Numbers
 

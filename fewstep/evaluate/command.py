@@ -37,8 +37,30 @@ def world_instruments(device: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def source_of(name: str, size: tuple[int, int] | None, *, device: str, precision: str, student: bool) -> Any:
-    """What opens a pipeline to draw with, through its family: a student without guidance, a teacher with it, unless it is a student too."""
+def student_scale(folder: Path, config: Config | None, given: float | None) -> float | None:
+    """The guidance scale that a student is told in its pictures: the one given, else its config's; None where one is distilled in.
+
+    Raises UserError for a scale outside of the range that the student was trained in, and where nothing says which to take.
+    """
+    from fewstep.export import keeps_guidance
+
+    within = config.matching.guidance_range if config else None
+    if within is None and not keeps_guidance(folder):
+        return None
+    if within is None and given is None:
+        raise UserError(f"--guidance: missing; {folder} is told its scale, and no config.yaml there says in which range it was trained")
+    if given is None:
+        return config.student_guidance()
+    low, high = within or (0, sys.float_info.max)
+    if not low <= given <= high:
+        said = f"from {low:g} to {high:g}, the range that it was trained in" if within else "of 0 or more"
+        raise UserError(f"--guidance: this student takes a scale {said}; got {given:g}")
+    return given
+
+
+def source_of(name: str, size: tuple[int, int] | None, *, device: str, precision: str, student: bool, scale: float | None = None) -> Any:
+    """What opens a pipeline to draw with, through its family: a student without guidance, a teacher with it, unless it is a student too.
+    scale: that a student is told which keeps guidance as a knob."""
 
     def opened() -> Any:
         import torch
@@ -49,19 +71,24 @@ def source_of(name: str, size: tuple[int, int] | None, *, device: str, precision
 
         backbone = models.load(name, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
         told = backbone.told_size(size)
+        if student and scale is None and backbone.keeps_guidance():  # of a hub repository: a folder's was asked about before
+            raise ValueError(f"{name}: this student is told its guidance scale; download it and give its folder, with --guidance")
         unguided = student or steps_in(backbone.pipe.scheduler.config) is not None
 
         def call(guidance: float) -> dict[str, Any]:
-            return (backbone.student_call if unguided else backbone.teacher_call(guidance)) | told
+            return (backbone.student_told(scale) if unguided else backbone.teacher_call(guidance)) | told
 
-        return Source(backbone.pipe.to(device), call, (told["height"], told["width"]))
+        return Source(backbone.pipe.to(device), call, (told["height"], told["width"]), 1.0 if scale is None else scale)
 
     return opened
 
 
-def measure_student(student: str | Path, teacher: str | None, config: Config | None, *, output: Path, **told: Any) -> dict[str, Any] | None:
+def measure_student(
+    student: str | Path, teacher: str | None, config: Config | None, *, output: Path, scale: float | None = None, **told: Any
+) -> dict[str, Any] | None:
     """Measure a student as `evaluation.evaluate` is told; saves the report, prints its table and returns it, or None where only a share
-    was drawn. config: of the student's run, where there is one; told: what the caller gives beside the embedded world's own."""
+    was drawn. config: of the student's run, where there is one; scale: as of `source_of`; told: what the caller gives beside the embedded
+    world's own."""
     from rich.console import Console
 
     from fewstep.evaluate import evaluation, tables
@@ -74,7 +101,7 @@ def measure_student(student: str | Path, teacher: str | None, config: Config | N
         own.pop("neighbours", None)  # the embedded world's are for its own pictures
     told = own | told | {"scorers": own["scorers"] | told.get("scorers", {})}
     report = evaluation.evaluate(
-        source_of(str(student), size, student=True, **opening),
+        source_of(str(student), size, student=True, scale=scale, **opening),
         teacher=source_of(teacher, size, student=False, **opening) if teacher else None,
         cache=cache_folder(),
         **told,
@@ -149,7 +176,11 @@ def read_options(arguments: list[str]) -> Any:
     parser.add_argument("--images-per-prompt", type=int, help="pictures for each prompt (default: the set's; 8 in the embedded world)")
     parser.add_argument("--steps", type=int, help="the student's steps (default: those it was made for)")
     parser.add_argument("--teacher-steps", type=int, help="the teacher's own steps (default 28; of a student as teacher its own)")
-    parser.add_argument("--guidance", type=float, help="the teacher's guidance scale (default: the run's, or its family's)")
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        help="the teacher's guidance scale, and that of a student with a range (default: the run's, or its family's)",
+    )
     parser.add_argument("--resize", type=int, metavar="PIXELS", help="bring pictures to this square before an extractor sees them")
     parser.add_argument("--seed", type=int, default=0, help="seed of the rows; the teacher's reference sample uses the next")
     parser.add_argument("--batch", type=int, default=16, help="pictures drawn at a time (default 16)")
@@ -214,6 +245,7 @@ def command(arguments: list[str]) -> int:
     remote = (config or Config()).remote if options.timeout is None else RemoteConfig(options.timeout)
     if problems := Config(remote=remote).problems():
         raise UserError("; ".join(problems))
+    scale = student_scale(folder, config, options.guidance)
     against = options.against or (config.teacher if config else "none")
     teacher = None if against == "none" else resolve_teacher(against)
     if teacher is not None:
@@ -244,7 +276,7 @@ def command(arguments: list[str]) -> int:
     told |= {name: getattr(options, name) for name in ("seed", "batch", "precision", "teacher_steps", "keep_images")}
     try:
         if teacher is not None:
-            default = config.teacher_guidance if config else models.family(teacher).default_guidance
+            default = config.shown_guidance() if config else models.family(teacher).default_guidance
             told["guidance"] = default if options.guidance is None else options.guidance
         if options.prompts is not None:
             told["prompts"] = sets.load(options.prompts)
@@ -256,13 +288,15 @@ def command(arguments: list[str]) -> int:
             told["data"] = pictures.open_pictures(options.data)
         told["extractors"] = features.make_extractors(options.extractor.items(), resize=options.resize, device=device)
         told["scorers"], told["judges"] = load_judges(options.judge, device=device, in_world=against == "world", timeout=remote.timeout)
-        report = measure_student(folder, teacher, config, output=output, share=share, progress=share[0] == 0 or not launched, **told)
+        report = measure_student(
+            folder, teacher, config, scale=scale, output=output, share=share, progress=share[0] == 0 or not launched, **told
+        )
         if launched and share[1] > 1:
             ranks = Ranks.join()
             ranks.wait()  # until every share is drawn
             ranks.leave()
             if share[0] == 0:
-                report = measure_student(folder, teacher, config, output=output, **told)
+                report = measure_student(folder, teacher, config, scale=scale, output=output, **told)
     except (ValueError, FloatingPointError) as error:
         raise UserError(str(error)) from error
     except OSError as error:  # a full disk, a hub out of reach

@@ -182,6 +182,7 @@ class Source(NamedTuple):
     pipe: Any
     call: Callable[[float], dict[str, Any]]  # guidance scale -> what the stock call is told
     size: tuple[int, int]  # (height, width) of its pictures in pixels
+    guidance: float = 1.0  # of a student: the scale that it is told; 1 where one is distilled in
 
 
 def opened(source: str | Path | Callable[[], Source], device: str | torch.device) -> Source:

@@ -156,7 +156,8 @@ def evaluate(
     student of K steps is drawn at those alone, without guidance.
 
     student, teacher: diffusers folders, hub ids, or functions that open a Source; without a teacher the student stands alone.
-    guidance: the teacher's, in all its rows; the student has none (1). prompts: a PromptSet's may come more than once.
+    guidance: the teacher's, in all its rows; the student has its source's, 1 where it is told none. prompts: a PromptSet's may come more
+    than once.
     scorers: name -> scorer; judges: name -> any other reward; utility: pictures -> (B,); extractor: the scorer whose features FD-clip
     uses; extractors: others; data: real pictures, or their FD-clip features (M, d), without which the metrics that need them are left out;
     neighbours: k of precision and recall. noise: a picture's own, or, as samples that ship were drawn, that of its batch.
@@ -223,7 +224,7 @@ def evaluate(
     with tempfile.TemporaryDirectory() as scratch:
         own_folder, folder = Path(work or scratch), Path(cache or scratch)
         identity, pipe_configs = {"student": pipeline_fingerprint(own.pipe)}, {"student": pipeline_config(own.pipe)}
-        row = {"name": f"student, {steps} steps", "solver": "its own", "steps": steps, "guidance": 1.0, "seed": seed}
+        row = {"name": f"student, {steps} steps", "solver": "its own", "steps": steps, "guidance": own.guidance, "seed": seed}
         samples = [sampler.collect(own, row, identity | {"config": pipe_configs["student"]}, own_folder)]
         del own
         reference: Seen | None = None

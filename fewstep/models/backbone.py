@@ -348,11 +348,6 @@ class Backbone:
                 raise UnsupportedTeacher(f"{source}: prediction_type {kind!r} in its scheduler is not one of epsilon, v_prediction, sample")
             self.prediction = kind
             self.check_schedule()
-            if self.model.config.get("time_cond_proj_dim"):
-                raise UnsupportedTeacher(
-                    f"{source}: its {self.part} is told the guidance scale (time_cond_proj_dim), as latent consistency models are, and "
-                    "here it would not be; give the model that it was distilled from"
-                )
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
