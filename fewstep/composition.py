@@ -248,12 +248,12 @@ def check_backbone(backbone: Any, config: Config) -> tuple[Any, list[tuple[int, 
         optimizer_class(config.memory.optimizer)
     except ImportError as error:
         raise UserError(str(error)) from error
-    few, guidance = backbone.few_step_scheduler(), config.matching.guidance
-    if few and guidance != 1:
+    few = backbone.few_step_scheduler()
+    if few and config.matching.guidance != 1:
         print(
             f"{config.teacher}: its scheduler, {few}, is one of teachers distilled to few steps (SD-Turbo, SDXL-Turbo, Lightning, LCM, a "
-            f"student), which are not made to be guided, and this run guides it by {guidance:g}: if it is one, set --matching.guidance 1 "
-            "and --teacher-guidance 1"
+            f"student), which are not made to be guided, and this run has it under "
+            f"guidance {config.matching.guidance_in_words()}: if it is one, set --matching.guidance 1 and --teacher-guidance 1"
         )
     return times, latent_shapes
 

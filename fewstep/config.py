@@ -77,6 +77,10 @@ class MatchingConfig:
         """(low, high) where the student keeps the guidance scale as a knob, None where one is distilled in."""
         return self.guidance if isinstance(self.guidance, tuple) else None
 
+    def guidance_in_words(self) -> str:
+        within = self.guidance_range
+        return f"{self.guidance:g}" if within is None else f"from {within[0]:g} to {within[1]:g}"
+
 
 @dataclass
 class WeightsConfig:

@@ -422,7 +422,7 @@ def model_card(student: Averaged, to: str, folder: Path, *, name: str | None = N
         **(relation if on_hub(config.teacher) else {}),
     )
     normalize, within = config.matching.normalize, config.matching.guidance_range
-    guidance = f"{config.matching.guidance:g}" if within is None else f"from {within[0]:g} to {within[1]:g}"
+    guidance = config.matching.guidance_in_words()
     method = {"group": "GNDM (group-normalised distribution matching)", "sample": "DMD"}.get(
         normalize, f"distribution matching, scale `{normalize}`"
     )

@@ -37,8 +37,8 @@ SINGLE_FILE = (
 
 
 KEPT_GUIDANCE = (
-    "{} is told the guidance scale (time_cond_proj_dim), as a student that keeps it as a knob and latent consistency models are, and no run "
-    "guides a teacher so or draws it; give the model that it was distilled from"
+    "{} is told the guidance scale (time_cond_proj_dim), as a student that keeps it as a knob and latent consistency models are, and no "
+    "run guides a teacher so or draws it; give the model that it was distilled from"
 )
 
 
