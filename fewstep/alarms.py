@@ -53,7 +53,8 @@ ALARMS = (
         lambda ratio: ratio >= 1 - 1e-6,  # the same network as the teacher's is no better, whatever rounding says
         "the fake of {name!r} denoises the student's outputs no better than the teacher does, in nearly all of the last {since} "
         "evaluations (its squared error is now {value:.3g} of the teacher's): it does not follow the student, and what moves that is no "
-        "gradient of a KL. Raise fake.updates, bring fake.lr back to the recipe's, or lower student.lr; then go on from a checkpoint of before",
+        "gradient of a KL. Raise fake.updates, bring fake.lr back to the recipe's, or lower student.lr; then go on from a checkpoint of "
+        "before",
     ),
     Alarm(
         "anchor",
