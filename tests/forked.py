@@ -5,6 +5,8 @@ import socket
 import sys
 import traceback
 
+import torch
+
 from fewstep import cli
 
 
@@ -15,6 +17,7 @@ def start(work):
         return child
     status = 8
     try:
+        torch.set_num_threads(torch.get_num_threads())  # makes its pool anew, before threads of the work race to do so and find none
         status = work() or 0
     except BaseException:
         traceback.print_exc()

@@ -466,6 +466,8 @@ def test_several_draws_are_averaged_and_their_strata_spread_over_each_sample():
     torch.testing.assert_close(signal.direction, sum(result.direction.chunk(3)) / 3)
     torch.testing.assert_close(signal.score, sum(result.score.chunk(3)) / 3)
     torch.testing.assert_close(signal.magnitude, sum(result.magnitude.chunk(3)) / 3)
+    for mean, each in zip(signal.moments, result.moments, strict=True):
+        torch.testing.assert_close(mean, sum(each.chunk(3)) / 3)
     assert signal.xt is None and signal.t is None  # no one place to weigh
     expected = one.evaluate(
         torch.cat([sample.x0] * 3), {}, torch.zeros(12, dtype=torch.long), k=torch.cat([sample.k] * 3), t=result.t,
@@ -480,8 +482,9 @@ def test_a_signal_says_where_it_was_taken():
     signal = matching(sample)
     torch.manual_seed(4)
     found = matching.evaluate(sample.x0, sample.cond, sample.group, k=sample.k)
-    for ours, theirs in zip(signal, (found.score, found.direction, found.xt, found.t, found.magnitude), strict=True):
+    for ours, theirs in zip(signal[:-1], (found.score, found.direction, found.xt, found.t, found.magnitude), strict=True):
         assert torch.equal(ours, theirs)
+    assert all(map(torch.equal, signal.moments, found.moments))
     assert signal.xt.shape == sample.x0.shape and signal.t.shape == (4,)
 
 

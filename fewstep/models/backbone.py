@@ -630,8 +630,8 @@ class Backbone:
 
     def denoiser(self, network: nn.Module, scale: float | None = None) -> Denoiser:
         """scale: what an embedded guidance is told where nothing but the empty prompt is asked about."""
-        told = None if scale is None else torch.tensor([scale])
-        return Denoiser(network, self.schedule(), self.prediction, uncond=self.encode([self.empty], told))
+        told = () if scale is None else (torch.tensor([scale]),)
+        return Denoiser(network, self.schedule(), self.prediction, uncond=self.encode([self.empty], *told))
 
     @classmethod
     def check_range(cls) -> None:
