@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 from fewstep import cli, composition, export, flags, models
 from fewstep.models import kohya
-from fewstep.models.backbone import Backbone
 from fewstep.models.sdxl import StableDiffusionXL
 
 PROMPTS = ["a cat", "two red hats"]
@@ -198,7 +197,7 @@ def test_sdxl_layers_get_the_names_of_the_original_code():
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     unet = sdxl_unet()
-    inject_adapter_in_model(Backbone.lora_config(StableDiffusionXL, 2), unet)
+    inject_adapter_in_model(StableDiffusionXL.lora_config(StableDiffusionXL, 2), unet)
     layers = [name for name, module in unet.named_modules() if isinstance(module, BaseTunerLayer)]
     names = {layer: kohya.sgm_name(layer, unet.config) for layer in layers}
     assert len(set(names.values())) == len(layers) > 700

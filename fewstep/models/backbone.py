@@ -503,8 +503,9 @@ class Backbone:
         """What tells a network its guidance scale (B,) float64, as the stock pipeline does; on the CPU."""
         return {"guidance": guidance}
 
-    def add_scale_input(self, model: nn.Module) -> None:
-        """Give a network that has none (`scale_input` "added") an input for its scale, of no effect as yet."""
+    def add_scale_input(self, model: nn.Module) -> str:
+        """Give a network that has none (`scale_input` "added") an input for its scale, of no effect as yet; the name of its layer."""
+        raise NotImplementedError
 
     def name_scale_input(self, model: nn.Module, there: bool) -> None:
         """Whether the configuration has the input that was added: the stock pipeline then tells it the scale and adds no guidance."""
@@ -692,9 +693,9 @@ class Backbone:
             if int8_teacher:
                 in_eight_bits(base)
         else:
-            if added:
-                self.add_scale_input(base)
             config = self.lora_config(lora_rank)
+            if added:  # its base is zero: the adapter is all of it
+                config.target_modules |= {self.add_scale_input(base)}
             config._register_custom_module({nn.Linear: AddedLinear})
             for name in ("student", "fake"):
                 inject_adapter_in_model(config, base, adapter_name=name)

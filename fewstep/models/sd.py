@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusionPipeline
-from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -53,25 +52,19 @@ class UNet(Backbone):
         embedded = self.pipe.get_guidance_scale_embedding((guidance - 1).float(), embedding_dim=SCALE_WIDTH)
         return super().scale_conditions(guidance) | {"timestep_cond": embedded}
 
-    def add_scale_input(self, model: nn.Module) -> None:
+    def add_scale_input(self, model: nn.Module) -> str:
         embedding = model.time_embedding
         like = embedding.linear_1.weight
         added = nn.Linear(SCALE_WIDTH, embedding.linear_1.in_features, bias=False, device=like.device, dtype=like.dtype)
         embedding.cond_proj = added.requires_grad_(False)
         nn.init.zeros_(added.weight)
+        return "cond_proj"
 
     def name_scale_input(self, model: nn.Module, there: bool) -> None:
         model.register_to_config(time_cond_proj_dim=SCALE_WIDTH if there else None)
 
     def keeps_guidance(self) -> bool:
         return self.model.config.time_cond_proj_dim is not None
-
-    def lora_config(self, rank: int) -> LoraConfig:
-        """With the input that was added for the scale: its base is zero, so the adapter is all of it."""
-        config = super().lora_config(rank)
-        if self.model.time_embedding.cond_proj is not None:
-            config.target_modules |= {"cond_proj"}
-        return config
 
 
 class StableDiffusion(UNet):
