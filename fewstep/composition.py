@@ -252,7 +252,7 @@ def check_backbone(backbone: Any, config: Config) -> tuple[Any, list[tuple[int, 
     if few and config.matching.guidance != 1:
         print(
             f"{config.teacher}: its scheduler, {few}, is one of teachers distilled to few steps (SD-Turbo, SDXL-Turbo, Lightning, LCM, a "
-            f"student), which are not made to be guided, and this run has it under "
+            "student), which are not made to be guided, and this run has it under "
             f"guidance {config.matching.guidance_in_words()}: if it is one, set --matching.guidance 1 and --teacher-guidance 1"
         )
     return times, latent_shapes

@@ -302,6 +302,10 @@ def alarmed(trainer: Run, updates: int) -> tuple[int, str]:
     return updates, ""
 
 
+def say(delays: list[int]) -> None:
+    print(f"  updates until {len(delays)} alarms: {min(delays)} to {max(delays)}, median {statistics.median(delays):g}")
+
+
 def fakes_that_stay(trials: int, chance: random.Random, folder: Path) -> Iterator[bool]:
     """The fake stops learning at a random update: the alarm names it."""
     delays = []
@@ -313,7 +317,7 @@ def fakes_that_stay(trials: int, chance: random.Random, folder: Path) -> Iterato
         delay, told = alarmed(trainer, 60)
         delays.append(delay)
         yield clean and "the fake of 'dm'" in told
-    print(f"  updates until the alarm: {min(delays)} to {max(delays)}, median {statistics.median(delays):g}")
+    say(delays)
 
 
 def rates_too_large(trials: int, chance: random.Random, folder: Path) -> Iterator[bool]:
@@ -324,7 +328,7 @@ def rates_too_large(trials: int, chance: random.Random, folder: Path) -> Iterato
         delay, told = alarmed(trainer, 60)
         delays += [delay] if told else []
         yield "times as large as what the teacher sees" in told or 0.5 <= trainer.step()["dm/inflation"] <= 1.5
-    print(f"  updates until {len(delays)} alarms: {min(delays)} to {max(delays)}, median {statistics.median(delays):g}")
+    say(delays)
 
 
 def bad_prompts(trials: int, chance: random.Random, folder: Path) -> Iterator[bool]:
