@@ -1,5 +1,6 @@
 """Shared fixtures: everything offline, on the CPU, on one thread a worker."""
 
+import gc
 import os
 import tempfile
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+gc.set_threshold(100_000, 50, 100)  # looking through all that the libraries hold takes a tenth of the time otherwise
 CACHE = tempfile.TemporaryDirectory()  # of this process alone: what an earlier version of the code cached proves nothing
 os.environ["XDG_CACHE_HOME"] = CACHE.name
 

@@ -46,6 +46,7 @@ def brightness(images, prompts):
 
 
 RANGE = ("--matching.guidance", "[1.5,8]")
+TWICE = ("--reuse.rollout", "2")
 
 
 def run_of(teacher_folder, prompt_file, *options):
@@ -70,11 +71,11 @@ def assert_same(a, b):
 @pytest.mark.parametrize(
     "stop_at, until, options",
     [
-        (1, 4, ()),
-        (3, 5, ()),
-        (5, 7, ()),
-        (2, 4, ("--lora-rank", "2")),
-        (2, 4, ("--fake.condition", "none")),
+        (1, 3, TWICE),
+        (2, 3, TWICE),
+        (3, 5, TWICE),
+        (1, 3, (*TWICE, "--lora-rank", "2")),
+        (1, 3, (*TWICE, "--fake.condition", "none")),
         (3, 5, EVERYTHING),
         (4, 6, EVERYTHING),
         (4, 7, (*EVERYTHING, "--reuse.min-ess", "1", "--reuse.evaluation", "3")),
