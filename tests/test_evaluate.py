@@ -322,6 +322,20 @@ def observed_of(scorer, images):
     return samples.observe(images, samples.looks({"clip": scorer}, lambda x: x.mean((1, 2, 3))), [""] * len(images))
 
 
+def test_a_shipped_sample_is_found_under_other_names_and_not_for_other_weights():
+    """Libraries rename weights between their versions; `fingerprint` tells such apart."""
+
+    def network(inner, bias=0.0):
+        module = torch.nn.ModuleDict({inner: torch.nn.Linear(2, 3), "last": torch.nn.Linear(3, 2)})
+        for p in module.parameters():
+            torch.nn.init.constant_(p, p.numel() + bias)
+        return module
+
+    one, renamed = network("first"), network("model")
+    assert store.nameless(one) == store.nameless(renamed) and store.fingerprint(one) != store.fingerprint(renamed)
+    assert store.nameless(one) != store.nameless(network("first", bias=1e-3)) != store.nameless(network("first").half())
+
+
 def test_measure_equals_the_metrics_by_hand(scorer):
     images, group = pictures(18), torch.arange(6).repeat_interleave(3)
     data, teacher = clip_features(scorer, pictures(30, seed=1)), clip_features(scorer, pictures(18, seed=2))

@@ -25,6 +25,7 @@ from diffusers import (
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pipelines import GUIDED, INCOMPLETE, PIPELINES
+from safetensors.torch import load_file, save_file
 
 from fewstep import checkpoint, cli, composition, models, needs, run
 from fewstep.config import Config, MatchingConfig
@@ -293,8 +294,6 @@ def test_exported_folders_draw_in_a_fresh_process_what_training_drew(teachers, t
     """Every family, full weights and merged LoRA: stock diffusers without fewstep, to 1e-4, at exactly the trained times."""
     import json
 
-    from safetensors.torch import load_file, save_file
-
     jobs, expected = [], {}
     for name in PIPELINES | INCOMPLETE:
         for rank in (0, 2):
@@ -398,8 +397,6 @@ def test_distil_and_resume(teachers, name, prompt_file, tmp_path, capsys, monkey
 
     The code on the student's card draws a picture of the size that was trained at.
     """
-    from safetensors.torch import load_file
-
     backbone = models.load(str(teachers / name))
     part, (height, width) = backbone.part, size_of(backbone)
     options = ["--teacher", str(teachers / name), "--prompts", str(prompt_file), *SMALL, "--size", f"[{height}x{width}]", "--steps", "2"]
@@ -478,8 +475,6 @@ def drawn_by_card(folder, teacher):
 @every_family
 def test_a_student_in_bf16_resumes_and_is_drawn_by_its_cards_lines(teachers, name, prompt_file, tmp_path, capsys, monkeypatch):
     """A run as the recipes and a GPU make it: to the bit when resumed, and its folder, its LoRA on the teacher, and fewstep.load draw."""
-    from safetensors.torch import load_file
-
     import fewstep
 
     monkeypatch.setattr("fewstep.run.teacher_grids", lambda *told: {})  # a small samples.png
@@ -561,6 +556,27 @@ def test_weights_in_fp16_alone_are_read(teachers, tmp_path):
     (tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors").unlink()
     with pytest.raises(models.UnsupportedTeacher, match=r"no file named diffusion_pytorch_model\.safetensors .*unet"):
         models.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name, part, key",
+    [
+        ("StableDiffusionPipeline", "unet", "conv_in.weight"),
+        ("StableDiffusionPipeline", "vae", "decoder.conv_in.weight"),
+        ("StableDiffusionPipeline", "text_encoder", "embeddings.token_embedding.weight"),
+        ("FluxPipeline", "text_encoder_2", "encoder.final_layer_norm.weight"),
+    ],
+)
+def test_a_weight_that_is_not_in_the_files_is_not_made_up(teachers, name, part, key, tmp_path):
+    """transformers draws it at random, diffusers leaves it out, and a name that is another in the installed version is one of those."""
+    folder = shutil.copytree(teachers / name, tmp_path / "teacher")
+    (path,) = (folder / part).glob("*.safetensors")
+    held = load_file(path)
+    for changed in ({"renamed." + key: held[key]}, {}):
+        save_file({other: held[other] for other in held if other != key} | changed, path, metadata={"format": "pt"})
+        for opens in (models.load, models.stock_pipeline):
+            with pytest.raises(models.UnsupportedTeacher, match=rf"the files of its {part} lack 1 of its weights, the first {key}: "):
+                opens(str(folder))
 
 
 def test_a_teacher_with_a_lora_merged_in_is_a_teacher(teachers, tmp_path):

@@ -29,7 +29,7 @@ from fewstep.evaluate.drawing import (
 )
 from fewstep.evaluate.features import Extractor, to_bytes
 from fewstep.evaluate.protocol import Utility, device_name, utility_hash, version
-from fewstep.evaluate.store import SHARD, Shards, fingerprint, keep, my_share, replace, sha256
+from fewstep.evaluate.store import SHARD, Shards, keep, my_share, nameless, replace, sha256
 from fewstep.rewards.base import score_of
 from fewstep.rewards.clip import CLIPScore
 from fewstep.rewards.remote import Remote, server_of
@@ -95,17 +95,18 @@ def content_of(
 ) -> dict[str, Any]:
     """What decides a sample of a teacher, beside its row: networks by their weights alone.
 
-    Libraries add keys to configurations, and a sample that ships has to be found under later versions too; its teacher and scorers are
-    those that ship with it. So of configurations only what a schedule hangs on is here, where a stamp has all of them.
+    Libraries add keys to configurations and rename weights (transformers 5.24 has no `text_model.` in a CLIP text encoder's, 5.4 does), and
+    a sample that ships has to be found under other versions too; its teacher and scorers are those that ship with it. So of configurations
+    only what a schedule hangs on is here, and of weights not their names, where a stamp has all of them.
     """
     schedule = ("prediction_type", "beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr", "timestep_spacing")
     return {
-        "weights": {name: fingerprint(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)},
+        "weights": {name: nameless(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)},
         "scheduler": {key: pipe.scheduler.config.get(key) for key in schedule},
         "prompts": sha256(prompts),
         "images_per_prompt": images_per_prompt,
         "batch": batch,
-        "scorers": {name: fingerprint(scorer.model) for name, scorer in scorers.items()},
+        "scorers": {name: nameless(scorer.model) for name, scorer in scorers.items()},
         "utility": utility_hash(utility),
     }
 

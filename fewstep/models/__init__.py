@@ -113,13 +113,38 @@ def stock_pipeline(source: str | Path) -> Any:
     """The stock diffusers pipeline of a folder or hub id, from safetensors alone: a bf16 folder as bf16, all else as float32.
 
     Parts that its model_index.json has as null are told: where the class asks for one, as StableDiffusion3Pipeline does for T5, diffusers
-    refuses a folder without it unless told so. Raises UnsupportedTeacher for what is no pipeline.
+    refuses a folder without it unless told so. Raises UnsupportedTeacher for what is no pipeline, or lacks weights.
     """
     from diffusers import DiffusionPipeline
 
     absent = [name for name, entry in index_of(str(source)).items() if is_null(entry)]
     told = {"dtype": stored_dtype(Path(source)), "use_safetensors": True}
-    return DiffusionPipeline.from_pretrained(str(source), **told, **dict.fromkeys(absent))
+    pipe = DiffusionPipeline.from_pretrained(str(source), **told, **dict.fromkeys(absent))
+    check_weights(pipe, source)
+    return pipe
+
+
+def check_weights(pipe: Any, source: str | Path, variant: str | None = None) -> None:
+    """Raises UnsupportedTeacher naming weights that a pipeline's files lack.
+
+    Of diffusers' parts they stay on the meta device. transformers' get random numbers, and the libraries' only word about it is a warning:
+    so each is asked for its report once more, on the meta device, where nothing is read. variant: of the files, as "fp16".
+    """
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    for name, part in pipe.components.items():
+        if isinstance(part, PreTrainedModel):
+            told = {"device_map": "meta", "use_safetensors": True, "output_loading_info": True}
+            _, report = type(part).from_pretrained(part.name_or_path, variant=variant, **told)
+            missing = sorted(report["missing_keys"])
+        else:
+            missing = [key for key, p in part.named_parameters() if p.is_meta] if isinstance(part, nn.Module) else []
+        if missing:
+            raise UnsupportedTeacher(
+                f"{source}: the files of its {name} lack {len(missing)} of its weights, the first {missing[0]}: they were damaged, or "
+                "saved by a version of diffusers or transformers that names them otherwise; get the model anew, or update both packages"
+            )
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

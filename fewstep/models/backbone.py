@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from fewstep.denoiser import SCALE, Cond, Denoiser, Prediction, join
-from fewstep.models import KEPT_GUIDANCE, UnsupportedTeacher, index_of, is_null, with_range
+from fewstep.models import KEPT_GUIDANCE, UnsupportedTeacher, check_weights, index_of, is_null, with_range
 from fewstep.models.embeddings import Embeddings
 from fewstep.schedule import DDPM, Flow, Schedule
 
@@ -307,15 +307,19 @@ def without_path(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(pipeline: type[DiffusionPipeline], source: str, **options: Any) -> Any:
-    """A stock pipeline; where its weights are there in fp16 alone (`*.fp16.safetensors`), those, with a warning."""
+    """A stock pipeline; where its weights are there in fp16 alone (`*.fp16.safetensors`), those, with a warning.
+
+    Raises UnsupportedTeacher where its files lack weights.
+    """
     try:
-        return pipeline.from_pretrained(source, **options)
+        pipe, variant = pipeline.from_pretrained(source, **options), None
     except OSError as error:  # a file is missing
         try:
-            pipe = pipeline.from_pretrained(source, variant="fp16", **options)
+            pipe, variant = pipeline.from_pretrained(source, variant="fp16", **options), "fp16"
         except ValueError:  # diffusers': there are no such files
             raise error from None
-    warnings.warn(f"{source}: its weights are there in fp16 alone; the teacher is what is left of it in those numbers", stacklevel=4)
+        warnings.warn(f"{source}: its weights are there in fp16 alone; the teacher is what is left of it in those numbers", stacklevel=4)
+    check_weights(pipe, source, variant)
     return pipe
 
 
@@ -361,6 +365,8 @@ class Backbone:
         absent = cls.absent(index_of(source), source)
         try:
             pipe = read(cls.pipeline, source, dtype=dtype, use_safetensors=True, **cls.load_options, **dict.fromkeys(absent))
+        except UnsupportedTeacher:
+            raise
         except Exception as error:  # diffusers, transformers and safetensors raise many kinds; each means an unreadable teacher
             raise UnsupportedTeacher(f"{source}: cannot be read as a {cls.pipeline.__name__} ({type(error).__name__}: {error})") from error
         pipe.set_progress_bar_config(disable=True)
