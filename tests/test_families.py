@@ -292,8 +292,6 @@ save_file({key: value.contiguous() for key, value in images.items()}, sys.argv[2
 
 def test_exported_folders_draw_in_a_fresh_process_what_training_drew(teachers, tmp_path):
     """Every family, full weights and merged LoRA: stock diffusers without fewstep, to 1e-4, at exactly the trained times."""
-    import json
-
     jobs, expected = [], {}
     for name in PIPELINES | INCOMPLETE:
         for rank in (0, 2):

@@ -43,11 +43,13 @@ def fingerprint(module: nn.Module) -> str:
 
 def nameless(module: nn.Module) -> str:
     """SHA-256 over the shapes, types and bytes of a module's weights and buffers, whatever they are called: libraries rename them."""
-    digests = []
-    for tensor in module.state_dict().values():
-        digests.append(hashlib.sha256())
-        add_tensor(digests[-1], "", tensor)
-    return sha256(sorted(digest.hexdigest() for digest in digests))
+
+    def of(tensor: Tensor) -> str:
+        digest = hashlib.sha256()
+        add_tensor(digest, "", tensor)
+        return digest.hexdigest()
+
+    return sha256(sorted(map(of, module.state_dict().values())))
 
 
 # Files

@@ -306,21 +306,17 @@ def without_path(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "_name_or_path"}
 
 
-def read(pipeline: type[DiffusionPipeline], source: str, **options: Any) -> Any:
-    """A stock pipeline; where its weights are there in fp16 alone (`*.fp16.safetensors`), those, with a warning.
-
-    Raises UnsupportedTeacher where its files lack weights.
-    """
+def read(pipeline: type[DiffusionPipeline], source: str, **options: Any) -> tuple[Any, str | None]:
+    """(a stock pipeline, its files' variant); where weights are there in fp16 alone (`*.fp16.safetensors`), those, with a warning."""
     try:
-        pipe, variant = pipeline.from_pretrained(source, **options), None
+        return pipeline.from_pretrained(source, **options), None
     except OSError as error:  # a file is missing
         try:
-            pipe, variant = pipeline.from_pretrained(source, variant="fp16", **options), "fp16"
+            pipe = pipeline.from_pretrained(source, variant="fp16", **options)
         except ValueError:  # diffusers': there are no such files
             raise error from None
-        warnings.warn(f"{source}: its weights are there in fp16 alone; the teacher is what is left of it in those numbers", stacklevel=4)
-    check_weights(pipe, source, variant)
-    return pipe
+    warnings.warn(f"{source}: its weights are there in fp16 alone; the teacher is what is left of it in those numbers", stacklevel=4)
+    return pipe, "fp16"
 
 
 class Backbone:
@@ -364,11 +360,10 @@ class Backbone:
         """dtype: of the frozen parts. Raises UnsupportedTeacher with the path and the reason when a part is missing or damaged."""
         absent = cls.absent(index_of(source), source)
         try:
-            pipe = read(cls.pipeline, source, dtype=dtype, use_safetensors=True, **cls.load_options, **dict.fromkeys(absent))
-        except UnsupportedTeacher:
-            raise
+            pipe, variant = read(cls.pipeline, source, dtype=dtype, use_safetensors=True, **cls.load_options, **dict.fromkeys(absent))
         except Exception as error:  # diffusers, transformers and safetensors raise many kinds; each means an unreadable teacher
             raise UnsupportedTeacher(f"{source}: cannot be read as a {cls.pipeline.__name__} ({type(error).__name__}: {error})") from error
+        check_weights(pipe, source, variant)
         pipe.set_progress_bar_config(disable=True)
         return cls(pipe, source, cache=cache, device=device)
 
