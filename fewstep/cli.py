@@ -168,7 +168,7 @@ def compare_command(arguments: list[str]) -> int:
     parser.add_argument("--evaluations", type=int, default=180_000, help="network evaluations of each student's training")
     parser.add_argument("--jobs", type=int, default=2, help="cells side by side, one thread each")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one")
-    parser.add_argument("--quick", action="store_true", help="a smoke version: two rows, one seed, a few updates")
+    parser.add_argument("--quick", action="store_true", help="a smoke version: two rows, one seed, students of two steps, a few updates")
     options = parser.parse_args(arguments)
     known, sets = table.EVERY_ROW, {"table": table.ROWS, "pareto": table.PARETO, "grid": table.GRID}
     if options.rows == ["list"]:
@@ -184,7 +184,7 @@ def compare_command(arguments: list[str]) -> int:
     device = resolve_hardware(Config(device=options.device)).device
     plan = table.Plan(options.output, options.evaluations, images_per_prompt=world.IMAGES_PER_PROMPT, prompts=128, threads=1, device=device)
     if options.quick:
-        small = ("--groups", "2", "--group-size", "2")
+        small = ("--groups", "2", "--group-size", "2", "--steps", "2")
         plan = dataclasses.replace(plan, evaluations=200, images_per_prompt=3, prompts=24, options=small)
         rows, options.seeds, options.jobs = (known["DMD"], known["GNDM"]), options.seeds or 1, 1
     try:

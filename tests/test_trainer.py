@@ -29,7 +29,7 @@ OPTIONS = [
 EVERYTHING = [
     *("--reuse.rollout", "2", "--reuse.evaluation", "2", "--reuse.min-ess", "0"),
     *("--reward.redness", "0.3", "--reward.contrast", "0.2", "--via.contrast", "policy"),
-    *("--weights.mode", "adaptive", "--weights.warmup", "2", "--fake.lr", "3e-3"),  # a fast fake: the KL is clear of zero at once
+    *("--weights.mode", "adaptive", "--weights.warmup", "2", "--fake.lr", "3e-3", "--seed", "6"),  # its KL is clear of zero
 ]
 
 
@@ -114,7 +114,7 @@ def test_resume_is_bit_exact(teacher_folder, prompt_file, tmp_path, stop_at, unt
         straight.step()
     assert straight.rollouts > rollouts
     torch.manual_seed(12345)  # whatever happened to the generator in between must not matter
-    second = run_of(teacher_folder, prompt_file, *options, "--seed", "0").trainer
+    second = run_of(teacher_folder, prompt_file, *options).trainer
     second.load_state(saved)
     for _ in range(until - stop_at):
         second.step()
@@ -487,9 +487,12 @@ def test_roles_start_as_the_teacher_and_lora_roles_differ_after_training(teacher
         x, t = torch.randn(2, *run.backbone.latent_shape()), torch.full((2,), 0.5)
         cond = run.backbone.encode(["a cat", "a dog"])
         with_step = {**cond, "step": torch.tensor([0, 2])}
-        with torch.no_grad():
-            torch.testing.assert_close(student(x, t, cond), teacher(x, t, cond), rtol=0, atol=0)
-            torch.testing.assert_close(fake(x, t, with_step), teacher(x, t, cond), rtol=0, atol=0)
+        own = teacher.network.model.state_dict()
+        for role in (student, fake):
+            assert all(torch.equal(value, own[name]) for name, value in role.network.model.state_dict().items())
+        with torch.no_grad():  # to rounding: an adapter's layer multiplies by another kernel, and a copy's weights lie otherwise in memory
+            torch.testing.assert_close(student(x, t, cond), teacher(x, t, cond), rtol=0, atol=1e-6)
+            torch.testing.assert_close(fake(x, t, with_step), teacher(x, t, cond), rtol=0, atol=1e-6)
             before = teacher(x, t, cond)
         for _ in range(2):
             run.trainer.step()

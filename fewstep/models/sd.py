@@ -43,7 +43,10 @@ class UNet(Backbone):
     scale_input = "added"
 
     def middle(self, model: nn.Module) -> nn.Module:
-        return model.mid_block
+        return model.down_blocks[-1] if model.mid_block is None else model.mid_block  # BK-SDM's small UNets have none
+
+    def image_part(self, output: Any, xt: Tensor) -> Tensor:
+        return output if isinstance(output, Tensor) else output[0]  # a down block also gives what goes across
 
     def time_width(self, model: nn.Module) -> int:
         return model.time_embedding.linear_2.out_features  # the input for a scale, where one was added, comes after it
