@@ -577,6 +577,42 @@ def test_a_weight_that_is_not_in_the_files_is_not_made_up(teachers, name, part, 
                 opens(str(folder))
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_text_encoder_that_lies_in_few_bits_goes_with_the_student_as_it_is(teachers, bits, tmp_path):
+    """transformers cannot write it again; and a check that reads no values may not unpack four bits."""
+    from transformers import BitsAndBytesConfig, T5EncoderModel
+
+    folder = shutil.copytree(teachers / "FluxPipeline", tmp_path / "teacher")
+    part = folder / "text_encoder_2"
+    packed = T5EncoderModel.from_pretrained(part, quantization_config=BitsAndBytesConfig(**{f"load_in_{bits}bit": True}))
+    packed.save_pretrained(part, safe_serialization=True)
+    backbone = models.load(str(folder))
+    roles = backbone.roles(lora_rank=2)
+    backbone.save(backbone.student_pipeline(roles, roles.student_parameters, 2), tmp_path / "student")
+    stock = models.stock_pipeline(tmp_path / "student")
+    weights = [pipe.text_encoder_2.state_dict() for pipe in (backbone.pipe, stock)]
+    assert any(value.dtype in (torch.int8, torch.uint8) for value in weights[0].values()) and weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    embedded = [pipe.encode_prompt("a cat", None, max_sequence_length=64)[0] for pipe in (backbone.pipe, stock)]
+    torch.testing.assert_close(*embedded, rtol=0, atol=1e-4)
+    (file,) = part.glob("*.safetensors")
+    held = load_file(file)
+    save_file({key: held[key] for key in held if key != "encoder.final_layer_norm.weight"}, file, metadata={"format": "pt"})
+    with pytest.raises(models.UnsupportedTeacher, match=r"text_encoder_2 lack 1 of its weights, the first encoder\.final_layer_norm"):
+        models.load(str(folder))
+
+
+def test_a_network_that_lies_in_few_bits_is_no_teacher(teachers, tmp_path):
+    from diffusers import FluxTransformer2DModel, TorchAoConfig
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    folder = shutil.copytree(teachers / "FluxPipeline", tmp_path / "teacher")
+    part, config = folder / "transformer", TorchAoConfig(Int8WeightOnlyConfig(version=2))
+    FluxTransformer2DModel.from_pretrained(part, quantization_config=config).save_pretrained(part, safe_serialization=True)
+    with pytest.raises(models.UnsupportedTeacher, match=r"its transformer is stored in fewer bits \(torchao\)"):
+        models.load(str(folder))
+
+
 def test_a_teacher_with_a_lora_merged_in_is_a_teacher(teachers, tmp_path):
     """Distil my LoRA: fused and saved by stock diffusers, it is read as any folder, and is not the base."""
     from diffusers import DiffusionPipeline

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import json
@@ -124,19 +125,37 @@ def stock_pipeline(source: str | Path) -> Any:
     return pipe
 
 
+def stored_packed(part: Any) -> bool:
+    """Whether a pipeline's part is one of transformers' that lies in 4 or 8 bits in its files (as bitsandbytes packs them)."""
+    from transformers import PreTrainedModel
+
+    return isinstance(part, PreTrainedModel) and getattr(part, "is_quantized", False)
+
+
 def check_weights(pipe: Any, source: str | Path, variant: str | None = None) -> None:
     """Raises UnsupportedTeacher naming weights that a pipeline's files lack.
 
     Of diffusers' parts they stay on the meta device. transformers' get random numbers, and the libraries' only word about it is a warning:
-    so each is asked for its report once more, on the meta device, where nothing is read. variant: of the files, as "fp16".
+    so each is asked for its report once more, on the meta device, where nothing is read. A part that is stored in 4 or 8 bits is asked as
+    what it was before: the weights' names are the same, and what unpacks them cannot do without values. variant: of the files, as "fp16".
     """
     from torch import nn
     from transformers import PreTrainedModel
+    from transformers.utils import logging as transformers_says
 
     for name, part in pipe.components.items():
         if isinstance(part, PreTrainedModel):
-            told = {"device_map": "meta", "use_safetensors": True, "output_loading_info": True}
-            _, report = type(part).from_pretrained(part.name_or_path, variant=variant, **told)
+            config = copy.deepcopy(part.config)
+            packed = stored_packed(part)
+            if packed:
+                del config.quantization_config
+            told = {"config": config, "device_map": "meta", "use_safetensors": True, "ignore_mismatched_sizes": packed}
+            verbosity = transformers_says.get_verbosity()
+            transformers_says.set_verbosity_error()  # of packed weights it would say that their sizes are others
+            try:
+                _, report = type(part).from_pretrained(part.name_or_path, variant=variant, output_loading_info=True, **told)
+            finally:
+                transformers_says.set_verbosity(verbosity)
             missing = sorted(report["missing_keys"])
         else:
             missing = [key for key, p in part.named_parameters() if p.is_meta] if isinstance(part, nn.Module) else []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -25,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from fewstep.denoiser import SCALE, Cond, Denoiser, Prediction, join
-from fewstep.models import KEPT_GUIDANCE, UnsupportedTeacher, check_weights, index_of, is_null, with_range
+from fewstep.models import KEPT_GUIDANCE, UnsupportedTeacher, check_weights, index_of, is_null, stored_packed, with_range
 from fewstep.models.embeddings import Embeddings
 from fewstep.schedule import DDPM, Flow, Schedule
 
@@ -348,6 +349,12 @@ class Backbone:
                 raise UnsupportedTeacher(f"{source}: prediction_type {kind!r} in its scheduler is not one of epsilon, v_prediction, sample")
             self.prediction = kind
             self.check_schedule()
+        if getattr(self.model, "is_quantized", False):
+            kind = self.model.hf_quantizer.quantization_config.quant_method.value
+            raise UnsupportedTeacher(
+                f"{source}: its {self.part} is stored in fewer bits ({kind}), and a student is made of its weights; give the model that it "
+                "was made from (text encoders may be stored so)"
+            )
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
@@ -812,9 +819,21 @@ class Backbone:
         )
 
     def save(self, pipe: Any, folder: Path) -> None:
-        """A folder that stock diffusers opens. Its configurations do not say where on this machine the teacher lay."""
-        pipe.save_pretrained(folder, safe_serialization=True)
+        """A folder that stock diffusers opens. Its configurations do not say where on this machine the teacher lay.
+
+        A text encoder that is stored in 4 or 8 bits is the teacher's own files: transformers cannot write what it has read so.
+        """
+        packed = {name: part for name, part in pipe.components.items() if stored_packed(part)}
+        entries, whole = {name: pipe.config[name] for name in packed}, copy.copy(pipe)
+        whole.register_modules(**dict.fromkeys(packed))
+        whole.save_pretrained(folder, safe_serialization=True)
+        for name, part in packed.items():
+            (folder / name).mkdir()
+            for file in itertools.chain(*(Path(part.name_or_path).glob(kind) for kind in ("*.json", "*.safetensors"))):
+                shutil.copy(file, folder / name)
         for path in (folder / "model_index.json", *(folder / part / "config.json" for part in pipe.components)):
             if path.is_file():
                 config = json.loads(path.read_text(), object_hook=without_path)
+                if path.parent == folder:
+                    config |= entries
                 path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
