@@ -828,7 +828,7 @@ class Backbone:
         whole.register_modules(**dict.fromkeys(packed))
         whole.save_pretrained(folder, safe_serialization=True)
         for name, part in packed.items():
-            (folder / name).mkdir()
+            (folder / name).mkdir(exist_ok=True)
             for file in itertools.chain(*(Path(part.name_or_path).glob(kind) for kind in ("*.json", "*.safetensors"))):
                 shutil.copy(file, folder / name)
         for path in (folder / "model_index.json", *(folder / part / "config.json" for part in pipe.components)):
