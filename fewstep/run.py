@@ -243,8 +243,8 @@ def train(run: Run, output: Path, prompts: list[str]) -> bool:
                 running = trainer.running
                 seconds = logs["seconds"] if not seconds else seconds + 0.1 * (logs["seconds"] - seconds)
                 shown = {
-                    "score": f"{running.get('dm/score', float('nan')):.3g}",
-                    "lag": f"{running.get('dm/lag', float('nan')):+.4f}",
+                    "score": f"{running['dm/score']:.3g}" if "dm/score" in running else "-",
+                    "lag": f"{running['dm/lag']:+.4f}" if "dm/lag" in running else "-",  # none before a size's second rollout
                     "rate": f"{1 / seconds:.2f}",
                 }
                 bar.update(task, completed=trainer.update, **shown)
