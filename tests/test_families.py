@@ -470,7 +470,7 @@ def drawn_by_card(folder, teacher):
     return drawn["image"]
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@every_family
 def test_a_student_in_bf16_resumes_and_is_drawn_by_its_cards_lines(teachers, name, prompt_file, tmp_path, capsys, monkeypatch):
     """A run as the recipes and a GPU make it: to the bit when resumed, and its folder, its LoRA on the teacher, and fewstep.load draw."""
     import fewstep
