@@ -31,7 +31,7 @@ def tiny_pipeline(prediction: str = "v_prediction"):
 
     Its UNet has one level and, like BK-SDM's, no middle: the tests that train take most of their time in it.
     """
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
     from pipelines import parts, sd
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -41,11 +41,9 @@ def tiny_pipeline(prediction: str = "v_prediction"):
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=8, bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=4, in_channels=4, out_channels=4, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), mid_block_type=None,
-        cross_attention_dim=16, attention_head_dim=8,
-    )  # fmt: skip
+    unet = sd.network(
+        block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), mid_block_type=None
+    )
     vae = AutoencoderKL(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=8,
