@@ -829,8 +829,9 @@ class Backbone:
         whole.save_pretrained(folder, safe_serialization=True)
         for name, part in packed.items():
             (folder / name).mkdir(exist_ok=True)
-            for file in itertools.chain(*(Path(part.name_or_path).glob(kind) for kind in ("*.json", "*.safetensors"))):
-                shutil.copy(file, folder / name)
+            for file in Path(part.name_or_path).iterdir():
+                if file.suffix in (".json", ".safetensors"):
+                    shutil.copy(file, folder / name)
         for path in (folder / "model_index.json", *(folder / part / "config.json" for part in pipe.components)):
             if path.is_file():
                 config = json.loads(path.read_text(), object_hook=without_path)
