@@ -99,7 +99,7 @@ ROWS = (
     Row("GNDM, rollout reuse 4, half the cost", ("gndm", "--reuse.rollout", "4"), "GNDM, backward simulation", cost=0.5),
     *(
         Row(f"GNDMR adaptive, {' and '.join(rewards)}", ("gndm", *ADAPTIVE, *(f"--reward.{name}=1" for name in rewards)), None, cost=2.0)
-        for rewards in (("clip",), ("preference",), ("clip", "preference"), ("discriminator",))
+        for rewards in (("clip",), ("preference",), ("clip", "preference"), ("discriminator",), ("colourfulness",))
     ),
     Row("GNDM, constant rates, thrice as long", ("gndm", *CONSTANT), None, 1, cost=THRICE, marks=12),
     Row("DMD, constant rates, thrice as long", ("dmd", *CONSTANT), None, 1, cost=THRICE, marks=12),
@@ -162,6 +162,16 @@ TEACHER_ROWS = {
     "teacher, 28 steps, guidance 1": TeacherRow(world.TEACHER_STEPS, UNGUIDED),
 }
 Cells = dict[tuple[str, int], dict[str, Any]]  # by row and seed
+
+
+def colourfulness(images: Any, prompts: list[str]) -> Any:
+    """A reward as users write their own: Hasler and Suesstrunk's measure, which needs no model and no prompt. (B, 3, H, W) -> (B,)."""
+    from fewstep.world import utility
+
+    return utility.colourfulness(images)
+
+
+FUNCTIONS = {"colourfulness": colourfulness}  # rewards that are no scorer of the world, by the name that rows weigh them under
 
 
 @dataclass(frozen=True)
@@ -288,7 +298,9 @@ def run_cell(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
 
     config = cell_config(plan, row, seed)
     target = target_guidance(row.name, config)
-    run = composition.build(config, world.prompts("train"), str(world.TEACHER))
+    run = composition.build(
+        config, world.prompts("train"), str(world.TEACHER), {name: FUNCTIONS[name] for name in FUNCTIONS.keys() & config.reward.keys()}
+    )
     trainer, began, logs = run.trainer, time.perf_counter(), {}
     trace = []
     total = round(plan.evaluations * row.cost)
