@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fewstep.config import Config
 from fewstep.launch import launched
 from fewstep.models import UnsupportedTeacher, family, frozen_dtype, index_of
-from fewstep.models.backbone import Backbone, Roles
+from fewstep.models.backbone import Backbone, Roles, packed_network
 
 GIB = 2**30
 UNUSED = ("FeatureExtractor", "ImageProcessor", "SafetyChecker")  # ends of the classes that no run computes with; some are gone by now
@@ -46,6 +46,7 @@ class Needs(NamedTuple):
     encoding: int  # on the device, at the start: the teacher's network is there and the text encoders read the prompts
     training: int  # on the device
     drawing: int  # on the device, between two updates and at the end: no gradients, but all that the stock pipeline is made of
+    packed: list[str]  # parts that lie in 4 or 8 bits in their files; in `text`, and above, as if they did not
 
     @property
     def device(self) -> int:
@@ -99,8 +100,11 @@ def skeleton(source: str, dtype: torch.dtype) -> Backbone:
                 with torch.device("meta"):
                     parts[name] = cls(transformers.AutoConfig.from_pretrained(folder / name)).to(dtype)
             elif issubclass(cls, nn.Module):
+                held = cls.load_config(folder / name)
+                if name == adapter.part and "quantization_config" in held:
+                    raise packed_network(source, name, held["quantization_config"]["quant_method"])
                 with torch.device("meta"):
-                    parts[name] = cls.from_config(cls.load_config(folder / name)).to(dtype)
+                    parts[name] = cls.from_config(held).to(dtype)
             else:
                 parts[name] = cls.from_pretrained(folder / name)
         except (OSError, AttributeError) as error:
@@ -277,6 +281,7 @@ def measure(source: str, config: Config, prompts: int) -> Needs:
         training=held_throughout + working(config, gradients, activated, pictures) + (resting or decoder * looks),
         # the average is copied out and lies in place of the student's own
         drawing=held_throughout + averaged + text + decoder + one_picture,
+        packed=[name for name, part in backbone.pipe.components.items() if hasattr(getattr(part, "config", None), "quantization_config")],
     )
 
 
@@ -414,6 +419,8 @@ def report(source: str, config: Config, prompts: int) -> str:
     ]
     if config.reward:
         lines.append(f"not counted: the models of {', '.join(config.reward)}, and what they keep of the pictures")
+    if needs.packed:
+        lines.append(f"less than said: {', '.join(needs.packed)} counts as in its full bits and lies in fewer in its files")
     fits, larger = needs.device <= 0.9 * total, largest_part(config, needs, 0.9 * total)
     lines.append(f"{'fits' if fits else 'DOES NOT FIT'}: {name} has {gib(total).strip()}")
     if fits and torch.device(config.device).type == "cuda" and 0 < config.memory.micro_groups < larger:

@@ -220,6 +220,14 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(teachers, prompt_file, tm
     assert "DOES NOT FIT: a very small device" in told
     assert all(flag in told for flag in ("--memory.micro-groups 1", "--memory.checkpointing", "adamw8bit"))
     assert "--lora-rank 64" not in told  # more than all of these tiny weights
+    assert "less than said" not in told
+    from transformers import BitsAndBytesConfig
+
+    described = teacher / "text_encoder" / "config.json"
+    packed = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True).to_dict()}
+    described.write_text(json.dumps(json.loads(described.read_text()) | packed))
+    assert cli.main(call) == 0
+    assert "\nless than said: text_encoder counts as in its full bits" in capsys.readouterr().out
 
 
 def test_a_dry_run_refuses_what_the_run_would(teachers, prompt_file, tmp_path, capsys, monkeypatch):

@@ -320,6 +320,14 @@ def read(pipeline: type[DiffusionPipeline], source: str, **options: Any) -> tupl
     return pipe, "fp16"
 
 
+def packed_network(source: str, part: str, kind: str) -> UnsupportedTeacher:
+    """What to say of a network that is stored in 4 or 8 bits; kind: by whom, as "bitsandbytes"."""
+    return UnsupportedTeacher(
+        f"{source}: its {part} is stored in fewer bits ({kind}), and a student is made of its weights; give the model that it was made "
+        "from (text encoders may be stored so)"
+    )
+
+
 class Backbone:
     """One teacher pipeline: encodes prompts, decodes latents, makes the three roles, exports the student."""
 
@@ -350,11 +358,7 @@ class Backbone:
             self.prediction = kind
             self.check_schedule()
         if getattr(self.model, "is_quantized", False):
-            kind = self.model.hf_quantizer.quantization_config.quant_method.value
-            raise UnsupportedTeacher(
-                f"{source}: its {self.part} is stored in fewer bits ({kind}), and a student is made of its weights; give the model that it "
-                "was made from (text encoders may be stored so)"
-            )
+            raise packed_network(source, self.part, self.model.hf_quantizer.quantization_config.quant_method.value)
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
