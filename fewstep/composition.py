@@ -10,6 +10,7 @@ from fewstep.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from fewstep.config import Config
+    from fewstep.latents import Real
     from fewstep.ranks import Ranks
 
 
@@ -74,6 +75,7 @@ class Run:
     backbone: Any
     roles: Any
     trainer: Any
+    real: Real | None  # what a discriminator sees
 
 
 def assets(config: Config) -> Path | None:
@@ -112,13 +114,47 @@ def check_rewards(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
                 raise UserError(f"reward.{name}: unknown reward{nearest(name, known)}. {sources.own_hint(name, resume=config.resume)}")
         except ValueError as error:
             raise UserError(f"{'reward' if scorer is None else 'scorer'}.{name}: {error}") from error
-    latents = config.discriminator.latents
-    if "discriminator" in config.reward and (latents is None and config.teacher != "world"):
+    if "discriminator" in config.reward and (config.discriminator.latents is None and config.teacher != "world"):
         raise UserError(
-            "discriminator.latents: give a safetensors file with latents of real pictures (only the embedded world brings its own)"
+            "discriminator.latents: give a folder of real pictures, or a safetensors file with their latents (only the embedded world "
+            "brings its own)"
         )
-    if latents is not None and not Path(latents).is_file():
-        raise UserError(f"discriminator.latents: {latents}: no such file")
+    latents = config.discriminator.latents
+    if latents is not None and not Path(latents).exists():
+        from fewstep.evaluate.pictures import hub_parts
+
+        if Path(latents).suffix == ".safetensors":
+            raise UserError(f"discriminator.latents: {latents}: no such file")
+        try:
+            hub_parts(latents)
+        except ValueError as error:
+            raise UserError(f"discriminator.latents: {error}") from error
+    return found
+
+
+def real_latents(config: Config, backbone: Any, shapes: list[tuple[int, int, int]], *, progress: bool) -> Real:
+    """The real pictures' latents that the discriminator sees, for each of the shapes that the run trains at. Raises UserError."""
+    from fewstep import latents, world
+    from fewstep.rewards import sources
+
+    source = config.discriminator.latents
+    try:
+        if source is None:
+            found = latents.Real([world.latents()], sources.version(str(world.ASSETS / "latents.safetensors")))
+        elif Path(source).is_file():
+            found = latents.Real([latents.of_file(Path(source))], sources.version(source))
+        else:
+            sizes = [size or backbone.default_size() for size in config.sizes()]
+            found = latents.of_pictures(source, backbone, sizes, progress=progress)
+    except ValueError as error:
+        raise UserError(f"discriminator.latents: {error}") from error
+    held = [tuple(each.shape[1:]) for each in found.latents]
+    for shape in shapes:
+        if shape not in held:
+            raise UserError(
+                f"discriminator.latents: {source or 'the embedded world'} has latents of {held[0]}, and this run trains with {shape}; give "
+                "a folder of pictures, which are encoded for every size"
+            )
     return found
 
 
@@ -182,11 +218,10 @@ def make_judges(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
     return judges
 
 
-def make_terms(config: Config, roles: Any, functions: dict[str, Any]) -> dict[str, Any]:
-    """The reward terms beside R_dm, by name."""
+def make_terms(config: Config, roles: Any, functions: dict[str, Any], real: Real | None) -> dict[str, Any]:
+    """The reward terms beside R_dm, by name. real: what a discriminator among them sees."""
     import torch
 
-    from fewstep import world
     from fewstep.cost import Counted
     from fewstep.rewards import sources
     from fewstep.rewards.base import as_reward
@@ -198,23 +233,17 @@ def make_terms(config: Config, roles: Any, functions: dict[str, Any]) -> dict[st
         if name in functions:
             terms[name] = Term(Counted(as_reward(functions[name], name)), via=via)
         elif name == "discriminator":
-            from safetensors.torch import load_file
-
             from fewstep.rewards.discriminator import Discriminator, Head
 
-            if config.discriminator.latents is None:
-                held = load_file(world.ASSETS / "latents.safetensors")
-                real = held["latents"][~held["heldout"]]
-            else:
-                real = load_file(config.discriminator.latents)["latents"]
+            assert real is not None
             half = torch.autocast(torch.device(config.device).type, dtype=torch.bfloat16, enabled=config.precision == "bf16")
             with torch.no_grad(), half:  # as the trainer calls it: parts frozen in bf16 take no float32
-                zero = torch.zeros(1, *real.shape[1:], device=config.device)
+                zero = torch.zeros(1, *real.latents[0].shape[1:], device=config.device)
                 width = roles.teacher.features(zero, torch.ones(1, device=config.device), roles.teacher.uncond).shape[1]
             head = Head(width).to(config.device)
             own = config.fake
             terms[name] = Term(
-                Discriminator(roles.teacher, head, real.float().to(config.device), t_range=config.matching.t_range),
+                Discriminator(roles.teacher, head, *real.latents, t_range=config.matching.t_range),
                 dict(head.named_parameters()), lr=config.discriminator.lr, decay=own.decay,
                 betas=own.betas, updates=own.updates, max_norm=own.max_norm,
             )  # fmt: skip
@@ -307,7 +336,10 @@ def build(
     times, latent_shapes = check_backbone(backbone, config)  # before the prompts are encoded, which may take hours
     conditioned = config.fake.condition == "step" and config.steps > 1
     guidance = config.matching.guidance
+    real = None
     with ranks.first_on_its_machine():
+        if "discriminator" in config.reward:
+            real = real_latents(config, backbone, latent_shapes, progress=ranks.rank == 0)
         backbone.prepare(prompts)
     try:
         roles = backbone.roles(
@@ -332,7 +364,7 @@ def build(
     weights = Fixed(config.reward)
     if own.mode == "adaptive":
         weights = Adaptive(config.reward, own.budget, own.warmup, eta=own.eta, cap=own.cap, lag_limit=own.lag_limit)
-    others, decoder = make_terms(config, roles, functions or {}), Counted(backbone.decode)
+    others, decoder = make_terms(config, roles, functions or {}, real), Counted(backbone.decode)
     held_out = make_judges(config, judges or {})
     asked = {**(functions or {}), **{f"judge.{name}": judge for name, judge in held_out.items()}}
     counted = {"student": roles.student, "teacher": roles.teacher, "fake": roles.fake, "decoder": decoder}
@@ -352,4 +384,4 @@ def build(
         news={name: server.news for name, function in asked.items() if (server := server_of(function)) is not None},
         ranks=ranks,
     )
-    return Run(config, backbone, roles, trainer)
+    return Run(config, backbone, roles, trainer, real)

@@ -128,7 +128,8 @@ class DiscriminatorConfig:
     lr: float = 1e-4
     """Learning rate of the discriminator's head (AdamW)."""
     latents: str | None = None
-    """safetensors file with `latents` (N, C, H, W) of real pictures; the world brings its own."""
+    """Of real pictures: a folder of them, or a data set on the hub (owner/name[@revision][:split]), which the teacher's autoencoder encodes
+    once for every size; or a safetensors file with `latents` (N, C, H, W). The world brings its own."""
 
 
 @dataclass

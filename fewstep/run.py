@@ -154,6 +154,8 @@ def carry_out(config: Config, prompts: list[str], source: str, functions: dict[s
             (output / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False))
             told = sources.records(config.reward, config.scorer, functions, assets=assets(config))
             told |= {f"judge.{name}": record for name, record in judge_records(config, judges).items()}
+            if run.real is not None:
+                told["discriminator"] = {"source": config.discriminator.latents or "the embedded world's", "version": run.real.version}
             for line in sources.write_records(output / "rewards.json", told, run.trainer.update):
                 print(line)
         if not train(run, output, prompts):

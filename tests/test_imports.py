@@ -45,7 +45,8 @@ TABLE = {
     "needs": "config launch models",
     "flags": "config errors models rewards.address rewards.sources",
     "export": "checkpoint config evaluate models world",
-    "composition": "config cost errors export models prompts ranks student trainer weights world "
+    "latents": "evaluate models",
+    "composition": "config cost errors evaluate export latents models prompts ranks student trainer weights world "
     "rewards rewards.address rewards.base rewards.discriminator rewards.distribution rewards.remote rewards.sources",
     "evaluate.command": "composition config errors evaluate export flags launch models ranks "
     "rewards rewards.address rewards.clip rewards.sources world",

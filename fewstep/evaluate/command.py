@@ -17,12 +17,6 @@ if TYPE_CHECKING:
     from fewstep.config import Config
 
 
-def cache_folder() -> Path:
-    import os
-
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep" / "evaluate"
-
-
 def world_instruments(device: str) -> dict[str, Any]:
     """What `evaluation.evaluate` is told where the teacher is the embedded one: its scorers, prompts, data, and its samples that ship."""
     from safetensors.torch import load_file
@@ -92,6 +86,7 @@ def measure_student(
     from rich.console import Console
 
     from fewstep.evaluate import evaluation, tables
+    from fewstep.models.embeddings import cache_folder
 
     device, precision = told.setdefault("device", evaluation_device()), told.setdefault("precision", "fp32")
     size = config.sizes()[0] if config else None
@@ -103,7 +98,7 @@ def measure_student(
     report = evaluation.evaluate(
         source_of(str(student), size, student=True, scale=scale, **opening),
         teacher=source_of(teacher, size, student=False, **opening) if teacher else None,
-        cache=cache_folder(),
+        cache=cache_folder("evaluate"),
         **told,
     )
     if report is not None:
@@ -234,6 +229,7 @@ def check_teacher(teacher: str, options: Any) -> None:
 def command(arguments: list[str]) -> int:
     from fewstep.config import Config, RemoteConfig
     from fewstep.export import steps_of
+    from fewstep.models.embeddings import cache_folder
 
     options = read_options(arguments)
     folder, own = options.folder, options.folder.is_dir()
@@ -254,7 +250,10 @@ def command(arguments: list[str]) -> int:
     if steps is None:
         raise UserError("--steps: missing; the student does not say how many steps it was made for")
     share, launched = share_of(options.shard), options.shard is None
-    output, work = options.output or (folder if own else Path()) / "evaluation.json", folder / "evaluation" if own else cache_folder()
+    output, work = (
+        options.output or (folder if own else Path()) / "evaluation.json",
+        folder / "evaluation" if own else cache_folder("evaluate"),
+    )
     others = {str(path): read_report(path) for path in options.beside}
     if output.resolve() in (path.resolve() for path in options.beside):
         raise UserError(f"--beside: {output} is where this report goes; give it another --output")

@@ -36,12 +36,15 @@ def open_pictures(source: str) -> Pictures:
 
     Raises ValueError.
     """
-    if Path(source).is_dir():
-        return of_folder(Path(source))
+    return of_folder(Path(source)) if Path(source).is_dir() else of_hub(*hub_parts(source))
+
+
+def hub_parts(source: str) -> tuple[str, str | None, str | None]:
+    """(name, revision, split) of what can be a data set on the hub, which is not asked. Raises ValueError."""
     hub = HUB.fullmatch(source)
     if hub is None or Path(source).exists() or source.startswith((".", "/", "~")):
         raise ValueError(f"{source}: no such folder, and not a data set of the hub (owner/name, owner/name:split)")
-    return of_hub(hub[1], hub[2], hub[3])
+    return hub[1], hub[2], hub[3]
 
 
 def of_folder(folder: Path) -> Pictures:

@@ -479,9 +479,21 @@ class Backbone:
         return (vae.decode(latents.to(vae.dtype), return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
 
     def to_autoencoder(self, x0: Tensor) -> Tensor:
-        """The network's latents (B, C, H, W) as the autoencoder has them, of the same shape."""
+        """The network's latents (B, C, H, W) as the autoencoder has them."""
         config = self.pipe.vae.config
         return x0 / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+
+    def from_autoencoder(self, latents: Tensor) -> Tensor:
+        """The inverse of `to_autoencoder`."""
+        config = self.pipe.vae.config
+        return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> the network's latents, which `decode` makes pictures of again: the mean of the autoencoder's
+        posterior, whose spread is far below the least noise that anything here looks at latents under."""
+        vae = self.decoder()
+        return self.from_autoencoder(vae.encode((2 * pictures - 1).to(vae.dtype)).latent_dist.mode())
 
     def decoder(self) -> Any:
         """The autoencoder, on the device from now on: whoever decodes in training does so in every update."""

@@ -20,8 +20,9 @@ from torch import nn
 from fewstep.denoiser import Cond
 
 
-def default_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep" / "embeddings"
+def cache_folder(kind: str) -> Path:
+    """Where things of a kind are kept that can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep" / kind
 
 
 PROVENANCE = ("_name_or_path", "transformers_version")  # of a configuration: where its part lay and what wrote it, not what it computes
@@ -65,7 +66,7 @@ class Embeddings:
     """
 
     def __init__(self, encode: Callable[[str], Cond], parts: Callable[[], list[Any]], folder: Path | None = None):
-        self.encode, self.parts, self.root = encode, parts, folder or default_folder()
+        self.encode, self.parts, self.root = encode, parts, folder or cache_folder("embeddings")
 
     @cached_property
     def folder(self) -> Path:

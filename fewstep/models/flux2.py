@@ -57,11 +57,20 @@ class Flux2Klein(Flux):
     def scale(self) -> int:
         return 2 * self.pipe.vae_scale_factor
 
-    def decode(self, x0: Tensor) -> Tensor:
-        vae = self.decoder()
-        mean, variance = (value.view(1, -1, 1, 1).to(x0) for value in (vae.bn.running_mean, vae.bn.running_var))
-        latents = F.pixel_shuffle(x0 * (variance + vae.config.batch_norm_eps).sqrt() + mean, 2)
-        return (vae.decode(latents.to(vae.dtype), return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+    def mean_and_std(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each channel of the autoencoder's latents in patches of 2 x 2, (1, C, 1, 1): its batch norm's running ones."""
+        vae = self.pipe.vae
+        mean, variance = (value.view(1, -1, 1, 1).to(like) for value in (vae.bn.running_mean, vae.bn.running_var))
+        return mean, (variance + vae.config.batch_norm_eps).sqrt()
+
+    def to_autoencoder(self, x0: Tensor) -> Tensor:
+        """A patch's numbers are x0's channels: (B, C, H, W) -> (B, C / 4, 2 H, 2 W)."""
+        mean, std = self.mean_and_std(x0)
+        return F.pixel_shuffle(x0 * std + mean, 2)
+
+    def from_autoencoder(self, latents: Tensor) -> Tensor:
+        mean, std = self.mean_and_std(latents)
+        return (F.pixel_unshuffle(latents, 2) - mean) / std
 
     def to_pipeline(self, latents: Tensor) -> Tensor:
         return tokens(latents)

@@ -75,9 +75,28 @@ class QwenImage(Backbone):
 
     def decode(self, x0: Tensor) -> Tensor:
         vae = self.decoder()
-        mean, std = (torch.tensor(values).to(x0).view(1, -1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
-        frames = (x0 * std + mean).unsqueeze(2)  # a video of one frame
+        frames = self.to_autoencoder(x0).unsqueeze(2)  # a video of one frame
         return (vae.decode(frames.to(vae.dtype), return_dict=False)[0][:, :, 0] / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        vae = self.decoder()
+        frames = (2 * pictures - 1).to(vae.dtype).unsqueeze(2)
+        return self.from_autoencoder(vae.encode(frames).latent_dist.mode()[:, :, 0])
+
+    def mean_and_std(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each channel of the autoencoder's latents, (1, C, 1, 1)."""
+        config = self.pipe.vae.config
+        mean, std = (torch.tensor(values).to(like).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std))
+        return mean, std
+
+    def to_autoencoder(self, x0: Tensor) -> Tensor:
+        mean, std = self.mean_and_std(x0)
+        return x0 * std + mean
+
+    def from_autoencoder(self, latents: Tensor) -> Tensor:
+        mean, std = self.mean_and_std(latents)
+        return (latents - mean) / std
 
     def to_pipeline(self, latents: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, H/2 x W/2, 4 C)."""

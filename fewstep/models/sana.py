@@ -50,6 +50,12 @@ class Sana(Backbone):
             timestep=timestep * model.config.timestep_scale, return_dict=False,
         )[0]  # fmt: skip
 
+    @torch.no_grad()
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """This autoencoder has no posterior: its latents are one point."""
+        vae = self.decoder()
+        return self.from_autoencoder(vae.encode((2 * pictures - 1).to(vae.dtype)).latent)
+
     def size_step(self) -> int:
         return 32  # the stock call's rule, whatever the autoencoder
 

@@ -47,14 +47,22 @@ class StableDiffusionXL(UNet):
                 added_cond_kwargs=added, return_dict=False,
             )[0]  # fmt: skip
 
-    def to_autoencoder(self, x0: Tensor) -> Tensor:
-        """With the mean and spread of each channel, where the autoencoder names both (Playground v2.5's does)."""
+    def mean_and_std(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Of each channel, where the autoencoder names both (Playground v2.5's does)."""
         config = self.pipe.vae.config
         mean, std = (getattr(config, key, None) for key in ("latents_mean", "latents_std"))
         if mean is None or std is None:
-            return x0 / config.scaling_factor  # the stock pipeline has no shift here
-        mean, std = (torch.tensor(value).view(1, -1, 1, 1).to(x0) for value in (mean, std))
-        return x0 * std / config.scaling_factor + mean
+            return 0.0, 1.0  # the stock pipeline has no shift here
+        mean, std = (torch.tensor(value).view(1, -1, 1, 1).to(like) for value in (mean, std))
+        return mean, std
+
+    def to_autoencoder(self, x0: Tensor) -> Tensor:
+        mean, std = self.mean_and_std(x0)
+        return x0 * std / self.pipe.vae.config.scaling_factor + mean
+
+    def from_autoencoder(self, latents: Tensor) -> Tensor:
+        mean, std = self.mean_and_std(latents)
+        return (latents - mean) * self.pipe.vae.config.scaling_factor / std
 
     def longest_text(self) -> tuple[Any, int]:
         return self.pipe.tokenizer_2, self.pipe.tokenizer_2.model_max_length  # as long as the first one's: both texts lie side by side

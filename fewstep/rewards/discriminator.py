@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,17 +29,29 @@ class Head(nn.Module):
         return self.layers(features)[:, 0]
 
 
+class Latents(Protocol):
+    """A tensor (N, C, H, W), or what can be asked for rows of one."""
+
+    shape: torch.Size
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Tensor, /) -> Tensor: ...
+
+
 class Discriminator:
     """An OnlineReward: log sigmoid of the logit that a renoised sample is real, and its gradient in x0.
 
     backbone: a frozen denoiser whose middle sees xt under the empty prompt (its `uncond`), so that real latents need no
-    captions; the head alone is trained. real (N, C, H, W): latents of real pictures, as the student's own are scaled.
+    captions; the head alone is trained. real (N, C, H, W): latents of real pictures, as the student's own are scaled; several where a run
+    trains at several sizes. What is read of them is rows by their numbers, so they may lie on disk.
     """
 
-    def __init__(self, backbone: Denoiser, head: nn.Module, real: Tensor, *, t_range: tuple[float, float] = (0.02, 0.98)):
+    def __init__(self, backbone: Denoiser, head: nn.Module, *real: Latents, t_range: tuple[float, float] = (0.02, 0.98)):
         if backbone.uncond is None:
             raise ValueError("the discriminator looks at latents under the empty prompt: give its Denoiser `uncond`")
-        self.backbone, self.module, self.real, self.t_range = backbone, head, real, t_range
+        self.backbone, self.module, self.t_range = backbone, head, t_range
+        self.real = {tuple(latents.shape[1:]): latents for latents in real}
 
     def features(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the frozen backbone's middle makes of x0 (B, C, H, W) renoised to t (B,), without a prompt; (B, F, h, w)."""
@@ -62,7 +76,8 @@ class Discriminator:
     def draw(self, sample: Sample) -> dict[str, Tensor]:
         """Real latents (B, C, H, W), times t (B,) stratified over the batch, and noise (B, 2, C, H, W) of real and student's latents."""
         x0 = sample.x0.detach()
-        real = self.real[torch.randint(len(self.real), (len(x0),))].to(x0)
+        latents = self.real[tuple(x0.shape[1:])]
+        real = latents[torch.randint(len(latents), (len(x0),))].to(x0)
         t = noise_levels(torch.zeros_like(sample.group), self.t_range, "stratified")
         noise = torch.randn(2, *x0.shape, dtype=x0.dtype, device=x0.device)
         return {"real": real, "t": t, "noise": noise.transpose(0, 1)}

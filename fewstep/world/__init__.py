@@ -22,6 +22,14 @@ def prompts(split: str) -> list[str]:
     return json.loads((ASSETS / "prompts.json").read_text())[split]
 
 
+def latents() -> Any:
+    """(N, C, H, W) of the drawn pictures that are not held out, in float16: what a discriminator may see."""
+    from safetensors.torch import load_file
+
+    held = load_file(ASSETS / "latents.safetensors")
+    return held["latents"][~held["heldout"]]
+
+
 def load_scorers(assets: Path = ASSETS, *, device: str = "cpu") -> dict[str, Any]:
     """The world's CLIPScores and PickScore by name, those that judge among them."""
     from fewstep.rewards.clip import CLIPScore, PickScore
