@@ -121,7 +121,7 @@ def check_rewards(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
         )
     latents = config.discriminator.latents
     if latents is not None and not Path(latents).exists():
-        from fewstep.evaluate.pictures import hub_parts
+        from fewstep.evaluate.sets import hub_parts
 
         if Path(latents).suffix == ".safetensors":
             raise UserError(f"discriminator.latents: {latents}: no such file")

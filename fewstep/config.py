@@ -158,7 +158,8 @@ class Config:
     teacher: str = "world"
     """A diffusers pipeline folder, a hub id, or `world`, the teacher that ships with fewstep."""
     prompts: str | None = None
-    """Text file with one prompt a line; only the world brings its own."""
+    """File of prompts, such as a text with one a line or a csv with a column of captions, or a data set on the hub
+    (owner/name[@revision][:split]); only the world brings its own."""
     output: str = "out"
     """Folder for the student and everything the run leaves behind."""
     teacher_guidance: float = 3.0

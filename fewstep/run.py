@@ -85,15 +85,21 @@ def check_same_run(config: Config, path: Path) -> None:
 
 
 def read_prompts(config: Config) -> list[str]:
-    from fewstep import prompts, world
+    """Each prompt once. A data set on the hub gets its commit in `config.prompts`. Raises UserError."""
+    from fewstep import world
+    from fewstep.evaluate import sets
+    from fewstep.prompts import BadPrompts
 
     if config.prompts is not None:
         try:
-            return prompts.read(config.prompts)
-        except prompts.BadPrompts as error:
+            found = sets.load(config.prompts)
+        except BadPrompts as error:
             raise UserError(f"prompts: {error}") from error
+        if "/" in found.name:  # of the hub, with its commit
+            config.prompts = found.name
+        return list(dict.fromkeys(found.prompts))
     if config.teacher != "world":
-        raise UserError("prompts: missing; give a text file with one prompt a line (only the embedded teacher brings its own)")
+        raise UserError("prompts: missing; give a file of them, such as a text with one a line (only the embedded teacher brings its own)")
     return world.prompts("train")
 
 

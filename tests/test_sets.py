@@ -7,9 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from fewstep.config import Config
 from fewstep.evaluate import pictures, sets
 from fewstep.evaluate.features import Extractor
 from fewstep.prompts import BadPrompts
+from fewstep.run import read_prompts
 
 # Prompt sets, in the forms they were published in
 
@@ -131,6 +133,51 @@ def test_sets_come_from_the_hub(monkeypatch, tmp_path):
         sets.load("hpsv2")
 
 
+class Split(list):
+    """Rows of a split, as `datasets` has them; `read` holds the columns that were asked for."""
+
+    features: dict
+
+    @property
+    def column_names(self):
+        return list(self[0])
+
+    def select_columns(self, names):
+        self.read = names
+        return [{name: row[name] for name in names} for row in self]
+
+
+def test_any_data_set_of_the_hub_with_captions_is_a_set(monkeypatch):
+    split = Split([{"Image": 0, "Caption": "a cat", "image_id": 7}, {"Image": 1, "Caption": "a dog", "image_id": 8}])
+    fake_datasets(monkeypatch, {"train": split, "test": split})
+    found = sets.load("someone/captions@main:test")
+    assert found == ("someone/captions@c0ffee:test", ["a cat", "a dog"], ["7", "8"])
+    assert split.read == ["Caption", "image_id"]  # its pictures are not
+    assert sets.load(found.name) == found
+    with pytest.raises(BadPrompts, match="has the splits train, test; name one"):
+        sets.load("someone/captions")
+    fake_datasets(monkeypatch, {"train": Split([{"title": "x", "n": 1}])})
+    with pytest.raises(BadPrompts, match=r"someone/captions@c0ffee:train: no column has any of the names prompt, .*; it has title, n"):
+        sets.load("someone/captions")
+    for nothing in ("./some/where", "a/b/c", "drawbench/"):
+        with pytest.raises(BadPrompts, match=r"no such file, none of the sets .*, and not a data set of the hub"):
+            sets.load(nothing)
+    with pytest.raises(BadPrompts, match=r"some/prompts\.txt: cannot be read"):
+        sets.load("some/prompts.txt")
+
+
+def test_a_run_reads_prompts_in_every_form(monkeypatch, tmp_path):
+    """A table is not read as a text with a prompt a line; each prompt counts once."""
+    (tmp_path / "captions.csv").write_text('image_id,caption\n1,"a cat, sitting"\n2,a dog\n3,a dog\n')
+    config = Config(prompts=str(tmp_path / "captions.csv"))
+    assert read_prompts(config) == ["a cat, sitting", "a dog"]
+    assert config.prompts == str(tmp_path / "captions.csv")
+    fake_datasets(monkeypatch, {"train": Split([{"Prompt": "a hat"}])})
+    config = Config(prompts="someone/captions")
+    assert read_prompts(config) == ["a hat"]
+    assert config.prompts == "someone/captions@c0ffee:train"  # what config.yaml keeps
+
+
 # Real pictures
 
 VERSIONS = {"torch": "1"}
@@ -221,10 +268,6 @@ def test_pictures_that_cannot_be_had_are_named(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"fewstep\[data\]"):
         pictures.open_pictures("someone/pictures")
-
-
-class Split(list):
-    features: dict
 
 
 def test_pictures_come_from_the_hub(monkeypatch):

@@ -167,7 +167,7 @@ def read_options(arguments: list[str]) -> Any:
         "--against", metavar="TEACHER", help="a diffusers folder, a hub id, world, or none (default: the run's own teacher)"
     )
     parser.add_argument("--data", metavar="FOLDER", help="real pictures: a folder, or owner/name[@revision][:split] on the hub")
-    parser.add_argument("--prompts", metavar="FILE", help="prompts, one a line or as a set was published; a set's NAME; NAME=FILE")
+    parser.add_argument("--prompts", metavar="FILE", help="a file of prompts, a set's NAME, NAME=FILE, or owner/name[:split] on the hub")
     parser.add_argument("--images-per-prompt", type=int, help="pictures for each prompt (default: the set's; 8 in the embedded world)")
     parser.add_argument("--steps", type=int, help="the student's steps (default: those it was made for)")
     parser.add_argument("--teacher-steps", type=int, help="the teacher's own steps (default 28; of a student as teacher its own)")

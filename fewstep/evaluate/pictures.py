@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +14,11 @@ from rich.progress import track
 from torch import Tensor
 
 from fewstep.evaluate.features import Extractor
-from fewstep.evaluate.sets import import_datasets
+from fewstep.evaluate.sets import hub_parts, import_datasets, rows_of_hub
 from fewstep.evaluate.store import SHARD, Rows, Shards, my_share
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 PIXELS = 2**24  # of pictures that are held together, however few of them that makes: 200 MB as float32
-HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::([\w.-]+))?")  # owner/name, perhaps @revision, perhaps :split
 
 
 class Pictures(NamedTuple):
@@ -37,14 +35,6 @@ def open_pictures(source: str) -> Pictures:
     Raises ValueError.
     """
     return of_folder(Path(source)) if Path(source).is_dir() else of_hub(*hub_parts(source))
-
-
-def hub_parts(source: str) -> tuple[str, str | None, str | None]:
-    """(name, revision, split) of what can be a data set on the hub, which is not asked. Raises ValueError."""
-    hub = HUB.fullmatch(source)
-    if hub is None or Path(source).exists() or source.startswith((".", "/", "~")):
-        raise ValueError(f"{source}: no such folder, and not a data set of the hub (owner/name, owner/name:split)")
-    return hub[1], hub[2], hub[3]
 
 
 def of_folder(folder: Path) -> Pictures:
@@ -78,28 +68,14 @@ def named(where: str, get: Callable[[], Image.Image]) -> Image.Image:
 
 def of_hub(name: str, revision: str | None, split: str | None) -> Pictures:
     """The first column of pictures of a data set's split; kept on disk by `datasets`, never in memory as a whole."""
-    try:
-        datasets = import_datasets()
-    except ImportError as error:
-        raise ValueError(str(error)) from error
-    import huggingface_hub
-
-    try:
-        commit = huggingface_hub.HfApi().dataset_info(name, revision=revision).sha
-        parts = datasets.load_dataset(name, revision=commit)
-    except Exception as error:  # the hub's clients raise many kinds; each means that these pictures cannot be had
-        raise ValueError(f"{name}: cannot be read from the hub ({type(error).__name__}: {error})") from error
-    if split is None and len(parts) > 1:
-        raise ValueError(f"{name}: has the splits {', '.join(parts)}; name one, as {name}:{next(iter(parts))}")
-    if split is not None and split not in parts:
-        raise ValueError(f"{name}: has no split {split!r}; it has {', '.join(parts)}")
-    chosen = split or next(iter(parts))
-    rows = parts[chosen]
-    column = next((key for key, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
+    rows, found = rows_of_hub(name, revision, split)
+    kind = import_datasets().Image
+    column = next((key for key, feature in rows.features.items() if isinstance(feature, kind)), None)
+    where = f"{name}, split {found['split']!r}"
     if column is None:
-        raise ValueError(f"{name}: split {chosen!r} has no column of pictures; it has {', '.join(rows.features)}")
-    identity = {"n": len(rows), "hub": name, "commit": commit, "split": chosen, "column": column}
-    return Pictures(identity, len(rows), lambda i: named(f"{name}, split {chosen!r}, row {i}", lambda: rows[i][column].convert("RGB")))
+        raise ValueError(f"{name}: split {found['split']!r} has no column of pictures; it has {', '.join(rows.features)}")
+    identity = {"n": len(rows), **found, "column": column}
+    return Pictures(identity, len(rows), lambda i: named(f"{where}, row {i}", lambda: rows[i][column].convert("RGB")))
 
 
 def as_tensor(image: Image.Image) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from fewstep import prompts
 from fewstep.prompts import BadPrompts
 
 CAPTIONS = ("prompt", "prompts", "caption", "captions", "text")  # names of the column, or key, that holds what is drawn
+HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::([\w.-]+))?")  # owner/name, perhaps @revision, perhaps :split
 IDENTITIES = ("image_id", "uid", "id", "cocoid")  # of the picture that a caption belongs to
 
 
@@ -47,9 +49,11 @@ SETS = {
 
 
 def load(source: str) -> PromptSet:
-    """A set by NAME, by FILE, or by NAME=FILE. Raises BadPrompts naming the file, or the set and what to give for it.
+    """A set by NAME, by FILE, by NAME=FILE, or by owner/name[@revision][:split] of a data set on the hub. Raises BadPrompts naming the
+    file, or the set and what to give for it.
 
-    NAME alone is read from the hub; with a file, or a folder of HPSv2's four, its number of prompts is checked.
+    NAME alone is read from the hub; with a file, or a folder of HPSv2's four, its number of prompts is checked. Any other data set of the
+    hub gets the name owner/name@commit:split, under which it can be had again.
     """
     name, equals, file = source.partition("=")
     if name in SETS and equals:
@@ -59,9 +63,15 @@ def load(source: str) -> PromptSet:
         return found
     if source in SETS:
         return from_hub(source)
-    if not Path(source).exists() and Path(source).suffix == "":
-        raise BadPrompts(f"{source}: no such file, and none of the sets {', '.join(SETS)}")
-    return read(Path(source))
+    path = Path(source)
+    if not path.exists() and path.suffix.lower() not in (*READERS, ".txt"):
+        try:
+            parts = hub_parts(source)
+        except ValueError as error:
+            known = ", ".join(SETS)
+            raise BadPrompts(f"{source}: no such file, none of the sets {known}, and not a data set of the hub (owner/name)") from error
+        return any_of_hub(*parts)
+    return read(path)
 
 
 def read(path: Path, *, name: str | None = None) -> PromptSet:
@@ -85,7 +95,7 @@ def read(path: Path, *, name: str | None = None) -> PromptSet:
     return as_set(entries, name or path.name, str(path))
 
 
-def as_set(entries: list[dict[str, Any]], name: str, where: str) -> PromptSet:
+def as_set(entries: Iterable[dict[str, Any]], name: str, where: str) -> PromptSet:
     """Entries, each with a caption and perhaps its picture's id, as a set. Raises BadPrompts naming the entry."""
     captions, ids = [], []
     for number, entry in enumerate(entries, 1):
@@ -175,6 +185,49 @@ def as_entry(value: Any) -> dict[str, Any]:
 
 
 READERS = {".tsv": table("\t"), ".csv": table(","), ".jsonl": lines_of_json, ".json": whole_json}
+
+
+def hub_parts(source: str) -> tuple[str, str | None, str | None]:
+    """(name, revision, split) of what can be a data set on the hub, which is not asked. Raises ValueError."""
+    hub = HUB.fullmatch(source)
+    if hub is None or Path(source).exists() or source.startswith((".", "/", "~")):
+        raise ValueError(f"{source}: no such folder, and not a data set of the hub (owner/name, owner/name:split)")
+    return hub[1], hub[2], hub[3]
+
+
+def rows_of_hub(name: str, revision: str | None, split: str | None) -> tuple[Any, dict[str, str]]:
+    """(rows of a data set's split, which `datasets` keeps on disk; its name, commit and split). Raises ValueError."""
+    try:
+        datasets = import_datasets()
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    import huggingface_hub
+
+    try:
+        commit = huggingface_hub.HfApi().dataset_info(name, revision=revision).sha
+        parts = datasets.load_dataset(name, revision=commit)
+    except Exception as error:  # the hub's clients raise many kinds; each means that this set cannot be had
+        raise ValueError(f"{name}: cannot be read from the hub ({type(error).__name__}: {error})") from error
+    if split is None and len(parts) > 1:
+        raise ValueError(f"{name}: has the splits {', '.join(parts)}; name one, as {name}:{next(iter(parts))}")
+    if split is not None and split not in parts:
+        raise ValueError(f"{name}: has no split {split!r}; it has {', '.join(parts)}")
+    chosen = split or next(iter(parts))
+    return parts[chosen], {"hub": name, "commit": commit, "split": chosen}
+
+
+def any_of_hub(name: str, revision: str | None, split: str | None) -> PromptSet:
+    """The captions of a data set's split. Raises BadPrompts."""
+    try:
+        rows, found = rows_of_hub(name, revision, split)
+    except ValueError as error:
+        raise BadPrompts(str(error)) from error
+    where = f"{name}@{found['commit']}:{found['split']}"
+    columns = {column.strip().lower(): column for column in rows.column_names}
+    if not columns.keys() & set(CAPTIONS):
+        raise BadPrompts(f"{where}: no column has any of the names {', '.join(CAPTIONS)}; it has {', '.join(rows.column_names)}")
+    wanted = [column for name, column in columns.items() if name in (*CAPTIONS, *IDENTITIES)]
+    return as_set(rows.select_columns(wanted), where, where)  # whatever else the rows hold, as pictures, is not read
 
 
 def from_hub(name: str) -> PromptSet:
