@@ -31,7 +31,7 @@ DISTANCES = ("fd_clip_data", "fd_clip_teacher")
 MAIN_SEEDS, OTHER_SEEDS = 5, 3
 TRACED = ("/score", "/lag", "/ess", "/cosine", "/fake_error", "/inflation")  # of what an update logs, what a cell keeps
 # fields that came after the first cells: in a stamp when not as they are by default
-LATER = ("size", "memory", "compile", "dry_run", "judge", "remote", "matching.level_density", "matching.shift")
+LATER = ("init", "size", "memory", "compile", "dry_run", "judge", "remote", "matching.level_density", "matching.shift")
 NETWORKS = ("student", "teacher", "fake")  # one evaluation of each costs the same: the budget of a cell
 
 

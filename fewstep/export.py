@@ -457,6 +457,7 @@ def model_card(student: Averaged, to: str, folder: Path, *, name: str | None = N
         " One step is not possible: this scheduler's times for it are not a number, so pictures are NaN or the call ends in an error."
     )
     one_step *= backbone.flow and steps > 1 and to != "kohya"
+    began = ", from the student of an earlier run" * (config.init is not None)
     text = f"""---
 {data.to_yaml()}
 ---
@@ -464,7 +465,7 @@ def model_card(student: Averaged, to: str, folder: Path, *, name: str | None = N
 # {title(config)}
 
 Distilled with fewstep by {method}: {student.update} updates{f" of {config.updates}" * (student.update < config.updates)}, \
-teacher guidance {guidance}, {rewards_in_words(config, student.rewards)}.
+teacher guidance {guidance}, {rewards_in_words(config, student.rewards)}{began}.
 
 {licence}
 

@@ -46,6 +46,10 @@ def check_output(config: Config) -> None:
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise UserError(f"output: {output} is a file; name a folder")
+    if config.init is not None and Path(config.init).resolve() == output.resolve():
+        raise UserError(f"init: {output} is the output folder itself; name another --output, or go on with --resume")
+    if config.init is not None and not config.resume and not (Path(config.init) / "checkpoints").is_dir():
+        raise UserError(f"init: {config.init} holds no checkpoints of a run; what `fewstep export` writes has none")
     held = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
     is_run = "config.yaml" in held
     if config.resume and not is_run:
@@ -154,6 +158,8 @@ def carry_out(config: Config, prompts: list[str], source: str, functions: dict[s
             raise UserError(
                 f"resume: {folder} holds no {error}: another version of fewstep saved it. Go on with that one, or anew with --overwrite"
             ) from error
+    elif config.init is not None:
+        start_from(run, Path(config.init))
     with naming(output):
         if first:
             kept = as_plain(config) | {"resume": False, "overwrite": False}  # of this call, not of the run
@@ -189,6 +195,20 @@ def find_checkpoint(root: Path, ranks: Ranks) -> tuple[Path | None, Any]:
         raise UserError(f"resume: the processes see other checkpoints under {root} ({seen}); it must lie on a disk that all machines share")
     print("no checkpoint was saved yet: starting from update 0" if found is None else f"going on from {found[0].name}")
     return found or (None, None)
+
+
+def start_from(run: Run, folder: Path) -> None:
+    """Give a run the averaged student and the fake of the run in another folder. Raises UserError."""
+    from fewstep import checkpoint
+
+    try:
+        found = checkpoint.newest(folder / "checkpoints", only=("update", "student", "ema", "online"))
+        if found is None:
+            raise UserError(f"init: {folder} holds no checkpoint")
+        run.trainer.start_from(found[1])
+    except (checkpoint.DamagedCheckpoint, KeyError) as error:
+        raise UserError(f"init: {folder}: {error}") from error
+    print(f"starting from the student of {folder} at update {found[1]['update']}")
 
 
 def judge_records(config: Config, functions: dict[str, Any]) -> dict[str, dict[str, str]]:

@@ -744,6 +744,17 @@ class Trainer:
             self.counted[name].forwards, self.counted[name].backwards = (forwards, backwards) if first else (0, 0)
         checkpoint.set_rng_state(state["rng"], self.device)  # last: nothing above may draw from it
 
+    @torch.no_grad()
+    def start_from(self, state: dict[str, Any]) -> None:
+        """Begin with the averaged student of another run's `state()` and, as far as both have them, its online rewards' networks: a fake
+        that knows that student already. Optimizers, rates and the average begin anew. Raises DamagedCheckpoint when they are of
+        another model."""
+        averaged = dict(zip(state["student"], state["ema"]["shadow_params"], strict=True))
+        copy_parameters(self.parameters, averaged, "student")
+        self.ema.shadow_params = [p.detach().clone() for p in self.parameters.values()]
+        for name in self.online.keys() & state["online"].keys():
+            copy_parameters(self.terms[name].parameters, state["online"][name], name)
+
     def as_rollout(self, saved: dict[str, Any]) -> Rollout:
         """A rollout as `state` keeps it; its conditions are made again from its prompts and scales."""
         cond = self.conditions(saved["prompts"], None if self.config.matching.guidance_range is None else saved["guidance"])

@@ -373,6 +373,22 @@ def test_lora_file_gives_the_same_student_on_the_teacher(teacher_folder, prompt_
     torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-4)
 
 
+def test_a_run_may_begin_with_another_runs_student(capsys, finished, teacher_folder, prompt_file, tmp_path):
+    out, told = tmp_path / "out", ["distill", "--teacher", str(teacher_folder), "--prompts", str(prompt_file), *SMALL]
+    first = shutil.copytree(finished, tmp_path / "first")
+    assert "holds no checkpoints of a run" in refused(capsys, *told, "--output", str(out), "--init", str(teacher_folder))
+    assert "is the output folder itself" in refused(capsys, *told, "--output", str(first), "--init", str(first), "--overwrite")
+    assert "another network than this run's" in refused(capsys, *told, "--output", str(out), "--init", str(first), "--lora-rank", "2")
+    assert cli.main([*told, "--output", str(out), "--init", str(first), "--updates", "1", "--student.lr", "1e-9"]) == 0
+    assert f"starting from the student of {first} at update 3" in capsys.readouterr().out
+    (_, before), (_, after) = (checkpoint.newest(folder / "checkpoints") for folder in (first, out))
+    for averaged, (name, learned) in zip(before["ema"]["shadow_params"], after["student"].items(), strict=True):
+        torch.testing.assert_close(learned, averaged, rtol=0, atol=1e-7, msg=name)  # as good as nothing
+    shutil.rmtree(first)
+    assert cli.main(["distill", "--output", str(out), "--resume", "--updates", "2"]) == 0  # the first run is not needed any more
+    assert "from the student of an earlier run" in (out / "README.md").read_text()
+
+
 def test_an_existing_run_is_not_touched_unless_asked(capsys, finished, teacher_folder, prompt_file, tmp_path):
     arguments = ["distill", "--teacher", str(teacher_folder), "--prompts", str(prompt_file), *SMALL]
     assert "already holds a run" in refused(capsys, *arguments, "--output", str(finished))

@@ -121,6 +121,27 @@ def test_resume_is_bit_exact(teacher_folder, prompt_file, tmp_path, stop_at, unt
     assert_same(straight.state(), second.state())
 
 
+def test_a_run_begins_with_another_ones_averaged_student_and_fake(teacher_folder, prompt_file):
+    """What was averaged is what is exported; its optimizers stay behind, and a reward may be new."""
+    first = run_of(teacher_folder, prompt_file).trainer
+    for _ in range(3):
+        first.step()
+    held = snapshot(first)
+    second = run_of(teacher_folder, prompt_file, "--reward.redness", "0.3", "--student.lr", "1e-5").trainer
+    second.start_from(copy.deepcopy(held))
+    averaged = first.averaged()
+    assert any(not torch.equal(averaged[name], p) for name, p in first.parameters.items())
+    for own in (second.parameters, second.averaged()):
+        assert all(torch.equal(averaged[name], value) for name, value in own.items())
+    assert all(torch.equal(held["online"]["dm"][key], p) for key, p in second.terms["dm"].parameters.items())
+    assert second.update == 0 and not second.optimizer.state_dict()["state"]
+    second.step()
+    assert all(torch.equal(p, held["student"][name]) for name, p in first.parameters.items())  # nothing is shared
+    other = run_of(teacher_folder, prompt_file, "--lora-rank", "2").trainer
+    with pytest.raises(checkpoint.DamagedCheckpoint, match=r"another network than this run's \(other teacher, steps or LoRA rank\?\)"):
+        other.start_from(held)
+
+
 def test_the_lag_is_between_rollouts_of_one_size(teacher_folder, prompt_file):
     """Outputs of another size are harder or easier to denoise, which is no lag; each size waits for its own second rollout."""
     trainer = run_of(teacher_folder, prompt_file, "--size", "16x8,8x16", "--reuse.rollout", "1").trainer
