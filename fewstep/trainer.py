@@ -775,7 +775,7 @@ class Trainer:
 def copy_parameters(own: Parameters, saved: dict[str, Tensor], who: str) -> None:
     if own.keys() != saved.keys() or any(own[name].shape != saved[name].shape for name in own):
         raise checkpoint.DamagedCheckpoint(
-            f"the checkpoint's {who} is another network than this run's (other teacher, steps or LoRA rank?)"
+            f"the checkpoint's {who} is another network than this run's (other teacher, steps, LoRA rank or fake.condition?)"
         )
     for name, parameter in own.items():
         parameter.copy_(saved[name])

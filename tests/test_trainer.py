@@ -138,7 +138,7 @@ def test_a_run_begins_with_another_ones_averaged_student_and_fake(teacher_folder
     second.step()
     assert all(torch.equal(p, held["student"][name]) for name, p in first.parameters.items())  # nothing is shared
     other = run_of(teacher_folder, prompt_file, "--lora-rank", "2").trainer
-    with pytest.raises(checkpoint.DamagedCheckpoint, match=r"another network than this run's \(other teacher, steps or LoRA rank\?\)"):
+    with pytest.raises(checkpoint.DamagedCheckpoint, match=r"another network than this run's \(other teacher, steps, LoRA rank or fake\.condition\?\)"):
         other.start_from(held)
 
 
