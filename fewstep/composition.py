@@ -336,11 +336,11 @@ def build(
     times, latent_shapes = check_backbone(backbone, config)  # before the prompts are encoded, which may take hours
     conditioned = config.fake.condition == "step" and config.steps > 1
     guidance = config.matching.guidance
-    real = None
+    batches, real = Batches(prompts, config.groups, config.group_size, seed=config.seed), None
     with ranks.first_on_its_machine():
         if "discriminator" in config.reward:
             real = real_latents(config, backbone, latent_shapes, progress=ranks.rank == 0)
-        backbone.prepare(prompts)
+        backbone.prepare(batches.ahead(config.batches()))  # of a large set most are never drawn
     try:
         roles = backbone.roles(
             lora_rank=config.lora_rank, fake_steps=config.steps if conditioned else 0, guidance=guidance,
@@ -372,7 +372,7 @@ def build(
         Student(roles.student, schedule, times),
         roles.student_parameters,
         {"dm": term, **others},
-        Batches(prompts, config.groups, config.group_size, seed=config.seed),
+        batches,
         encode=backbone.encode,
         decode=decoder,
         latent_shapes=latent_shapes,

@@ -261,6 +261,10 @@ class Config:
             found.append((int(height), int(width)))
         return found or [None]
 
+    def batches(self) -> int:
+        """Batches of prompts that the run takes at most: one a rollout, and in backward simulation one for each of the fake's updates."""
+        return self.updates * (1 + self.fake.updates if self.reuse.backward_simulation else 1)
+
     def problems(self) -> list[str]:
         """What is wrong with the values, one line a key."""
         low, high = self.matching.t_range

@@ -37,7 +37,7 @@ class Needs(NamedTuple):
     pictures: int  # what decoding those of a part keeps, where a reward looks at them
     one_picture: int  # what decoding one takes
     conditions: int  # of a batch's prompts
-    cached: int  # of all prompts, on disk
+    cached: int  # of all prompts that are drawn, on disk
     student_folder: int  # on disk
     checkpoints: int  # on disk, the two that are kept
     trained: int  # parameters of the student
@@ -223,6 +223,11 @@ def passes(config: Config, guided: bool) -> float:
     return config.steps * rollouts + refused + matching + trained * (1 + fake)
 
 
+def drawn_prompts(config: Config, prompts: int) -> int:
+    """How many of so many prompts a run draws, and encodes."""
+    return min(prompts, config.batches() * config.groups)
+
+
 def scales(config: Config, n: int) -> Tensor | None:
     """Guidance scales (n,) that conditions tell, where there is a range of them."""
     return None if config.matching.guidance_range is None else torch.ones(n)
@@ -271,7 +276,7 @@ def measure(source: str, config: Config, prompts: int) -> Needs:
         pictures=pictures,
         one_picture=one_picture,
         conditions=condition * batch,
-        cached=size(backbone.random_conditions(1).values()) * prompts,
+        cached=size(backbone.random_conditions(1).values()) * drawn_prompts(config, prompts),
         student_folder=exported * frozen.itemsize + decoder + text,
         checkpoints=2 * (gradients + moments + averaged),
         trained=sum(p.numel() for p in trained["student"]),
@@ -415,7 +420,7 @@ def report(source: str, config: Config, prompts: int) -> str:
         f"  {gib(needs.drawing)}  while samples are drawn",
         f"{needs.flops * config.updates / 1e15:,.2f} PFLOP in {config.updates} updates, rewards and decoder apart",
         f"on disk: {gib(needs.student_folder).strip()} student, {gib(needs.checkpoints).strip()} checkpoints, "
-        f"{gib(needs.cached).strip()} conditions of {prompts} prompts",
+        f"{gib(needs.cached).strip()} conditions of {drawn_prompts(config, prompts)} prompts",
     ]
     if config.reward:
         lines.append(f"not counted: the models of {', '.join(config.reward)}, and what they keep of the pictures")

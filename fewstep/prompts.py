@@ -69,3 +69,14 @@ class Batches:
         chosen = [self.prompts[self._index()] for _ in range(self.groups)]
         group = torch.arange(self.groups).repeat_interleave(self.group_size)
         return [prompt for prompt in chosen for _ in range(self.group_size)], group
+
+    def ahead(self, batches: int) -> list[str]:
+        """The prompts of the next `batches` batches, each once; the position stays where it is."""
+        other = Batches(self.prompts, self.groups, self.group_size, seed=self.seed)
+        other.load_state(self.state())
+        found: dict[str, None] = {}
+        for _ in range(batches * self.groups):
+            if len(found) == len(self.prompts):
+                break
+            found[self.prompts[other._index()]] = None
+        return list(found)

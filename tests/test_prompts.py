@@ -58,6 +58,20 @@ def test_position_is_all_there_is_to_restore():
     assert Batches(list("abcdefg"), 7, 1, seed=4).next()[0] != Batches(list("abcdefg"), 7, 1, seed=3).next()[0]
 
 
+def test_the_prompts_ahead_are_those_that_come():
+    batches = Batches([str(i) for i in range(20)], groups=3, group_size=2, seed=1)
+    for _ in range(5):  # into the second epoch at the end of what is asked for
+        batches.next()
+    before = batches.state()
+    ahead = {many: set(batches.ahead(many)) for many in (0, 1, 3, 100)}
+    assert batches.state() == before
+    come: set[str] = set()
+    for many in range(1, 4):
+        come |= set(batches.next()[0])
+        assert ahead.get(many, come) == come
+    assert not ahead[0] and ahead[100] == set(batches.prompts)
+
+
 def test_more_groups_than_prompts_are_still_groups_of_their_own():
     prompts, group = Batches(["a"], groups=3, group_size=2, seed=0).next()
     assert prompts == ["a"] * 6 and group.tolist() == [0, 0, 1, 1, 2, 2]

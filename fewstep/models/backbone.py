@@ -31,6 +31,7 @@ from fewstep.models.embeddings import Embeddings
 from fewstep.schedule import DDPM, Flow, Schedule
 
 TRACES = 64  # of one block's function that torch may keep
+TOKENIZED = 1024  # prompts that a tokenizer is given at once
 FEW_STEP = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")  # of teachers distilled to few steps alone
 
 
@@ -610,7 +611,8 @@ class Backbone:
     def cut(self, prompts: list[str]) -> list[str]:
         """Those of the prompts that are longer than the text encoder reads."""
         tokenizer, limit = self.longest_text()
-        return [p for p in prompts if len(tokenizer(p).input_ids) > limit]
+        some = [prompts[i : i + TOKENIZED] for i in range(0, len(prompts), TOKENIZED)]  # together: a set may have millions
+        return [prompt for part in some for prompt, ids in zip(part, tokenizer(part).input_ids, strict=True) if len(ids) > limit]
 
     # -- roles -------------------------------------------------------------------------------------------------------
 
