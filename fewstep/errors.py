@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,13 +22,18 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errn
 
 @contextmanager
 def naming(folder: Path) -> Iterator[None]:
-    """The system names no file where a write to an open one fails: name the folder that it lies in."""
+    """The system names no file where a write to an open one fails, and safetensors raises an error of its own with the system's number in
+    its text: both as an OSError that names the folder which the file lies in."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in DISK or error.filename is not None:
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) and error.filename is None else None
+        # by its name, for its module is not imported here
+        if type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", str(error))):
+            number = int(found[1])
+        if number not in DISK:
             raise
-        raise OSError(error.errno, f"could not be written to: {error.strerror}", str(folder)) from error
+        raise OSError(number, f"could not be written to: {os.strerror(number)}", str(folder)) from error
 
 
 def check_writable(name: str, folder: Path) -> None:

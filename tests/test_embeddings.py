@@ -1,6 +1,8 @@
 """Conditions on disk: what finds them again, and what makes them anew."""
 
+import errno
 import json
+import resource
 import shutil
 
 import fresh
@@ -9,6 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fewstep import models
+from fewstep.errors import naming
+from fewstep.evaluate import store
+from fewstep.models import embeddings
 
 ENCODE = "import sys; from fewstep import models; models.load(sys.argv[1]).encode(['a cat', 'a dog'])"
 
@@ -88,3 +93,24 @@ def test_the_empty_prompt_of_sdxl_is_kept_apart_by_what_it_stands_for(teachers, 
         index.write_text(json.dumps(json.loads(index.read_text()) | {"force_zeros_for_empty_prompt": zeros}))
         largest.append(models.load(str(folder)).encode([""])["prompt_embeds"].abs().max())
     assert largest[0] == 0 < largest[1]
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow past 1000 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_takes_no_more_is_named_and_left_clean(small_files, tmp_path):
+    """safetensors raises an error of its own, which names no file."""
+    kept = embeddings.Embeddings(lambda prompt: {"e": torch.zeros(1, 1000)}, lambda: [], tmp_path)
+    for write in (lambda: kept["a cat"], lambda: store.write(kept.folder / "part.safetensors", {"x": torch.zeros(1000)})):
+        with pytest.raises(OSError, match="could not be written to: File too large") as caught:
+            write()
+        assert caught.value.filename == str(kept.folder) and caught.value.errno == errno.EFBIG
+        assert not list(kept.folder.iterdir())
+    with pytest.raises(ZeroDivisionError), naming(tmp_path):  # anything else is what it is
+        _ = 1 / 0

@@ -36,11 +36,11 @@ TABLE = {
     "rewards.sources": "config rewards rewards.address rewards.files rewards.remote world",
     "rewards.convert": "rewards rewards.aesthetic rewards.files rewards.hps rewards.sources",
     "rewards.serve": "rewards rewards.sources",
-    "models": "config denoiser schedule",
+    "models": "config denoiser errors schedule",
     "world": "checkpoint evaluate rewards.clip",
     "trainer": "alarms checkpoint config denoiser importance losses metrics prompts ranks "
     "rewards.base rewards.heldout student transforms types weights",
-    "evaluate": "denoiser export models prompts types "
+    "evaluate": "denoiser errors export models prompts types "
     "rewards.base rewards.clip rewards.distribution rewards.files rewards.remote rewards.sources",
     "needs": "config launch models",
     "flags": "config errors models rewards.address rewards.sources",

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fewstep.errors import naming
+
 SHARD = 256  # pictures of one part
 
 
@@ -56,14 +58,18 @@ def nameless(module: nn.Module) -> str:
 
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under a temporary name beside its own, then rename: a reader sees the old or the new, never a half."""
+    """Write a file under a temporary name beside its own, then rename: a reader sees the old or the new, never a half.
+
+    Raises OSError that names the folder where the disk takes no more.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with naming(path.parent):
+        try:
+            write(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> dict[str, Tensor] | None:
