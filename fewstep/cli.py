@@ -101,12 +101,18 @@ def distill_command(arguments: list[str]) -> int:
         return distill(parse_config(on_family_recipe(arguments)))
 
 
+def told_help(command: str, does: str, arguments: list[str]) -> bool:
+    """Whether help was asked for, and printed, of a command without arguments. Raises UserError for any other argument."""
+    if arguments and arguments[0] not in ("-h", "--help"):
+        raise UserError(f"{command}: takes no arguments, got {arguments[0]!r}")
+    if arguments:
+        print(f"usage: fewstep {command}\n\n{does}")
+    return bool(arguments)
+
+
 def models_command(arguments: list[str]) -> int:
     """Print the families and what each supports."""
-    if arguments:
-        if arguments[0] not in ("-h", "--help"):
-            raise UserError(f"models: takes no arguments, got {arguments[0]!r}")
-        print("usage: fewstep models\n\nList the model families and what each supports.")
+    if told_help("models", "List the model families and what each supports.", arguments):
         return 0
     from fewstep import models
 
@@ -206,13 +212,13 @@ def compare_command(arguments: list[str]) -> int:
 
 
 def rewards_command(arguments: list[str]) -> int:
+    if told_help("rewards", "List the named rewards: licence of code and weights, range, whether differentiable, memory.", arguments):
+        return 0
     from rich.console import Console
     from rich.table import Table
 
     from fewstep.rewards import rows
 
-    if arguments:
-        raise UserError(f"rewards: takes no arguments, got {arguments[0]!r}")
     header, *body = rows()
     table = Table(*header, show_lines=True)
     for row in body:

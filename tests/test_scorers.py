@@ -662,6 +662,7 @@ def test_the_command_lists_them(capsys):
     shown = capsys.readouterr().out
     assert all(name in shown for name in REWARDS) and "licence of the weights" in " ".join(shown.split())
     assert refused(capsys, "rewards", "clip").endswith("takes no arguments, got 'clip'")
+    assert cli.main(["rewards", "--help"]) == 0 and capsys.readouterr().out.startswith("usage: fewstep rewards\n")
     assert all(len(row) == len(rows()[0]) for row in rows())
 
 
