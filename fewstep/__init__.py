@@ -13,7 +13,7 @@ __all__ = ["distill", "load"]
 
 def distill(
     teacher: str = "world",
-    prompts: str | None = None,
+    prompts: str | list[str] | None = None,
     *,
     rewards: dict[str, Any] | None = None,
     judges: dict[str, Any] | None = None,
@@ -23,7 +23,8 @@ def distill(
 ) -> Path:
     """Distil `teacher` into a `steps`-step student; returns its folder, which stock diffusers opens.
 
-    teacher: a diffusers pipeline folder, a hub id, or "world" (embedded); prompts: a text file, one prompt a line.
+    teacher: a diffusers pipeline folder, a hub id, or "world" (embedded); prompts: a list of them, which is kept in the folder as
+    prompts.json, a file, such as a text with one a line, or a data set on the hub.
     rewards: name -> weight of a named reward; or a function of (images, prompts), a Reward, "path/to/file.py:function" or a server's
     address (weight 1); or a pair of one of these and its weight.
     judges: name -> a function of (images, prompts), or where a named one comes from, None for its own source: scored beside the
@@ -48,11 +49,13 @@ def distill(
         elif given is not None:
             functions[name] = given
     beside = {name: judge for name, judge in (judges or {}).items() if not callable(judge)}
-    own = {"teacher": teacher, "prompts": prompts, "steps": steps, "output": output, "reward": weights, "scorer": scorers, **config}
+    given = list(prompts) if isinstance(prompts, (list, tuple)) else None
+    own = {"teacher": teacher, "prompts": prompts if given is None else None, "steps": steps, "output": output, "reward": weights}
+    own |= {"scorer": scorers, **config}
     arguments = [*flags.as_arguments(own), *(f"--judge.{name}={source or 'null'}" for name, source in beside.items())]
     with first_alone_prints():
         parsed = flags.parse_config(flags.on_family_recipe(arguments))
-        stopped = run(parsed, functions, {name: judge for name, judge in (judges or {}).items() if callable(judge)}) != 0
+        stopped = run(parsed, functions, {name: judge for name, judge in (judges or {}).items() if callable(judge)}, given) != 0
     if stopped:
         raise KeyboardInterrupt(f"stopped early; the run in {output} can be resumed")
     return Path(output)

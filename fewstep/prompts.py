@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,7 +44,7 @@ def read(path: str | Path, *, repeats: bool = False) -> list[str]:
 class Batches:
     """Endless batches of P prompts, each repeated G times as one group; a new shuffle each epoch.
 
-    The position is `state()`, two integers: the order of an epoch depends on the seed and the epoch alone.
+    The position is two integers of `state()`: the order of an epoch depends on the prompts, the seed and the epoch alone.
     """
 
     def __init__(self, prompts: list[str], groups: int, group_size: int, *, seed: int):
@@ -48,10 +52,18 @@ class Batches:
         self.epoch, self.position = 0, 0
         self._order: tuple[int, list[int]] = (-1, [])
 
-    def state(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 of the prompts in their order."""
+        return hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()
 
-    def load_state(self, state: dict[str, int]) -> None:
+    def state(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "position": self.position, "prompts": self.identity}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Raises BadPrompts where the position is one among other prompts."""
+        if state.get("prompts", self.identity) != self.identity:  # an earlier version kept none
+            raise BadPrompts(f"these {len(self.prompts)} prompts are not, in this order, those that the run began with")
         self.epoch, self.position = state["epoch"], state["position"]
 
     def _index(self) -> int:
@@ -73,7 +85,7 @@ class Batches:
     def ahead(self, batches: int) -> list[str]:
         """The prompts of the next `batches` batches, each once; the position stays where it is."""
         other = Batches(self.prompts, self.groups, self.group_size, seed=self.seed)
-        other.load_state(self.state())
+        other.epoch, other.position = self.epoch, self.position
         found: dict[str, None] = {}
         for _ in range(batches * self.groups):
             if len(found) == len(self.prompts):

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from fewstep.ranks import Ranks
 
 
+GIVEN = "prompts.json"  # prompts that were given as a list
 RUN_FILES = (
-    "checkpoints", "samples", "tensorboard", "config.yaml", "rewards.json", "metrics.jsonl", "samples.png", "evaluation.json",
+    "checkpoints", "samples", "tensorboard", "config.yaml", GIVEN, "rewards.json", "metrics.jsonl", "samples.png", "evaluation.json",
     "evaluation", "README.md", "export", "model_index.json", "unet", "transformer", "vae", "text_encoder", "text_encoder_2",
     "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler", "feature_extractor", "pytorch_lora_weights.safetensors",
 )  # fmt: skip
@@ -107,12 +108,30 @@ def read_prompts(config: Config) -> list[str]:
     return world.prompts("train")
 
 
-def distill(config: Config, functions: dict[str, Any] | None = None, judges: dict[str, Any] | None = None) -> int:
-    """Check, train, export, measure. functions, judges: rewards and judges of the caller's own. Returns the exit code.
+def check_prompts(given: list[str]) -> list[str]:
+    """Each prompt of a caller's own list once. Raises UserError."""
+    from fewstep.evaluate.sets import as_set
+    from fewstep.prompts import BadPrompts
+
+    try:
+        return list(dict.fromkeys(as_set([{"prompt": prompt} for prompt in given], "prompts", "prompts").prompts))
+    except BadPrompts as error:
+        raise UserError(str(error)) from error
+
+
+def distill(
+    config: Config,
+    functions: dict[str, Any] | None = None,
+    judges: dict[str, Any] | None = None,
+    given: list[str] | None = None,
+) -> int:
+    """Check, train, export, measure. functions, judges, given: rewards, judges and prompts of the caller's own. Returns the exit code.
 
     Of several processes (torchrun's) each trains on its share of every batch, and the first alone writes and measures.
     """
-    prompts = read_prompts(config)
+    if given is not None:  # kept with the run, for one that goes on
+        config.prompts = str(Path(config.output) / GIVEN)
+    prompts = read_prompts(config) if given is None else check_prompts(given)
     functions = check_rewards(config, functions or {})
     judges = check_judges(config, judges or {})
     source = resolve_teacher(config.teacher)
@@ -135,10 +154,13 @@ def distill(config: Config, functions: dict[str, Any] | None = None, judges: dic
 
 def carry_out(config: Config, prompts: list[str], source: str, functions: dict[str, Any], judges: dict[str, Any], ranks: Ranks) -> int:
     """Build, train, export, measure what has been checked. Returns the exit code."""
+    import json
+
     import yaml
 
     output, first = Path(config.output), ranks.rank == 0
     from fewstep import checkpoint, models
+    from fewstep.prompts import BadPrompts
     from fewstep.rewards import sources
 
     models.quiet_libraries()
@@ -154,6 +176,8 @@ def carry_out(config: Config, prompts: list[str], source: str, functions: dict[s
             run.trainer.load_state(state)
         except checkpoint.DamagedCheckpoint as error:
             raise UserError(f"resume: {error}") from error
+        except BadPrompts as error:
+            raise UserError(f"prompts: {error}; give them back, or begin anew with --overwrite or another --output") from error
         except KeyError as error:
             raise UserError(
                 f"resume: {folder} holds no {error}: another version of fewstep saved it. Go on with that one, or anew with --overwrite"
@@ -164,6 +188,8 @@ def carry_out(config: Config, prompts: list[str], source: str, functions: dict[s
         if first:
             kept = as_plain(config) | {"resume": False, "overwrite": False}  # of this call, not of the run
             (output / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False))
+            if config.prompts == str(output / GIVEN):  # again where --overwrite has deleted what was read
+                (output / GIVEN).write_text(json.dumps(prompts, indent=0, ensure_ascii=False), encoding="utf-8")
             told = sources.records(config.reward, config.scorer, functions, assets=assets(config))
             told |= {f"judge.{name}": record for name, record in judge_records(config, judges).items()}
             if run.real is not None:

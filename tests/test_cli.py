@@ -219,10 +219,21 @@ def test_a_function_becomes_a_reward_and_survives_the_whole_run(teacher_folder, 
 
     small = {"groups": 2, "group_size": 2, "updates": 2, "save_every": 1, "sample_every": 0, "lora_rank": 0,
              "memory": {"micro_groups": 0, "checkpointing": False}}  # fmt: skip
-    out = fewstep.distill(str(teacher_folder), str(prompt_file), rewards={"mine": (mine, 0.5)}, output=str(tmp_path / "out"), **small)
+    given = ["a cat", "two\nlines", "a cat"]
+    out = fewstep.distill(str(teacher_folder), given, rewards={"mine": (mine, 0.5)}, output=str(tmp_path / "out"), **small)
     assert seen == [4, 4] and yaml.safe_load((out / "config.yaml").read_text())["reward"] == {"mine": 0.5}
     logs = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert all(log["mine/weight"] == 0.5 and "mine/cosine" in log for log in logs)
+    # the list is kept with the run, which goes on with it and with no other
+    assert json.loads((out / "prompts.json").read_text()) == given[:2]
+    fewstep.distill(str(teacher_folder), given, rewards={"mine": (mine, 0.5)}, output=str(out), resume=True, **small | {"updates": 3})
+    (out / "prompts.json").write_text('["a dog"]')
+    with pytest.raises(UserError, match=r"prompts: these 1 prompts are not, in this order, those that the run began with; give them back"):
+        fewstep.distill(
+            str(teacher_folder), ["a dog"], rewards={"mine": (mine, 0.5)}, output=str(out), resume=True, **small | {"updates": 4}
+        )
+    with pytest.raises(UserError, match="prompts, entry 2: no text"):
+        fewstep.distill(str(teacher_folder), ["a dog", 3], output=str(tmp_path / "other"), **small)
 
 
 def test_a_reward_that_breaks_its_contract_ends_the_run_with_one_line(teacher_folder, prompt_file, tmp_path, capsys):
