@@ -4,6 +4,7 @@ import errno
 import json
 import resource
 import shutil
+from types import SimpleNamespace
 
 import fresh
 import pytest
@@ -114,3 +115,19 @@ def test_a_disk_that_takes_no_more_is_named_and_left_clean(small_files, tmp_path
         assert not list(kept.folder.iterdir())
     with pytest.raises(ZeroDivisionError), naming(tmp_path):  # anything else is what it is
         _ = 1 / 0
+
+
+def test_a_disk_that_will_not_hold_all_conditions_is_named_before_it_is_full(monkeypatch, tmp_path, capsys):
+    kept = embeddings.Embeddings(lambda prompt: {"e": torch.zeros(1, 1000)}, lambda: [], tmp_path)
+    one, prompts = 4072, [f"number {i}" for i in range(100)]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=67 * one))
+    with pytest.raises(
+        OSError, match=r"the conditions of 68 more prompts take 0\.0 GiB, and 0\.0 GiB are free: set XDG_CACHE_HOME"
+    ) as caught:
+        kept.fill(prompts)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(kept.folder))
+    assert len(kept.missing(prompts)) == 68
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=36 * one))
+    kept.fill(kept.missing(prompts))
+    assert not kept.missing(prompts) and kept.path("number 7").stat().st_size == one
+    assert "conditions of prompts" in capsys.readouterr().out

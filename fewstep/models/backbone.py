@@ -579,8 +579,7 @@ class Backbone:
         missing = self.embeddings.missing([*prompts, self.empty])
         if missing:
             with self.on_device(self.text_modules()):
-                for prompt in missing:
-                    self.embeddings[prompt]
+                self.embeddings.fill(missing)
 
     def text_fingerprint(self) -> list[Any]:
         """What conditions depend on beside the prompt: the text encoders' and tokenizers' contents, the family's encoding."""

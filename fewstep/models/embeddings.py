@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from functools import cached_property
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -26,6 +29,7 @@ def cache_folder(kind: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep" / kind
 
 
+FIRST = 32  # prompts after which the room that the rest takes is reckoned; fewer are encoded without a progress bar
 PROVENANCE = ("_name_or_path", "transformers_version")  # of a configuration: where its part lay and what wrote it, not what it computes
 
 
@@ -98,3 +102,20 @@ class Embeddings:
     def missing(self, prompts: list[str]) -> list[str]:
         """Those of the prompts that have no file yet, each once."""
         return [prompt for prompt in dict.fromkeys(prompts) if not self.path(prompt).is_file()]
+
+    def fill(self, prompts: list[str]) -> None:
+        """Encode the prompts, none of which has a file yet. Raises OSError as soon as the first show that the disk is too small."""
+        written = 0
+        for done, prompt in enumerate(track(prompts, "conditions of prompts", disable=len(prompts) < FIRST), 1):
+            self[prompt]
+            written += self.path(prompt).stat().st_size
+            if done == FIRST:
+                self.check_room(len(prompts) - done, written // done)
+
+    def check_room(self, prompts: int, each: int) -> None:
+        """Raises OSError where so many more prompts of `each` bytes do not find room."""
+        free = shutil.disk_usage(self.folder).free
+        if prompts * each > free:
+            words = f"the conditions of {prompts} more prompts take {prompts * each / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+            advice = "set XDG_CACHE_HOME to a larger disk, or give fewer prompts or updates"
+            raise OSError(errno.ENOSPC, f"{words}: {advice}", str(self.folder))
