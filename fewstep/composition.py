@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.errors import UserError, nearest
+from fewstep.launch import neighbours, place
 
 if TYPE_CHECKING:
     from fewstep.config import Config
@@ -340,7 +341,9 @@ def build(
     with ranks.first_on_its_machine():
         if "discriminator" in config.reward:
             real = real_latents(config, backbone, latent_shapes, progress=ranks.rank == 0)
-        backbone.prepare(batches.ahead(config.batches()))  # of a large set most are never drawn
+    ahead = batches.ahead(config.batches())  # of a large set most are never drawn
+    backbone.prepare(ahead[place() :: neighbours()], sharers=neighbours())
+    ranks.wait()
     try:
         roles = backbone.roles(
             lora_rank=config.lora_rank, fake_steps=config.steps if conditioned else 0, guidance=guidance,

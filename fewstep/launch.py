@@ -17,6 +17,11 @@ def place() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def neighbours() -> int:
+    """How many processes of the run this machine has."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 @contextlib.contextmanager
 def first_alone_prints() -> Iterator[None]:
     """Within, what processes other than the first print goes nowhere; errors are each one's own, and warnings too

@@ -128,6 +128,8 @@ def test_a_disk_that_will_not_hold_all_conditions_is_named_before_it_is_full(mon
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(kept.folder))
     assert len(kept.missing(prompts)) == 68
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=36 * one))
+    with pytest.raises(OSError, match="the conditions of 72 more prompts"):
+        kept.fill(kept.missing(prompts), sharers=2)
     kept.fill(kept.missing(prompts))
     assert not kept.missing(prompts) and kept.path("number 7").stat().st_size == one
     assert "conditions of prompts" in capsys.readouterr().out

@@ -46,7 +46,7 @@ TABLE = {
     "flags": "config errors models rewards.address rewards.sources",
     "export": "checkpoint config evaluate models world",
     "latents": "evaluate models",
-    "composition": "config cost errors evaluate export latents models prompts ranks student trainer weights world "
+    "composition": "config cost errors evaluate export latents launch models prompts ranks student trainer weights world "
     "rewards rewards.address rewards.base rewards.discriminator rewards.distribution rewards.remote rewards.sources",
     "evaluate.command": "composition config errors evaluate export flags launch models ranks "
     "rewards rewards.address rewards.clip rewards.sources world",

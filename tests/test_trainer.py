@@ -139,6 +139,18 @@ def test_a_run_encodes_ahead_what_it_will_draw(teacher_folder, tmp_path, options
     assert options == TWICE or drawn == set(ahead)
 
 
+def test_processes_of_a_machine_share_the_prompts_ahead(teacher_folder, prompt_file, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    shares = []
+    for place in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", place)
+        with mock.patch.object(backbone.Backbone, "prepare") as prepare:
+            run = run_of(teacher_folder, prompt_file)
+        assert prepare.call_args.kwargs == {"sharers": 2}
+        shares.append(prepare.call_args.args[0])
+    assert sorted(shares[0] + shares[1]) == sorted(run.trainer.batches.prompts) and abs(len(shares[0]) - len(shares[1])) <= 1
+
+
 def test_a_run_begins_with_another_ones_averaged_student_and_fake(teacher_folder, prompt_file):
     """What was averaged is what is exported; its optimizers stay behind, and a reward may be new."""
     first = run_of(teacher_folder, prompt_file).trainer

@@ -569,17 +569,18 @@ class Backbone:
         with self.on_device(self.text_modules()):
             return self.encode_one(prompt)
 
-    def prepare(self, prompts: list[str]) -> None:
+    def prepare(self, prompts: list[str], *, sharers: int = 1) -> None:
         """Encode those of the prompts that the cache lacks, the empty one too, with the text encoders on the device meanwhile.
 
-        On the CPU the encoders have nothing to make room for, and a prompt is encoded when it is first asked for.
+        sharers: processes that do the same at once, each with a share of its own. On the CPU the encoders have nothing to make room for,
+        and a prompt is encoded when it is first asked for.
         """
         if self.device.type == "cpu":
             return
         missing = self.embeddings.missing([*prompts, self.empty])
         if missing:
             with self.on_device(self.text_modules()):
-                self.embeddings.fill(missing)
+                self.embeddings.fill(missing, sharers=sharers)
 
     def text_fingerprint(self) -> list[Any]:
         """What conditions depend on beside the prompt: the text encoders' and tokenizers' contents, the family's encoding."""

@@ -103,14 +103,17 @@ class Embeddings:
         """Those of the prompts that have no file yet, each once."""
         return [prompt for prompt in dict.fromkeys(prompts) if not self.path(prompt).is_file()]
 
-    def fill(self, prompts: list[str]) -> None:
-        """Encode the prompts, none of which has a file yet. Raises OSError as soon as the first show that the disk is too small."""
+    def fill(self, prompts: list[str], *, sharers: int = 1) -> None:
+        """Encode the prompts, none of which has a file yet. Raises OSError as soon as the first show that the disk is too small.
+
+        sharers: processes that fill it, each with as many.
+        """
         written = 0
         for done, prompt in enumerate(track(prompts, "conditions of prompts", disable=len(prompts) < FIRST), 1):
             self[prompt]
             written += self.path(prompt).stat().st_size
             if done == FIRST:
-                self.check_room(len(prompts) - done, written // done)
+                self.check_room((len(prompts) - done) * sharers, written // done)
 
     def check_room(self, prompts: int, each: int) -> None:
         """Raises OSError where so many more prompts of `each` bytes do not find room."""
