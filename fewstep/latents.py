@@ -89,11 +89,12 @@ def of_pictures(source: str, backbone: Any, sizes: Sequence[tuple[int, int]], *,
 def part(real: pictures.Pictures, rows: range, backbone: Any, size: tuple[int, int], source: str) -> tuple[Tensor, int]:
     """(latents of these rows' pictures (N, C, H, W), in the numbers that the autoencoder computes in; how many were enlarged)."""
     height, width = size
+    generator = torch.Generator().manual_seed(rows.start)  # on the CPU: the same draws on every device
     at_once, out, enlarged = max(TOGETHER // (height * width), 1), [], 0
     for first in range(rows.start, rows.stop, at_once):
         some = [real.get(i) for i in range(first, min(first + at_once, rows.stop))]
         enlarged += sum(image.width < width or image.height < height for image in some)
         fitted = [pictures.as_tensor(ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)) for image in some]
-        latents = backbone.encode_pictures(torch.stack(fitted).to(backbone.device))
+        latents = backbone.encode_pictures(torch.stack(fitted).to(backbone.device), generator)
         out.append(checked(latents.to(backbone.pipe.vae.dtype).cpu(), f"{source}, pictures from number {first}"))
     return torch.cat(out), enlarged

@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from safetensors.torch import save_file
 from test_trainer import run_of
@@ -42,7 +43,8 @@ def encoder(teacher_folder):
         yield backbone, spy
 
 
-def test_a_picture_is_scaled_to_cover_a_size_and_cut_to_its_middle(folder, encoder, tmp_path):
+def test_a_picture_is_scaled_to_cover_a_size_and_cut_to_its_middle(folder, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda posterior, generator=None: posterior.mode())
     backbone, _ = encoder
     found = latents.of_pictures(str(folder), backbone, SIZES, cache=tmp_path / "cache", progress=False)
     order = [0, 2, 4, 1, 3]  # of their paths: those in `more` come last
@@ -73,6 +75,8 @@ def test_what_was_encoded_is_not_encoded_again(folder, encoder, tmp_path, monkey
     assert made == 0 and again.version == first.version
     everything = torch.arange(5)
     assert torch.equal(again.latents[0][everything], first.latents[0][everything])
+    elsewhere = latents.of_pictures(str(folder), backbone, SIZES[:1], cache=tmp_path / "other", progress=False)
+    assert torch.equal(elsewhere.latents[0][everything], first.latents[0][everything])  # what is drawn is drawn the same
     sorted((tmp_path / "cache").glob("*-00001.safetensors"))[0].unlink()  # a run that ended in between
     assert encode()[0] == 1
     assert encode(SIZES[1:])[0] == 3

@@ -490,11 +490,11 @@ class Backbone:
         return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
 
     @torch.no_grad()
-    def encode_pictures(self, pictures: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> the network's latents, which `decode` makes pictures of again: the mean of the autoencoder's
-        posterior, whose spread is far below the least noise that anything here looks at latents under."""
+    def encode_pictures(self, pictures: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> the network's latents, which `decode` makes pictures of again: drawn from the autoencoder's
+        posterior, as those are that a latent diffusion model learns. generator: of the draw."""
         vae = self.decoder()
-        return self.from_autoencoder(vae.encode((2 * pictures - 1).to(vae.dtype)).latent_dist.mode())
+        return self.from_autoencoder(vae.encode((2 * pictures - 1).to(vae.dtype)).latent_dist.sample(generator))
 
     def decoder(self) -> Any:
         """The autoencoder, on the device from now on: whoever decodes in training does so in every update."""

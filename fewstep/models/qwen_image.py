@@ -79,10 +79,10 @@ class QwenImage(Backbone):
         return (vae.decode(frames.to(vae.dtype), return_dict=False)[0][:, :, 0] / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
-    def encode_pictures(self, pictures: Tensor) -> Tensor:
+    def encode_pictures(self, pictures: Tensor, generator: torch.Generator | None = None) -> Tensor:
         vae = self.decoder()
         frames = (2 * pictures - 1).to(vae.dtype).unsqueeze(2)
-        return self.from_autoencoder(vae.encode(frames).latent_dist.mode()[:, :, 0])
+        return self.from_autoencoder(vae.encode(frames).latent_dist.sample(generator)[:, :, 0])
 
     def mean_and_std(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Of each channel of the autoencoder's latents, (1, C, 1, 1)."""

@@ -51,8 +51,8 @@ class Sana(Backbone):
         )[0]  # fmt: skip
 
     @torch.no_grad()
-    def encode_pictures(self, pictures: Tensor) -> Tensor:
-        """This autoencoder has no posterior: its latents are one point."""
+    def encode_pictures(self, pictures: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """This autoencoder has no posterior: its latents are one point, and nothing is drawn."""
         vae = self.decoder()
         return self.from_autoencoder(vae.encode((2 * pictures - 1).to(vae.dtype)).latent)
 
