@@ -156,6 +156,10 @@ def test_any_data_set_of_the_hub_with_captions_is_a_set(monkeypatch):
     assert sets.load(found.name) == found
     with pytest.raises(BadPrompts, match="has the splits train, test; name one"):
         sets.load("someone/captions")
+    some = Split([{"text": text} for text in ("a cat", "", None, "x" * 2001, "a\0b", "a dog")])
+    fake_datasets(monkeypatch, {"train": some})
+    with pytest.warns(UserWarning, match="captions@c0ffee:train: 4 of 6 rows are left out, the first: no text under any"):
+        assert sets.load("someone/captions").prompts == ["a cat", "a dog"]
     fake_datasets(monkeypatch, {"train": Split([{"title": "x", "n": 1}])})
     with pytest.raises(BadPrompts, match=r"someone/captions@c0ffee:train: no column has any of the names prompt, .*; it has title, n"):
         sets.load("someone/captions")

@@ -250,10 +250,8 @@ def command(arguments: list[str]) -> int:
     if steps is None:
         raise UserError("--steps: missing; the student does not say how many steps it was made for")
     share, launched = share_of(options.shard), options.shard is None
-    output, work = (
-        options.output or (folder if own else Path()) / "evaluation.json",
-        folder / "evaluation" if own else cache_folder("evaluate"),
-    )
+    output = options.output or (folder if own else Path()) / "evaluation.json"
+    work = folder / "evaluation" if own else cache_folder("evaluate")
     others = {str(path): read_report(path) for path in options.beside}
     if output.resolve() in (path.resolve() for path in options.beside):
         raise UserError(f"--beside: {output} is where this report goes; give it another --output")

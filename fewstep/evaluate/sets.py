@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,21 +100,36 @@ def as_set(entries: Iterable[dict[str, Any]], name: str, where: str) -> PromptSe
     """Entries, each with a caption and perhaps its picture's id, as a set. Raises BadPrompts naming the entry."""
     captions, ids = [], []
     for number, entry in enumerate(entries, 1):
-        lower = {str(key).strip().lower(): value for key, value in entry.items()}
-        caption = next((lower[key] for key in CAPTIONS if lower.get(key) is not None), None)
-        if not isinstance(caption, str) or not caption.strip():
-            named = ", ".join(CAPTIONS)
-            raise BadPrompts(f"{where}, entry {number}: no text under any of the names {named}; it has {', '.join(lower) or 'nothing'}")
-        if "\0" in caption or len(caption) > prompts.LONGEST:
-            raise BadPrompts(f"{where}, entry {number}: holds a NUL character or more than {prompts.LONGEST} characters")
-        if any("\ud800" <= c <= "\udfff" for c in caption):  # JSON can escape one; no tokenizer takes it
-            raise BadPrompts(f"{where}, entry {number}: holds half of a surrogate pair, which is no character; write the whole")
-        captions.append(caption.strip())
+        lower = lowered(entry)
+        if problem := problem_of(lower):
+            raise BadPrompts(f"{where}, entry {number}: {problem}")
+        captions.append(caption_of(lower).strip())
         ids.append(next((str(lower[key]) for key in IDENTITIES if lower.get(key) is not None), None))
     if not captions:
         raise BadPrompts(f"{where}: holds no prompt")
     known = [i for i in ids if i is not None]
     return PromptSet(name, captions, known if len(known) == len(captions) else None)
+
+
+def lowered(entry: dict[str, Any]) -> dict[str, Any]:
+    return {str(key).strip().lower(): value for key, value in entry.items()}
+
+
+def caption_of(lower: dict[str, Any]) -> Any:
+    """What an entry, by names in lower case, holds under the first of CAPTIONS that it has; None where it has none."""
+    return next((lower[key] for key in CAPTIONS if lower.get(key) is not None), None)
+
+
+def problem_of(lower: dict[str, Any]) -> str | None:
+    """Why an entry's caption cannot be drawn; None where it can."""
+    caption = caption_of(lower)
+    if not isinstance(caption, str) or not caption.strip():
+        return f"no text under any of the names {', '.join(CAPTIONS)}; it has {', '.join(lower) or 'nothing'}"
+    if "\0" in caption or len(caption) > prompts.LONGEST:
+        return f"holds a NUL character or more than {prompts.LONGEST} characters"
+    if any("\ud800" <= c <= "\udfff" for c in caption):  # JSON can escape one; no tokenizer takes it
+        return "holds half of a surrogate pair, which is no character; write the whole"
+    return None
 
 
 def table(delimiter: str) -> Callable[[str], list[dict[str, Any]]]:
@@ -217,17 +233,22 @@ def rows_of_hub(name: str, revision: str | None, split: str | None) -> tuple[Any
 
 
 def any_of_hub(name: str, revision: str | None, split: str | None) -> PromptSet:
-    """The captions of a data set's split. Raises BadPrompts."""
+    """The captions of a data set's split; rows without a usable one are counted in a warning. Raises BadPrompts."""
     try:
-        rows, found = rows_of_hub(name, revision, split)
+        rows, identity = rows_of_hub(name, revision, split)
     except ValueError as error:
         raise BadPrompts(str(error)) from error
-    where = f"{name}@{found['commit']}:{found['split']}"
+    where = f"{name}@{identity['commit']}:{identity['split']}"
     columns = {column.strip().lower(): column for column in rows.column_names}
     if not columns.keys() & set(CAPTIONS):
         raise BadPrompts(f"{where}: no column has any of the names {', '.join(CAPTIONS)}; it has {', '.join(rows.column_names)}")
     wanted = [column for name, column in columns.items() if name in (*CAPTIONS, *IDENTITIES)]
-    return as_set(rows.select_columns(wanted), where, where)  # whatever else the rows hold, as pictures, is not read
+    rows = list(rows.select_columns(wanted))  # whatever else they hold, as pictures, is not read
+    found = [(row, problem_of(lowered(row))) for row in rows]
+    problems = [problem for _, problem in found if problem]
+    if problems:  # a file can be mended, this not
+        warnings.warn(f"{where}: {len(problems)} of {len(rows)} rows are left out, the first: {problems[0]}", stacklevel=2)
+    return as_set([row for row, problem in found if not problem], where, where)
 
 
 def from_hub(name: str) -> PromptSet:
