@@ -174,6 +174,11 @@ def colourfulness(images: Any, prompts: list[str]) -> Any:
 FUNCTIONS = {"colourfulness": colourfulness}  # rewards that are no scorer of the world, by the name that rows weigh them under
 
 
+def functions_of(config: Any) -> dict[str, Callable[..., Any]]:
+    """Those of FUNCTIONS that a row's config weighs."""
+    return {name: function for name, function in FUNCTIONS.items() if name in config.reward}
+
+
 @dataclass(frozen=True)
 class Plan:
     """How every cell is made and measured."""
@@ -298,9 +303,7 @@ def run_cell(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
 
     config = cell_config(plan, row, seed)
     target = target_guidance(row.name, config)
-    run = composition.build(
-        config, world.prompts("train"), str(world.TEACHER), {name: FUNCTIONS[name] for name in FUNCTIONS.keys() & config.reward.keys()}
-    )
+    run = composition.build(config, world.prompts("train"), str(world.TEACHER), functions_of(config))
     trainer, began, logs = run.trainer, time.perf_counter(), {}
     trace = []
     total = round(plan.evaluations * row.cost)
