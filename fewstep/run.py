@@ -78,7 +78,9 @@ def check_same_run(config: Config, path: Path) -> None:
     def values(plain: dict[str, Any]) -> dict[str, Any]:
         # a server may have moved; its version is what counts, and `rewards.json` has it
         scorers = {name: "a server" if is_remote(value) else value for name, value in (plain.get("scorer") or {}).items()}
-        return as_values(plain | {"scorer": scorers})
+        # so may the folder with its list of prompts; the checkpoint knows which they were
+        prompts = GIVEN if is_given(plain.get("prompts")) else plain.get("prompts")
+        return as_values(plain | {"scorer": scorers, "prompts": prompts})
 
     # a field that an earlier version did not have is as it is by default
     before, now = values(as_plain(Config())) | values(yaml.safe_load(path.read_text())), values(as_plain(config))
@@ -89,6 +91,11 @@ def check_same_run(config: Config, path: Path) -> None:
             raise UserError(f"resume: {name} is {is_now}, the run in {path.parent} has {was}; only {free} may change")
 
 
+def is_given(prompts: str | None) -> bool:
+    """Whether these are a list that was given to a run, which lies in its folder."""
+    return prompts is not None and Path(prompts).name == GIVEN
+
+
 def read_prompts(config: Config) -> list[str]:
     """Each prompt once. A data set on the hub gets its commit in `config.prompts`. Raises UserError."""
     from fewstep import world
@@ -96,8 +103,9 @@ def read_prompts(config: Config) -> list[str]:
     from fewstep.prompts import BadPrompts
 
     if config.prompts is not None:
+        own = Path(config.output) / GIVEN
         try:
-            found = sets.load(config.prompts)
+            found = sets.load(str(own) if config.resume and is_given(config.prompts) and own.is_file() else config.prompts)
         except BadPrompts as error:
             raise UserError(f"prompts: {error}") from error
         if "/" in found.name:  # of the hub, with its commit

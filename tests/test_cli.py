@@ -227,13 +227,15 @@ def test_a_function_becomes_a_reward_and_survives_the_whole_run(teacher_folder, 
     # the list is kept with the run, which goes on with it and with no other
     assert json.loads((out / "prompts.json").read_text()) == given[:2]
     fewstep.distill(str(teacher_folder), given, rewards={"mine": (mine, 0.5)}, output=str(out), resume=True, **small | {"updates": 3})
-    (out / "prompts.json").write_text('["a dog"]')
+    moved = out.rename(tmp_path / "moved")
+    for prompts, updates in ((None, 4), (given, 5)):
+        small |= {"updates": updates, "output": str(moved), "resume": True}
+        fewstep.distill(str(teacher_folder), prompts, rewards={"mine": (mine, 0.5)}, **small)
+    small = small | {"updates": 6}
     with pytest.raises(UserError, match=r"prompts: these 1 prompts are not, in this order, those that the run began with; give them back"):
-        fewstep.distill(
-            str(teacher_folder), ["a dog"], rewards={"mine": (mine, 0.5)}, output=str(out), resume=True, **small | {"updates": 4}
-        )
+        fewstep.distill(str(teacher_folder), ["a dog"], rewards={"mine": (mine, 0.5)}, **small)
     with pytest.raises(UserError, match="prompts, entry 2: no text"):
-        fewstep.distill(str(teacher_folder), ["a dog", 3], output=str(tmp_path / "other"), **small)
+        fewstep.distill(str(teacher_folder), ["a dog", 3], rewards={"mine": (mine, 0.5)}, **small)
 
 
 def test_a_reward_that_breaks_its_contract_ends_the_run_with_one_line(teacher_folder, prompt_file, tmp_path, capsys):
