@@ -11,7 +11,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Collection
@@ -22,6 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from fewstep.errors import errno_of
 
 FILES = ("state.safetensors", "state.json")
 TENSOR = "__tensor__"
@@ -114,19 +115,11 @@ def save(root: str | Path, step: int, tree: Any, *, keep: int = 2) -> Path:
         if stale.exists() and not final.exists():
             stale.rename(final)
         size = sum(t.numel() * t.element_size() for t in tensors.values())
-        number = errno_of(error)
+        number = errno_of(error) or errno.EIO
         raise OSError(number, f"could not write checkpoint of {size} bytes: {os.strerror(number)}", str(final)) from error
     for old in checkpoints(root)[:-keep]:
         shutil.rmtree(old)
     return final
-
-
-def errno_of(error: OSError | SafetensorError) -> int:
-    """The system's number of a failed write; safetensors has it in its text alone, as `(os error 28)`."""
-    if isinstance(error, OSError):
-        return error.errno or errno.EIO
-    found = re.search(r"os error (\d+)", str(error))
-    return int(found[1]) if found else errno.EIO
 
 
 def clear(root: Path) -> None:
@@ -210,6 +203,11 @@ def newest(root: str | Path, *, only: Collection[str] | None = None) -> tuple[Pa
     if problems:
         raise DamagedCheckpoint("no checkpoint can be read:\n  " + "\n  ".join(problems))
     return None
+
+
+def averaged(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The averaged student in a trainer's state, by parameter name."""
+    return dict(zip(state["student"], state["ema"]["shadow_params"], strict=True))
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:

@@ -20,18 +20,24 @@ class UserError(Exception):
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)  # what a disk answers that takes no more
 
 
+def errno_of(error: Exception) -> int | None:
+    """The system's number of a failed write; safetensors has it in the text of an error of its own, as `(os error 28)`."""
+    if isinstance(error, OSError):
+        return error.errno
+    # by its name, for its module is not imported here
+    found = re.search(r"os error (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(found[1]) if found else None
+
+
 @contextmanager
 def naming(folder: Path) -> Iterator[None]:
-    """The system names no file where a write to an open one fails, and safetensors raises an error of its own with the system's number in
-    its text: both as an OSError that names the folder which the file lies in."""
+    """The system names no file where a write to an open one fails, nor does safetensors: as an OSError that names the folder in which the
+    file lies."""
     try:
         yield
     except Exception as error:
-        number = error.errno if isinstance(error, OSError) and error.filename is None else None
-        # by its name, for its module is not imported here
-        if type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", str(error))):
-            number = int(found[1])
-        if number not in DISK:
+        number = errno_of(error)
+        if number not in DISK or getattr(error, "filename", None) is not None:
             raise
         raise OSError(number, f"could not be written to: {os.strerror(number)}", str(folder)) from error
 

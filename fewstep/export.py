@@ -87,7 +87,7 @@ def read(folder: Path, config: Config) -> tuple[Averaged, bool]:
     path, state = found
     update, finished = state["update"], finished and state["update"] == config.updates
     print(f"update {update} of {config.updates}: the averaged student of {path.name}")
-    weights = dict(zip(state["student"], state["ema"]["shadow_params"], strict=True))
+    weights = checkpoint.averaged(state)
     roles = backbone.roles(lora_rank=config.lora_rank, guidance=config.matching.guidance)
     own = {name: p.shape for name, p in roles.student_parameters.items()}
     if own != {name: value.shape for name, value in weights.items()}:

@@ -749,8 +749,7 @@ class Trainer:
         """Begin with the averaged student of another run's `state()` and, as far as both have them, its online rewards' networks: a fake
         that knows that student already. Optimizers, rates and the average begin anew. Raises DamagedCheckpoint when they are of
         another model."""
-        averaged = dict(zip(state["student"], state["ema"]["shadow_params"], strict=True))
-        copy_parameters(self.parameters, averaged, "student")
+        copy_parameters(self.parameters, checkpoint.averaged(state), "student")
         self.ema.shadow_params = [p.detach().clone() for p in self.parameters.values()]
         for name in self.online.keys() & state["online"].keys():
             copy_parameters(self.terms[name].parameters, state["online"][name], name)

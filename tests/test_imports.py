@@ -13,7 +13,8 @@ ROOT = Path(fewstep.__file__).parent
 # what each file or folder imports of fewstep; of `rewards` and `evaluate.command` by file, of other folders as a whole
 TABLE = {
     "errors": "", "launch": "", "types": "", "schedule": "", "transforms": "", "levels": "", "weights": "", "cost": "", "prompts": "",
-    "checkpoint": "", "report": "", "alarms": "",
+    "report": "", "alarms": "",
+    "checkpoint": "errors",
     "ranks": "launch",
     "importance": "schedule",
     "losses": "schedule",

@@ -96,23 +96,25 @@ def read(path: Path, *, name: str | None = None) -> PromptSet:
     return as_set(entries, name or path.name, str(path))
 
 
-def as_set(entries: Iterable[dict[str, Any]], name: str, where: str) -> PromptSet:
-    """Entries, each with a caption and perhaps its picture's id, as a set. Raises BadPrompts naming the entry."""
-    captions, ids = [], []
+def as_set(entries: Iterable[dict[str, Any]], name: str, where: str, *, mendable: bool = True) -> PromptSet:
+    """Entries, each with a caption and perhaps its picture's id, as a set. Raises BadPrompts naming the entry without a usable caption, or,
+    where such cannot be mended, leaves them out and counts them in a warning."""
+    captions, ids, problems, number = [], [], [], 0
     for number, entry in enumerate(entries, 1):
-        lower = lowered(entry)
+        lower = {str(key).strip().lower(): value for key, value in entry.items()}
         if problem := problem_of(lower):
-            raise BadPrompts(f"{where}, entry {number}: {problem}")
+            if mendable:
+                raise BadPrompts(f"{where}, entry {number}: {problem}")
+            problems.append(problem)
+            continue
         captions.append(caption_of(lower).strip())
         ids.append(next((str(lower[key]) for key in IDENTITIES if lower.get(key) is not None), None))
+    if problems:
+        warnings.warn(f"{where}: {len(problems)} of {number} rows are left out, the first: {problems[0]}", stacklevel=2)
     if not captions:
         raise BadPrompts(f"{where}: holds no prompt")
     known = [i for i in ids if i is not None]
     return PromptSet(name, captions, known if len(known) == len(captions) else None)
-
-
-def lowered(entry: dict[str, Any]) -> dict[str, Any]:
-    return {str(key).strip().lower(): value for key, value in entry.items()}
 
 
 def caption_of(lower: dict[str, Any]) -> Any:
@@ -243,12 +245,7 @@ def any_of_hub(name: str, revision: str | None, split: str | None) -> PromptSet:
     if not columns.keys() & set(CAPTIONS):
         raise BadPrompts(f"{where}: no column has any of the names {', '.join(CAPTIONS)}; it has {', '.join(rows.column_names)}")
     wanted = [column for name, column in columns.items() if name in (*CAPTIONS, *IDENTITIES)]
-    rows = list(rows.select_columns(wanted))  # whatever else they hold, as pictures, is not read
-    found = [(row, problem_of(lowered(row))) for row in rows]
-    problems = [problem for _, problem in found if problem]
-    if problems:  # a file can be mended, this not
-        warnings.warn(f"{where}: {len(problems)} of {len(rows)} rows are left out, the first: {problems[0]}", stacklevel=2)
-    return as_set([row for row, problem in found if not problem], where, where)
+    return as_set(rows.select_columns(wanted), where, where, mendable=False)  # whatever else they hold, as pictures, is not read
 
 
 def from_hub(name: str) -> PromptSet:
