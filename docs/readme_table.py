@@ -31,7 +31,6 @@ SCORES = {
     "diversity": "diversity within a prompt ↑",
 }
 MEASURED = "# Measured (docs/results/compare): "
-BEFORE_THE_LEAD = ("gndmr", "gndmr-1", "gndmr-is")  # their cells were made with the adaptive weight as it was before commit bf2d691
 BEGIN, END = "<!-- {name}: python docs/readme_table.py -->", "<!-- end -->"
 RECIPES = {
     "gndm": ("GNDM", "the default: group-normalised distribution matching"),
@@ -93,10 +92,9 @@ def expected(recipe: str) -> str:
     (row,) = (row for row in compared() if row["row"] == RECIPES[recipe][0])
     told = [f"{COMPARED[key][:-2]} {number(*row['metrics'][key])}" for key in REACHED]
     seeds = f"{len(row['seeds'])} seeds" if len(row["seeds"]) > 1 else "one seed"
-    then = ", the weight without its lead" if recipe in BEFORE_THE_LEAD else ""
     lines = [line for line in recipe_file(recipe).read_text().splitlines() if not line.startswith(MEASURED[:10])]
     about = next(i for i, line in enumerate(lines) if not line.startswith("#"))
-    return "\n".join([*lines[:about], f"{MEASURED}{', '.join(told)}; {seeds}{then}.", *lines[about:]]) + "\n"
+    return "\n".join([*lines[:about], f"{MEASURED}{', '.join(told)}; {seeds}.", *lines[about:]]) + "\n"
 
 
 def recipe_file(recipe: str) -> Path:

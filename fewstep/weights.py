@@ -9,6 +9,7 @@ from typing import Any
 
 KEPT = ("updates", "log_weight", "integral", "kl", "lag", "b")  # of an adaptive weight, by a checkpoint
 UNREACHED = math.log(100)  # a weight this far below where it starts moves nothing
+OUTGROWN = 0.6  # of the warm-up's KL: a budget on what matching has left so far behind holds nothing
 
 
 def dual_step(log_weight: float, kl: float, budget: float, *, eta: float, cap: float) -> float:
@@ -68,6 +69,7 @@ class Adaptive:
     lag: float | None = field(default=None, init=False)
     b: float | None = field(default=None, init=False)
     told: bool = field(default=False, init=False)  # of a budget out of reach
+    outgrown: bool = field(default=False, init=False)  # a budget that holds nothing, as has been told
 
     def __post_init__(self) -> None:
         if self.budget < 1:
@@ -107,6 +109,14 @@ class Adaptive:
                     f"the KL to the teacher, {kl:.3g}, stays above its budget {self.b:.3g} with next to no weight on other rewards "
                     f"({self.now_total():.1g}): they do not push any more. Raise weights.budget, or weights.warmup where the score of R_dm "
                     "still fell when it ended",
+                    stacklevel=2,
+                )
+            if not self.outgrown and kl < OUTGROWN * self.b / self.budget:
+                self.outgrown = True
+                warnings.warn(
+                    f"the KL to the teacher, {kl:.3g}, has fallen to {kl * self.budget / self.b:.0%} of what the budget {self.b:.3g} was "
+                    "taken from when the warm-up ended: matching still improved, and a budget so far above it holds the other rewards back "
+                    "from nothing. Raise weights.warmup",
                     stacklevel=2,
                 )
         logs = {"kl": kl, "weight": self.now_total()}

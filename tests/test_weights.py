@@ -67,6 +67,7 @@ def test_the_limit_of_the_lag_is_a_share_of_the_budget(lag, grows):
     assert (weights.log_weight > before) == grows
 
 
+@pytest.mark.filterwarnings("ignore:the KL to the teacher")  # it falls to nothing here
 def test_the_cap_is_logged():
     weights = Adaptive({"a": 1.0}, budget=1.0, warmup=1, cap=0.1)
     assert weights.observe(-1.0, None)["weight_at_cap"] == 0
@@ -209,3 +210,29 @@ def test_a_budget_is_out_of_reach_once_the_weight_is_a_hundredth_of_its_start(sh
         weights.observe(-100.0, None)
     assert weights.log_weight == pytest.approx(math.log(weights.start) - share * math.log(100)) and len(found) == told
     assert all(Path(each.filename) == Path(__file__) for each in found)  # it points at who observes, not into the library
+
+
+@pytest.mark.parametrize("budget", [1.0, 1.5])
+@pytest.mark.parametrize("share, told", [(0.61, 0), (0.59, 1)])
+def test_a_budget_that_matching_has_left_behind_is_told_once(budget, share, told):
+    """Taken while the KL still fell, it would let other rewards go as far as the student had come from."""
+    weights = Adaptive({"a": 1.0}, budget=budget, warmup=1)
+    weights.observe(-10.0, None)
+    weights.kl = 10 * share
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(20):
+            weights.observe(-10 * share, None)
+    assert len(found) == told
+    for each in found:
+        assert f"{10 * share:.3g}, has fallen to {share:.0%}" in str(each.message) and "Raise weights.warmup" in str(each.message)
+        assert Path(each.filename) == Path(__file__)
+
+
+def test_the_lag_counts_where_a_budget_is_left_behind():
+    weights = Adaptive({"a": 1.0}, budget=1.5, warmup=1)
+    weights.observe(-5.0, 5.0)
+    weights.kl = 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weights.observe(-1.0, 5.5)
