@@ -7,6 +7,8 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+from fewstep.alarms import Persistence
+
 KEPT = ("updates", "log_weight", "integral", "kl", "lag", "b")  # of an adaptive weight, by a checkpoint
 UNREACHED = math.log(100)  # a weight this far below where it starts moves nothing
 OUTGROWN = 0.6  # of the warm-up's KL: a budget on what matching has left so far behind holds nothing
@@ -69,7 +71,7 @@ class Adaptive:
     lag: float | None = field(default=None, init=False)
     b: float | None = field(default=None, init=False)
     told: bool = field(default=False, init=False)  # of a budget out of reach
-    outgrown: bool = field(default=False, init=False)  # a budget that holds nothing, as has been told
+    outgrown: Persistence = field(default_factory=Persistence, init=False)  # the budget holds nothing
 
     def __post_init__(self) -> None:
         if self.budget < 1:
@@ -111,12 +113,11 @@ class Adaptive:
                     "still fell when it ended",
                     stacklevel=2,
                 )
-            if not self.outgrown and kl < OUTGROWN * self.b / self.budget:
-                self.outgrown = True
+            if self.outgrown.observe(kl < OUTGROWN * self.b / self.budget):
                 warnings.warn(
                     f"the KL to the teacher, {kl:.3g}, has fallen to {kl * self.budget / self.b:.0%} of what the budget {self.b:.3g} was "
-                    "taken from when the warm-up ended: matching still improved, and a budget so far above it holds the other rewards back "
-                    "from nothing. Raise weights.warmup",
+                    "taken from when the warm-up ended, and stays there: matching still improved, and a budget so far above it holds the "
+                    "other rewards back from nothing. Raise weights.warmup",
                     stacklevel=2,
                 )
         logs = {"kl": kl, "weight": self.now_total()}

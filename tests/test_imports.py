@@ -12,8 +12,9 @@ import fewstep
 ROOT = Path(fewstep.__file__).parent
 # what each file or folder imports of fewstep; of `rewards` and `evaluate.command` by file, of other folders as a whole
 TABLE = {
-    "errors": "", "launch": "", "types": "", "schedule": "", "transforms": "", "levels": "", "weights": "", "cost": "", "prompts": "",
+    "errors": "", "launch": "", "types": "", "schedule": "", "transforms": "", "levels": "", "cost": "", "prompts": "",
     "report": "", "alarms": "",
+    "weights": "alarms",
     "checkpoint": "errors",
     "ranks": "launch",
     "importance": "schedule",
