@@ -15,7 +15,10 @@ memory above what it was before the networks were made. FLOPs are model FLOPs: o
 on the meta device, times the passes that each trainer's denoisers counted; what checkpointing computes again is not in them.
 
 Modes: `full` trains all weights, `lora` adapters; `-u4` uses a rollout four times, `-u2m2` a rollout and an evaluation twice. The
-reference does not reuse anything, so in every mode it is the same.
+reference does not reuse anything, so in every mode it is the same. Flags of `fewstep distill` after `--` are for both, in so far as the
+reference has what they set: it is never compiled.
+
+    python bench/step.py --family flux.1-dev --mode lora -- --compile true --memory.checkpointing false --groups 1
 """
 
 from __future__ import annotations
@@ -68,6 +71,7 @@ WEIGHTS = {
     "cpu": {"lora": ["--lora-rank", "8"], "full": []},
 }
 MODES = [weights + reuse for weights in ("full", "lora") for reuse in REUSE]
+EXTRA: list[str] = []  # flags of this call, after the family's own and the mode's
 WARM_UP = {"cuda": 1, "cpu": 2}  # cycles; of the first mode, where a process serves several
 
 # floating-point operations a second of dense bf16 matrix products, by a part of the device's name, from the makers' data sheets
@@ -90,7 +94,7 @@ def parts_of(mode: str) -> tuple[str, str]:
 
 def flags(device: str, family: str, mode: str) -> list[str]:
     weights, reuse = parts_of(mode)
-    return [*CASES[device][family][1], *WEIGHTS[device][weights], *REUSE[reuse], "--device", device]
+    return [*CASES[device][family][1], *WEIGHTS[device][weights], *REUSE[reuse], "--device", device, *EXTRA]
 
 
 # -- the two systems ---------------------------------------------------------------------------------------------------
@@ -714,7 +718,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="JSON file with every number, the machine and the versions")
     parser.add_argument("--profile", action="store_true", help="profile one cycle of ours instead, under torch.profiler")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("flags", nargs="*", help="after --: flags of `fewstep distill`, for both systems")
     given = parser.parse_args(arguments)
+    EXTRA[:] = given.flags
     if given.worker:
         worker(json.loads(given.worker))
         return 0

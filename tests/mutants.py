@@ -441,6 +441,7 @@ HARMLESS: dict[tuple[str, str], str] = {
     ("weights", "integral: float = field(default= 1.0, init=False)  # the log weight without its lead: the sum of the errors"): OVERWRITTEN,
     ("weights", "integral: float = field(default= -1.0, init=False)  # the log weight without its lead: the sum of the errors"): OVERWRITTEN,
     ("weights", "if not self.told and self.log_weight <= math.log(self.start) - UNREACHED:"): AT_EQUALITY,
+    ("weights", "if self.outgrown.observe(kl <= OUTGROWN * self.b / self.budget):"): AT_EQUALITY,
     ("weights", "if following <= self.log_weight or known_lag <= self.lag_limit * self.b:"): "nothing changes when the two are equal",
     ("weights", "if following < self.log_weight or known_lag < self.lag_limit * self.b:"): AT_EQUALITY,
 }  # fmt: skip

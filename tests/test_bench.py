@@ -16,8 +16,8 @@ from fewstep.types import Rollout
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
-dispatch, evaluate, memory, networks, step = (
-    importlib.import_module(name) for name in ("dispatch", "evaluate", "memory", "networks", "step")
+dispatch, evaluate, kernels, memory, networks, step = (
+    importlib.import_module(name) for name in ("dispatch", "evaluate", "kernels", "memory", "networks", "step")
 )
 
 TINY = ["--groups", "2", '--size=["64x64"]', "--device", "cpu", "--precision", "fp32"]
@@ -265,13 +265,16 @@ class InThisProcess:
 
 def test_the_script_measures_both_and_says_their_ratio(here, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setitem(step.CASES["cpu"], "sd3.5-medium", (["lora"], ["--groups", "1", '--size=["64x64"]', "--fake.updates", "1"]))
+    monkeypatch.setitem(step.CASES["cpu"], "sd3.5-medium", (["lora"], ["--groups", "2", '--size=["64x64"]']))
+    monkeypatch.setattr(step, "EXTRA", [])
     output = tmp_path / "step.json"
     arguments = ["--family", "sd3.5-medium", "--mode", "lora", "--repeat", "1", "--output", str(output)]
+    arguments += ["--", "--groups", "1", "--fake.updates", "1"]
     assert step.main(arguments) == 0
     report = json.loads(output.read_text())
     (row,) = report["rows"]
     ours, plain = row["ours"], row["reference"]
+    assert row["options"][-4:] == ["--groups", "1", "--fake.updates", "1"]
     assert [sum(counts[i] for counts in ours["passes"].values()) for i in (0, 1)] == [11, 2]  # K + 1 + 3 + 1 and the lag's 2; 1 + 1
     # the two updates' draws of a step are two of 0, 1, 2, 3; student and fake, guided teacher, and the fake's sample and loss
     forwards, backwards = ([counts[i] for counts in plain["passes"].values()] for i in (0, 1))
@@ -326,6 +329,74 @@ def test_a_process_that_ends_too_soon_is_an_error_with_its_own_words(monkeypatch
         assert process.ready == {} and process.ask() == {"updates": 1}
         with pytest.raises(RuntimeError, match=r"exit code 1:\nno such family"):
             process.ask()
+
+
+KERNELS = {  # as a profile of FLUX.1 and SD3.5 on an H200 names them
+    "nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_bias_TNN": "matrix products",
+    "nvjet_sm90_tst_96x64_64x8_2x1_v_bz_splitK_NTN": "matrix products",
+    "void pytorch_flash::flash_bwd_convert_dq_kernel<Flash_bwd_kernel_traits<128, 64, 128, 8>>": "attention",
+    "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128_4x1x1": "attention",
+    "triton_red_fused__fused_rms_norm__scaled_dot_product_flash_attention__to_copy_add": "fused by the compiler",
+    "void at::native::vectorized_elementwise_kernel<8, at::native::bfloat16_copy_kernel_cuda>": "copies and casts",
+    "void at::native::(anonymous namespace)::CatArrayBatchedCopy<at::native::OpaqueType<2u>>": "copies and casts",
+    "void at::native::elementwise_kernel<128, 2, at::native::MulFunctor<float>>": "element by element",
+    "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<c10::BFloat16, float, true>": "normalisation",
+    "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::MeanOps<float>>>": "sums",
+    "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc": "convolutions",
+    "a kernel of tomorrow": "other",
+}
+
+
+@pytest.mark.parametrize("name, kind", KERNELS.items())
+def test_a_kernel_is_of_the_kind_that_its_name_says(name, kind):
+    assert kernels.kind_of(name) == kind
+
+
+def test_kinds_are_summed_and_ordered():
+    told = [(name, float(i), 1) for i, name in enumerate(KERNELS)]
+    found = kernels.by_kind(told)
+    assert sum(found.values()) == sum(range(len(KERNELS))) and [*found.values()] == sorted(found.values(), reverse=True)
+
+
+def test_few_blocks_are_as_wide_as_the_real_ones_and_of_every_kind():
+    """What a block runs is what is listed, so it must be the block: every shape of the real network's is there, and no other."""
+    for family in kernels.FEW:
+        real = networks.backbone(family, reduced=False, device="meta").model
+        with kernels.with_few_blocks(family):
+            few = networks.backbone(family, reduced=False, device="meta").model
+        assert {tuple(p.shape) for p in few.parameters()} == {tuple(p.shape) for p in real.parameters()}
+    assert networks.FAMILIES["flux.1-dev"].real["num_layers"] == 19  # as it was
+
+
+def test_an_update_is_timed_each_way(shallow, monkeypatch, tmp_path, capsys):
+    """Without a GPU: what it has in all, and no kernels."""
+
+    class Here:
+        """A pool that is this process: another would import everything again."""
+
+        def __init__(self, workers, mp_context):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def submit(self, function, *arguments):
+            made = function(*arguments)
+            return type("Future", (), {"result": lambda self: made})()
+
+    monkeypatch.setattr(kernels, "ProcessPoolExecutor", Here)
+    monkeypatch.setitem(kernels.WAYS, "compiled", ["--groups", "1"])  # compiling is tested elsewhere
+    output = tmp_path / "kernels.json"
+    assert kernels.main(["--family", "sd3.5-medium", "--way", "eager", "compiled", "--output", str(output)]) == 0
+    report = json.loads(output.read_text())
+    eager, compiled = report["rows"]
+    assert (eager["way"], compiled["way"]) == ("eager", "compiled") and eager["seconds"] > 0 and compiled["first_seconds"] > 0
+    assert report["machine"]["torch"] == torch.__version__
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("| sd3.5-medium | compiled |") and last.endswith("|  |")
 
 
 def test_evaluation_is_timed_over_every_sample_it_draws(monkeypatch):

@@ -103,9 +103,9 @@ def test_fixed_weights_are_those_given_whatever_is_observed():
 def test_what_it_measures_is_no_argument():
     """A fresh one has measured nothing, and starts with its sum of errors where the weight starts."""
     weights = Adaptive({"a": 1.0}, budget=1.5, warmup=1, start=0.2)
-    assert weights.log_weight == weights.integral == math.log(0.2) and weights.told is False
+    assert weights.log_weight == weights.integral == math.log(0.2) and weights.told is weights.outgrown.found is False
     assert weights.kl is weights.lag is weights.b is None
-    for name in ("log_weight", "integral", "kl", "lag", "b", "told"):
+    for name in ("log_weight", "integral", "kl", "lag", "b", "told", "outgrown"):
         with pytest.raises(TypeError, match=name):
             Adaptive({"a": 1.0}, budget=1.5, warmup=1, **{name: getattr(weights, name)})
 
