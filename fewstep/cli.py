@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ commands:
                           RECIPE is a YAML file, or a method: dmd, dmd2, gndm, dmdr, gndmr, gndmr-1, gndmr-4, gndm-is,
                           gndmr-is; or a family's teacher: sd, sdxl, sd3, flux, flux2, sana, pixart, z_image, qwen_image
                           (with --teacher, what is not set is as in its family's)
-  sample FOLDER           draw pictures with a student
+  sample STUDENT          draw pictures with a student
   models                  list the model families and what each supports
   export FOLDER           write a student as a diffusers folder, a LoRA or a file for ComfyUI; push it to the hub
   evaluate FOLDER         measure a student beside its teacher
@@ -248,75 +247,9 @@ def convert_reward_command(arguments: list[str]) -> int:
 
 
 def sample_command(arguments: list[str]) -> int:
-    import hashlib
+    from fewstep import sample
 
-    from fewstep.flags import check_student, saved_config, student_parser
-
-    parser = student_parser("sample", "Draw pictures with a student, through stock diffusers.")
-    parser.add_argument("--prompt", required=True, help="what to draw")
-    parser.add_argument("--steps", type=int, default=None, help="steps (default: those the student was made for)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture's batch")
-    parser.add_argument("-n", type=int, default=1, help="how many pictures")
-    parser.add_argument("--size", default=None, help="HEIGHTxWIDTH in pixels (default: that of its training)")
-    parser.add_argument(
-        "--guidance", type=float, default=None,
-        help="guidance scale of a student with a range (default: teacher_guidance of its run, inside the range)",
-    )  # fmt: skip
-    parser.add_argument("--output", type=Path, default=None, help="folder for the PNG files (default: FOLDER/pictures)")
-    options = parser.parse_args(arguments)
-    if not options.prompt.strip():
-        raise UserError("--prompt: empty; say what to draw")
-    if options.n < 1:
-        raise UserError(f"-n: must be at least 1, got {options.n}")
-    if options.seed < 0:
-        raise UserError(f"--seed: must not be negative, got {options.seed}")
-    check_student(options.folder)
-    from fewstep import export
-
-    made_for = export.steps_of(options.folder)
-    steps = options.steps if options.steps is not None else made_for
-    if steps != made_for:
-        raise UserError(f"--steps: this student was made for {made_for} steps, not {steps}")
-    from PIL import Image
-
-    from fewstep import models
-    from fewstep.config import Config
-
-    models.quiet_libraries()
-    from fewstep.evaluate.command import evaluation_device, student_scale
-    from fewstep.evaluate.drawing import generate
-
-    own = saved_config(options.folder) if (options.folder / "config.yaml").is_file() else None
-    scale, config = student_scale(options.folder, own, options.guidance), own or Config()
-    if scale is None and options.guidance is not None:
-        raise UserError("--guidance: one scale is distilled into this student and fixed; leave the flag out")
-    try:
-        size = (dataclasses.replace(config, size=[options.size]) if options.size is not None else config).sizes()[0]
-        device = evaluation_device()
-        backbone = models.load(str(options.folder), device=device, dtype=models.stored_dtype(options.folder))
-        backbone.latent_shape(size)
-    except models.UnsupportedTeacher as error:
-        raise UserError(str(error)) from error
-    except ValueError as error:
-        raise UserError(f"--size: {error}") from error
-    call = backbone.student_told(scale) | backbone.told_size(size)
-    try:
-        images, _ = generate(backbone.pipe.to(device), [options.prompt], options.n, steps=steps, seed=options.seed, call=call)
-    except FloatingPointError as error:
-        raise UserError(f"{options.folder}: {error}") from error
-    output = options.output or options.folder / "pictures"
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / "pictures.jsonl").open("a") as log:
-        for index, image in enumerate(images):
-            pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-            # the name holds a hash, never the prompt: any text may be a prompt, not any text a file name
-            digest = hashlib.sha256(f"{options.seed}\0{options.prompt}".encode() + pixels.tobytes()).hexdigest()[:8]
-            path = output / f"step{steps}-{index:03d}-{digest}.png"
-            Image.fromarray(pixels).save(path)
-            line = {"file": path.name, "prompt": options.prompt, "seed": options.seed, "index": index, "steps": steps}
-            log.write(json.dumps(line | ({} if scale is None else {"guidance": scale})) + "\n")
-            print(path)
-    return 0
+    return sample.command(arguments)
 
 
 if __name__ == "__main__":

@@ -324,17 +324,22 @@ def command_parser(name: str, description: str) -> Any:
     return Parser(prog=f"fewstep {name}", description=description, allow_abbrev=False)
 
 
-def student_parser(name: str, description: str) -> Any:
-    """The parser of a command about one student."""
+def student_parser(name: str, description: str, *, hub: bool = False) -> Any:
+    """The parser of a command about one student. hub: it may be on the hub."""
     parser = command_parser(name, description)
-    parser.add_argument("folder", type=Path, help="a student's folder")
+    parser.add_argument("folder", type=Path, help="a student's folder" + ", or its hub id (owner/name)" * hub)
     return parser
 
 
-def check_student(folder: Path) -> None:
-    """Raises UserError when the folder holds no finished student."""
-    if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder}: holds no finished student (no model_index.json)")
+def check_student(folder: Path) -> bool:
+    """Whether it is a folder, which holds a finished student, or else a hub id. Raises UserError for what is neither."""
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise UserError(f"{folder}: holds no finished student (no model_index.json)")
+        return True
+    if folder.exists() or len(folder.parts) != 2 or not str(folder)[0].isalnum():
+        raise UserError(f"{folder}: no such folder, and not a hub id (owner/name)")
+    return False
 
 
 def saved_config(folder: Path) -> Config:

@@ -17,12 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.config import Config
 from fewstep.launch import launched
-from fewstep.models import UnsupportedTeacher, family, frozen_dtype, index_of
+from fewstep.models import CONFIGURATIONS, UnsupportedTeacher, family, frozen_dtype, index_of, one_line, snapshot
 from fewstep.models.backbone import Backbone, Roles, packed_network
 
 GIB = 2**30
 UNUSED = ("FeatureExtractor", "ImageProcessor", "SafetyChecker")  # ends of the classes that no run computes with; some are gone by now
-CONFIGURATIONS = ["*.json", "*.txt", "*.model"]  # of a repository, everything but its weights
 
 
 class Needs(NamedTuple):
@@ -60,18 +59,7 @@ def size(tensors: Iterable[Tensor]) -> int:
 
 def configurations(source: str) -> str:
     """Folder with a teacher's configurations: the folder itself, or what the hub has beside the weights."""
-    if Path(source).is_dir():
-        return source
-    import huggingface_hub as hub
-
-    try:
-        return hub.snapshot_download(source, allow_patterns=CONFIGURATIONS)
-    except OSError as error:  # of the hub: a gated or a missing repository, no network
-        raise UnsupportedTeacher(f"{source}: its configurations cannot be read ({type(error).__name__}: {one_line(error)})") from error
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return source if Path(source).is_dir() else snapshot(source, CONFIGURATIONS)
 
 
 def skeleton(source: str, dtype: torch.dtype) -> Backbone:

@@ -27,6 +27,7 @@ import fewstep
 from fewstep import checkpoint, cli, composition, flags, models
 from fewstep.config import Config
 from fewstep.errors import UserError
+from fewstep.evaluate import drawing
 from fewstep.run import check_output, distill
 from fewstep.trainer import Trainer
 
@@ -39,7 +40,7 @@ SMALL = ["--groups", "2", "--group-size", "2", "--save-every", "2", "--sample-ev
 
 def refused(capsys, *arguments):
     """Exit code 2 and one line that begins with `fewstep: error:`."""
-    assert cli.main(list(arguments)) == 2
+    assert cli.main([*map(str, arguments)]) == 2
     captured = capsys.readouterr()
     lines = captured.err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("fewstep: error: "), captured.err
@@ -469,6 +470,73 @@ def test_sample_names_never_come_from_the_prompt(finished, tmp_path, capsys):
     assert len(files) == 3 and all(name.startswith(f"step4-{i:03d}-") for i, name in enumerate(files))
     assert json.loads((tmp_path / "pictures.jsonl").read_text().splitlines()[0])["prompt"] == prompt
     assert "made for 4 steps" in refused(capsys, "sample", str(finished), "--prompt", "x", "--steps", "8")
+
+
+def drawn(folder):
+    """(prompt, number among its pictures) -> the file's bytes."""
+    lines = [json.loads(line) for line in (folder / "pictures.jsonl").read_text().splitlines()]
+    return {(line["prompt"], line["index"]): (folder / line["file"]).read_bytes() for line in lines}
+
+
+def test_a_picture_is_the_same_whatever_is_drawn_beside_it(finished, tmp_path, monkeypatch):
+    """By its prompt, the seed and its number: not by its batch, nor by who is in it."""
+    monkeypatch.setattr("fewstep.evaluate.drawing.BATCH", 2)
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    for prompt in ("a cat", "a dog"):
+        assert cli.main(["sample", str(finished), "--prompt", prompt, "--output", str(alone)]) == 0
+    captions = tmp_path / "captions.csv"
+    captions.write_text("id,caption\n1,a dog\n2,a bird\n")
+    told = ["--prompt", "a cat", "--prompts", str(captions), "-n", "3"]
+    assert cli.main(["sample", str(finished), *told, "--output", str(together)]) == 0
+    one, many = drawn(alone), drawn(together)
+    assert [*many] == [(prompt, index) for prompt in ("a cat", "a dog", "a bird") for index in range(3)]
+    assert [*one] == [("a cat", 0), ("a dog", 0)] and all(many[key] == one[key] for key in one)
+    assert len(set(many.values())) == 9 and len([*together.glob("*.png")]) == 9
+    other = tmp_path / "other"
+    assert cli.main(["sample", str(finished), "--prompt", "a cat", "--seed", "1", "--output", str(other)]) == 0
+    assert drawn(other)["a cat", 0] != one["a cat", 0]
+
+
+def test_pictures_are_kept_as_they_are_drawn(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fewstep.evaluate.drawing.BATCH", 1)
+    draw, calls = drawing.draw, []
+
+    def broken(*args, **told):
+        calls.append(args)
+        if len(calls) == 3:
+            raise FloatingPointError("1 of 1 pictures hold NaN or inf")
+        return draw(*args, **told)
+
+    monkeypatch.setattr(drawing, "draw", broken)
+    assert "hold NaN or inf" in refused(capsys, "sample", finished, "--prompt", "a cat", "-n", "4", "--output", tmp_path)
+    assert [*drawn(tmp_path)] == [("a cat", 0), ("a cat", 1)]
+
+
+def test_a_student_of_the_hub_is_drawn_with(finished, tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(models, "index_on_hub", lambda source: asked.append(source) or finished / "model_index.json")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda source, allow_patterns: asked.append(allow_patterns) or str(finished))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["sample", "someone/student", "--prompt", "a cat"]) == 0
+    assert len([*(tmp_path / "pictures").glob("*.png")]) == 1
+    assert asked == ["someone/student", ["*.json", "*.txt", "*.model", "*/*.safetensors"]]  # never a pickle
+
+    def gone(source, allow_patterns):
+        raise OSError("401 Client Error\nsee there")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", gone)
+    line = refused(capsys, "sample", "someone/student", "--prompt", "a cat")
+    assert "someone/student: its files cannot be had (OSError: 401 Client Error see there)" in line
+
+
+def test_what_is_to_be_drawn_must_be_said(finished, tmp_path, capsys):
+    assert "--prompt: missing; " in refused(capsys, "sample", finished)
+    assert "--prompt: empty; " in refused(capsys, "sample", finished, "--prompt", "a cat", "--prompt", " ")
+    assert f"--prompts: {tmp_path / 'none.txt'}" in refused(capsys, "sample", finished, "--prompts", tmp_path / "none.txt")
+    assert "no such folder, and not a hub id" in refused(capsys, "sample", tmp_path / "none", "--prompt", "a cat")
+    (tmp_path / "file").touch()
+    line = refused(capsys, "sample", finished, "--prompt", "a cat", "--output", tmp_path / "file")
+    assert f"--output: {tmp_path / 'file'} is no folder; name one" in line
 
 
 def test_a_device_that_is_full_is_told_in_one_line_with_what_takes_less(monkeypatch, capsys):

@@ -381,11 +381,11 @@ def test_a_finished_student_is_drawn_at_any_scale_of_its_range(finished, name, t
     assert "guidance_scale=8.0, height=8" in card  # teacher_guidance, inside the range
     scales = []
 
-    def generate(pipe, *args, call, **kwargs):
-        scales.append(call["guidance_scale"])
+    def draw(pipe, prompts, generators, **told):
+        scales.append(told["guidance_scale"])
         return torch.zeros(1, 3, 8, 16), 0.0
 
-    monkeypatch.setattr("fewstep.evaluate.drawing.generate", generate)
+    monkeypatch.setattr("fewstep.evaluate.drawing.draw", draw)
     for option in ((), ("--guidance", "1.5"), ("--guidance", "4")):
         assert cli.main(["sample", str(folder), "--prompt", "a cat", *option, "--output", str(tmp_path / "pictures")]) == 0
     assert scales == [8.0, 1.5, 4.0]
@@ -447,9 +447,8 @@ def test_the_lora_of_a_unet_with_a_range_is_not_exported(finished, capsys, to, t
 def test_an_export_without_its_runs_config_is_drawn_at_the_scale_that_is_given(finished, tmp_path, capsys, monkeypatch):
     folder, scales = tmp_path / "export", []
     assert cli.main(["export", str(finished("StableDiffusionPipeline")), "--to", "diffusers", "--output", str(folder)]) == 0
-    monkeypatch.setattr(
-        "fewstep.evaluate.drawing.generate", lambda *args, call, **kwargs: (scales.append(call["guidance_scale"]), (torch.zeros(0), 0))[1]
-    )
+    picture = torch.zeros(1, 3, 8, 8), 0.0
+    monkeypatch.setattr("fewstep.evaluate.drawing.draw", lambda *args, **told: (scales.append(told["guidance_scale"]), picture)[1])
     sample = ["sample", str(folder), "--prompt", "a cat"]
     assert "--guidance: missing; " in refused(capsys, *sample)
     assert cli.main([*sample, "--guidance", "2.5"]) == 0 and scales == [2.5]

@@ -232,11 +232,7 @@ def command(arguments: list[str]) -> int:
     from fewstep.models.embeddings import cache_folder
 
     options = read_options(arguments)
-    folder, own = options.folder, options.folder.is_dir()
-    if own:
-        check_student(folder)
-    elif folder.exists() or len(folder.parts) != 2 or not str(folder)[0].isalnum():
-        raise UserError(f"{folder}: no such folder, and not a hub id (owner/name)")
+    folder, own = options.folder, check_student(options.folder)
     config: Config | None = saved_config(folder) if (folder / "config.yaml").is_file() else None
     remote = (config or Config()).remote if options.timeout is None else RemoteConfig(options.timeout)
     if problems := Config(remote=remote).problems():

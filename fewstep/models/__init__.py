@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,9 @@ KEPT_GUIDANCE = (
     "{} is told the guidance scale (time_cond_proj_dim), as a student that keeps it as a knob and latent consistency models are, and no "
     "run guides a teacher so or draws it; give the model that it was distilled from"
 )
+
+
+CONFIGURATIONS = ("*.json", "*.txt", "*.model")  # of a repository, everything but its weights
 
 
 class UnsupportedTeacher(ValueError):
@@ -84,14 +88,27 @@ def index_on_hub(source: str) -> Path:
     except LocalEntryNotFoundError as error:  # a kind of EntryNotFoundError too
         raise UnsupportedTeacher(
             f"{source}: the hub could not be reached (no network, or HF_HUB_OFFLINE is set), and its model_index.json is not among the "
-            f"files that were downloaded before ({' '.join(str(error).split())})"
+            f"files that were downloaded before ({one_line(error)})"
         ) from error
     except Exception as error:  # the hub's client raises many kinds; each means that this teacher cannot be read
-        reason = " ".join(str(error).split())
         hint = f"; {SINGLE_FILE}" if isinstance(error, EntryNotFoundError) else ""
         raise UnsupportedTeacher(
-            f"{source}: cannot read its model_index.json from the hub ({type(error).__name__}: {reason}){hint}"
+            f"{source}: cannot read its model_index.json from the hub ({type(error).__name__}: {one_line(error)}){hint}"
         ) from error
+
+
+def snapshot(source: str, patterns: Sequence[str]) -> str:
+    """Folder with those files of a hub repository that fit a pattern. Raises UnsupportedTeacher."""
+    import huggingface_hub as hub
+
+    try:
+        return hub.snapshot_download(source, allow_patterns=list(patterns))
+    except OSError as error:  # of the hub: a gated or a missing repository, no network
+        raise UnsupportedTeacher(f"{source}: its files cannot be had ({type(error).__name__}: {one_line(error)})") from error
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def pipeline_class(source: str) -> str:

@@ -1,0 +1,146 @@
+"""`fewstep sample`: pictures of a student, through stock diffusers."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fewstep.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def command(arguments: list[str]) -> int:
+    options = read_options(arguments)
+    prompts = read_prompts(options.prompt, options.prompts)
+    from fewstep.flags import check_student, saved_config
+
+    own = check_student(options.folder)
+    folder = options.folder if own else downloaded(str(options.folder))
+    from fewstep import export
+
+    made_for = export.steps_of(folder)
+    steps = options.steps if options.steps is not None else made_for
+    if steps is None:
+        raise UserError("--steps: missing; the student does not say how many steps it was made for")
+    if made_for not in (None, steps):
+        raise UserError(f"--steps: this student was made for {made_for} steps, not {steps}")
+    from fewstep import models
+    from fewstep.config import Config
+
+    models.quiet_libraries()
+    from fewstep.evaluate.command import evaluation_device, student_scale
+
+    trained = saved_config(folder) if (folder / "config.yaml").is_file() else None
+    scale, config = student_scale(folder, trained, options.guidance), trained or Config()
+    if scale is None and options.guidance is not None:
+        raise UserError("--guidance: one scale is distilled into this student and fixed; leave the flag out")
+    try:
+        size = (dataclasses.replace(config, size=[options.size]) if options.size is not None else config).sizes()[0]
+        device = evaluation_device()
+        backbone = models.load(str(folder), device=device, dtype=models.stored_dtype(folder))
+        backbone.latent_shape(size)
+    except models.UnsupportedTeacher as error:
+        raise UserError(str(error)) from error
+    except ValueError as error:
+        raise UserError(f"--size: {error}") from error
+    output = options.output or (folder if own else Path()) / "pictures"
+    pipe, call = backbone.pipe.to(device), backbone.student_told(scale) | backbone.told_size(size)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with (output / "pictures.jsonl").open("a") as log:
+            drawn = pictures(pipe, prompts, options.n, seed=options.seed, call={"num_inference_steps": steps} | call)
+            for number, (prompt, index, image) in enumerate(drawn):
+                line = {"prompt": prompt, "seed": options.seed, "index": index, "steps": steps}
+                path = save(image, output, number, line)
+                log.write(json.dumps({"file": path.name} | line | ({} if scale is None else {"guidance": scale})) + "\n")
+                print(path, flush=True)
+    except FloatingPointError as error:
+        raise UserError(f"{options.folder}: {error}") from error
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"--output: {output} is no folder; name one") from error
+    return 0
+
+
+def read_options(arguments: list[str]) -> Any:
+    """Raises UserError naming the flag."""
+    from fewstep.flags import student_parser
+
+    parser = student_parser("sample", "Draw pictures with a student, through stock diffusers.", hub=True)
+    parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be given more than once")
+    parser.add_argument(
+        "--prompts", default=None,
+        help="more to draw: a text with one a line, a .csv, .tsv, .json or .jsonl with captions, a set by NAME, or a data set on the hub",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=int, default=None, help="steps (default: those the student was made for)")
+    parser.add_argument("--seed", type=int, default=0, help="with a picture's number among those of its prompt, it decides the noise")
+    parser.add_argument("-n", type=int, default=1, help="how many pictures of each prompt")
+    parser.add_argument("--size", default=None, help="HEIGHTxWIDTH in pixels (default: that of its training)")
+    parser.add_argument(
+        "--guidance", type=float, default=None,
+        help="guidance scale of a student with a range (default: teacher_guidance of its run, inside the range)",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, default=None, help="folder for the PNG files (default: FOLDER/pictures)")
+    options = parser.parse_args(arguments)
+    if options.n < 1:
+        raise UserError(f"-n: must be at least 1, got {options.n}")
+    if options.seed < 0:
+        raise UserError(f"--seed: must not be negative, got {options.seed}")
+    return options
+
+
+def read_prompts(given: list[str], source: str | None) -> list[str]:
+    """Those of `--prompt`, then those of `--prompts`, in their order. Raises UserError where there are none, or an empty one."""
+    from fewstep.evaluate import sets
+    from fewstep.prompts import BadPrompts
+
+    if any(not prompt.strip() for prompt in given):
+        raise UserError("--prompt: empty; say what to draw")
+    if not given and source is None:
+        raise UserError("--prompt: missing; say what to draw, or give --prompts FILE")
+    try:
+        return given + (sets.load(source).prompts if source is not None else [])
+    except BadPrompts as error:
+        raise UserError(f"--prompts: {error}") from error
+
+
+def downloaded(name: str) -> Path:
+    """The folder of a student that is on the hub. Raises UserError."""
+    from fewstep import models
+
+    try:
+        models.pipeline_class(name)  # is it there, and a pipeline that is known, before gigabytes come
+        return Path(models.snapshot(name, (*models.CONFIGURATIONS, "*/*.safetensors")))  # no other format, and no pickle
+    except models.UnsupportedTeacher as error:
+        raise UserError(str(error)) from error
+
+
+def pictures(pipe: Any, prompts: list[str], n: int, *, seed: int, call: dict[str, Any]) -> Iterator[tuple[str, int, Tensor]]:
+    """(prompt, number among its pictures, picture (3, H, W) in [0, 1]), n of each prompt, as they are drawn.
+
+    A picture's noise is its own, by the seed and its number among its prompt's: it is the same whatever is drawn beside it.
+    Raises FloatingPointError for a picture with NaN or inf.
+    """
+    from fewstep.evaluate.drawing import BATCH, draw, noise_generator
+
+    rows = [(prompt, index) for prompt in prompts for index in range(n)]
+    for start in range(0, len(rows), BATCH):
+        part = rows[start : start + BATCH]
+        images, _ = draw(pipe, [prompt for prompt, _ in part], [noise_generator(seed, index) for _, index in part], **call)
+        yield from ((prompt, index, image) for (prompt, index), image in zip(part, images, strict=True))
+
+
+def save(image: Tensor, folder: Path, number: int, line: dict[str, Any]) -> Path:
+    """The PNG of a picture. Its name holds a hash, never the prompt: any text may be a prompt, not any text a file name."""
+    from PIL import Image
+
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    digest = hashlib.sha256(f"{line['seed']}\0{line['prompt']}".encode() + pixels.tobytes()).hexdigest()[:8]
+    path = folder / f"step{line['steps']}-{number:03d}-{digest}.png"
+    Image.fromarray(pixels).save(path)
+    return path
