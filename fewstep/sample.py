@@ -18,26 +18,23 @@ if TYPE_CHECKING:
 def command(arguments: list[str]) -> int:
     options = read_options(arguments)
     prompts = read_prompts(options.prompt, options.prompts)
+    from fewstep import models
+    from fewstep.config import Config
+    from fewstep.evaluate.command import evaluation_device, on_hub, student_scale
+    from fewstep.export import steps_of
     from fewstep.flags import check_student, saved_config
 
     own = check_student(options.folder)
-    folder = options.folder if own else downloaded(str(options.folder))
-    from fewstep import export
-
-    made_for = export.steps_of(folder)
+    folder = options.folder if own else on_hub(str(options.folder), weights=True)
+    made_for = steps_of(folder)
     steps = options.steps if options.steps is not None else made_for
     if steps is None:
         raise UserError("--steps: missing; the student does not say how many steps it was made for")
     if made_for not in (None, steps):
         raise UserError(f"--steps: this student was made for {made_for} steps, not {steps}")
-    from fewstep import models
-    from fewstep.config import Config
-
     models.quiet_libraries()
-    from fewstep.evaluate.command import evaluation_device, student_scale
-
     trained = saved_config(folder) if (folder / "config.yaml").is_file() else None
-    scale, config = student_scale(folder, trained, options.guidance), trained or Config()
+    scale, config = student_scale(folder, trained, options.guidance, name=options.folder), trained or Config()
     if scale is None and options.guidance is not None:
         raise UserError("--guidance: one scale is distilled into this student and fixed; leave the flag out")
     try:
@@ -107,17 +104,6 @@ def read_prompts(given: list[str], source: str | None) -> list[str]:
         return given + (sets.load(source).prompts if source is not None else [])
     except BadPrompts as error:
         raise UserError(f"--prompts: {error}") from error
-
-
-def downloaded(name: str) -> Path:
-    """The folder of a student that is on the hub. Raises UserError."""
-    from fewstep import models
-
-    try:
-        models.pipeline_class(name)  # is it there, and a pipeline that is known, before gigabytes come
-        return Path(models.snapshot(name, (*models.CONFIGURATIONS, "*/*.safetensors")))  # no other format, and no pickle
-    except models.UnsupportedTeacher as error:
-        raise UserError(str(error)) from error
 
 
 def pictures(pipe: Any, prompts: list[str], n: int, *, seed: int, call: dict[str, Any]) -> Iterator[tuple[str, int, Tensor]]:

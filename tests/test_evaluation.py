@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from test_evaluate import MEAN, PREPROCESS, STD, tiny_clip, tiny_tokenizer
 from test_evaluate import tiny_pipeline as other_pipeline
 from test_remote import Faulty, served
 
-from fewstep import cli
+from fewstep import cli, models
 from fewstep.errors import UserError
 from fewstep.evaluate import configs, drawing, evaluation, features, protocol, samples, store, tables
 from fewstep.evaluate import measure as measuring
@@ -1073,8 +1074,6 @@ def clip_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def student(tmp_path_factory, teacher_folder):
     """A student's folder as another tool may have left it: a pipeline, no run."""
-    import shutil
-
     from diffusers import DiffusionPipeline, LCMScheduler
 
     folder = tmp_path_factory.mktemp("student") / "pipeline"
@@ -1104,8 +1103,6 @@ def command(student, teacher_folder, clip_folder, tmp_path, monkeypatch):
 
 
 def clear(student):
-    import shutil
-
     shutil.rmtree(student / "evaluation", ignore_errors=True)
 
 
@@ -1252,6 +1249,22 @@ def test_a_student_without_a_teacher_and_without_anything_to_measure(command, st
     assert [row["name"] for row in report["rows"]] == ["student, 2 steps"] and report["best_solver"] is None and "teacher" not in report
     assert cli.main(["evaluate", "no such thing", *alone[2:], judge]) == 2
     assert "no such folder, and not a hub id" in capsys.readouterr().err
+
+
+def test_a_student_of_the_hub_says_its_own_steps(command, student, monkeypatch, tmp_path, capsys):
+    """By its configurations: the weights are the pipeline's to fetch."""
+    asked, told = [], {}
+    monkeypatch.setattr(models, "index_on_hub", lambda source: student / "model_index.json")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda source, allow_patterns: asked.append(allow_patterns) or str(student))
+    monkeypatch.setattr("fewstep.evaluate.command.measure_student", lambda *given, **options: told.update(options, student=given[0]))
+    assert cli.main(["evaluate", "someone/student", *command[2:]]) == 0
+    assert told["steps"] == 2 and str(told["student"]) == "someone/student" and asked == [["*.json", "*.txt", "*.model"]]
+    ranged = shutil.copytree(student, tmp_path / "hub")
+    config = ranged / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"time_cond_proj_dim": 8}))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda source, allow_patterns: str(ranged))
+    assert cli.main(["evaluate", "someone/student", *command[2:]]) == 2
+    assert "--guidance: missing; someone/student is told its scale" in capsys.readouterr().err
 
 
 def test_inception_measures_what_a_few_pictures_allow(command, student, tmp_path, capsys):

@@ -31,10 +31,11 @@ def world_instruments(device: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def student_scale(folder: Path, config: Config | None, given: float | None) -> float | None:
+def student_scale(folder: Path, config: Config | None, given: float | None, *, name: Path) -> float | None:
     """The guidance scale that a student is told in its pictures: the one given, else its config's; None where one is distilled in.
 
-    Raises UserError for a scale outside of the range that the student was trained in, and where nothing says which to take.
+    folder: with its configurations; name: what it was called. Raises UserError for a scale outside of the range that the student was
+    trained in, and where nothing says which to take.
     """
     from fewstep.export import keeps_guidance
 
@@ -42,7 +43,7 @@ def student_scale(folder: Path, config: Config | None, given: float | None) -> f
     if within is None and not keeps_guidance(folder):
         return None
     if within is None and given is None:
-        raise UserError(f"--guidance: missing; {folder} is told its scale, and no config.yaml there says in which range it was trained")
+        raise UserError(f"--guidance: missing; {name} is told its scale, and no config.yaml there says in which range it was trained")
     if given is None:
         return config.student_guidance()
     low, high = within or (0, sys.float_info.max)
@@ -50,6 +51,17 @@ def student_scale(folder: Path, config: Config | None, given: float | None) -> f
         said = f"from {low:g} to {high:g}, the range that it was trained in" if within else "of 0 or more"
         raise UserError(f"--guidance: this student takes a scale {said}; got {given:g}")
     return given
+
+
+def on_hub(name: str, *, weights: bool = False) -> Path:
+    """Folder with a hub repository's configurations, and its weights where they are asked for. Raises UserError."""
+    from fewstep import models
+
+    try:
+        models.pipeline_class(name)  # is it there, and a pipeline that is known, before gigabytes come
+        return Path(models.snapshot(name, (*models.CONFIGURATIONS, *["*/*.safetensors"] * weights)))  # no other format, and no pickle
+    except models.UnsupportedTeacher as error:
+        raise UserError(str(error)) from error
 
 
 def source_of(name: str, size: tuple[int, int] | None, *, device: str, precision: str, student: bool, scale: float | None = None) -> Any:
@@ -65,8 +77,6 @@ def source_of(name: str, size: tuple[int, int] | None, *, device: str, precision
 
         backbone = models.load(name, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
         told = backbone.told_size(size)
-        if student and scale is None and backbone.keeps_guidance():  # of a hub repository: a folder's was asked about before
-            raise ValueError(f"{name}: this student is told its guidance scale; download it and give its folder, with --guidance")
         unguided = student or steps_in(backbone.pipe.scheduler.config) is not None
 
         def call(guidance: float) -> dict[str, Any]:
@@ -233,16 +243,17 @@ def command(arguments: list[str]) -> int:
 
     options = read_options(arguments)
     folder, own = options.folder, check_student(options.folder)
+    described = folder if own else on_hub(str(folder))
     config: Config | None = saved_config(folder) if (folder / "config.yaml").is_file() else None
     remote = (config or Config()).remote if options.timeout is None else RemoteConfig(options.timeout)
     if problems := Config(remote=remote).problems():
         raise UserError("; ".join(problems))
-    scale = student_scale(folder, config, options.guidance)
+    scale = student_scale(described, config, options.guidance, name=folder)
     against = options.against or (config.teacher if config else "none")
     teacher = None if against == "none" else resolve_teacher(against)
     if teacher is not None:
         check_teacher(teacher, options)
-    steps = options.steps or (config.steps if config else steps_of(folder) if own else None)
+    steps = options.steps or (config.steps if config else steps_of(described))
     if steps is None:
         raise UserError("--steps: missing; the student does not say how many steps it was made for")
     share, launched = share_of(options.shard), options.shard is None
