@@ -66,6 +66,13 @@ def main(arguments: list[str] | None = None) -> int:
     except RuntimeError as error:
         if type(error).__name__ == "LostProcess":
             return complain(f"{error}. {KEPT.get(arguments[0], '')}".strip(), code=1)
+        if any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):
+            why = str(error).strip().splitlines()[0]
+            return complain(
+                f"--compile: torch cannot compile the networks' blocks here ({why}); it needs a C++ compiler, and on a GPU Triton. "
+                "Install what is missing, or leave the flag out: the updates are the same, and slower",
+                code=1,
+            )
         if type(error).__name__ != "OutOfMemoryError":  # torch's
             raise
         first = ". ".join(str(error).split(". ")[:2])  # what was asked for; torch goes on about its allocator

@@ -556,6 +556,18 @@ def test_a_device_that_is_full_is_told_in_one_line_with_what_takes_less(monkeypa
         cli.main(["distill"])
 
 
+def test_a_machine_that_cannot_compile_is_told_in_one_line(monkeypatch, capsys):
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler
+
+    def bare(arguments):
+        raise InductorError(InvalidCxxCompiler(), None)
+
+    monkeypatch.setattr(cli, "distill_command", bare)
+    assert cli.main(["distill"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--compile: torch cannot compile" in line and "No working C++ compiler found" in line and "leave the flag out" in line
+
+
 @pytest.mark.parametrize(
     "told", [["--size", "16x8,8x16"], ["--size=16x8,8x16"], ["--size", '["16x8", "8x16"]'], ["--size", "[16x8, 8x16]"]], ids=" ".join
 )
