@@ -21,7 +21,7 @@ commands:
   sample STUDENT          draw pictures with a student
   models                  list the model families and what each supports
   export FOLDER           write a student as a diffusers folder, a LoRA or a file for ComfyUI; push it to the hub
-  evaluate FOLDER         measure a student beside its teacher
+  evaluate STUDENT        measure a student beside its teacher
   compare                 recipes x seeds on the embedded world at equal network evaluations, as one table
   rewards                 the named rewards: what they score, licences, range, memory
   serve-reward NAME       one reward behind HTTP, for an environment or a GPU of its own
@@ -90,6 +90,7 @@ KEPT = {  # after Ctrl-C or a disk that takes no more, by command
     "distill": "The last checkpoint is whole: go on with --resume",
     "evaluate": "Every part that was whole is kept: the same call goes on",
     "compare": "Every finished cell is kept: the same call goes on",
+    "sample": "The pictures that were drawn are kept",
 }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, check_writable, naming
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +37,8 @@ def command(arguments: list[str]) -> int:
     scale, config = student_scale(folder, trained, options.guidance, name=options.folder), trained or Config()
     if scale is None and options.guidance is not None:
         raise UserError("--guidance: one scale is distilled into this student and fixed; leave the flag out")
+    output = options.output or (folder if own else Path()) / "pictures"
+    check_writable("--output", output)
     try:
         size = (dataclasses.replace(config, size=[options.size]) if options.size is not None else config).sizes()[0]
         device = evaluation_device()
@@ -46,11 +48,9 @@ def command(arguments: list[str]) -> int:
         raise UserError(str(error)) from error
     except ValueError as error:
         raise UserError(f"--size: {error}") from error
-    output = options.output or (folder if own else Path()) / "pictures"
     pipe, call = backbone.pipe.to(device), backbone.student_told(scale) | backbone.told_size(size)
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        with (output / "pictures.jsonl").open("a") as log:
+        with naming(output), (output / "pictures.jsonl").open("a") as log:
             drawn = pictures(pipe, prompts, options.n, seed=options.seed, call={"num_inference_steps": steps} | call)
             for number, (prompt, index, image) in enumerate(drawn):
                 line = {"prompt": prompt, "seed": options.seed, "index": index, "steps": steps}
@@ -59,8 +59,6 @@ def command(arguments: list[str]) -> int:
                 print(path, flush=True)
     except FloatingPointError as error:
         raise UserError(f"{options.folder}: {error}") from error
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"--output: {output} is no folder; name one") from error
     return 0
 
 
@@ -109,7 +107,7 @@ def read_prompts(given: list[str], source: str | None) -> list[str]:
 def pictures(pipe: Any, prompts: list[str], n: int, *, seed: int, call: dict[str, Any]) -> Iterator[tuple[str, int, Tensor]]:
     """(prompt, number among its pictures, picture (3, H, W) in [0, 1]), n of each prompt, as they are drawn.
 
-    A picture's noise is its own, by the seed and its number among its prompt's: it is the same whatever is drawn beside it.
+    A picture's noise is its own, by the seed and its number among its prompt's: to rounding it is the same whatever is drawn beside it.
     Raises FloatingPointError for a picture with NaN or inf.
     """
     from fewstep.evaluate.drawing import BATCH, draw, noise_generator

@@ -1,6 +1,7 @@
 """The command line: what a person gets for good and for bad input."""
 
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -536,7 +537,17 @@ def test_what_is_to_be_drawn_must_be_said(finished, tmp_path, capsys):
     assert "no such folder, and not a hub id" in refused(capsys, "sample", tmp_path / "none", "--prompt", "a cat")
     (tmp_path / "file").touch()
     line = refused(capsys, "sample", finished, "--prompt", "a cat", "--output", tmp_path / "file")
-    assert f"--output: {tmp_path / 'file'} is no folder; name one" in line
+    assert f"--output: cannot write to {tmp_path / 'file'}" in line
+
+
+def test_a_disk_that_takes_no_more_pictures_is_told_in_one_line(finished, tmp_path, monkeypatch, capsys):
+    def full(self, path):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as the system says it of an open file
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert cli.main(["sample", str(finished), "--prompt", "a cat", "--output", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}: could not be written to: No space left on device. The pictures that were drawn are kept" in line
 
 
 def test_a_device_that_is_full_is_told_in_one_line_with_what_takes_less(monkeypatch, capsys):

@@ -172,6 +172,7 @@ def read_options(arguments: list[str]) -> Any:
         "Measure a student beside its teacher: distances of features (--extractor.NAME [SOURCE]: inception, clip, or a name of your own "
         "for a vision model's folder or hub id or path/to/file.py:function), "
         "rewards as judges (--judge.NAME [SOURCE]), cost. See docs/evaluation.md.",
+        hub=True,
     )
     parser.add_argument(
         "--against", metavar="TEACHER", help="a diffusers folder, a hub id, world, or none (default: the run's own teacher)"
