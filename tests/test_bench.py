@@ -16,13 +16,21 @@ from fewstep.types import Rollout
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
-dispatch, evaluate, kernels, memory, networks, step = (
-    importlib.import_module(name) for name in ("dispatch", "evaluate", "kernels", "memory", "networks", "step")
+dispatch, evaluate, gpu_kernels, memory, networks, step = (
+    importlib.import_module(name) for name in ("dispatch", "evaluate", "gpu_kernels", "memory", "networks", "step")
 )
 
 TINY = ["--groups", "2", '--size=["64x64"]', "--device", "cpu", "--precision", "fp32"]
 DMD = ["--matching.normalize", "sample", "--matching.levels", "uniform", "--fake.condition", "none"]
 UNCLIPPED = ["--student.max-norm", "1e9", "--fake.max-norm", "1e9"]
+
+
+def test_no_script_has_the_name_of_a_package_that_is_looked_for():
+    """Where its folder is on the path, transformers and diffusers would take a script for the package, as they did one called kernels."""
+    for utils in ("transformers.utils.import_utils", "diffusers.utils.import_utils"):
+        names = dir(importlib.import_module(utils))
+        packages = {name[3:-10] for name in names if name.startswith("is_") and name.endswith("_available")}
+        assert {"torch", "safetensors"} & packages and not packages & {path.stem for path in (ROOT / "bench").glob("*.py")}
 
 
 def test_the_networks_have_the_models_own_size():
@@ -349,20 +357,20 @@ KERNELS = {  # as a profile of FLUX.1 and SD3.5 on an H200 names them
 
 @pytest.mark.parametrize("name, kind", KERNELS.items())
 def test_a_kernel_is_of_the_kind_that_its_name_says(name, kind):
-    assert kernels.kind_of(name) == kind
+    assert gpu_kernels.kind_of(name) == kind
 
 
 def test_kinds_are_summed_and_ordered():
     told = [(name, float(i), 1) for i, name in enumerate(KERNELS)]
-    found = kernels.by_kind(told)
+    found = gpu_kernels.by_kind(told)
     assert sum(found.values()) == sum(range(len(KERNELS))) and [*found.values()] == sorted(found.values(), reverse=True)
 
 
 def test_few_blocks_are_as_wide_as_the_real_ones_and_of_every_kind():
     """What a block runs is what is listed, so it must be the block: every shape of the real network's is there, and no other."""
-    for family in kernels.FEW:
+    for family in gpu_kernels.FEW:
         real = networks.backbone(family, reduced=False, device="meta").model
-        with kernels.with_few_blocks(family):
+        with gpu_kernels.with_few_blocks(family):
             few = networks.backbone(family, reduced=False, device="meta").model
         assert {tuple(p.shape) for p in few.parameters()} == {tuple(p.shape) for p in real.parameters()}
     assert networks.FAMILIES["flux.1-dev"].real["num_layers"] == 19  # as it was
@@ -387,10 +395,10 @@ def test_an_update_is_timed_each_way(shallow, monkeypatch, tmp_path, capsys):
             made = function(*arguments)
             return type("Future", (), {"result": lambda self: made})()
 
-    monkeypatch.setattr(kernels, "ProcessPoolExecutor", Here)
-    monkeypatch.setitem(kernels.WAYS, "compiled", ["--groups", "1"])  # compiling is tested elsewhere
+    monkeypatch.setattr(gpu_kernels, "ProcessPoolExecutor", Here)
+    monkeypatch.setitem(gpu_kernels.WAYS, "compiled", ["--groups", "1"])  # compiling is tested elsewhere
     output = tmp_path / "kernels.json"
-    assert kernels.main(["--family", "sd3.5-medium", "--way", "eager", "compiled", "--output", str(output)]) == 0
+    assert gpu_kernels.main(["--family", "sd3.5-medium", "--way", "eager", "compiled", "--output", str(output)]) == 0
     report = json.loads(output.read_text())
     eager, compiled = report["rows"]
     assert (eager["way"], compiled["way"]) == ("eager", "compiled") and eager["seconds"] > 0 and compiled["first_seconds"] > 0

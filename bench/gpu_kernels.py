@@ -1,7 +1,7 @@
 """Where the GPU's time goes in an update, by kind of kernel: eagerly, with compiled blocks, and with activations kept.
 
-    python bench/kernels.py                                     # on a GPU
-    python bench/kernels.py --family flux.1-dev --way eager compiled
+    python bench/gpu_kernels.py                                     # on a GPU
+    python bench/gpu_kernels.py --family flux.1-dev --way eager compiled
 
 Networks of random weights of the real width, at 1024 x 1024, with a few of the real blocks: what a block runs does not depend on how
 many there are, and with a few even kept activations fit. An update is the default one, of LoRA 64: a student update, four of the fake's,
