@@ -50,7 +50,7 @@ def command(arguments: list[str]) -> int:
         raise UserError(f"--size: {error}") from error
     pipe, call = backbone.pipe.to(device), backbone.student_told(scale) | backbone.told_size(size)
     try:
-        with naming(output), (output / "pictures.jsonl").open("a") as log:
+        with naming(output), (output / "pictures.jsonl").open("a", buffering=1) as log:  # a line is there with its picture
             drawn = pictures(pipe, prompts, options.n, seed=options.seed, call={"num_inference_steps": steps} | call)
             for number, (prompt, index, image) in enumerate(drawn):
                 line = {"prompt": prompt, "seed": options.seed, "index": index, "steps": steps}
