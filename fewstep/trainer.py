@@ -373,7 +373,8 @@ class Trainer:
             return anchor, None, logs
         extra = sum(pulls.values(), torch.zeros_like(anchor))
         logs["rewards/share"] = rms(extra) / max(rms(extra) + rms(anchor), 1e-30)
-        return anchor, extra, logs
+        # without weight, as while a budget is measured, there is nothing in it that could be served again
+        return anchor, extra if any(values[name] for name in signals) else None, logs
 
     def heard(self, anchor: Tensor, signals: dict[str, Signal], group: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
         """(which samples each reward could score (B,), logs). Raises RewardError where a signal lacks what `weights.mode` needs, or too
@@ -650,7 +651,9 @@ class Trainer:
             least = max(reuse.min_ess, 1e-3)
             logs["reuse/permitted"] = min(importance.permitted_updates(moves[rows], min_ess=least) for rows in quarters)
             # refused each time, every evaluation has served one update, so the updates count them
-            if self.update == NEVER_REUSED and self.running["reuse/refused"] == refused == 1 and block.extra is None:
+            never = self.update == NEVER_REUSED and self.running["reuse/refused"] == refused == 1
+            to_come = isinstance(self.weights, Adaptive) and self.weights.b is None  # other rewards, which may be served again
+            if never and block.extra is None and not to_come:
                 warnings.warn(
                     f"reuse.evaluation {reuse.evaluation}: none of the first {NEVER_REUSED} evaluations could serve a second update, since "
                     f"the student moves too far in one (the last move permits {logs['reuse/permitted']:.3g}); what "

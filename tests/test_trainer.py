@@ -806,10 +806,30 @@ def test_where_its_weights_degenerate_rdm_is_asked_again_and_the_other_rewards_a
     assert [log.get("reuse/refused") for log in logs] == [None, 1, 1] * 2 and all("dm/score" in log for log in logs)
 
 
-@pytest.mark.parametrize("lr, told", [("1e-2", 1), ("1e-6", 0)])
-def test_a_run_says_that_its_evaluations_are_never_reused(teacher_folder, prompt_file, monkeypatch, lr, told):
+def test_while_a_budget_is_measured_a_run_is_that_of_matching_alone(teacher_folder, prompt_file):
+    """Bit for bit: an evaluation of which nothing may serve again is followed by one of other prompts, whatever rewards are to come."""
+    options = ("--reuse.evaluation", "3", "--reuse.min-ess", "0.9999", "--student.lr", "1e-2", "--updates", "40")
+    students = []
+    for rest in ((), ("--reward.redness", "1", "--weights.mode", "adaptive", "--weights.warmup", "5")):
+        trainer = run_of(teacher_folder, prompt_file, *options, *rest).trainer
+        logs = [trainer.step() for _ in range(4)]
+        assert [log.get("redness/weight", 0) for log in logs] == [0] * 4 and any(log.get("reuse/refused") for log in logs)
+        students.append({name: p.detach() for name, p in trainer.parameters.items()})
+    assert_same(*students)
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (("--student.lr", "1e-2"), 1),
+        (("--student.lr", "1e-6"), 0),
+        (("--student.lr", "1e-2", "--reward.redness", "1", "--weights.mode", "adaptive", "--weights.warmup", "4"), 0),
+    ],
+    ids=["too far", "near", "while a budget is measured"],
+)
+def test_a_run_says_that_its_evaluations_are_never_reused(teacher_folder, prompt_file, monkeypatch, options, told):
     monkeypatch.setattr("fewstep.trainer.NEVER_REUSED", 3)
-    run = run_of(teacher_folder, prompt_file, "--reuse.evaluation", "4", "--student.lr", lr)
+    run = run_of(teacher_folder, prompt_file, "--reuse.evaluation", "4", *options, "--updates", "40")
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         for _ in range(5):
