@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fewstep.compare import DISTANCES, number
+from fewstep.compare import DISTANCES, MAIN_SEEDS, number
 from fewstep.export import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,13 +112,20 @@ def recipes() -> str:
 
 
 def comparison() -> str:
-    """Every row that has been run, with the paired difference to its baseline."""
-    body = []
-    for row in compared():
-        numbers = [number(*row["metrics"][key]) for key in COMPARED]
-        paired = [f"{number(*row['paired'][key])} ({row['baseline']})" if row["paired"] else "" for key in DISTANCES]
-        body.append([row["row"], str(len(row["seeds"])), *numbers, *paired])
-    return markdown_table(["", "seeds", *COMPARED.values(), "FD to data − baseline", "FD to teacher − baseline"], body)
+    """Every row that has been run, with the paired difference to its baseline; those of fewer than five seeds folded in."""
+
+    def table(rows: list[dict[str, Any]]) -> str:
+        body = []
+        for row in rows:
+            numbers = [number(*row["metrics"][key]) for key in COMPARED]
+            paired = [f"{number(*row['paired'][key])} ({row['baseline']})" if row["paired"] else "" for key in DISTANCES]
+            body.append([row["row"], str(len(row["seeds"])), *numbers, *paired])
+        return markdown_table(["", "seeds", *COMPARED.values(), "FD to data − baseline", "FD to teacher − baseline"], body)
+
+    shown = [row for row in compared() if len(row["seeds"]) >= MAIN_SEEDS]
+    folded = [row for row in compared() if len(row["seeds"]) < MAIN_SEEDS]
+    summary = f"{len(folded)} more rows, of three seeds: scales, reuse, budgets, long runs, fronts"
+    return f"{table(shown)}\n\n<details>\n<summary>{summary}</summary>\n\n{table(folded)}\n\n</details>"
 
 
 def beyond() -> str:
