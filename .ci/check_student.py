@@ -11,7 +11,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 out = Path(sys.argv[1])
-names = ("model_index.json", "samples.png", "metrics.jsonl", "README.md", "config.yaml", "checkpoints", "samples/update-00000002.png")
+names = (
+    "model_index.json", "samples.png", "curves.png", "metrics.jsonl", "README.md", "config.yaml", "checkpoints",
+    "samples/update-00000002.png",
+)  # fmt: skip
 missing = [name for name in names if not (out / name).exists()]
 assert not missing, f"missing: {missing}"
 lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

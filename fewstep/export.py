@@ -402,7 +402,7 @@ def draws_from_pictures(pipeline: type) -> bool:
 
 
 def model_card(student: Averaged, to: str, folder: Path, *, name: str | None = None, results: str | None = None) -> ModelCard:
-    """The card that goes into `folder`, which holds one of FORMS and, where there is one, samples.png.
+    """The card that goes into `folder`, which holds one of FORMS and the pictures that the card shows, where there are any.
 
     name: of the folder where others find it (default: its own); results: measured numbers and their protocol, as Markdown.
     """
@@ -484,15 +484,17 @@ with another number of steps or another scheduler it is no longer the model that
 
 {results or "Not measured."}
 """
-    card = ModelCard(text)
-    return with_picture(card) if (folder / "samples.png").is_file() else card
+    return with_pictures(ModelCard(text), folder)
 
 
-def with_picture(card: ModelCard) -> ModelCard:
-    """A student's card that shows the samples.png beside it."""
-    card.content = card.content.replace(
-        "\n## Use\n", "\n![rows: prompts; columns: the teacher and the student](samples.png)\n\n## Use\n", 1
-    )
+def with_pictures(card: ModelCard, folder: Path) -> ModelCard:
+    """A student's card that shows the pictures which lie beside it in `folder`."""
+    if (folder / "samples.png").is_file():
+        card.content = card.content.replace(
+            "\n## Use\n", "\n![rows: prompts; columns: the teacher and the student](samples.png)\n\n## Use\n", 1
+        )
+    if (folder / "curves.png").is_file():
+        card.content += "\n## Training\n\n![what the updates logged: means of equally many, on their range](curves.png)\n"
     return card
 
 

@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 
 GIVEN = "prompts.json"  # prompts that were given as a list
 RUN_FILES = (
-    "checkpoints", "samples", "tensorboard", "config.yaml", GIVEN, "rewards.json", "metrics.jsonl", "samples.png", "evaluation.json",
-    "evaluation", "README.md", "export", "model_index.json", "unet", "transformer", "vae", "text_encoder", "text_encoder_2",
-    "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler", "feature_extractor", "pytorch_lora_weights.safetensors",
+    "checkpoints", "samples", "tensorboard", "config.yaml", GIVEN, "rewards.json", "metrics.jsonl", "samples.png", "curves.png",
+    "evaluation.json", "evaluation", "README.md", "export", "model_index.json", "unet", "transformer", "vae", "text_encoder",
+    "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler", "feature_extractor",
+    "pytorch_lora_weights.safetensors",
 )  # fmt: skip
 # what may differ between a run and its continuation
 FREE_ON_RESUME = ("updates", "teacher_guidance", "save_every", "sample_every", "evaluate", "resume", "overwrite", "dry_run", "output",
@@ -375,21 +376,22 @@ def teacher_grids(run: Run, prompts: list[str], best: str) -> dict[str, Any]:
 
 
 def draw_progress(run: Run, output: Path, prompts: list[str]) -> None:
-    """A grid of the averaged student with fixed prompts and seeds; the training's random numbers are left untouched."""
-    from fewstep.report import grid
+    """A grid of the averaged student with fixed prompts and seeds, and the run's curves; no random number of the training is drawn."""
+    from fewstep.report import curves, grid
 
     trainer, steps = run.trainer, run.config.steps
     title = f"student, {steps} steps, update {trainer.update}"
     images = student_grid(run, prompts, trainer.averaged())
     grid.save({title: images}, prompts, output / "samples" / f"update-{trainer.update:08d}.png")
+    curves.save(output / "metrics.jsonl", output / "curves.png")
 
 
 def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
-    """Export the averaged student, measure it, write its card, draw it beside its teacher."""
+    """Export the averaged student, measure it, write its card, draw its run's curves and it beside its teacher."""
     from fewstep import export
-    from fewstep.report import grid
+    from fewstep.report import curves, grid
 
-    for name in ("evaluation.json", "samples.png", "README.md"):  # of an earlier student
+    for name in ("evaluation.json", "samples.png", "curves.png", "README.md"):  # of an earlier student
         (output / name).unlink(missing_ok=True)
     config, backbone, trainer = run.config, run.backbone, run.trainer
     weights = trainer.averaged()
@@ -411,5 +413,6 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
     shown = grid_prompts(config, prompts)
     columns = teacher_grids(run, shown, best) | {f"student, {config.steps} steps": student_grid(run, shown, weights)}
     grid.save(columns, shown, output / "samples.png")
-    export.with_picture(card).save(output / "README.md")
+    curves.save(output / "metrics.jsonl", output / "curves.png")
+    export.with_pictures(card, output).save(output / "README.md")
     print(f"student in {output}; look at {output / 'samples.png'}")

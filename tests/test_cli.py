@@ -316,6 +316,7 @@ def test_what_a_run_leaves_behind(finished):
         "vae",
         "scheduler",
         "samples.png",
+        "curves.png",
         "metrics.jsonl",
         "README.md",
         "config.yaml",
@@ -323,6 +324,7 @@ def test_what_a_run_leaves_behind(finished):
     } <= names
     card = (finished / "README.md").read_text()
     assert "library_name: diffusers" in card and "[999, 749, 499, 249]" in card
+    assert "](samples.png)" in card and "](curves.png)" in card
     saved = yaml.safe_load((finished / "config.yaml").read_text())
     assert saved["updates"] == 3 and saved["matching"]["normalize"] == "group"
     scheduler = json.loads((finished / "scheduler" / "scheduler_config.json").read_text())

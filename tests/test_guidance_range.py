@@ -409,7 +409,6 @@ def test_teacher_and_student_are_shown_beside_one_another_at_one_scale(teachers,
 
     monkeypatch.setattr("fewstep.run.sample_grid", sample_grid)
     monkeypatch.setattr("fewstep.report.grid.save", grid)
-    monkeypatch.setattr("fewstep.export.with_picture", lambda card: card)
     options = ["--teacher", str(teachers / "StableDiffusionPipeline"), "--prompts", str(prompt_file), *SMALL, "--size", "8x16", *RANGE]
     assert cli.main(["distill", *options, "--teacher-guidance", "1", "--output", str(tmp_path / "out")]) == 0
     assert calls["titles"][-1] == "student, 4 steps" and calls["scales"] == [1.5] * len(calls["titles"])

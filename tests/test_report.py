@@ -1,0 +1,99 @@
+"""What a run leaves to look at."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageColor
+
+from fewstep.report import curves
+
+LOGS = [
+    {"update": 1, "dm/score": -1.0, "grad_norm": 2.0, "unknown": 7.0},
+    {"update": 2, "dm/score": -2.0, "clip/score": 50.0, "clip/judge/a": 0.3, "weights/kl": 3.0, "weights/weight": 0.1, "clip/weight": 0.1},
+    {"update": 3, "dm/score": -3.0, "clip/score": 51.0, "clip/judge/a": 0.4, "weights/kl": 2.0, "weights/budget": 4.5, "reuse/ess": 0.9},
+]
+
+
+def test_what_updates_log_is_sorted_into_panels_in_the_order_of_the_table():
+    found = curves.panels(LOGS)
+    assert list(found) == [
+        "KL to the teacher, nats", "clip: score", "dm: score", "clip: held-out judge a", "weight of the other rewards",
+        "effective sample size of reused evaluations", "gradient norm of the student",
+    ]  # fmt: skip
+    assert found["KL to the teacher, nats"] == {"KL": [(2, 3.0), (3, 2.0)], "budget": [(3, 4.5)]}
+    assert found["dm: score"] == {"score": [(1, -1.0), (2, -2.0), (3, -3.0)]}
+    assert found["weight of the other rewards"] == {"all": [(2, 0.1)], "clip": [(2, 0.1)]}
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=130))
+def test_stretches_of_a_curve_are_all_of_it(values):
+    found = curves.binned(list(enumerate(values, 1)), bins=7)
+    sizes = [len(part) for part in np.array_split(values, len(found))]
+    assert len(found) == min(7, len(values)) and max(sizes) - min(sizes) <= 1
+    assert min(one[2] for one in found) == min(values) and max(one[3] for one in found) == max(values)
+    assert all(low <= mean + 1e-9 and mean <= high + 1e-9 for _, mean, low, high in found)
+    if len(values) % 7 == 0:  # equally many in each: the mean of the means is the mean
+        assert math.fsum(one[1] for one in found) / 7 == pytest.approx(math.fsum(values) / len(values), abs=1e-9)
+        assert found[0][0] == (1 + len(values) // 7) / 2
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+def test_ticks_are_few_even_and_within(low, span):
+    high = low + span
+    found = curves.ticks(low, high)
+    slack = 1e-9 * max(abs(low), abs(high), span)
+    assert 1 <= len(found) <= 4 and low - slack <= found[0] and found[-1] <= high + slack
+    steps = np.diff(found)
+    np.testing.assert_allclose(steps, steps[:1].repeat(len(steps)), rtol=1e-6, atol=slack)
+
+
+def test_ticks_are_round():
+    assert curves.ticks(-0.3, 3.2) == [0, 1, 2, 3] and curves.ticks(12, 47) == [20, 30, 40]
+    assert curves.ticks(0.011, 0.019) == pytest.approx([0.012, 0.014, 0.016, 0.018])
+    with pytest.raises(ValueError, match="below"):
+        curves.ticks(1.0, 1.0)
+
+
+def test_a_curve_stands_where_its_numbers_are():
+    """From 0 to 1 over the run, and a second one that stays at 1: in the middle of the picture the first is half way up."""
+    rising = [(update, update / 100) for update in range(1, 101)]
+    drawn = np.asarray(curves.draw_panel("a title", {"a": rising, "b": [(50, 1.0), (100, 1.0)]}, 100)).astype(int)
+    zoom, wide, high = curves.SMOOTH, curves.WIDTH - curves.LEFT - curves.RIGHT, curves.HEIGHT - curves.TOP - curves.BOTTOM
+
+    def rows_of(colour, update):
+        column = drawn[:, round((curves.LEFT + wide * update / 100) * zoom)]
+        found = np.flatnonzero((column == ImageColor.getrgb(colour)).all(1))
+        return found[found > curves.TOP * zoom]  # below the names
+
+    def row_of(value):
+        low, top = curves.bounds([curves.binned(rising), [(0, 1.0, 1.0, 1.0)]])
+        return (curves.TOP + high * (top - value) / (top - low)) * zoom
+
+    for update in (20, 50, 80):
+        assert abs(rows_of(curves.COLOURS[0], update).mean() - row_of(update / 100)) < 2
+    assert abs(rows_of(curves.COLOURS[1], 75).mean() - row_of(1.0)) < 2 and not len(rows_of(curves.COLOURS[1], 25))
+
+
+@pytest.mark.parametrize("logs", [LOGS, LOGS[:1], [{"update": 5, "grad_norm": 0.0}]], ids=["several", "one", "a zero"])
+def test_a_picture_has_room_for_every_panel(logs, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in logs) + '{"update": 9, "dm/sco')  # a kill cut the last line
+    found = curves.panels(curves.read(path))
+    assert found == curves.panels(logs)
+    rows = -(-len(found) // curves.COLUMNS)
+    assert curves.draw(found).size == (curves.COLUMNS * curves.WIDTH, rows * curves.HEIGHT)
+    curves.save(path, tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size == (curves.COLUMNS * curves.WIDTH, rows * curves.HEIGHT)
+
+
+def test_a_run_that_logged_nothing_has_no_curves(tmp_path):
+    with pytest.raises(ValueError, match="no curves"):
+        curves.draw(curves.panels([{"update": 1, "unknown": 1.0}]))
+    (tmp_path / "metrics.jsonl").write_text("")
+    curves.save(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()
