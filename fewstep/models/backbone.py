@@ -700,35 +700,8 @@ class Backbone:
         Raises ValueError for guidance of a teacher whose stock pipeline ignores it.
         """
         self.check_guidance(guidance)
-        base = self.model
-        own, scale, told = self.embedded_guidance, None, (None, None, None)
         added = isinstance(guidance, tuple) and self.scale_input == "added"
-        if added:
-            told = (None, "each", "each")
-        elif isinstance(guidance, tuple):
-            scale, told = sum(guidance) / 2, ("each", "each", "each")
-        elif own is not None:
-            told = (guidance, own, own)
-        if lora_rank == 0:
-            student, fake = (copy.deepcopy(base).float() for _ in range(2))
-            for model in (student, fake):
-                if added:
-                    self.add_scale_input(model)
-                model.requires_grad_(True)
-            models, adapters = (base, student, fake), None
-            if int8_teacher:
-                in_eight_bits(base)
-        else:
-            config = self.lora_config(lora_rank)
-            if added:  # its base is zero: the adapter is all of it
-                config.target_modules |= {self.add_scale_input(base)}
-            config._register_custom_module({nn.Linear: AddedLinear})
-            for name in ("student", "fake"):
-                inject_adapter_in_model(config, base, adapter_name=name)
-            for name, parameter in base.named_parameters():
-                if ".lora_" in name:
-                    parameter.data = parameter.data.float()
-            models, adapters = (base, base, base), Adapters(base)
+        models, adapters = self.adapted_base(lora_rank, added) if lora_rank else self.full_copies(added, int8_teacher)
         if checkpointing:
             for model in set(models):
                 model.enable_gradient_checkpointing(recompute(adapters))
@@ -739,6 +712,7 @@ class Backbone:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, TRACES)
             for block in itertools.chain.from_iterable(map(repeated_blocks, set(models))):
                 block.compile()
+        told, scale = self.told_scales(guidance)
         networks = (
             Network(self, models[0], adapters=adapters, adapter="", guidance=told[0]),
             Network(self, models[1], adapters=adapters, adapter="student", guidance=told[1]),
@@ -747,14 +721,45 @@ class Backbone:
         networks = [network.to(self.device) for network in networks]
 
         def owned(network: Network, role: str) -> dict[str, nn.Parameter]:
-            parts = ("model.",) if lora_rank == 0 else (f".{role}.",)
-            return {
-                name: p
-                for name, p in network.named_parameters()
-                if name.startswith("step_embedding") or any(part in name for part in parts)
-            }
+            part = f".{role}." if lora_rank else "model."
+            return {name: p for name, p in network.named_parameters() if name.startswith("step_embedding") or part in name}
 
         return Roles(*(self.denoiser(network, scale) for network in networks), owned(networks[1], "student"), owned(networks[2], "fake"))
+
+    def told_scales(self, guidance: float | tuple[float, float]) -> tuple[tuple[float | Literal["each"] | None, ...], float | None]:
+        """(the scales that teacher, student and fake are told in every call, as Network's `guidance`; what an embedded guidance is told
+        where nothing but the empty prompt is asked about)."""
+        if not isinstance(guidance, tuple):
+            own = self.embedded_guidance
+            return (None, None, None) if own is None else (guidance, own, own), None
+        if self.scale_input == "added":
+            return (None, "each", "each"), None
+        return ("each", "each", "each"), sum(guidance) / 2
+
+    def full_copies(self, scale_input: bool, int8_teacher: bool) -> tuple[tuple[nn.Module, ...], None]:
+        """(teacher, student and fake, the last two trainable copies in float32; no adapters). scale_input: with an input for a scale."""
+        base = self.model
+        student, fake = (copy.deepcopy(base).float() for _ in range(2))
+        for model in (student, fake):
+            if scale_input:
+                self.add_scale_input(model)
+            model.requires_grad_(True)
+        if int8_teacher:
+            in_eight_bits(base)
+        return (base, student, fake), None
+
+    def adapted_base(self, rank: int, scale_input: bool) -> tuple[tuple[nn.Module, ...], Adapters]:
+        """(one base for all three roles, its two LoRA adapters in float32). scale_input: with an input for a scale."""
+        base, config = self.model, self.lora_config(rank)
+        if scale_input:  # its base is zero: the adapter is all of it
+            config.target_modules |= {self.add_scale_input(base)}
+        config._register_custom_module({nn.Linear: AddedLinear})
+        for name in ("student", "fake"):
+            inject_adapter_in_model(config, base, adapter_name=name)
+        for name, parameter in base.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.float()
+        return (base, base, base), Adapters(base)
 
     def lora_config(self, rank: int) -> LoraConfig:
         return LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=True, target_modules=self.lora_targets)
