@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from fewstep import compare, world
 from fewstep.evaluate import drawing
@@ -37,6 +38,15 @@ def test_every_committed_cell_is_in_its_table(folder, capsys):
     assert len(cells) == len(list(output.glob("cells/*.json"))) > 20, capsys.readouterr().out
     reported = json.loads((output / "compare.json").read_text())["cells"]
     assert {(cell["row"], cell["seed"]) for cell in reported} == cells.keys()
+
+
+def test_the_curves_are_those_of_committed_cells():
+    """By their panels, not by their pixels: letters are drawn a little otherwise by each FreeType."""
+    figures = runpy.run_path(str(ROOT / "docs" / "curves.py"))
+    page = (ROOT / "docs" / "reading-a-run.md").read_text()
+    for name in figures["CELLS"]:
+        with Image.open(ROOT / "docs" / name) as committed:
+            assert committed.size == figures["drawn"](name).size and f"]({name})" in page
 
 
 def test_the_page_of_rewards_has_the_table_of_the_code():
