@@ -6,6 +6,7 @@ A family is a subclass that says what its stock pipeline does in one denoising s
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import shutil
@@ -648,8 +649,12 @@ class Backbone:
         config = dict(self.pipe.scheduler.config)
         return flow_scheduler(config, steps) if self.flow else lcm_scheduler(config, steps)
 
+    @functools.cached_property
+    def noise_levels(self) -> Schedule:
+        return Flow() if self.flow else DDPM(self.scheduler(1).alphas_cumprod)  # made once: betas take diffusers a loop over the timesteps
+
     def schedule(self) -> Schedule:
-        return Flow() if self.flow else DDPM(self.scheduler(1).alphas_cumprod)
+        return self.noise_levels
 
     def times(self, steps: int) -> Tensor:
         """(K,) float64, decreasing from 1, read from the scheduler that is exported."""
