@@ -9,7 +9,7 @@ from typing import Any
 
 from fewstep.alarms import Persistence
 
-KEPT = ("updates", "log_weight", "integral", "kl", "lag", "b")  # of an adaptive weight, by a checkpoint
+KEPT = ("updates", "log_weight", "integral", "kl", "lag", "b", "told")  # of an adaptive weight, by a checkpoint
 UNREACHED = math.log(100)  # a weight this far below where it starts moves nothing
 OUTGROWN = 0.6  # of the warm-up's KL: a budget on what matching has left so far behind holds nothing
 
@@ -130,10 +130,12 @@ class Adaptive:
         return {name: self.now_total() * share for name, share in self.shares.items()}
 
     def state(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in KEPT}
+        return {key: getattr(self, key) for key in KEPT} | {"outgrown": self.outgrown.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Raises KeyError for what the state lacks."""
-        state = {"integral": state["log_weight"]} | state  # an earlier version's log weight had no lead: it was the sum itself
+        # an earlier version's log weight had no lead: it was the sum itself; and it kept nothing of its alarms
+        state = {"integral": state["log_weight"], "told": False, "outgrown": Persistence().state()} | state
         for key in KEPT:
             setattr(self, key, state[key])
+        self.outgrown.load_state(state["outgrown"])

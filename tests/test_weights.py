@@ -1,11 +1,13 @@
 """The adaptive weight, eq. (7): one dual variable for one fidelity budget."""
 
+import json
 import math
 import warnings
 from pathlib import Path
 
 import pytest
 
+from fewstep.alarms import Persistence
 from fewstep.config import WeightsConfig
 from fewstep.weights import Adaptive, Fixed, dual_step
 
@@ -119,15 +121,36 @@ def test_state_round_trip_goes_on_alike():
     assert one.observe(-1.3, 0.01) == two.observe(-1.3, 0.01) and one.now() == two.now()
 
 
-def test_a_state_without_the_integral_goes_on_from_the_log_weight():
-    """An earlier version's log weight had no lead: it was the sum of the errors itself."""
+@pytest.mark.parametrize("share, says", [(0.5, "Raise weights.warmup"), (30.0, "they do not push any more")])
+def test_alarms_go_on_across_a_resume_and_come_once(share, says):
+    """As of a run that never stopped: at the same update, and not again after it."""
+    found = {}
+    for parts in (1, 2):
+        weights = Adaptive({"a": 1.0}, budget=1.5, warmup=1)
+        weights.observe(-10.0, None)
+        weights.kl = 10 * share
+        heard = found[parts] = []
+        for update in range(120):
+            if parts > 1 and update % 7 == 3:
+                state, weights = json.loads(json.dumps(weights.state())), Adaptive({"a": 1.0}, budget=1.5, warmup=1)
+                weights.load_state(state)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                weights.observe(-10 * share, None)
+            heard += [(update, str(one.message)) for one in said]
+    assert found[1] == found[2] and len(found[1]) == 1 and says in found[1][0][1]
+
+
+def test_a_state_of_an_earlier_version_goes_on():
+    """Its log weight had no lead: it was the sum of the errors itself. Of its alarms it kept nothing."""
     one = Adaptive({"a": 1.0}, budget=1.2, warmup=3)
     for i in range(5):
         one.observe(-1.0 - 0.1 * i, 0.05)
     earlier = one.state()
     assert earlier.pop("integral") != earlier["log_weight"]
+    del earlier["told"], earlier["outgrown"]
     one.load_state(earlier)
-    assert one.integral == one.log_weight == earlier["log_weight"]
+    assert one.integral == one.log_weight == earlier["log_weight"] and not one.told and one.outgrown.state() == Persistence().state()
     for key in earlier:
         with pytest.raises(KeyError, match=key):
             one.load_state({name: value for name, value in earlier.items() if name != key})
