@@ -650,11 +650,11 @@ class Backbone:
         return flow_scheduler(config, steps) if self.flow else lcm_scheduler(config, steps)
 
     @functools.cached_property
-    def noise_levels(self) -> Schedule:
+    def own_schedule(self) -> Schedule:
         return Flow() if self.flow else DDPM(self.scheduler(1).alphas_cumprod)  # made once: betas take diffusers a loop over the timesteps
 
     def schedule(self) -> Schedule:
-        return self.noise_levels
+        return self.own_schedule
 
     def times(self, steps: int) -> Tensor:
         """(K,) float64, decreasing from 1, read from the scheduler that is exported."""
