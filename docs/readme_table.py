@@ -124,7 +124,7 @@ def comparison() -> str:
 
     shown = [row for row in compared() if len(row["seeds"]) >= MAIN_SEEDS]
     folded = [row for row in compared() if len(row["seeds"]) < MAIN_SEEDS]
-    summary = f"{len(folded)} more rows, of three seeds: scales, reuse, budgets, long runs, fronts"
+    summary = f"{len(folded)} more rows, of three seeds or two: scales, reuse, budgets, long runs, fronts"
     return f"{table(shown)}\n\n<details>\n<summary>{summary}</summary>\n\n{table(folded)}\n\n</details>"
 
 
