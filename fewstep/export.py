@@ -107,13 +107,11 @@ def read_lora(folder: Path, part: str) -> dict[str, Tensor]:
 
 def logged_weights(folder: Path, config: Config, update: int | None = None) -> dict[str, float]:
     """The other rewards' weights as metrics.jsonl last had them, up to an update; without the file those that are fixed."""
+    from fewstep.metrics import logged
+
     path = folder / "metrics.jsonl"
     known = {} if config.weights.mode == "adaptive" else dict(config.reward)
-    for line in path.read_text().splitlines() if path.is_file() and config.reward else ():
-        try:
-            logs = json.loads(line)
-        except ValueError:  # a line cut by a kill
-            continue
+    for logs in logged(path) if path.is_file() and config.reward else ():
         if update is None or logs["update"] <= update:
             known |= {name: logs[f"{name}/weight"] for name in config.reward if f"{name}/weight" in logs}
     return known

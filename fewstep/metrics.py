@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,17 @@ def spread_of(score: Tensor, group: Tensor) -> dict[str, float]:
 def known(logs: dict[str, float]) -> dict[str, float]:
     """What has a number: NaN and inf are left out, which JSON has no word for and a running mean would keep for ever."""
     return {key: value for key, value in logs.items() if math.isfinite(value)}
+
+
+def logged(path: Path) -> list[dict[str, Any]]:
+    """What the updates of a metrics.jsonl logged; a line that was cut, as by a kill, is left out."""
+    found = []
+    for line in path.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
 
 
 class MetricsLog:

@@ -13,7 +13,7 @@ ROOT = Path(fewstep.__file__).parent
 # what each file or folder imports of fewstep; of `rewards` and `evaluate.command` by file, of other folders as a whole
 TABLE = {
     "errors": "", "launch": "", "types": "", "schedule": "", "transforms": "", "levels": "", "cost": "", "prompts": "",
-    "report": "", "alarms": "",
+    "report": "metrics", "alarms": "",
     "weights": "alarms",
     "checkpoint": "errors",
     "ranks": "launch",
@@ -46,7 +46,7 @@ TABLE = {
     "rewards.base rewards.clip rewards.distribution rewards.files rewards.remote rewards.sources",
     "needs": "config launch models",
     "flags": "config errors models rewards.address rewards.sources",
-    "export": "checkpoint config evaluate models world",
+    "export": "checkpoint config evaluate metrics models world",
     "latents": "evaluate models",
     "composition": "config cost errors evaluate export latents launch models prompts ranks student trainer weights world "
     "rewards rewards.address rewards.base rewards.discriminator rewards.distribution rewards.remote rewards.sources",

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageColor
 
+from fewstep.metrics import logged
 from fewstep.report import curves
 
 LOGS = [
@@ -82,7 +83,7 @@ def test_a_curve_stands_where_its_numbers_are():
 def test_a_picture_has_room_for_every_panel(logs, tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in logs) + '{"update": 9, "dm/sco')  # a kill cut the last line
-    found = curves.panels(curves.read(path))
+    found = curves.panels(logged(path))
     assert found == curves.panels(logs)
     rows = -(-len(found) // curves.COLUMNS)
     assert curves.draw(found).size == (curves.COLUMNS * curves.WIDTH, rows * curves.HEIGHT)

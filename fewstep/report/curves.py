@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+
+from fewstep.metrics import logged
 
 # (keys of metrics.jsonl, the panel they belong to, what their curve is called there); the first that fits a key counts
 CURVES = (
@@ -38,12 +39,6 @@ SMOOTH = 2  # drawn so many times as large, then made smaller: PIL's lines have 
 
 Points = list[tuple[int, float]]  # (update, value)
 Panels = dict[str, dict[str, Points]]  # by the panel's title and the curve's name
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """What the updates of a metrics.jsonl logged; a last line that was cut, as by a kill, is left out."""
-    lines = path.read_text().splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def panels(logs: Iterable[dict[str, Any]]) -> Panels:
@@ -134,6 +129,6 @@ def draw(found: Panels) -> Image.Image:
 
 def save(metrics: Path, path: Path) -> None:
     """Draw the curves of a metrics.jsonl; no picture where it has none, as one that somebody deleted and a run that was over began anew."""
-    found = panels(read(metrics))
+    found = panels(logged(metrics))
     if found:
         draw(found).save(path)
