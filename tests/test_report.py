@@ -33,10 +33,14 @@ def test_what_updates_log_is_sorted_into_panels_in_the_order_of_the_table():
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=130))
 def test_stretches_of_a_curve_are_all_of_it(values):
     found = curves.binned(list(enumerate(values, 1)), bins=7)
-    sizes = [len(part) for part in np.array_split(values, len(found))]
-    assert len(found) == min(7, len(values)) and max(sizes) - min(sizes) <= 1
+    sizes = []
+    for middle, *_ in found:  # of updates that follow one another, which begin where the last stretch ended
+        sizes.append(2 * (middle - sum(sizes)) - 1)
+    assert len(found) == min(7, len(values)) and max(sizes) - min(sizes) <= 1 and sum(sizes) == len(values)
     assert min(one[2] for one in found) == min(values) and max(one[3] for one in found) == max(values)
     assert all(low <= mean + 1e-9 and mean <= high + 1e-9 for _, mean, low, high in found)
+    whole = math.fsum(size * one[1] for size, one in zip(sizes, found, strict=True)) / len(values)
+    assert whole == pytest.approx(math.fsum(values) / len(values), abs=1e-9)
     if len(values) % 7 == 0:  # equally many in each: the mean of the means is the mean
         assert math.fsum(one[1] for one in found) / 7 == pytest.approx(math.fsum(values) / len(values), abs=1e-9)
         assert found[0][0] == (1 + len(values) // 7) / 2

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from itertools import cycle, pairwise
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fewstep.metrics import logged
@@ -60,13 +61,8 @@ def panels(logs: Iterable[dict[str, Any]]) -> Panels:
 
 def binned(points: Points, bins: int = BINS) -> list[tuple[float, float, float, float]]:
     """(mean update, mean, least and largest value) of up to `bins` stretches of a curve, equally many points in each but for rounding."""
-    bins = min(bins, len(points))
-    cuts = [round(i * len(points) / bins) for i in range(bins + 1)]
-    found = []
-    for start, end in pairwise(cuts):
-        updates, values = zip(*points[start:end], strict=True)
-        found.append((sum(updates) / len(updates), math.fsum(values) / len(values), min(values), max(values)))
-    return found
+    parts = np.array_split(np.array(points), min(bins, len(points)))
+    return [(*part.mean(0).tolist(), float(part[:, 1].min()), float(part[:, 1].max())) for part in parts]
 
 
 def ticks(low: float, high: float, most: int = 4) -> list[float]:
