@@ -122,9 +122,9 @@ def comparison() -> str:
             body.append([row["row"], str(len(row["seeds"])), *numbers, *paired])
         return markdown_table(["", "seeds", *COMPARED.values(), "FD to data − baseline", "FD to teacher − baseline"], body)
 
-    shown = [row for row in compared() if len(row["seeds"]) >= MAIN_SEEDS]
-    folded = [row for row in compared() if len(row["seeds"]) < MAIN_SEEDS]
-    summary = f"{len(folded)} more rows, of three seeds or two: scales, reuse, budgets, long runs, fronts"
+    rows = compared()
+    shown, folded = ([row for row in rows if (len(row["seeds"]) >= MAIN_SEEDS) is many] for many in (True, False))
+    summary = f"{len(folded)} more rows, of fewer seeds: scales, reuse, budgets, long runs, fronts"
     return f"{table(shown)}\n\n<details>\n<summary>{summary}</summary>\n\n{table(folded)}\n\n</details>"
 
 
