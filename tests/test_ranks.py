@@ -3,6 +3,8 @@
 import functools
 import json
 import math
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,9 +39,11 @@ def go_on(trainer, updates, folder):
 
 def in_processes(size, work, folder):
     """`work(ranks)` in forked processes that have joined; what each returned, as JSON."""
+    # a file of their own: the last to leave does not always remove it, and the next ones would call those that have left
+    meeting = Path(tempfile.mkdtemp(dir=folder)) / "meeting"
 
     def of(rank):
-        processes.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
+        processes.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
         torch.manual_seed(rank)  # whatever they drew before they met
         (folder / f"{rank}.json").write_text(json.dumps(work(Ranks(rank, size))))
         processes.destroy_process_group()
