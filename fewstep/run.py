@@ -43,8 +43,6 @@ FREE_ON_RESUME = ("updates", "teacher_guidance", "save_every", "sample_every", "
 
 def check_output(config: Config) -> None:
     """An output folder that may be written. Raises UserError."""
-    import shutil
-
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise UserError(f"output: {output} is a file; name a folder")
@@ -63,10 +61,36 @@ def check_output(config: Config) -> None:
     if config.resume:
         check_same_run(config, output / "config.yaml")
     if config.overwrite:
-        for name in RUN_FILES:  # what fewstep wrote, nothing else
-            path = output / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        check_spared(config)
     check_writable("output", output)
+
+
+def check_spared(config: Config) -> None:
+    """Raises UserError naming the first field that reads from what `--overwrite` deletes."""
+    output = Path(config.output).resolve()
+    read = {"teacher": config.teacher, "discriminator.latents": config.discriminator.latents}
+    read |= {f"{kind}.{name}": source for kind in ("scorer", "judge") for name, source in getattr(config, kind).items()}
+    if not keeps_prompts(config):
+        read["prompts"] = config.prompts
+    for field, source in read.items():
+        path = Path(str(source)).resolve()
+        deleted = any(path.is_relative_to(output / name) for name in RUN_FILES)
+        if path.exists() and (deleted or (path == output and field == "teacher" and source != "world")):
+            raise UserError(f"overwrite: {field} is {source}, among what --overwrite deletes in {config.output}; name another --output")
+
+
+def keeps_prompts(config: Config) -> bool:
+    """Whether the prompts are those that lie in the run's own folder: a run writes them there again."""
+    return config.prompts is not None and Path(config.prompts).resolve() == (Path(config.output) / GIVEN).resolve()
+
+
+def remove_run(output: Path) -> None:
+    """Deletes what fewstep wrote into a run's folder, nothing else."""
+    import shutil
+
+    for name in RUN_FILES:
+        path = output / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def check_same_run(config: Config, path: Path) -> None:
@@ -195,9 +219,11 @@ def carry_out(config: Config, prompts: list[str], source: str, functions: dict[s
         start_from(run, Path(config.init))
     with naming(output):
         if first:
+            if config.overwrite:  # not before: all that can fail at the start has not, and the earlier run was there until now
+                remove_run(output)
             kept = as_plain(config) | {"resume": False, "overwrite": False}  # of this call, not of the run
             (output / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False))
-            if config.prompts == str(output / GIVEN):  # again where --overwrite has deleted what was read
+            if keeps_prompts(config):  # again where --overwrite has deleted what was read
                 (output / GIVEN).write_text(json.dumps(prompts, indent=0, ensure_ascii=False), encoding="utf-8")
             told = sources.records(config.reward, config.scorer, functions, assets=assets(config))
             told |= {f"judge.{name}": record for name, record in judge_records(config, judges).items()}

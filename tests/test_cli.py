@@ -417,6 +417,32 @@ def test_an_existing_run_is_not_touched_unless_asked(capsys, finished, teacher_f
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 
 
+def test_a_run_is_replaced_once_the_new_one_can_begin(capsys, finished, teacher_folder, prompt_file, tmp_path):
+    """--overwrite deletes nothing for a run that does not start, and nothing that the new run reads."""
+    out = shutil.copytree(finished, tmp_path / "out")
+    (out / "export").mkdir()
+    shutil.copytree(teacher_folder, out / "export" / "diffusers")
+    (out / "samples").mkdir()
+    (out / "samples" / "pictures.safetensors").touch()
+
+    def held():
+        return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    before = held()
+    told = ["distill", "--prompts", str(prompt_file), *SMALL, "--output", str(out), "--overwrite"]
+    for teacher in (out, out / "export" / "diffusers"):
+        message = f"overwrite: teacher is {teacher}, among what --overwrite deletes in {out}"
+        assert message in refused(capsys, *told, "--teacher", str(teacher))
+    own = ["--teacher", str(teacher_folder)]
+    of_out = ["--reward.discriminator", "0.1", "--discriminator.latents", str(out / "samples" / "pictures.safetensors")]
+    assert "overwrite: discriminator.latents is" in refused(capsys, *told, *own, *of_out)
+    assert "no model_index.json there" in refused(capsys, *told, "--teacher", str(tmp_path))
+    assert "another network" in refused(capsys, *told, *own, "--init", str(finished), "--lora-rank", "2")
+    assert held() == before
+    assert cli.main([*told, *own, "--updates", "1"]) == 0
+    assert not (out / "export").exists() and [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000001"]
+
+
 @pytest.mark.parametrize(
     "options, words",
     [

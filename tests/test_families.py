@@ -1,6 +1,7 @@
 """One contract for every family: what the stock pipeline computes, fewstep computes, and what fewstep exports, the stock pipeline draws."""
 
 import bisect
+import functools
 import json
 import shutil
 from unittest import mock
@@ -402,7 +403,10 @@ def test_distil_and_resume(teachers, name, prompt_file, tmp_path, capsys, monkey
     first, straight, resumed = gone_on_with(tmp_path / "straight", tmp_path / "resumed", monkeypatch)
     assert all(torch.equal(*pair) for pair in zip(straight, resumed, strict=True))
     assert any(not torch.equal(*pair) for pair in zip(first, straight, strict=True))
-    weights, before = (load_file(next((folder / part).glob("*.safetensors"))) for folder in (tmp_path / "straight", teachers / name))
+    weights, before = (
+        {key: value for path in (folder / part).glob("*.safetensors") for key, value in load_file(path).items()}
+        for folder in (tmp_path / "straight", teachers / name)
+    )
     assert any(not torch.equal(weights[key], before[key]) for key in before)
     assert (tmp_path / "straight" / "samples.png").is_file()
     snippet = (tmp_path / "straight" / "README.md").read_text().split("```python")[1].split("```")[0]
@@ -567,7 +571,8 @@ def test_weights_in_fp16_alone_are_read(teachers, tmp_path):
 )
 def test_a_weight_that_is_not_in_the_files_is_not_made_up(teachers, name, part, key, tmp_path):
     """transformers draws it at random, diffusers leaves it out, and a name that is another in the installed version is one of those."""
-    folder = shutil.copytree(teachers / name, tmp_path / "teacher")
+    folder = tmp_path / "teacher"
+    PIPELINES[name]().save_pretrained(folder, safe_serialization=True)
     (path,) = (folder / part).glob("*.safetensors")
     held = load_file(path)
     for changed in ({"renamed." + key: held[key]}, {}):
@@ -608,10 +613,25 @@ def test_a_network_that_lies_in_few_bits_is_no_teacher(teachers, tmp_path):
 
     folder = shutil.copytree(teachers / "FluxPipeline", tmp_path / "teacher")
     part, config = folder / "transformer", TorchAoConfig(Int8WeightOnlyConfig(version=2))
-    FluxTransformer2DModel.from_pretrained(part, quantization_config=config).save_pretrained(part, safe_serialization=True)
+    network = FluxTransformer2DModel.from_pretrained(part, quantization_config=config)
+    shutil.rmtree(part)
+    network.save_pretrained(part, safe_serialization=True)
     for opens in (models.load, lambda source: needs.skeleton(source, torch.float32)):
         with pytest.raises(models.UnsupportedTeacher, match=r"its transformer is stored in fewer bits \(torchao\)"):
             opens(str(folder))
+
+
+def test_a_folder_that_is_written_again_in_fewer_files_opens(teachers, tmp_path):
+    """As that of a run which goes on in another number format; the index of the many is gone."""
+    backbone = models.load(str(teachers / "FluxPipeline"))
+    network = type(backbone.pipe.transformer)
+    for size, files in (("50KB", 3), ("10GB", 1)):
+        sized = functools.partialmethod(network.save_pretrained, max_shard_size=size)
+        with mock.patch.object(network, "save_pretrained", sized):
+            backbone.save(backbone.pipe, tmp_path)
+        assert len(list((tmp_path / "transformer").glob("*.safetensors"))) == files
+        again = models.stock_pipeline(tmp_path).transformer.state_dict()
+        assert all(torch.equal(again[key], value) for key, value in backbone.pipe.transformer.state_dict().items())
 
 
 def test_a_teacher_with_a_lora_merged_in_is_a_teacher(teachers, tmp_path):

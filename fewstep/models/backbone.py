@@ -854,6 +854,9 @@ class Backbone:
         packed = {name: part for name, part in pipe.components.items() if stored_packed(part)}
         entries, whole = {name: pipe.config[name] for name in packed}, copy.copy(pipe)
         whole.register_modules(**dict.fromkeys(packed))
+        for name in pipe.components:  # of an earlier save in more files: diffusers leaves it, and then looks for those
+            for index in (folder / name).glob("*.safetensors.index.json"):
+                index.unlink()
         whole.save_pretrained(folder, safe_serialization=True)
         for name, part in packed.items():
             (folder / name).mkdir(exist_ok=True)
