@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fewstep.errors import errno_of
+from fewstep.disk import errno_of
 
 FILES = ("state.safetensors", "state.json")
 TENSOR = "__tensor__"

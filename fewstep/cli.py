@@ -6,7 +6,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from fewstep.errors import DISK, UserError, nearest  # the rest is each command's own: a reward's server needs little of it
+from fewstep.disk import DISK  # the rest is each command's own: a reward's server needs little of it
+from fewstep.errors import UserError, nearest
 from fewstep.launch import first_alone_prints, launched
 
 HELP = """usage: fewstep COMMAND [OPTIONS]

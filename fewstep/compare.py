@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fewstep import world
+from fewstep import disk, world
 from fewstep.evaluate import drawing, protocol, samples, store, tables
 from fewstep.evaluate.measure import measure as metrics_of
 from fewstep.rewards.serve import end_with_parent
@@ -259,7 +259,7 @@ def reference(plan: Plan, guidance: float) -> Any:
         pipe = drawing.open_pipeline(world.TEACHER, plan.device)
         observed = observe_pipeline(plan, pipe, steps=world.TEACHER_STEPS, guidance=guidance, seed=REFERENCE_SEED)
         features = scaled(observed["features/clip-heldout"]).contiguous()
-        store.replace(path, lambda temporary: save_file({"features": features}, temporary, metadata=made))
+        disk.replace(path, lambda temporary: save_file({"features": features}, temporary, metadata=made))
     return load_file(path)["features"]
 
 
@@ -544,7 +544,7 @@ def make_cell(plan: Plan, row: str, seed: int) -> dict[str, Any]:
     models.quiet_libraries()
     cell = run_teacher_cell(plan, TEACHER_ROWS[row], seed) if row in TEACHER_ROWS else run_cell(plan, EVERY_ROW[row], seed)
     cell |= {"row": row, "seed": seed, "stamp": stamp_of(plan, row, seed), "commit": commit(), "machine": machine(plan, row, seed)}
-    store.replace(cell_path(plan, row, seed), lambda temporary: temporary.write_text(json.dumps(cell, indent=1)))
+    disk.replace_text(cell_path(plan, row, seed), json.dumps(cell, indent=1))
     return cell
 
 
@@ -827,6 +827,6 @@ def write(plan: Plan, cells: Cells) -> list[dict[str, Any]]:
         "hypervolume": fronts(summary),
         "cells": [{key: value for key, value in cell.items() if key != "trace"} for _, cell in sorted(cells.items())],
     }
-    store.replace(plan.output / "compare.json", lambda temporary: temporary.write_text(json.dumps(report, indent=1)))
-    store.replace(plan.output / "compare.md", lambda temporary: temporary.write_text(markdown(summary, plan)))
+    disk.replace_text(plan.output / "compare.json", json.dumps(report, indent=1))
+    disk.replace_text(plan.output / "compare.md", markdown(summary, plan))
     return summary

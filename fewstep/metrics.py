@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.disk import replace_text
 from fewstep.transforms import advantages, group_rms
 from fewstep.types import Moments
 
@@ -80,7 +81,7 @@ class MetricsLog:
         kept = []
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if line and is_before(line, update)]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        replace_text(self.path, "".join(line + "\n" for line in kept))
         self.file = self.path.open("a")
         self.board = None
         try:

@@ -19,7 +19,8 @@ from fewstep.composition import (
     resolve_hardware,
     resolve_teacher,
 )
-from fewstep.errors import UserError, check_writable, naming
+from fewstep.disk import check_writable, naming, replace_text
+from fewstep.errors import UserError
 from fewstep.evaluate.command import measure_student
 from fewstep.flags import as_plain, as_values
 from fewstep.launch import launched
@@ -50,8 +51,8 @@ def check_output(config: Config) -> None:
         raise UserError(f"init: {output} is the output folder itself; name another --output, or go on with --resume")
     if config.init is not None and not config.resume and not (Path(config.init) / "checkpoints").is_dir():
         raise UserError(f"init: {config.init} holds no checkpoints of a run; what `fewstep export` writes has none")
-    held = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
-    is_run = "config.yaml" in held
+    held = sorted(path.name for path in output.glob("[!.]*"))
+    is_run = holds_run(output)
     if config.resume and not is_run:
         raise UserError(f"resume: {output} holds no run to go on with")
     if held and not is_run:
@@ -63,6 +64,17 @@ def check_output(config: Config) -> None:
     if config.overwrite:
         check_spared(config)
     check_writable("output", output)
+
+
+def holds_run(output: Path) -> bool:
+    """Whether a folder holds a run of fewstep: other programs write a config.yaml too."""
+    import yaml
+
+    try:
+        saved = yaml.safe_load((output / "config.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(saved, dict) and {"student", "fake", "matching"} <= saved.keys()
 
 
 def check_spared(config: Config) -> None:
@@ -222,9 +234,9 @@ def carry_out(config: Config, prompts: list[str], source: str, functions: dict[s
             if config.overwrite:  # not before: all that can fail at the start has not, and the earlier run was there until now
                 remove_run(output)
             kept = as_plain(config) | {"resume": False, "overwrite": False}  # of this call, not of the run
-            (output / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False))
+            replace_text(output / "config.yaml", yaml.safe_dump(kept, sort_keys=False))
             if keeps_prompts(config):  # again where --overwrite has deleted what was read
-                (output / GIVEN).write_text(json.dumps(prompts, indent=0, ensure_ascii=False), encoding="utf-8")
+                replace_text(output / GIVEN, json.dumps(prompts, indent=0, ensure_ascii=False))
             told = sources.records(config.reward, config.scorer, functions, assets=assets(config))
             told |= {f"judge.{name}": record for name, record in judge_records(config, judges).items()}
             if run.real is not None:

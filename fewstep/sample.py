@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewstep.errors import UserError, check_writable, naming
+from fewstep.disk import check_writable, naming
+from fewstep.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -65,7 +65,7 @@ def teacher_folder(tmp_path_factory):
 def saved(root, makers):
     """`root`, with a folder of each maker's pipeline by its name; the larger parts in several files, as a large model's are."""
     for name, maker in makers.items():
-        maker().save_pretrained(root / name, safe_serialization=True, max_shard_size="50KB")
+        maker().save_pretrained(root / name, safe_serialization=True, max_shard_size="20KB")
     return root
 
 

@@ -411,10 +411,13 @@ def test_an_existing_run_is_not_touched_unless_asked(capsys, finished, teacher_f
     assert "already holds a run" in refused(capsys, *arguments, "--output", str(finished))
     assert "group_size is 3" in refused(capsys, "distill", "--output", str(finished), "--resume", "--group-size", "3")
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    for option in ((), ("--overwrite",)):
-        assert "is not empty and holds no run" in refused(capsys, *arguments, "--output", str(tmp_path / "mine"), *option)
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    (tmp_path / "mine" / "README.md").write_text("precious")
+    for config in (None, "student: Ada", "a: [", b"\xff\xfe"):  # of another program's run
+        if config is not None:
+            (tmp_path / "mine" / "config.yaml").write_bytes(config if isinstance(config, bytes) else config.encode())
+        for option in ((), ("--overwrite",)):
+            assert "is not empty and holds no run" in refused(capsys, *arguments, "--output", str(tmp_path / "mine"), *option)
+    assert (tmp_path / "mine" / "README.md").read_text() == "precious"
 
 
 def test_a_run_is_replaced_once_the_new_one_can_begin(capsys, finished, teacher_folder, prompt_file, tmp_path):
@@ -674,6 +677,18 @@ def test_a_full_disk_ends_the_run_with_one_line(teacher_folder, prompt_file, tmp
     assert status == 1 and "Traceback" not in output, output
     assert last.startswith(f"fewstep: error: {tmp_path / 'out'}") and file in last and "File too large" in last and "--resume" in last
     assert not list((tmp_path / "out").glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("name, share", [("config.yaml", 0.5), ("metrics.jsonl", 0.99)])
+def test_a_full_disk_takes_nothing_from_a_run_that_goes_on(finished, tmp_path, name, share):
+    """Both are written anew when a run goes on, and the disk takes no file of that size; the second is the larger."""
+    out = shutil.copytree(finished, tmp_path / "out")
+    before = (out / name).read_bytes()
+    most = int(share * len(before))
+    limited = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most))
+    status, output = command("distill", "--output", str(out), "--resume", before=limited)
+    assert status == 1 and "File too large" in output, output
+    assert (out / name).read_bytes() == before and (name == "config.yaml") == (most < (out / "config.yaml").stat().st_size)
 
 
 def test_nan_ends_the_run_with_one_line_and_saves_nothing_of_it(teacher_folder, prompt_file, tmp_path, capsys):

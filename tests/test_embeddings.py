@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fewstep import models
-from fewstep.errors import naming
+from fewstep.disk import naming
 from fewstep.evaluate import store
 from fewstep.models import embeddings
 

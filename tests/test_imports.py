@@ -12,17 +12,17 @@ import fewstep
 ROOT = Path(fewstep.__file__).parent
 # what each file or folder imports of fewstep; of `rewards` and `evaluate.command` by file, of other folders as a whole
 TABLE = {
-    "errors": "", "launch": "", "types": "", "schedule": "", "transforms": "", "levels": "", "cost": "", "prompts": "",
+    "errors": "", "disk": "errors", "launch": "", "types": "", "schedule": "", "transforms": "", "levels": "", "cost": "", "prompts": "",
     "report": "metrics", "alarms": "",
     "weights": "alarms",
-    "checkpoint": "errors",
+    "checkpoint": "disk",
     "ranks": "launch",
     "importance": "schedule",
     "losses": "schedule",
     "denoiser": "ranks schedule",
     "student": "denoiser schedule types",
     "config": "rewards.address",
-    "metrics": "transforms types",
+    "metrics": "disk transforms types",
     "rewards": "",
     "rewards.base": "types",
     "rewards.address": "",
@@ -35,14 +35,14 @@ TABLE = {
     "rewards.aesthetic": "rewards.base rewards.clip rewards.files rewards.pixels types",
     "rewards.hps": "rewards.clip rewards.pixels",
     "rewards.remote": "rewards.address rewards.base",
-    "rewards.sources": "config rewards rewards.address rewards.files rewards.remote world",
+    "rewards.sources": "config disk rewards rewards.address rewards.files rewards.remote world",
     "rewards.convert": "rewards rewards.aesthetic rewards.files rewards.hps rewards.sources",
     "rewards.serve": "rewards rewards.sources",
-    "models": "config denoiser errors schedule",
+    "models": "config denoiser disk schedule",
     "world": "checkpoint evaluate rewards.clip",
     "trainer": "alarms checkpoint config denoiser importance losses metrics prompts ranks "
     "rewards.base rewards.heldout student transforms types weights",
-    "evaluate": "denoiser errors export models prompts types "
+    "evaluate": "denoiser disk export models prompts types "
     "rewards.base rewards.clip rewards.distribution rewards.files rewards.remote rewards.sources",
     "needs": "config launch models",
     "flags": "config errors models rewards.address rewards.sources",
@@ -50,13 +50,13 @@ TABLE = {
     "latents": "evaluate models",
     "composition": "config cost errors evaluate export latents launch models prompts ranks student trainer weights world "
     "rewards rewards.address rewards.base rewards.discriminator rewards.distribution rewards.remote rewards.sources",
-    "evaluate.command": "composition config errors evaluate export flags launch models ranks "
+    "evaluate.command": "composition config disk errors evaluate export flags launch models ranks "
     "rewards rewards.address rewards.clip rewards.sources world",
-    "run": "checkpoint composition config errors evaluate evaluate.command export flags launch models needs prompts ranks report "
+    "run": "checkpoint composition config disk errors evaluate evaluate.command export flags launch models needs prompts ranks report "
     "rewards.address rewards.sources world",
-    "sample": "config errors evaluate evaluate.command export flags models prompts",
-    "compare": "composition config cost evaluate export flags models rewards.clip rewards.serve types weights world",
-    "cli": "compare composition config errors evaluate.command export flags launch models run sample world "
+    "sample": "config disk errors evaluate evaluate.command export flags models prompts",
+    "compare": "composition config cost disk evaluate export flags models rewards.clip rewards.serve types weights world",
+    "cli": "compare composition config disk errors evaluate.command export flags launch models run sample world "
     "rewards rewards.convert rewards.serve",
     "fewstep": "flags launch models run",
 }  # fmt: skip

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.composition import OWN_JUDGE, resolve_teacher
-from fewstep.errors import UserError, check_writable, nearest
+from fewstep.disk import check_writable
+from fewstep.errors import UserError, nearest
 from fewstep.flags import check_student, saved_config, student_parser, table_flags
 from fewstep.launch import launched, place
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.disk import replace_text
 from fewstep.evaluate.configs import pipeline_config
 from fewstep.evaluate.distances import Matrix, bootstrap
 from fewstep.evaluate.drawing import (
@@ -70,7 +71,7 @@ from fewstep.evaluate.samples import (
     timing,
 )
 from fewstep.evaluate.sets import PromptSet
-from fewstep.evaluate.store import fingerprint, read, replace, sha256
+from fewstep.evaluate.store import fingerprint, read, sha256
 from fewstep.export import steps_in
 from fewstep.rewards.clip import CLIPScore
 
@@ -355,4 +356,4 @@ def save(report: dict[str, Any], path: str | Path) -> None:
         text = json.dumps(report, indent=1, allow_nan=False)
     except ValueError as error:
         raise ValueError(f"{path}: not saved, the report holds a number that is not finite ({error})") from error
-    replace(Path(path), lambda temporary: temporary.write_text(text))
+    replace_text(Path(path), text)

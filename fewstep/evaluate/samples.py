@@ -14,6 +14,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
+from fewstep.disk import replace, replace_text
 from fewstep.evaluate.distances import Matrix
 from fewstep.evaluate.drawing import (
     BATCH,
@@ -29,7 +30,7 @@ from fewstep.evaluate.drawing import (
 )
 from fewstep.evaluate.features import Extractor, to_bytes
 from fewstep.evaluate.protocol import Utility, device_name, utility_hash, version
-from fewstep.evaluate.store import SHARD, Shards, keep, my_share, nameless, replace, sha256
+from fewstep.evaluate.store import SHARD, Shards, keep, my_share, nameless, sha256
 from fewstep.rewards.base import score_of
 from fewstep.rewards.clip import CLIPScore
 from fewstep.rewards.remote import Remote, server_of
@@ -287,7 +288,7 @@ def write_index(folder: Path, row: dict[str, Any], drawing: Drawing) -> None:
         prompt = i // drawing.images_per_prompt
         line = {"file": picture_path(folder, i).name, "prompt": drawing.prompts[prompt], "seed": row["seed"], "picture": i}
         lines.append(json.dumps(line | ({"id": drawing.ids[prompt]} if drawing.ids else {})) + "\n")
-    replace(folder / "pictures.jsonl", lambda temporary: temporary.write_text("".join(lines)))
+    replace_text(folder / "pictures.jsonl", "".join(lines))
 
 
 def undrawn(shards: Shards, folder: Path | None) -> list[int]:

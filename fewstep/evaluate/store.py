@@ -5,9 +5,8 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
-import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fewstep.errors import naming
+from fewstep.disk import replace, replace_text
 
 SHARD = 256  # pictures of one part
 
@@ -57,21 +56,6 @@ def nameless(module: nn.Module) -> str:
 # Files
 
 
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under a temporary name beside its own, then rename: a reader sees the old or the new, never a half.
-
-    Raises OSError that names the folder where the disk takes no more.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with naming(path.parent):
-        try:
-            write(temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
 def read(path: Path) -> dict[str, Tensor] | None:
     """A kept sample, or None when there is none; a damaged one is passed over with a warning."""
     if not path.is_file():
@@ -91,7 +75,7 @@ def write(path: Path, tensors: dict[str, Tensor], **said: str) -> None:
 
 def write_note(path: Path, note: dict[str, Any]) -> None:
     """What lies beside it was measured on, in JSON."""
-    replace(path, lambda temporary: temporary.write_text(json.dumps(note, indent=1)))
+    replace_text(path, json.dumps(note, indent=1))
 
 
 def keep(path: Path, observed: dict[str, Tensor], note: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fewstep.denoiser import Cond
-from fewstep.errors import naming
+from fewstep.disk import replace
 
 
 def cache_folder(kind: str) -> Path:
@@ -90,13 +90,7 @@ class Embeddings:
             except (OSError, SafetensorError) as error:
                 warnings.warn(f"{path}: cannot be read ({error}); encoding its prompt again", stacklevel=2)
         cond = {key: value.detach().cpu().contiguous() for key, value in self.encode(prompt).items()}
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        with naming(self.folder):
-            try:
-                save_file(cond, temporary)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+        replace(path, lambda temporary: save_file(cond, temporary))
         return cond
 
     def missing(self, prompts: list[str]) -> list[str]:

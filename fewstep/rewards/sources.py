@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewstep.disk import replace_text
 from fewstep.rewards import REWARDS, Named
 from fewstep.rewards.address import TIMEOUT, is_remote
 from fewstep.rewards.files import PICKLES, clip_of, convert_hint, digest_of, fetch, resolve
@@ -182,5 +183,5 @@ def write_records(path: Path, told: dict[str, dict[str, str]], update: int) -> l
         if "version" in now and "version" in before.get(name, {}) and now["version"] != before[name]["version"]
     ]
     if told != before:
-        path.write_text(json.dumps([*kept, {"from_update": update, "rewards": told}], indent=2) + "\n")
+        replace_text(path, json.dumps([*kept, {"from_update": update, "rewards": told}], indent=2) + "\n")
     return lines
