@@ -20,15 +20,15 @@ HELD_OUT = "held-out"  # a judge's source: the embedded world's own twin of the 
 
 
 def resolve_teacher(name: str) -> str:
-    """Folder or hub id of a teacher; `world` is the embedded one. Raises UserError, before torch is imported."""
+    """Folder of a teacher, or hub id with its commit; `world` is the embedded one. Raises UserError, before torch is imported."""
     from fewstep import export, models
 
     source = export.teacher_source(name)
     try:
         models.pipeline_class(source)
+        return models.pinned(source)
     except models.UnsupportedTeacher as error:
         raise UserError(f"teacher: {error}") from error
-    return source
 
 
 def check_range(config: Config, source: str) -> None:

@@ -156,7 +156,7 @@ class MemoryConfig:
 @dataclass
 class Config:
     teacher: str = "world"
-    """A diffusers pipeline folder, a hub id, or `world`, the teacher that ships with fewstep."""
+    """A diffusers pipeline folder, a hub id (owner/name[@revision], else the newest), or `world`, the teacher that ships with fewstep."""
     prompts: str | None = None
     """File of prompts, such as a text with one a line or a csv with a column of captions, or a data set on the hub
     (owner/name[@revision][:split]); only the world brings its own."""

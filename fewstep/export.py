@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from fewstep import hub
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -29,7 +31,7 @@ image = pipe(prompt="your prompt", num_inference_steps={steps}, {call}).images[0
     "lora": """```python
 {imports}from diffusers import DiffusionPipeline, {scheduler}
 
-pipe = DiffusionPipeline.from_pretrained("{teacher}"{told})
+pipe = DiffusionPipeline.from_pretrained("{teacher}"{revision}{told})
 pipe.load_lora_weights("{folder}", adapter_name="student")
 pipe.scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")
 image = pipe(prompt="your prompt", num_inference_steps={steps}, {call}).images[0]
@@ -318,11 +320,11 @@ def teacher_licence(teacher: str) -> tuple[dict[str, Any], str]:
     """
     if teacher == "world":
         return {"license": "apache-2.0"}, ""
-    path = Path(teacher) / "README.md"
-    if not on_hub(teacher) and not path.is_file():
+    path, named = Path(teacher) / "README.md", hub.parts(teacher)
+    if named is None and not path.is_file():
         return {}, f"no README.md in {teacher_in_words(teacher)}"
     try:
-        data = ModelCard.load(teacher if on_hub(teacher) else path).data.to_dict()
+        data = ModelCard.load(named[0] if named else path).data.to_dict()
     except Exception as error:  # no card, no network, not YAML: of many kinds; each means that it is not known
         return {}, f"its card cannot be read ({type(error).__name__}: {' '.join(str(error).split())})"
     fields = {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
@@ -331,8 +333,8 @@ def teacher_licence(teacher: str) -> tuple[dict[str, Any], str]:
     link = fields.get("license_link", "")
     if link and "://" not in link:  # a file beside the teacher's card
         del fields["license_link"]
-        if on_hub(teacher):
-            fields["license_link"] = f"https://huggingface.co/{teacher}/blob/main/{link}"
+        if named:
+            fields["license_link"] = f"https://huggingface.co/{named[0]}/blob/{named[1] or 'main'}/{link}"
     return fields, ""
 
 
@@ -344,13 +346,11 @@ def licence_in_words(fields: dict[str, Any], why: str) -> str:
     return f"The teacher's licence: `{name if isinstance(name, str) else ', '.join(name)}`{where}."
 
 
-def on_hub(teacher: str) -> bool:
-    return teacher.count("/") == 1 and not teacher.startswith((".", "/", "~")) and not Path(teacher).exists()
-
-
 def teacher_in_words(teacher: str) -> str:
     """A teacher as a card names it: of a folder the last part, for the way to it is of one machine."""
-    return "the embedded emoji teacher of fewstep" if teacher == "world" else teacher if on_hub(teacher) else Path(teacher).name
+    if teacher == "world":
+        return "the embedded emoji teacher of fewstep"
+    return hub.name(teacher) if hub.parts(teacher) else Path(teacher).name
 
 
 def title(config: Config) -> str:
@@ -411,13 +411,14 @@ def model_card(student: Averaged, to: str, folder: Path, *, name: str | None = N
     licence = licence_in_words(fields, why)
     if not fields:
         print(licence)
-    relation = {"base_model": config.teacher, "base_model_relation": "finetune" if to == "diffusers" else "adapter"}
+    base, revision = hub.parts(config.teacher) or (None, None)
+    relation = {"base_model": base, "base_model_relation": "finetune" if to == "diffusers" else "adapter"}
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["fewstep", "distillation", "few-step", *(["lora"] if to != "diffusers" else [])],
         **fields,
-        **(relation if on_hub(config.teacher) else {}),
+        **(relation if base else {}),
     )
     normalize, within = config.matching.normalize, config.matching.guidance_range
     guidance = config.matching.guidance_in_words()
@@ -434,7 +435,8 @@ def model_card(student: Averaged, to: str, folder: Path, *, name: str | None = N
     absent = [f"{name}=None" for name in backbone.lacks()]
     usage = USAGE[to].format(
         imports="import torch\n" * told, told=f", torch_dtype={backbone.dtype}" * told + "".join(f", {part}" for part in absent),
-        folder=name or folder.name, teacher=config.teacher if on_hub(config.teacher) else place, scheduler=type(scheduler).__name__,
+        folder=name or folder.name, teacher=base or place, scheduler=type(scheduler).__name__,
+        revision=f', revision="{revision}"' * (revision is not None),
         steps=steps, call=f"{guided}, {size}", file=", ".join(path.name for path in folder.glob("*.safetensors")),
     )  # fmt: skip
     if told and to != "kohya":

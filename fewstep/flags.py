@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewstep import hub
 from fewstep.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -324,10 +325,10 @@ def command_parser(name: str, description: str) -> Any:
     return Parser(prog=f"fewstep {name}", description=description, allow_abbrev=False)
 
 
-def student_parser(name: str, description: str, *, hub: bool = False) -> Any:
-    """The parser of a command about one student. hub: it may be on the hub."""
+def student_parser(name: str, description: str, *, on_hub: bool = False) -> Any:
+    """The parser of a command about one student. on_hub: it may be there."""
     parser = command_parser(name, description)
-    parser.add_argument("folder", type=Path, help="a student's folder" + ", or its hub id (owner/name)" * hub)
+    parser.add_argument("folder", type=Path, help="a student's folder" + ", or its hub id (owner/name[@revision])" * on_hub)
     return parser
 
 
@@ -337,7 +338,7 @@ def check_student(folder: Path) -> bool:
         if not (folder / "model_index.json").is_file():
             raise UserError(f"{folder}: holds no finished student (no model_index.json)")
         return True
-    if folder.exists() or len(folder.parts) != 2 or not str(folder)[0].isalnum():
+    if hub.parts(str(folder)) is None:
         raise UserError(f"{folder}: no such folder, and not a hub id (owner/name)")
     return False
 

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewstep import hub
 from fewstep.composition import (
     HELD_OUT,
     Run,
@@ -121,6 +122,8 @@ def check_same_run(config: Config, path: Path) -> None:
 
     # a field that an earlier version did not have is as it is by default
     before, now = values(as_plain(Config())) | values(yaml.safe_load(path.read_text())), values(as_plain(config))
+    if before["teacher"] == hub.name(config.teacher):  # an earlier version did not write the commit
+        before["teacher"] = now["teacher"]
     for name in before | now:
         if name.partition(".")[0] not in FREE_ON_RESUME and (name not in before or name not in now or before[name] != now[name]):
             was, is_now = (repr(held[name]) if name in held else "not given" for held in (before, now))
@@ -180,6 +183,8 @@ def distill(
     functions = check_rewards(config, functions or {})
     judges = check_judges(config, judges or {})
     source = resolve_teacher(config.teacher)
+    if hub.parts(source):
+        config.teacher = source  # with its commit: a run that goes on has the same teacher
     check_range(config, source)
     from fewstep.ranks import Ranks
 

@@ -26,7 +26,7 @@ def command(arguments: list[str]) -> int:
     from fewstep.flags import check_student, saved_config
 
     own = check_student(options.folder)
-    folder = options.folder if own else on_hub(str(options.folder), weights=True)
+    folder = options.folder if own else on_hub(str(options.folder), weights=True)[1]
     made_for = steps_of(folder)
     steps = options.steps if options.steps is not None else made_for
     if steps is None:
@@ -67,7 +67,7 @@ def read_options(arguments: list[str]) -> Any:
     """Raises UserError naming the flag."""
     from fewstep.flags import student_parser
 
-    parser = student_parser("sample", "Draw pictures with a student, through stock diffusers.", hub=True)
+    parser = student_parser("sample", "Draw pictures with a student, through stock diffusers.", on_hub=True)
     parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be given more than once")
     parser.add_argument(
         "--prompts", default=None,

@@ -48,22 +48,23 @@ JOBS = itertools.count()
 
 
 @functools.cache
-def interpreter():
-    """Ends with this process, which closes what it reads."""
-    return subprocess.Popen([sys.executable, "-c", INTERPRETER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def interpreter(imported=()):
+    """Ends with this process, which closes what it reads. imported: pairs of its environment, for what libraries read once."""
+    told = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": os.environ | dict(imported)}
+    return subprocess.Popen([sys.executable, "-c", INTERPRETER], **told)
 
 
-def start(program, *arguments, printed, environment=()):
+def start(program, *arguments, printed, environment=(), imported=()):
     """Number of a job: the lines of `program` run there as with `python -c`, beside what is done here; `printed` takes what they print."""
     job = next(JOBS)
-    told = [job, program, arguments, os.environ | dict(environment), str(Path.cwd()), str(printed)]
-    print(json.dumps(told), file=interpreter().stdin, flush=True)
+    told = [job, program, arguments, os.environ | dict(imported) | dict(environment), str(Path.cwd()), str(printed)]
+    print(json.dumps(told), file=interpreter(imported).stdin, flush=True)
     return job
 
 
-def ended(job):
+def ended(job, imported=()):
     """Exit code of a job, waited for."""
-    for answer in interpreter().stdout:
+    for answer in interpreter(imported).stdout:
         number, code = map(int, answer.split())
         if number == job:  # one before it may have been given up
             return code

@@ -1255,14 +1255,16 @@ def test_a_student_of_the_hub_says_its_own_steps(command, student, monkeypatch, 
     """By its configurations: the weights are the pipeline's to fetch."""
     asked, told = [], {}
     monkeypatch.setattr(models, "index_on_hub", lambda source: student / "model_index.json")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda source, allow_patterns: asked.append(allow_patterns) or str(student))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda source, revision, allow_patterns: asked.append(allow_patterns) or str(student)
+    )
     monkeypatch.setattr("fewstep.evaluate.command.measure_student", lambda *given, **options: told.update(options, student=given[0]))
     assert cli.main(["evaluate", "someone/student", *command[2:]]) == 0
-    assert told["steps"] == 2 and str(told["student"]) == "someone/student" and asked == [["*.json", "*.txt", "*.model"]]
+    assert told["steps"] == 2 and told["student"] == f"someone/student@{student.name}" and asked == [["*.json", "*.txt", "*.model"]]
     ranged = shutil.copytree(student, tmp_path / "hub")
     config = ranged / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"time_cond_proj_dim": 8}))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda source, allow_patterns: str(ranged))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda source, revision, allow_patterns: str(ranged))
     assert cli.main(["evaluate", "someone/student", *command[2:]]) == 2
     assert "--guidance: missing; someone/student is told its scale" in capsys.readouterr().err
 

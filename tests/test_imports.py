@@ -12,7 +12,8 @@ import fewstep
 ROOT = Path(fewstep.__file__).parent
 # what each file or folder imports of fewstep; of `rewards` and `evaluate.command` by file, of other folders as a whole
 TABLE = {
-    "errors": "", "disk": "errors", "launch": "", "types": "", "schedule": "", "transforms": "", "levels": "", "cost": "", "prompts": "",
+    "errors": "", "disk": "errors", "hub": "", "launch": "", "types": "", "schedule": "", "transforms": "", "levels": "", "cost": "",
+    "prompts": "",
     "report": "metrics", "alarms": "",
     "weights": "alarms",
     "checkpoint": "disk",
@@ -26,7 +27,7 @@ TABLE = {
     "rewards": "",
     "rewards.base": "types",
     "rewards.address": "",
-    "rewards.files": "",
+    "rewards.files": "hub",
     "rewards.pixels": "",
     "rewards.heldout": "rewards.base types",
     "rewards.distribution": "denoiser levels losses schedule transforms types",
@@ -38,21 +39,21 @@ TABLE = {
     "rewards.sources": "config disk rewards rewards.address rewards.files rewards.remote world",
     "rewards.convert": "rewards rewards.aesthetic rewards.files rewards.hps rewards.sources",
     "rewards.serve": "rewards rewards.sources",
-    "models": "config denoiser disk schedule",
+    "models": "config denoiser disk hub schedule",
     "world": "checkpoint evaluate rewards.clip",
     "trainer": "alarms checkpoint config denoiser importance losses metrics prompts ranks "
     "rewards.base rewards.heldout student transforms types weights",
-    "evaluate": "denoiser disk export models prompts types "
+    "evaluate": "denoiser disk export hub models prompts types "
     "rewards.base rewards.clip rewards.distribution rewards.files rewards.remote rewards.sources",
     "needs": "config launch models",
-    "flags": "config errors models rewards.address rewards.sources",
-    "export": "checkpoint config evaluate metrics models world",
+    "flags": "config errors hub models rewards.address rewards.sources",
+    "export": "checkpoint config evaluate hub metrics models world",
     "latents": "evaluate models",
     "composition": "config cost errors evaluate export latents launch models prompts ranks student trainer weights world "
     "rewards rewards.address rewards.base rewards.discriminator rewards.distribution rewards.remote rewards.sources",
     "evaluate.command": "composition config disk errors evaluate export flags launch models ranks "
     "rewards rewards.address rewards.clip rewards.sources world",
-    "run": "checkpoint composition config disk errors evaluate evaluate.command export flags launch models needs prompts ranks report "
+    "run": "checkpoint composition config disk errors evaluate evaluate.command export flags hub launch models needs prompts ranks report "
     "rewards.address rewards.sources world",
     "sample": "config disk errors evaluate evaluate.command export flags models prompts",
     "compare": "composition config cost disk evaluate export flags models rewards.clip rewards.serve types weights world",

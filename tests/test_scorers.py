@@ -19,8 +19,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, SiglipConfig, 
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from fewstep import cli
-from fewstep.rewards import REWARDS, files, hps, rows, sources
+from fewstep import cli, hub
+from fewstep.rewards import REWARDS, hps, rows, sources
 from fewstep.rewards.aesthetic import Aesthetic
 from fewstep.rewards.clip import CLIPScore, PickScore
 from fewstep.rewards.convert import OPEN, convert
@@ -652,7 +652,7 @@ def test_the_table_is_complete_and_says_what_is_so():
     for name, row in REWARDS.items():
         assert all(text for text in (row.what, row.range, row.memory, row.code, row.weights)), name
         for pinned in (row.model, row.processor, row.clip):
-            assert pinned is None or files.COMMIT.fullmatch(pinned.rpartition("@")[2]), name
+            assert pinned is None or hub.COMMIT.fullmatch(pinned.rpartition("@")[2]), name
         assert row.differentiable == (row.built_by is not None)
     assert {"clip", "pickscore", "hps", "aesthetic", "image-reward", "hps3"} <= REWARDS.keys()
 

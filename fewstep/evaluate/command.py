@@ -54,13 +54,14 @@ def student_scale(folder: Path, config: Config | None, given: float | None, *, n
     return given
 
 
-def on_hub(name: str, *, weights: bool = False) -> Path:
-    """Folder with a hub repository's configurations, and its weights where they are asked for. Raises UserError."""
+def on_hub(name: str, *, weights: bool = False) -> tuple[str, Path]:
+    """(a student's hub id with its commit, folder with its configurations, and its weights where they are asked for). Raises UserError."""
     from fewstep import models
 
     try:
         models.pipeline_class(name)  # is it there, and a pipeline that is known, before gigabytes come
-        return Path(models.snapshot(name, (*models.CONFIGURATIONS, *["*/*.safetensors"] * weights)))  # no other format, and no pickle
+        name = models.pinned(name)
+        return name, Path(models.snapshot(name, (*models.CONFIGURATIONS, *["*/*.safetensors"] * weights)))  # no other format, and no pickle
     except models.UnsupportedTeacher as error:
         raise UserError(str(error)) from error
 
@@ -173,7 +174,7 @@ def read_options(arguments: list[str]) -> Any:
         "Measure a student beside its teacher: distances of features (--extractor.NAME [SOURCE]: inception, clip, or a name of your own "
         "for a vision model's folder or hub id or path/to/file.py:function), "
         "rewards as judges (--judge.NAME [SOURCE]), cost. See docs/evaluation.md.",
-        hub=True,
+        on_hub=True,
     )
     parser.add_argument(
         "--against", metavar="TEACHER", help="a diffusers folder, a hub id, world, or none (default: the run's own teacher)"
@@ -245,7 +246,7 @@ def command(arguments: list[str]) -> int:
 
     options = read_options(arguments)
     folder, own = options.folder, check_student(options.folder)
-    described = folder if own else on_hub(str(folder))
+    source, described = (str(folder), folder) if own else on_hub(str(folder))
     config: Config | None = saved_config(folder) if (folder / "config.yaml").is_file() else None
     remote = (config or Config()).remote if options.timeout is None else RemoteConfig(options.timeout)
     if problems := Config(remote=remote).problems():
@@ -295,14 +296,14 @@ def command(arguments: list[str]) -> int:
         told["extractors"] = features.make_extractors(options.extractor.items(), resize=options.resize, device=device)
         told["scorers"], told["judges"] = load_judges(options.judge, device=device, in_world=against == "world", timeout=remote.timeout)
         report = measure_student(
-            folder, teacher, config, scale=scale, output=output, share=share, progress=share[0] == 0 or not launched, **told
+            source, teacher, config, scale=scale, output=output, share=share, progress=share[0] == 0 or not launched, **told
         )
         if launched and share[1] > 1:
             ranks = Ranks.join()
             ranks.wait()  # until every share is drawn
             ranks.leave()
             if share[0] == 0:
-                report = measure_student(folder, teacher, config, scale=scale, output=output, **told)
+                report = measure_student(source, teacher, config, scale=scale, output=output, **told)
     except (ValueError, FloatingPointError) as error:
         raise UserError(str(error)) from error
     except OSError as error:  # a full disk, a hub out of reach

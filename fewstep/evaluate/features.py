@@ -15,6 +15,7 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor, nn
 
+from fewstep import hub
 from fewstep.evaluate.configs import config_hash
 from fewstep.evaluate.store import fingerprint
 from fewstep.rewards import files
@@ -117,7 +118,7 @@ def make_clip(source: str | None, resize: int | None, device: str | torch.device
 
 def make_other(name: str, source: str | None, resize: int | None, device: str | torch.device) -> list[Extractor]:
     """An extractor under a name of the user's own: a CLIP beside the first, another vision model of transformers, a function in a file."""
-    if source is None or not (origins.is_code(source) or Path(source).expanduser().is_dir() or files.HUB.fullmatch(source)):
+    if source is None or not (origins.is_code(source) or Path(source).expanduser().is_dir() or re.fullmatch(hub.NAME, source)):
         raise ValueError(
             f"unknown; known: {', '.join(EXTRACTORS)}. One of your own: --extractor.{name} with the folder or hub id of a vision model, "
             "or path/to/file.py:function"

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fewstep import prompts
+from fewstep import hub, prompts
 from fewstep.prompts import BadPrompts
 
 CAPTIONS = ("prompt", "prompts", "caption", "captions", "text")  # names of the column, or key, that holds what is drawn
-HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::([\w.-]+))?")  # owner/name, perhaps @revision, perhaps :split
+HUB = re.compile(hub.NAME + r"(?::([\w.-]+))?")  # perhaps :split
 IDENTITIES = ("image_id", "uid", "id", "cocoid")  # of the picture that a caption belongs to
 
 
@@ -207,10 +207,10 @@ READERS = {".tsv": table("\t"), ".csv": table(","), ".jsonl": lines_of_json, ".j
 
 def hub_parts(source: str) -> tuple[str, str | None, str | None]:
     """(name, revision, split) of what can be a data set on the hub, which is not asked. Raises ValueError."""
-    hub = HUB.fullmatch(source)
-    if hub is None or Path(source).exists() or source.startswith((".", "/", "~")):
+    found = HUB.fullmatch(source)
+    if found is None or hub.is_path(source):
         raise ValueError(f"{source}: no such folder, and not a data set of the hub (owner/name, owner/name:split)")
-    return hub[1], hub[2], hub[3]
+    return found[1], found[2], found[3]
 
 
 def rows_of_hub(name: str, revision: str | None, split: str | None) -> tuple[Any, dict[str, str]]:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewstep import hub
+
 if TYPE_CHECKING:
     import torch
 
@@ -62,9 +64,10 @@ def index_of(source: str) -> dict[str, Any]:
             raise UnsupportedTeacher(f"{folder}: no model_index.json there; a teacher is a diffusers pipeline folder or a hub id{hint}")
     elif folder.is_file():
         raise UnsupportedTeacher(f"{folder}: a file; a teacher is a diffusers pipeline folder or a hub id; {SINGLE_FILE}")
-    elif folder.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
+    elif hub.parts(source) is None:
         raise UnsupportedTeacher(
-            f"{source}: no such folder, and not a hub id (owner/name); a teacher is a diffusers pipeline folder or a hub id"
+            f"{source}: no such folder, and not a hub id (owner/name, owner/name@revision); a teacher is a diffusers pipeline folder or a "
+            "hub id"
         )
     else:
         index = index_on_hub(source)
@@ -80,11 +83,12 @@ def index_of(source: str) -> dict[str, Any]:
 @functools.cache  # a process asks the hub once
 def index_on_hub(source: str) -> Path:
     """A hub repository's model_index.json. Raises UnsupportedTeacher."""
-    import huggingface_hub as hub
+    import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    repository, revision = named_on_hub(source)
     try:
-        return Path(hub.hf_hub_download(source, "model_index.json"))
+        return Path(huggingface_hub.hf_hub_download(repository, "model_index.json", revision=revision))
     except LocalEntryNotFoundError as error:  # a kind of EntryNotFoundError too
         raise UnsupportedTeacher(
             f"{source}: the hub could not be reached (no network, or HF_HUB_OFFLINE is set), and its model_index.json is not among the "
@@ -97,12 +101,25 @@ def index_on_hub(source: str) -> Path:
         ) from error
 
 
+def named_on_hub(source: str) -> tuple[str, str | None]:
+    """(what a library's `from_pretrained` is given, its revision or None) of a folder or hub id."""
+    return hub.parts(source) or (source, None)
+
+
+def pinned(source: str) -> str:
+    """A hub id with the commit that its revision, or its newest state, is now; a folder as it is. Raises UnsupportedTeacher."""
+    named = hub.parts(source)
+    # the hub's client keeps each commit's files in a folder of its name
+    return source if named is None else f"{named[0]}@{index_on_hub(source).parent.name}"
+
+
 def snapshot(source: str, patterns: Sequence[str]) -> str:
     """Folder with those files of a hub repository that fit a pattern. Raises UnsupportedTeacher."""
-    import huggingface_hub as hub
+    import huggingface_hub
 
+    repository, revision = named_on_hub(source)
     try:
-        return hub.snapshot_download(source, allow_patterns=list(patterns))
+        return huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(patterns))
     except OSError as error:  # of the hub: a gated or a missing repository, no network
         raise UnsupportedTeacher(f"{source}: its files cannot be had ({type(error).__name__}: {one_line(error)})") from error
 
@@ -136,8 +153,9 @@ def stock_pipeline(source: str | Path) -> Any:
     from diffusers import DiffusionPipeline
 
     absent = [name for name, entry in index_of(str(source)).items() if is_null(entry)]
-    told = {"dtype": stored_dtype(Path(source)), "use_safetensors": True}
-    pipe = DiffusionPipeline.from_pretrained(str(source), **told, **dict.fromkeys(absent))
+    name, revision = named_on_hub(str(source))
+    told = {"dtype": stored_dtype(Path(source)), "use_safetensors": True, "revision": revision}
+    pipe = DiffusionPipeline.from_pretrained(name, **told, **dict.fromkeys(absent))
     check_weights(pipe, source)
     return pipe
 

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from fewstep.denoiser import SCALE, Cond, Denoiser, Prediction, join
-from fewstep.models import KEPT_GUIDANCE, UnsupportedTeacher, check_weights, index_of, is_null, stored_packed, with_range
+from fewstep.models import KEPT_GUIDANCE, UnsupportedTeacher, check_weights, index_of, is_null, named_on_hub, stored_packed, with_range
 from fewstep.models.embeddings import Embeddings
 from fewstep.schedule import DDPM, Flow, Schedule
 
@@ -372,8 +372,11 @@ class Backbone:
     def load(cls, source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, cache: Path | None = None) -> Backbone:
         """dtype: of the frozen parts. Raises UnsupportedTeacher with the path and the reason when a part is missing or damaged."""
         absent = cls.absent(index_of(source), source)
+        name, revision = named_on_hub(source)
         try:
-            pipe, variant = read(cls.pipeline, source, dtype=dtype, use_safetensors=True, **cls.load_options, **dict.fromkeys(absent))
+            pipe, variant = read(
+                cls.pipeline, name, revision=revision, dtype=dtype, use_safetensors=True, **cls.load_options, **dict.fromkeys(absent)
+            )
         except Exception as error:  # diffusers, transformers and safetensors raise many kinds; each means an unreadable teacher
             raise UnsupportedTeacher(f"{source}: cannot be read as a {cls.pipeline.__name__} ({type(error).__name__}: {error})") from error
         check_weights(pipe, source, variant)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
-COMMIT = re.compile(r"[0-9a-f]{40}")
+from fewstep import hub
+
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 WORDS = ("*.json", "*.txt", "*.model")  # configs, tokenizers, preprocessing
 
@@ -20,35 +19,36 @@ def convert_hint(name: str, path: str | Path) -> str:
 
 def resolve(source: str) -> str:
     """The folder, or the hub id with its commit; without one it gets the newest. Raises ValueError."""
-    path, hub = Path(source).expanduser(), HUB.fullmatch(source)
+    path, named = Path(source).expanduser(), hub.parts(source)
     if path.is_dir():
         check_headers(path)
         return str(path)
-    if path.exists() or hub is None or source.startswith((".", "~")):
+    if named is None:
         raise ValueError(f"{source}: no such folder, and not a hub id (owner/name@commit)")
-    if hub[2] is not None and COMMIT.fullmatch(hub[2]):
+    repository, revision = named
+    if revision is not None and hub.COMMIT.fullmatch(revision):
         return source
     import huggingface_hub
 
     try:
-        commit = huggingface_hub.HfApi().model_info(hub[1], revision=hub[2]).sha
+        commit = huggingface_hub.HfApi().model_info(repository, revision=revision).sha
     except Exception as error:  # the hub's client raises many kinds; each means that the commit is unknown
         raise ValueError(f"{source}: no such folder, and the hub does not tell its commit ({type(error).__name__}: {error})") from error
-    return f"{hub[1]}@{commit}"
+    return f"{repository}@{commit}"
 
 
 def fetch(source: str, *, weights: bool = True) -> Path:
     """The folder of a located source, downloaded if it is a hub id: safetensors, configs and tokenizer, never a pickle."""
     if Path(source).expanduser().is_dir():
         return Path(source).expanduser()
-    hub = HUB.fullmatch(source)
-    if hub is None or hub[2] is None:
+    repository, revision = hub.parts(source) or (source, None)
+    if revision is None:
         raise ValueError(f"{source}: no such folder, and not a hub id with its commit (owner/name@commit)")
     import huggingface_hub
 
     patterns = [*WORDS, "model*.safetensors"] if weights else list(WORDS)
     try:
-        return Path(huggingface_hub.snapshot_download(hub[1], revision=hub[2], allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except Exception as error:  # as above
         raise ValueError(f"{source}: cannot be read from the hub ({type(error).__name__}: {error})") from error
 

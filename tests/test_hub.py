@@ -1,0 +1,96 @@
+"""Models of the hub, by its own client: a small hub on loopback answers it."""
+
+import functools
+import json
+import shutil
+
+import fresh
+import hub
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+TEACHER, STUDENT = "me/teacher", "me/student"
+MAIN = """
+import json, sys
+import fewstep.run, fewstep.world
+from fewstep import cli
+fewstep.run.SAMPLES_PER_PROMPT, fewstep.world.TEACHER_STEPS = 1, 2
+sys.exit(cli.main(json.loads(sys.argv[1])))
+"""
+
+
+@pytest.fixture
+def repositories(teacher_folder, tmp_path):
+    """A teacher at two commits, of which the second has other weights; pickles beside what is to be read."""
+    folders = [shutil.copytree(teacher_folder, tmp_path / name) for name in ("first", "second")]
+    for folder in folders:
+        (folder / "README.md").write_text("---\nlicense: openrail++\n---\n")
+        for pickle in ("v1.ckpt", "unet/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin"):
+            (folder / pickle).write_bytes(b"code")
+    for path in folders[1].glob("unet/*.safetensors"):
+        save_file({key: value + 1 for key, value in load_file(path).items()}, path, {"format": "pt"})
+    return {TEACHER: folders}
+
+
+def weights(folder, part):
+    return {key: value for path in sorted((folder / part).glob("*.safetensors")) for key, value in load_file(path).items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_run_keeps_the_commit_of_its_teacher(repositories, prompt_file, tmp_path):
+    """The hub's newest one at its start, also once the hub has moved on or is out of reach; only safetensors are fetched."""
+    first, second = repositories[TEACHER]
+    old, new = (hub.commit(TEACHER, number) for number in range(2))
+    out, lora = tmp_path / "out", tmp_path / "lora"
+    start = [
+        "distill", "--prompts", str(prompt_file), "--output", str(out), "--groups=2", "--group-size=2", "--steps=2", "--updates=1",
+        "--fake.updates=1", "--student.lr=1e-9", "--lora-rank=2", "--precision=fp32", "--device=cpu", "--sample-every=0",
+    ]  # fmt: skip
+    repositories[TEACHER] = [first]
+    with hub.serving(repositories) as server:
+        told = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        call = functools.partial(run, tuple((told | {"XDG_CACHE_HOME": str(tmp_path / "cache")}).items()), tmp_path / "printed")
+
+        call([*start, "--teacher", TEACHER])
+        assert yaml.safe_load((out / "config.yaml").read_text())["teacher"] == f"{TEACHER}@{old}"
+        fetched = [path for path in server.asked if "/resolve/" in path]
+        assert any(path.endswith("unet/diffusion_pytorch_model.safetensors") for path in fetched)
+        assert not [path for path in fetched if path.endswith((".ckpt", ".bin"))]
+
+        repositories[TEACHER] = [first, second]
+        call(["distill", "--output", str(out), "--resume", "--updates=2"])
+        assert same(weights(out, "vae"), weights(first, "vae"))
+        assert not [path for path in server.asked if new in path]
+        printed = call([*start, "--resume", "--updates=3", "--teacher", TEACHER], code=2)
+        assert f"resume: teacher is '{TEACHER}@{new}', the run in {out} has '{TEACHER}@{old}'" in printed
+        assert f"{TEACHER}@v9: cannot read its model_index.json from the hub (RevisionNotFoundError" in call(
+            ["distill", "--teacher", f"{TEACHER}@v9", "--prompts", str(prompt_file), "--dry-run"], code=2
+        )
+
+        call(["export", str(out), "--to", "lora", "--output", str(lora)])
+        card = (lora / "README.md").read_text()
+        front = yaml.safe_load(card.split("---")[1])
+        assert (front["base_model"], front["license"]) == (TEACHER, "openrail++")
+        assert f'from_pretrained("{TEACHER}", revision="{old}", torch_dtype=torch.float32)' in card
+
+        repositories[STUDENT] = [out]
+        line = call(["sample", STUDENT, "--prompt", "a cat", "--output", str(tmp_path / "pictures")])
+        drawn = next((tmp_path / "pictures").glob("*.png")).read_bytes()
+        assert "step2-" in line
+
+    # the hub is out of reach: what was fetched is there
+    call(["distill", "--output", str(out), "--resume", "--updates=3"])
+    call(["sample", f"{STUDENT}@{hub.commit(STUDENT, 0)}", "--prompt", "a cat", "--output", str(tmp_path / "again")])
+    assert next((tmp_path / "again").glob("*.png")).read_bytes() == drawn
+
+
+def run(imported, printed, arguments, code=0):
+    """What a command prints, in a process of its own whose hub is another."""
+    ended = fresh.ended(fresh.start(MAIN, json.dumps(arguments), printed=printed, imported=imported), imported)
+    assert ended == code, printed.read_text()[-3000:]
+    return printed.read_text()
