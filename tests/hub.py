@@ -1,5 +1,6 @@
-"""A small hub on loopback: repositories of models, each with its commits, as huggingface_hub asks for them."""
+"""A small hub on loopback: repositories of models, each with its commits, as huggingface_hub asks for them and sends them."""
 
+import base64
 import hashlib
 import json
 import re
@@ -10,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 ABOUT = re.compile(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?")
 FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+SENT = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main")
 
 
 def commit(name, number):
@@ -17,16 +19,21 @@ def commit(name, number):
 
 
 class Hub(ThreadingHTTPServer):
-    """repositories: name -> folders, one for each commit; `main` is the last. asked: the path of every request."""
+    """repositories: name -> folders, one for each commit; `main` is the last. root: of the folders of what it is sent. asked: the path of
+    every request. private: those that were made so."""
 
-    def __init__(self, repositories):
+    def __init__(self, repositories, root):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.repositories, self.asked = repositories, []
+        self.repositories, self.root, self.asked, self.private = repositories, root, [], set()
+
+    @property
+    def address(self):
+        return f"http://127.0.0.1:{self.server_port}"
 
     def find(self, name, revision):
         """(commit, folder), or None."""
         commits = {commit(name, number): folder for number, folder in enumerate(self.repositories[name])}
-        revision = list(commits)[-1] if revision in (None, "main") else revision
+        revision = [None, *commits][-1] if revision in (None, "main") else revision
         return (revision, commits[revision]) if revision in commits else None
 
 
@@ -54,6 +61,8 @@ class Handler(BaseHTTPRequestHandler):
         if name not in self.server.repositories:
             return self.answer(b"", 404, X_Error_Code="RepoNotFound")
         found = self.server.find(name, revision)
+        if found is None and revision is None:
+            return self.say({"id": name, "private": name in self.server.private, "siblings": []})
         if found is None:
             return self.answer(b"", 404, X_Error_Code="RevisionNotFound")
         own, folder = found
@@ -65,10 +74,44 @@ class Handler(BaseHTTPRequestHandler):
         if what == "tree":
             said = [{"type": "file", "path": name, "size": path.stat().st_size, "oid": digest(path)} for name, path in files.items()]
         else:
-            said = {"id": name, "sha": own, "private": False, "siblings": [{"rfilename": name} for name in files]}
-        return self.answer(json.dumps(said).encode(), Content_Type="application/json")
+            said = {"id": name, "sha": own, "private": name in self.server.private, "siblings": [{"rfilename": name} for name in files]}
+        return self.say(said)
 
     do_HEAD = do_GET
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"])) if "Content-Length" in self.headers else b"".join(self.chunks())
+        hub, sent = self.server, SENT.fullmatch(self.path.partition("?")[0])
+        if self.path == "/api/repos/create":
+            told = json.loads(body)
+            name = f"{told['organization']}/{told['name']}"
+            hub.repositories[name] = []
+            hub.private |= {name} if told.get("visibility") == "private" or told.get("private") else set()  # as versions of it say it
+            return self.say({"url": f"{hub.address}/{name}"})
+        if self.path == "/api/validate-yaml":
+            return self.say({"errors": [], "warnings": []})
+        if not sent:
+            return self.answer(b"", 404)
+        name, what = sent.groups()
+        if what == "preupload":
+            kept = {"uploadMode": "regular", "shouldIgnore": False}
+            return self.say({"files": [{"path": file["path"], **kept} for file in json.loads(body)["files"]]})
+        own = commit(name, len(hub.repositories[name]))
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                path = hub.root / own / line["value"]["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(base64.b64decode(line["value"]["content"]))
+        hub.repositories[name].append(hub.root / own)
+        return self.say({"success": True, "commitOid": own, "commitUrl": f"{hub.address}/{name}/commit/{own}"})
+
+    def chunks(self):
+        while size := int(self.rfile.readline(), 16):
+            yield self.rfile.read(size)
+            self.rfile.readline()
+
+    def say(self, value):
+        self.answer(json.dumps(value).encode(), Content_Type="application/json")
 
 
 def digest(path):
@@ -76,8 +119,8 @@ def digest(path):
 
 
 @contextmanager
-def serving(repositories):
-    with Hub(repositories) as hub:
+def serving(repositories, root):
+    with Hub(repositories, root) as hub:
         threading.Thread(target=hub.serve_forever, daemon=True).start()
         yield hub
         hub.shutdown()

@@ -38,6 +38,10 @@ def weights(folder, part):
     return {key: value for path in sorted((folder / part).glob("*.safetensors")) for key, value in load_file(path).items()}
 
 
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
@@ -52,8 +56,8 @@ def test_a_run_keeps_the_commit_of_its_teacher(repositories, prompt_file, tmp_pa
         "--fake.updates=1", "--student.lr=1e-9", "--lora-rank=2", "--precision=fp32", "--device=cpu", "--sample-every=0",
     ]  # fmt: skip
     repositories[TEACHER] = [first]
-    with hub.serving(repositories) as server:
-        told = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+    with hub.serving(repositories, tmp_path / "sent") as server:
+        told = {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_none"}
         call = functools.partial(run, tuple((told | {"XDG_CACHE_HOME": str(tmp_path / "cache")}).items()), tmp_path / "printed")
 
         call([*start, "--teacher", TEACHER])
@@ -72,13 +76,20 @@ def test_a_run_keeps_the_commit_of_its_teacher(repositories, prompt_file, tmp_pa
             ["distill", "--teacher", f"{TEACHER}@v9", "--prompts", str(prompt_file), "--dry-run"], code=2
         )
 
-        call(["export", str(out), "--to", "lora", "--output", str(lora)])
+        call(["export", str(out), "--to", "lora", "--output", str(lora), "--push", "me/lora", "--private"])
         card = (lora / "README.md").read_text()
         front = yaml.safe_load(card.split("---")[1])
         assert (front["base_model"], front["license"]) == (TEACHER, "openrail++")
         assert f'from_pretrained("{TEACHER}", revision="{old}", torch_dtype=torch.float32)' in card
 
-        repositories[STUDENT] = [out]
+        (sent,) = repositories["me/lora"]
+        assert server.private == {"me/lora"} and contents(sent) == contents(lora)
+
+        pushed = tmp_path / "pushed"
+        line = call(["export", str(out), "--to", "diffusers", "--output", str(pushed), "--push", STUDENT])
+        assert f"{server.address}/{STUDENT}/commit/{hub.commit(STUDENT, 0)}" in line and contents(*repositories[STUDENT]) == contents(
+            pushed
+        )
         line = call(["sample", STUDENT, "--prompt", "a cat", "--output", str(tmp_path / "pictures")])
         drawn = next((tmp_path / "pictures").glob("*.png")).read_bytes()
         assert "step2-" in line
