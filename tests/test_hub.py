@@ -10,8 +10,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from test_scorers import save_clip
 
-TEACHER, STUDENT = "me/teacher", "me/student"
+TEACHER, SCORER, STUDENT = "me/teacher", "me/clip", "me/student"
 MAIN = """
 import json, sys
 import fewstep.run, fewstep.world
@@ -23,7 +24,7 @@ sys.exit(cli.main(json.loads(sys.argv[1])))
 
 @pytest.fixture
 def repositories(teacher_folder, tmp_path):
-    """A teacher at two commits, of which the second has other weights; pickles beside what is to be read."""
+    """A teacher at two commits, of which the second has other weights, and a CLIP; pickles beside what is to be read."""
     folders = [shutil.copytree(teacher_folder, tmp_path / name) for name in ("first", "second")]
     for folder in folders:
         (folder / "README.md").write_text("---\nlicense: openrail++\n---\n")
@@ -31,7 +32,9 @@ def repositories(teacher_folder, tmp_path):
             (folder / pickle).write_bytes(b"code")
     for path in folders[1].glob("unet/*.safetensors"):
         save_file({key: value + 1 for key, value in load_file(path).items()}, path, {"format": "pt"})
-    return {TEACHER: folders}
+    scorer = save_clip(tmp_path / "clip")
+    (scorer / "pytorch_model.bin").write_bytes(b"code")
+    return {TEACHER: folders, SCORER: [scorer]}
 
 
 def weights(folder, part):
@@ -46,7 +49,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_run_keeps_the_commit_of_its_teacher(repositories, prompt_file, tmp_path):
+def test_a_run_keeps_the_commits_that_it_began_with(repositories, prompt_file, tmp_path):
     """The hub's newest one at its start, also once the hub has moved on or is out of reach; only safetensors are fetched."""
     first, second = repositories[TEACHER]
     old, new = (hub.commit(TEACHER, number) for number in range(2))
@@ -60,17 +63,19 @@ def test_a_run_keeps_the_commit_of_its_teacher(repositories, prompt_file, tmp_pa
         told = {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_none"}
         call = functools.partial(run, tuple((told | {"XDG_CACHE_HOME": str(tmp_path / "cache")}).items()), tmp_path / "printed")
 
-        call([*start, "--teacher", TEACHER])
-        assert yaml.safe_load((out / "config.yaml").read_text())["teacher"] == f"{TEACHER}@{old}"
+        call([*start, "--teacher", TEACHER, "--reward.clip=0.1", f"--scorer.clip={SCORER}"])
+        config = yaml.safe_load((out / "config.yaml").read_text())
+        assert (config["teacher"], config["scorer"]["clip"]) == (f"{TEACHER}@{old}", f"{SCORER}@{hub.commit(SCORER, 0)}")
         fetched = [path for path in server.asked if "/resolve/" in path]
         assert any(path.endswith("unet/diffusion_pytorch_model.safetensors") for path in fetched)
         assert not [path for path in fetched if path.endswith((".ckpt", ".bin"))]
 
         repositories[TEACHER] = [first, second]
+        repositories[SCORER] *= 2
         call(["distill", "--output", str(out), "--resume", "--updates=2"])
         assert same(weights(out, "vae"), weights(first, "vae"))
-        assert not [path for path in server.asked if new in path]
-        printed = call([*start, "--resume", "--updates=3", "--teacher", TEACHER], code=2)
+        assert not [path for path in server.asked if new in path or hub.commit(SCORER, 1) in path]
+        printed = call(["distill", "--output", str(out), "--resume", "--teacher", TEACHER], code=2)
         assert f"resume: teacher is '{TEACHER}@{new}', the run in {out} has '{TEACHER}@{old}'" in printed
         assert f"{TEACHER}@v9: cannot read its model_index.json from the hub (RevisionNotFoundError" in call(
             ["distill", "--teacher", f"{TEACHER}@v9", "--prompts", str(prompt_file), "--dry-run"], code=2
