@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 from fewstep.errors import UserError
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)  # what a disk answers that takes no more
+
+LOCK = ".lock"
 
 
 def errno_of(error: Exception) -> int | None:
@@ -46,6 +49,28 @@ def check_writable(name: str, folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"{name}: cannot write to {folder} ({error.strerror})") from error
+
+
+@contextmanager
+def alone(name: str, folder: Path) -> Iterator[None]:
+    """Within, no other process is so in the folder; the system frees it where this one is killed. name: of the flag or field that gave it.
+
+    Raises UserError where another one is.
+    """
+    from filelock import FileLock, Timeout  # a reward's server may live without
+
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{name}: another process is at work in {folder}; wait for it, or name another folder") from error
+    except (OSError, NotImplementedError) as error:  # as on a network disk without locks
+        warnings.warn(f"{folder} cannot be locked ({error}): see to it that no second run is started there", stacklevel=3)
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)  # while it is held: whoever comes next makes one anew
+        lock.release()
 
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from fewstep.composition import (
     resolve_hardware,
     resolve_teacher,
 )
-from fewstep.disk import check_writable, naming, replace_text
+from fewstep.disk import alone, check_writable, naming, replace_text
 from fewstep.errors import UserError
 from fewstep.evaluate.command import measure_student
 from fewstep.flags import as_plain, as_values
@@ -192,13 +193,15 @@ def distill(
     check_processes(config, size)
     if config.dry_run:
         return dry_run(config, source, len(prompts)) if rank == 0 else 0
-    if rank == 0:
-        check_output(config)
-    if size > 1:
-        print(f"waiting until all {size} processes are there", flush=True)
-    ranks = Ranks.join()
-    code = carry_out(config, prompts, source, functions, judges, ranks)
-    ranks.leave()
+    with ExitStack() as held:
+        if rank == 0:
+            check_output(config)
+            held.enter_context(alone("output", Path(config.output)))
+        if size > 1:
+            print(f"waiting until all {size} processes are there", flush=True)
+        ranks = Ranks.join()
+        code = carry_out(config, prompts, source, functions, judges, ranks)
+        ranks.leave()
     return code
 
 

@@ -19,13 +19,13 @@ import fresh
 import pytest
 import torch
 import yaml
-from forked import command
+from forked import command, forked
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file
 
 import fewstep
-from fewstep import checkpoint, cli, composition, flags, models
+from fewstep import checkpoint, cli, composition, disk, flags, models
 from fewstep.config import Config
 from fewstep.errors import UserError
 from fewstep.evaluate import drawing
@@ -418,6 +418,33 @@ def test_an_existing_run_is_not_touched_unless_asked(capsys, finished, teacher_f
         for option in ((), ("--overwrite",)):
             assert "is not empty and holds no run" in refused(capsys, *arguments, "--output", str(tmp_path / "mine"), *option)
     assert (tmp_path / "mine" / "README.md").read_text() == "precious"
+
+
+def test_a_run_is_gone_on_with_by_one_process_at_a_time(finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    before = (out / "metrics.jsonl").read_bytes()
+    going_on = ["distill", "--output", str(out), "--resume", "--updates", "5"]
+    with disk.alone("output", out):
+        status, printed = command(*going_on)
+        assert status == 2 and f"output: another process is at work in {out}" in printed
+        assert (out / "metrics.jsonl").read_bytes() == before
+
+    def killed():
+        with disk.alone("output", out):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert forked(killed) == -signal.SIGKILL and (out / disk.LOCK).is_file()  # a killed run's holds nobody up
+    assert command(*going_on)[0] == 0
+    assert not (out / disk.LOCK).exists()
+
+
+def test_a_disk_without_locks_is_told_of(tmp_path, monkeypatch):
+    def none(lock, **options):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", none)
+    with pytest.warns(UserWarning, match=r"cannot be locked \(FileSystem does not .* no second run"), disk.alone("output", tmp_path):
+        pass
 
 
 def test_a_run_is_replaced_once_the_new_one_can_begin(capsys, finished, teacher_folder, prompt_file, tmp_path):
