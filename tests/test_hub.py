@@ -12,6 +12,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from test_scorers import save_clip
 
+from fewstep import hub as naming
+
 TEACHER, SCORER, STUDENT = "me/teacher", "me/clip", "me/student"
 MAIN = """
 import json, sys
@@ -35,6 +37,26 @@ def repositories(teacher_folder, tmp_path):
     scorer = save_clip(tmp_path / "clip")
     (scorer / "pytorch_model.bin").write_bytes(b"code")
     return {TEACHER: folders, SCORER: [scorer]}
+
+
+@pytest.mark.parametrize(
+    "source, parts",
+    [
+        ("me/model", ("me/model", None)),
+        ("me/model-1.5@v1.0", ("me/model-1.5", "v1.0")),
+        ("me/model@refs/pr/1", ("me/model", "refs/pr/1")),
+        *(
+            (path, None)
+            for path in ("model", "me/model/unet", "./me/model", "../me/model", "/me/model", "~me/model", "me/model@", "me/a b")
+        ),
+    ],
+)
+def test_what_can_be_a_name_of_the_hub(source, parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert naming.parts(source) == parts and naming.name(source) == (parts or [source])[0]
+    if parts:
+        (tmp_path / source).mkdir(parents=True)
+        assert naming.parts(source) is None  # a folder that is there is that folder
 
 
 def weights(folder, part):
