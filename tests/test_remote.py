@@ -636,14 +636,16 @@ def test_rewards_of_other_environments_are_called_as_their_packages_want(monkeyp
 def test_the_server_needs_nothing_of_the_rest_of_the_package():
     """In an environment of its own there may be another transformers, and no diffusers."""
     look = "; ".join([
-        "import sys", "sys.modules['diffusers'] = sys.modules['transformers'] = sys.modules['huggingface_hub'] = None",
+        "import sys", "sys.modules |= dict.fromkeys(('diffusers', 'transformers', 'huggingface_hub', 'filelock'))",
         "from fewstep.cli import main", "from fewstep.rewards import serve", "serve.application('x', 'y', None)",
         "print([m for m in sys.modules if m.startswith('fewstep.')])",
     ])  # fmt: skip
     done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True, cwd=ROOT)
     assert set(json.loads(done.stdout.replace("'", '"'))) == {
         "fewstep.cli",
+        "fewstep.disk",
         "fewstep.errors",
+        "fewstep.hub",
         "fewstep.launch",
         "fewstep.rewards",
         "fewstep.rewards.address",
