@@ -75,6 +75,9 @@ def read(folder: Path, config: Config) -> tuple[Averaged, bool]:
         found = checkpoint.newest(folder / "checkpoints", only=("update", "student", "ema"))
         if found is None and not finished:
             raise CannotExport(f"{folder}: no checkpoint was saved yet; let the run go on (save_every {config.save_every})")
+        changed = models.changed_since(teacher, folder) if found is not None else None
+        if changed:
+            raise CannotExport(f"teacher: {changed} of {teacher} has changed since the run began: the student would be merged into another")
         kept_in = models.stored_dtype(folder) if finished else models.frozen_dtype(config)
         backbone = models.load(str(folder) if found is None else teacher, dtype=kept_in)
     except checkpoint.DamagedCheckpoint as error:

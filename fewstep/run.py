@@ -26,6 +26,7 @@ from fewstep.errors import UserError
 from fewstep.evaluate.command import measure_student
 from fewstep.flags import as_plain, as_values
 from fewstep.launch import launched
+from fewstep.models import TEACHER_FILES
 
 if TYPE_CHECKING:
     from fewstep.config import Config
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 
 GIVEN = "prompts.json"  # prompts that were given as a list
 RUN_FILES = (
-    "checkpoints", "samples", "tensorboard", "config.yaml", GIVEN, "rewards.json", "metrics.jsonl", "samples.png", "curves.png",
-    "evaluation.json", "evaluation", "README.md", "export", "model_index.json", "unet", "transformer", "vae", "text_encoder",
+    "checkpoints", "samples", "tensorboard", "config.yaml", GIVEN, TEACHER_FILES, "rewards.json", "metrics.jsonl", "samples.png",
+    "curves.png", "evaluation.json", "evaluation", "README.md", "export", "model_index.json", "unet", "transformer", "vae", "text_encoder",
     "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler", "feature_extractor",
     "pytorch_lora_weights.safetensors",
 )  # fmt: skip
@@ -218,6 +219,12 @@ def carry_out(config: Config, prompts: list[str], source: str, functions: dict[s
 
     models.quiet_libraries()
     folder, state = find_checkpoint(output / "checkpoints", ranks) if config.resume else (None, None)
+    changed = models.changed_since(source, output) if config.resume else None
+    if changed:
+        raise UserError(
+            f"resume: {source} is not the teacher that this run began with, for its {changed} has changed; give that one back, or begin "
+            f"anew from this student with --init {output}"
+        )
     run = build(config, prompts, source, functions, judges, ranks=ranks)
     config = run.config
     print(f"training on {config.device} in {config.precision}" + (f", {ranks.size} processes" if ranks.size > 1 else ""))
@@ -245,6 +252,8 @@ def carry_out(config: Config, prompts: list[str], source: str, functions: dict[s
             replace_text(output / "config.yaml", yaml.safe_dump(kept, sort_keys=False))
             if keeps_prompts(config):  # again where --overwrite has deleted what was read
                 replace_text(output / GIVEN, json.dumps(prompts, indent=0, ensure_ascii=False))
+            if Path(source).is_dir() and not (output / TEACHER_FILES).is_file():
+                replace_text(output / TEACHER_FILES, json.dumps(models.weights_in(Path(source)), indent=1))
             told = sources.records(config.reward, config.scorer, functions, assets=assets(config))
             told |= {f"judge.{name}": record for name, record in judge_records(config, judges).items()}
             if run.real is not None:

@@ -22,7 +22,7 @@ import yaml
 from forked import command, forked
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import fewstep
 from fewstep import checkpoint, cli, composition, disk, flags, models
@@ -320,6 +320,7 @@ def test_what_a_run_leaves_behind(finished):
         "metrics.jsonl",
         "README.md",
         "config.yaml",
+        "teacher.json",
         "checkpoints",
     } <= names
     card = (finished / "README.md").read_text()
@@ -436,6 +437,40 @@ def test_a_run_is_gone_on_with_by_one_process_at_a_time(finished, tmp_path):
     assert forked(killed) == -signal.SIGKILL and (out / disk.LOCK).is_file()  # a killed run's holds nobody up
     assert command(*going_on)[0] == 0
     assert not (out / disk.LOCK).exists()
+
+
+def test_a_run_goes_on_with_the_teacher_that_it_began_with_alone(capsys, teacher_folder, prompt_file, tmp_path):
+    """Its folder may hold another one by then, of the same shapes."""
+    teacher, out = shutil.copytree(teacher_folder, tmp_path / "teacher"), tmp_path / "out"
+    start = ["distill", "--teacher", str(teacher), "--prompts", str(prompt_file), *SMALL, "--updates", "1", "--output", str(out)]
+    assert cli.main(start) == 0
+    (path,) = (teacher / "unet").glob("*.safetensors")
+    whole = path.read_bytes()
+    weights = load_file(path)
+    key = max(weights, key=lambda key: weights[key].numel())
+    save_file(weights | {key: weights[key] + 1}, path, {"format": "pt"})
+    again = ["distill", "--output", str(out), "--resume", "--updates", "2"]
+    assert f"its unet/{path.name} has changed" in refused(capsys, *again)
+    assert f"unet/{path.name} of {teacher} has changed" in refused(capsys, "export", str(out), "--to", "diffusers")
+    path.write_bytes(whole)
+    assert cli.main(again) == 0
+    (out / models.TEACHER_FILES).unlink()  # as of an earlier version
+    assert cli.main(again) == 0 and (out / models.TEACHER_FILES).is_file()
+
+
+@pytest.mark.parametrize("size", [1, 1000, 2**16, 10 * models.STRETCHES * models.STRETCH])
+def test_a_change_of_a_64th_of_the_weights_is_seen_wherever_it_is(tmp_path, size):
+    path = tmp_path / "unet" / "model.safetensors"
+    path.parent.mkdir()
+    content = bytearray(size)
+    path.write_bytes(content)
+    before = models.weights_in(tmp_path)
+    length = -(-size // models.STRETCHES)
+    for start in {0, size // 3, size - length}:
+        path.write_bytes(content[:start] + b"\1" * length + content[start + length :])
+        assert models.weights_in(tmp_path) != before
+    path.write_bytes(content + b"\0")
+    assert models.weights_in(tmp_path) != before
 
 
 def test_a_disk_without_locks_is_told_of(tmp_path, monkeypatch):

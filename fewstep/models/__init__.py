@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import importlib
 import json
 import logging
@@ -44,6 +45,10 @@ KEPT_GUIDANCE = (
     "{} is told the guidance scale (time_cond_proj_dim), as a student that keeps it as a knob and latent consistency models are, and no "
     "run guides a teacher so or draws it; give the model that it was distilled from"
 )
+
+
+TEACHER_FILES = "teacher.json"  # in a run's folder: what its teacher's weights are
+STRETCHES, STRETCH = 64, 2**16  # of a file that are looked at, and their bytes
 
 
 CONFIGURATIONS = ("*.json", "*.txt", "*.model")  # of a repository, everything but its weights
@@ -126,6 +131,34 @@ def snapshot(source: str, patterns: Sequence[str]) -> str:
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def weights_in(folder: Path) -> dict[str, str]:
+    """A hash of each weights file of a pipeline's folder, by its place there.
+
+    Of its size and STRETCHES evenly spaced parts of it, for all of a large teacher would take a minute: a change of more than a 64th of
+    the file is seen, and one that is spread out, as training makes it and a LoRA that is merged in.
+    """
+    found = {}
+    for path in sorted(folder.glob("*/*.safetensors")):
+        size = path.stat().st_size
+        digest = hashlib.sha256(str(size).encode())
+        with path.open("rb") as file:
+            for i in range(STRETCHES):
+                file.seek(i * size // STRETCHES)
+                digest.update(file.read(STRETCH))
+        found[str(path.relative_to(folder))] = digest.hexdigest()
+    return found
+
+
+def changed_since(source: str, run: Path) -> str | None:
+    """The first weights file of a teacher's folder that is not what it was when the run began; None where all are, or it is not known:
+    the run is of an earlier version, or its teacher of the hub, at a commit."""
+    kept, folder = run / TEACHER_FILES, Path(source)
+    if not kept.is_file() or not folder.is_dir():
+        return None
+    before, now = json.loads(kept.read_text()), weights_in(folder)
+    return next((name for name in sorted(before | now) if before.get(name) != now.get(name)), None)
 
 
 def pipeline_class(source: str) -> str:
