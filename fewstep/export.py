@@ -353,7 +353,8 @@ def teacher_in_words(teacher: str) -> str:
     """A teacher as a card names it: of a folder the last part, for the way to it is of one machine."""
     if teacher == "world":
         return "the embedded emoji teacher of fewstep"
-    return hub.name(teacher) if hub.parts(teacher) else Path(teacher).name
+    named = hub.parts(teacher)
+    return named[0] if named else Path(teacher).name
 
 
 def title(config: Config) -> str:

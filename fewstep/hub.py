@@ -20,7 +20,6 @@ def parts(source: str) -> tuple[str, str | None] | None:
     return None if found is None or is_path(source) else (found[1], found[2])
 
 
-def name(source: str) -> str:
-    """Without the revision, where there is one."""
-    found = parts(source)
-    return found[0] if found else source
+def split(source: str) -> tuple[str, str | None]:
+    """(what a library's `from_pretrained` is given, its revision or None) of a folder or hub id."""
+    return parts(source) or (source, None)

@@ -124,7 +124,7 @@ def check_same_run(config: Config, path: Path) -> None:
 
     # a field that an earlier version did not have is as it is by default
     before, now = values(as_plain(Config())) | values(yaml.safe_load(path.read_text())), values(as_plain(config))
-    if before["teacher"] == hub.name(config.teacher):  # an earlier version did not write the commit
+    if before["teacher"] == hub.split(config.teacher)[0]:  # an earlier version did not write the commit
         before["teacher"] = now["teacher"]
     for name in before | now:
         if name.partition(".")[0] not in FREE_ON_RESUME and (name not in before or name not in now or before[name] != now[name]):
@@ -218,13 +218,13 @@ def carry_out(config: Config, prompts: list[str], source: str, functions: dict[s
     from fewstep.rewards import sources
 
     models.quiet_libraries()
-    folder, state = find_checkpoint(output / "checkpoints", ranks) if config.resume else (None, None)
     changed = models.changed_since(source, output) if config.resume else None
     if changed:
         raise UserError(
             f"resume: {source} is not the teacher that this run began with, for its {changed} has changed; give that one back, or begin "
             f"anew from this student with --init {output}"
         )
+    folder, state = find_checkpoint(output / "checkpoints", ranks) if config.resume else (None, None)
     run = build(config, prompts, source, functions, judges, ranks=ranks)
     config = run.config
     print(f"training on {config.device} in {config.precision}" + (f", {ranks.size} processes" if ranks.size > 1 else ""))

@@ -55,16 +55,18 @@ def interpreter(imported=()):
 
 
 def start(program, *arguments, printed, environment=(), imported=()):
-    """Number of a job: the lines of `program` run there as with `python -c`, beside what is done here; `printed` takes what they print."""
-    job = next(JOBS)
+    """A job, to wait for with `ended`: the lines of `program` run there as with `python -c`, beside what is done here; `printed` takes what
+    they print."""
+    job, there = next(JOBS), interpreter(imported)
     told = [job, program, arguments, os.environ | dict(imported) | dict(environment), str(Path.cwd()), str(printed)]
-    print(json.dumps(told), file=interpreter(imported).stdin, flush=True)
-    return job
+    print(json.dumps(told), file=there.stdin, flush=True)
+    return job, there
 
 
-def ended(job, imported=()):
+def ended(started):
     """Exit code of a job, waited for."""
-    for answer in interpreter(imported).stdout:
+    job, there = started
+    for answer in there.stdout:
         number, code = map(int, answer.split())
         if number == job:  # one before it may have been given up
             return code

@@ -91,7 +91,7 @@ def index_on_hub(source: str) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    repository, revision = named_on_hub(source)
+    repository, revision = hub.split(source)
     try:
         return Path(huggingface_hub.hf_hub_download(repository, "model_index.json", revision=revision))
     except LocalEntryNotFoundError as error:  # a kind of EntryNotFoundError too
@@ -106,11 +106,6 @@ def index_on_hub(source: str) -> Path:
         ) from error
 
 
-def named_on_hub(source: str) -> tuple[str, str | None]:
-    """(what a library's `from_pretrained` is given, its revision or None) of a folder or hub id."""
-    return hub.parts(source) or (source, None)
-
-
 def pinned(source: str) -> str:
     """A hub id with the commit that its revision, or its newest state, is now; a folder as it is. Raises UnsupportedTeacher."""
     named = hub.parts(source)
@@ -122,7 +117,7 @@ def snapshot(source: str, patterns: Sequence[str]) -> str:
     """Folder with those files of a hub repository that fit a pattern. Raises UnsupportedTeacher."""
     import huggingface_hub
 
-    repository, revision = named_on_hub(source)
+    repository, revision = hub.split(source)
     try:
         return huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(patterns))
     except OSError as error:  # of the hub: a gated or a missing repository, no network
@@ -186,7 +181,7 @@ def stock_pipeline(source: str | Path) -> Any:
     from diffusers import DiffusionPipeline
 
     absent = [name for name, entry in index_of(str(source)).items() if is_null(entry)]
-    name, revision = named_on_hub(str(source))
+    name, revision = hub.split(str(source))
     told = {"dtype": stored_dtype(Path(source)), "use_safetensors": True, "revision": revision}
     pipe = DiffusionPipeline.from_pretrained(name, **told, **dict.fromkeys(absent))
     check_weights(pipe, source)

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from fewstep import hub
 from fewstep.denoiser import SCALE, Cond, Denoiser, Prediction, join
-from fewstep.models import KEPT_GUIDANCE, UnsupportedTeacher, check_weights, index_of, is_null, named_on_hub, stored_packed, with_range
+from fewstep.models import KEPT_GUIDANCE, UnsupportedTeacher, check_weights, index_of, is_null, stored_packed, with_range
 from fewstep.models.embeddings import Embeddings
 from fewstep.schedule import DDPM, Flow, Schedule
 
@@ -372,7 +373,7 @@ class Backbone:
     def load(cls, source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, cache: Path | None = None) -> Backbone:
         """dtype: of the frozen parts. Raises UnsupportedTeacher with the path and the reason when a part is missing or damaged."""
         absent = cls.absent(index_of(source), source)
-        name, revision = named_on_hub(source)
+        name, revision = hub.split(source)
         try:
             pipe, variant = read(
                 cls.pipeline, name, revision=revision, dtype=dtype, use_safetensors=True, **cls.load_options, **dict.fromkeys(absent)

@@ -41,7 +41,7 @@ def fetch(source: str, *, weights: bool = True) -> Path:
     """The folder of a located source, downloaded if it is a hub id: safetensors, configs and tokenizer, never a pickle."""
     if Path(source).expanduser().is_dir():
         return Path(source).expanduser()
-    repository, revision = hub.parts(source) or (source, None)
+    repository, revision = hub.split(source)
     if revision is None:
         raise ValueError(f"{source}: no such folder, and not a hub id with its commit (owner/name@commit)")
     import huggingface_hub
