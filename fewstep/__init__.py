@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 __version__ = "0.1.0"
@@ -12,19 +13,19 @@ __all__ = ["distill", "load"]
 
 
 def distill(
-    teacher: str = "world",
-    prompts: str | list[str] | None = None,
+    teacher: str | Path = "world",
+    prompts: str | Path | Iterable[str] | None = None,
     *,
     rewards: dict[str, Any] | None = None,
     judges: dict[str, Any] | None = None,
     steps: int = 4,
-    output: str = "out",
+    output: str | Path = "out",
     **config: Any,
 ) -> Path:
     """Distil `teacher` into a `steps`-step student; returns its folder, which stock diffusers opens.
 
-    teacher: a diffusers pipeline folder, a hub id, or "world" (embedded); prompts: a list of them, which is kept in the folder as
-    prompts.json, a file, such as a text with one a line, or a data set on the hub.
+    teacher: a diffusers pipeline folder, a hub id, or "world" (embedded); prompts: any of a list, a data set's column and their like, which
+    are kept in the folder as prompts.json, a file, such as a text with one a line, or a data set on the hub.
     rewards: name -> weight of a named reward; or a function of (images, prompts), a Reward, "path/to/file.py:function" or a server's
     address (weight 1); or a pair of one of these and its weight.
     judges: name -> a function of (images, prompts), or where a named one comes from, None for its own source: scored beside the
@@ -36,20 +37,33 @@ def distill(
     from pathlib import Path
 
     from fewstep import flags
+    from fewstep.errors import UserError
     from fewstep.launch import first_alone_prints
     from fewstep.run import distill as run
 
+    if not isinstance(teacher, (str, Path)):
+        raise UserError(f"teacher: is a {type(teacher).__name__}; save it with save_pretrained(FOLDER) and give the folder")
+    wanted = (
+        "give a function of (images, prompts), a Reward, or where one comes from: path/to/file.py:function, a folder, a server's address"
+    )
     weights: dict[str, float] = {}
     functions: dict[str, Any] = {}
     scorers: dict[str, str] = config.pop("scorer", {})
     for name, value in (rewards or {}).items():
         given, weights[name] = value if isinstance(value, tuple) else (None, value) if isinstance(value, (int, float)) else (value, 1.0)
-        if isinstance(given, str):
+        if isinstance(given, (str, Path)):
             scorers = {**scorers, name: given}
-        elif given is not None:
+        elif callable(given):
             functions[name] = given
+        elif given is not None:
+            raise UserError(f"rewards: {name!r} is a {type(given).__name__}; {wanted}; or a pair of one of these and its weight")
+    for name, judge in (judges or {}).items():
+        if judge is not None and not isinstance(judge, (str, Path)) and not callable(judge):
+            raise UserError(f"judges: {name!r} is a {type(judge).__name__}; {wanted}")
     beside = {name: judge for name, judge in (judges or {}).items() if not callable(judge)}
-    given = list(prompts) if isinstance(prompts, (list, tuple)) else None
+    given = None
+    if prompts is not None and not isinstance(prompts, (str, Path)):
+        given = sorted(prompts) if isinstance(prompts, (set, frozenset)) else list(prompts)  # a set's order differs from process to process
     own = {"teacher": teacher, "prompts": prompts if given is None else None, "steps": steps, "output": output, "reward": weights}
     own |= {"scorer": scorers, **config}
     arguments = [*flags.as_arguments(own), *(f"--judge.{name}={source or 'null'}" for name, source in beside.items())]

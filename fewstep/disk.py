@@ -51,6 +51,16 @@ def check_writable(name: str, folder: Path) -> None:
         raise UserError(f"{name}: cannot write to {folder} ({error.strerror})") from error
 
 
+def cache_folder(kind: str) -> Path:
+    """Where things of a kind are kept that can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep" / kind
+
+
+def check_cache(kind: str, what: str) -> None:
+    """`check_writable` of where `what` is kept, before it is made. Raises UserError that says how to keep it elsewhere."""
+    check_writable(f"XDG_CACHE_HOME, a folder under which {what} are kept", cache_folder(kind))
+
+
 @contextmanager
 def alone(name: str, folder: Path) -> Iterator[None]:
     """Within, no other process is so in the folder; the system frees it where this one is killed. name: of the flag or field that gave it.

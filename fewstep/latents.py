@@ -13,10 +13,10 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fewstep.disk import cache_folder
 from fewstep.evaluate import pictures, protocol, store
 from fewstep.evaluate.configs import config_hash
 from fewstep.evaluate.store import Rows, Shards
-from fewstep.models.embeddings import cache_folder
 
 TOGETHER = 2**20  # pixels that pass through the encoder together: one picture of 1024 x 1024
 

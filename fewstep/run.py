@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,7 @@ from fewstep.composition import (
     resolve_hardware,
     resolve_teacher,
 )
-from fewstep.disk import alone, check_writable, naming, replace_text
+from fewstep.disk import alone, check_cache, check_writable, naming, replace_text
 from fewstep.errors import UserError
 from fewstep.evaluate.command import measure_student
 from fewstep.flags import as_plain, as_values
@@ -194,6 +196,7 @@ def distill(
     check_processes(config, size)
     if config.dry_run:
         return dry_run(config, source, len(prompts)) if rank == 0 else 0
+    check_cache("embeddings", "conditions of prompts")
     with ExitStack() as held:
         if rank == 0:
             check_output(config)
@@ -335,6 +338,21 @@ def grid_prompts(config: Config, prompts: list[str]) -> list[str]:
     return world.prompts("grid") if config.teacher == "world" and config.prompts is None else prompts[:8]
 
 
+@contextmanager
+def heard(told: Callable[[int, Any], None]) -> Iterator[None]:
+    """Within, Ctrl-C and SIGTERM call `told`. Python hands signals to the main thread alone: in another one this says so, no more."""
+    if threading.current_thread() is not threading.main_thread():
+        print("not in the main thread, where no signal is heard: one that ends this process loses what is newer than the last checkpoint")
+        yield
+        return
+    before = {number: signal.signal(number, told) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def train(run: Run, output: Path, prompts: list[str]) -> bool:
     """Run the trainer behind a progress bar. False when it was stopped before the last update."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -349,34 +367,29 @@ def train(run: Run, output: Path, prompts: list[str]) -> bool:
         stopping.append(number)
         print("\nstopping: saving at the end of this update", flush=True)
 
-    before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     trainer, config = run.trainer, run.config
     text = TextColumn("R_dm {task.fields[score]}  lag {task.fields[lag]}  {task.fields[rate]} updates/s")
     columns = (TextColumn("distilling"), BarColumn(bar_width=20), MofNCompleteColumn(), text, TimeElapsedColumn(), TimeRemainingColumn())
-    try:
-        with Progress(*columns) as bar:
-            task = bar.add_task("", total=config.updates, completed=trainer.update, score="-", lag="-", rate="-")
-            seconds = 0.0
-            for logs in trainer.run(output, stop=lambda: bool(stopping)):
-                running = trainer.running
-                seconds = logs["seconds"] if not seconds else seconds + 0.1 * (logs["seconds"] - seconds)
-                shown = {
-                    "score": f"{running['dm/score']:.3g}" if "dm/score" in running else "-",
-                    "lag": f"{running['dm/lag']:+.4f}" if "dm/lag" in running else "-",  # none before a size's second rollout
-                    "rate": f"{1 / seconds:.2f}",
-                }
-                bar.update(task, completed=trainer.update, **shown)
-                if not bar.console.is_terminal and trainer.update % 20 == 0:
-                    print(
-                        f"update {trainer.update}/{config.updates}  R_dm {shown['score']}  lag {shown['lag']}  {shown['rate']} updates/s",
-                        flush=True,
-                    )
-                due = config.sample_every and trainer.update % config.sample_every == 0 and trainer.update < config.updates
-                if due and ranks.rank == 0:
-                    draw_progress(run, output, grid_prompts(config, prompts))
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with heard(ask_to_stop), Progress(*columns) as bar:
+        task = bar.add_task("", total=config.updates, completed=trainer.update, score="-", lag="-", rate="-")
+        seconds = 0.0
+        for logs in trainer.run(output, stop=lambda: bool(stopping)):
+            running = trainer.running
+            seconds = logs["seconds"] if not seconds else seconds + 0.1 * (logs["seconds"] - seconds)
+            shown = {
+                "score": f"{running['dm/score']:.3g}" if "dm/score" in running else "-",
+                "lag": f"{running['dm/lag']:+.4f}" if "dm/lag" in running else "-",  # none before a size's second rollout
+                "rate": f"{1 / seconds:.2f}",
+            }
+            bar.update(task, completed=trainer.update, **shown)
+            if not bar.console.is_terminal and trainer.update % 20 == 0:
+                print(
+                    f"update {trainer.update}/{config.updates}  R_dm {shown['score']}  lag {shown['lag']}  {shown['rate']} updates/s",
+                    flush=True,
+                )
+            due = config.sample_every and trainer.update % config.sample_every == 0 and trainer.update < config.updates
+            if due and ranks.rank == 0:
+                draw_progress(run, output, grid_prompts(config, prompts))
     if trainer.update < config.updates:
         print(f"stopped at update {trainer.update} of {config.updates}; saved. Go on with: fewstep distill --output {output} --resume")
         return False

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -238,6 +239,30 @@ def test_a_function_becomes_a_reward_and_survives_the_whole_run(teacher_folder, 
         fewstep.distill(str(teacher_folder), ["a dog"], rewards={"mine": (mine, 0.5)}, **small)
     with pytest.raises(UserError, match="prompts, entry 2: no text"):
         fewstep.distill(str(teacher_folder), ["a dog", 3], rewards={"mine": (mine, 0.5)}, **small)
+
+
+def test_python_gives_paths_and_prompts_of_any_kind_also_in_a_thread(teacher_folder, tmp_path, capsys):
+    small = {"updates": 1, "groups": 2, "sample_every": 0, "memory": {"micro_groups": 0, "checkpointing": False}}
+    done = []
+    prompts = (prompt for prompt in ["a cat", "a dog"])
+    thread = threading.Thread(target=lambda: done.append(fewstep.distill(teacher_folder, prompts, output=tmp_path / "out", **small)))
+    thread.start()
+    thread.join()
+    assert done == [tmp_path / "out"] and json.loads((tmp_path / "out" / "prompts.json").read_text()) == ["a cat", "a dog"]
+    assert "no signal is heard" in capsys.readouterr().out
+
+    unordered = {f"prompt {i}" for i in range(9)}  # of which each process of a run has an order of its own
+    with mock.patch("fewstep.run.distill", return_value=0) as run:
+        fewstep.distill(teacher_folder, unordered)
+    assert run.call_args.args[3] == sorted(unordered)
+
+
+def test_python_says_what_is_no_teacher_reward_or_judge(teacher_folder):
+    with pytest.raises(UserError, match="teacher: is a Linear; save it with save_pretrained"):
+        fewstep.distill(torch.nn.Linear(1, 1), ["a cat"])
+    for kind in ("rewards", "judges"):
+        with pytest.raises(UserError, match=rf"{kind}: 'mine' is a list; give a function of \(images, prompts\)"):
+            fewstep.distill(teacher_folder, ["a cat"], **{kind: {"mine": [torch.mean, 0.1]}})
 
 
 def test_a_reward_that_breaks_its_contract_ends_the_run_with_one_line(teacher_folder, prompt_file, tmp_path, capsys):
@@ -635,6 +660,22 @@ def test_what_is_to_be_drawn_must_be_said(finished, tmp_path, capsys):
     (tmp_path / "file").touch()
     line = refused(capsys, "sample", finished, "--prompt", "a cat", "--output", tmp_path / "file")
     assert f"--output: cannot write to {tmp_path / 'file'}" in line
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_anything_is_loaded(
+    teacher_folder, prompt_file, finished, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").touch()  # as a home is that does not exist, or is mounted to be read
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("fewstep.models.load", None)
+    told = ["--prompts", prompt_file]
+    of_run = refused(capsys, "distill", "--teacher", teacher_folder, *told, "--output", tmp_path / "out")
+    for line, kind in ((of_run, "embeddings"), (refused(capsys, "evaluate", finished, *told), "evaluate")):
+        assert (
+            "XDG_CACHE_HOME, a folder under which " in line
+            and f"are kept: cannot write to {tmp_path / 'file' / 'fewstep' / kind} (" in line
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_disk_that_takes_no_more_pictures_is_told_in_one_line(finished, tmp_path, monkeypatch, capsys):

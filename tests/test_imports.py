@@ -48,7 +48,7 @@ TABLE = {
     "needs": "config launch models",
     "flags": "config errors hub models rewards.address rewards.sources",
     "export": "checkpoint config evaluate hub metrics models world",
-    "latents": "evaluate models",
+    "latents": "disk evaluate",
     "composition": "config cost errors evaluate export latents launch models prompts ranks student trainer weights world "
     "rewards rewards.address rewards.base rewards.discriminator rewards.distribution rewards.remote rewards.sources",
     "evaluate.command": "composition config disk errors evaluate export flags launch models ranks "
@@ -59,7 +59,7 @@ TABLE = {
     "compare": "composition config cost disk evaluate export flags models rewards.clip rewards.serve types weights world",
     "cli": "compare composition config disk errors evaluate.command export flags launch models run sample world "
     "rewards rewards.convert rewards.serve",
-    "fewstep": "flags launch models run",
+    "fewstep": "errors flags launch models run",
 }  # fmt: skip
 DIFFUSERS = {"models", "export", "world", "evaluate", "trainer"}
 # scorers' packages, by the files of rewards that may name them

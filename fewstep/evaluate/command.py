@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.composition import OWN_JUDGE, resolve_teacher
-from fewstep.disk import check_writable
+from fewstep.disk import cache_folder, check_cache, check_writable
 from fewstep.errors import UserError, nearest
 from fewstep.flags import check_student, saved_config, student_parser, table_flags
 from fewstep.launch import launched, place
@@ -98,7 +98,6 @@ def measure_student(
     from rich.console import Console
 
     from fewstep.evaluate import evaluation, tables
-    from fewstep.models.embeddings import cache_folder
 
     device, precision = told.setdefault("device", evaluation_device()), told.setdefault("precision", "fp32")
     size = config.sizes()[0] if config else None
@@ -242,7 +241,6 @@ def check_teacher(teacher: str, options: Any) -> None:
 def command(arguments: list[str]) -> int:
     from fewstep.config import Config, RemoteConfig
     from fewstep.export import steps_of
-    from fewstep.models.embeddings import cache_folder
 
     options = read_options(arguments)
     folder, own = options.folder, check_student(options.folder)
@@ -270,6 +268,8 @@ def command(arguments: list[str]) -> int:
     for name, where in (("--output", output.parent), ("what is kept", work), ("--keep-images", options.keep_images)):
         if where is not None:
             check_writable(name, where)
+    if teacher is not None or options.data is not None:
+        check_cache("evaluate", "what was seen of a teacher's pictures and of real ones")
     if against != "world":
         check_instruments(options)
 

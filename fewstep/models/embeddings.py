@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -21,13 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fewstep.denoiser import Cond
-from fewstep.disk import replace
-
-
-def cache_folder(kind: str) -> Path:
-    """Where things of a kind are kept that can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep" / kind
-
+from fewstep.disk import cache_folder, replace
 
 FIRST = 32  # prompts after which the room that the rest takes is reckoned; fewer are encoded without a progress bar
 PROVENANCE = ("_name_or_path", "transformers_version")  # of a configuration: where its part lay and what wrote it, not what it computes
