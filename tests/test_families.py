@@ -264,7 +264,7 @@ def stock_images(pipe, latents, noise, call):
 
 
 STOCK = """
-import json, sys
+import json, sys, warnings
 sys.modules["fewstep"] = None  # nothing of ours
 from unittest import mock
 import torch
@@ -272,6 +272,7 @@ from diffusers import DiffusionPipeline
 from diffusers.schedulers import scheduling_flow_match_euler_discrete, scheduling_lcm
 from safetensors.torch import load_file, save_file
 
+warnings.filterwarnings("error", message="The configuration file of")  # "... is outdated": of a scheduler, or a network
 images = {}
 for folder, lacks, prompts, call in json.loads(sys.argv[1]):
     noises = load_file(folder + "/noise.safetensors")

@@ -258,6 +258,7 @@ def lcm_scheduler(config: dict[str, Any], steps: int) -> LCMScheduler:
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
+        steps_offset=1,  # of no effect in LCM's grid; stock pipelines warn without it
     )
     scheduler.set_timesteps(steps)
     return scheduler
