@@ -343,8 +343,9 @@ def test_measure_equals_the_metrics_by_hand(scorer):
         observed_of(scorer, images), PROMPTS, group, {"clip": scorer}, extractor="clip", data=data, teacher=teacher, draws=20
     )
     features = clip_features(scorer, images)
-    assert metrics["fd_clip_data"]["value"] == pytest.approx(frechet(features, data), abs=1e-8)
-    assert metrics["fd_clip_teacher"]["value"] == pytest.approx(frechet(features, teacher), abs=1e-8)
+    # the covariances have eigenvalues that are zero but for rounding, 1e-16, and a distance sums their roots
+    assert metrics["fd_clip_data"]["value"] == pytest.approx(frechet(features, data), abs=1e-6)
+    assert metrics["fd_clip_teacher"]["value"] == pytest.approx(frechet(features, teacher), abs=1e-6)
     assert metrics["utility"]["value"] == pytest.approx(float(images.mean()), abs=1e-6)
     assert metrics["clip"]["value"] == pytest.approx(float(scorer.score(images, [PROMPTS[i] for i in group]).mean()), abs=1e-3)
     assert (metrics["precision"]["value"], metrics["recall"]["value"]) == pytest.approx(precision_recall(data, features))

@@ -823,7 +823,7 @@ def test_while_a_budget_is_measured_a_run_is_that_of_matching_alone(teacher_fold
     [
         (("--student.lr", "1e-2"), 1),
         (("--student.lr", "1e-6"), 0),
-        (("--student.lr", "1e-2", "--reward.redness", "1", "--weights.mode", "adaptive", "--weights.warmup", "4"), 0),
+        (("--student.lr", "1e-2", "--reward.redness", "1", "--weights.mode", "adaptive", "--weights.warmup", "6"), 0),
     ],
     ids=["too far", "near", "while a budget is measured"],
 )

@@ -94,6 +94,7 @@ class Refused(Exception):
 def application(name: str, version: str, score: Score, *, batch: int = 16, workers: int = 1, device: str = "cpu") -> Any:
     """The ASGI application. One request, of at most `batch` pictures, is scored at a time in each worker, without gradients."""
     import torch
+    from python_multipart.exceptions import FormParserError  # which starlette passes on as it is before 1.7
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
@@ -134,13 +135,12 @@ def application(name: str, version: str, score: Score, *, batch: int = 16, worke
         return JSONResponse({"scores": scores, "name": name, "version": version})
 
     async def refuse(request: Request, error: Exception) -> JSONResponse:
-        if isinstance(error, Refused):
-            return JSONResponse({"error": str(error)}, status_code=error.status)
-        assert isinstance(error, HTTPException)
-        return JSONResponse({"error": error.detail}, status_code=error.status_code)
+        if isinstance(error, HTTPException):
+            return JSONResponse({"error": error.detail}, status_code=error.status_code)
+        return JSONResponse({"error": str(error)}, status_code=error.status if isinstance(error, Refused) else 400)
 
     routes = [Route("/health", health), Route("/score", answer, methods=["POST"])]
-    return Starlette(routes=routes, exception_handlers={Refused: refuse, HTTPException: refuse})
+    return Starlette(routes=routes, exception_handlers=dict.fromkeys((Refused, HTTPException, FormParserError), refuse))
 
 
 def read_list(text: Any, what: str, kind: type) -> list[Any]:
