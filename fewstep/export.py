@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
 from fewstep import hub
 
@@ -327,7 +327,8 @@ def teacher_licence(teacher: str) -> tuple[dict[str, Any], str]:
     if named is None and not path.is_file():
         return {}, f"no README.md in {teacher_in_words(teacher)}"
     try:
-        data = ModelCard.load(named[0] if named else path).data.to_dict()
+        # of the commit that was distilled: a licence may have changed since
+        data = ModelCard.load(path if named is None else hf_hub_download(named[0], "README.md", revision=named[1])).data.to_dict()
     except Exception as error:  # no card, no network, not YAML: of many kinds; each means that it is not known
         return {}, f"its card cannot be read ({type(error).__name__}: {' '.join(str(error).split())})"
     fields = {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}

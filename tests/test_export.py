@@ -368,7 +368,7 @@ def test_a_teacher_on_the_hub_is_the_base_model_and_its_licence_file_stays_there
     student = export.Averaged(config, run.backbone, None, {}, 3, {})
     card = tmp_path / "README.md"
     card.write_text("---\nlicense: other\nlicense_name: theirs\nlicense_link: LICENSE.md\n---\n")
-    with mock.patch("huggingface_hub.repocard.hf_hub_download", return_value=str(card)) as download:
+    with mock.patch("fewstep.export.hf_hub_download", return_value=str(card)) as download:
         data = export.model_card(student, "lora", tmp_path, name="me/mine").data.to_dict()
     assert download.call_args.args[:2] == ("org/teacher", "README.md")
     assert data["license_link"] == "https://huggingface.co/org/teacher/blob/main/LICENSE.md" and data["license_name"] == "theirs"

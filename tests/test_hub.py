@@ -26,10 +26,10 @@ sys.exit(cli.main(json.loads(sys.argv[1])))
 
 @pytest.fixture
 def repositories(teacher_folder, tmp_path):
-    """A teacher at two commits, of which the second has other weights, and a CLIP; pickles beside what is to be read."""
+    """A teacher at two commits, of which the second has other weights and another licence, and a CLIP; pickles beside them."""
     folders = [shutil.copytree(teacher_folder, tmp_path / name) for name in ("first", "second")]
-    for folder in folders:
-        (folder / "README.md").write_text("---\nlicense: openrail++\n---\n")
+    for folder, licence in zip(folders, ("openrail++", "mit"), strict=True):
+        (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
         for pickle in ("v1.ckpt", "unet/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin"):
             (folder / pickle).write_bytes(b"code")
     for path in folders[1].glob("unet/*.safetensors"):
