@@ -73,6 +73,7 @@ ROWS = (
     Row("GNDM, gamma 1", ("gndm", "--matching.gamma", "1"), "GNDM"),
     Row("DMD, gamma 1", ("dmd", "--matching.gamma", "1"), "DMD"),
     Row("GNDM, unconditioned fake", ("gndm", "--fake.condition", "none"), "GNDM"),
+    *(Row(f"GNDM, {steps} step{'s' * (steps > 1)}", ("gndm", f"--steps={steps}"), "GNDM") for steps in (1, 2, 8)),
     Row("GNDM, backward simulation", ("gndm", "--reuse.backward-simulation"), "GNDM"),
     Row("GNDM, rollout reuse 4", ("gndm", "--reuse.rollout", "4"), "GNDM"),
     Row("GNDM, rollout reuse 8", ("gndm", "--reuse.rollout", "8"), "GNDM"),
