@@ -45,12 +45,15 @@ class Needs(NamedTuple):
     encoding: int  # on the device, at the start: the teacher's network is there and the text encoders read the prompts
     training: int  # on the device
     drawing: int  # on the device, between two updates and at the end: no gradients, but all that the stock pipeline is made of
+    writing: int  # in main memory: a copy of all that a checkpoint holds, while one is written
+    exporting: int  # in main memory: a copy of the student's network and of its average, while it is exported
+    saving: int  # on the device, where that is main memory itself: the larger of these two beside what is there; elsewhere 0
     packed: list[str]  # parts that lie in 4 or 8 bits in their files; in `text`, and above, as if they did not
 
     @property
     def device(self) -> int:
-        """The largest of the three."""
-        return max(self.encoding, self.training, self.drawing)
+        """The largest of the four."""
+        return max(self.encoding, self.training, self.drawing, self.saving)
 
 
 def size(tensors: Iterable[Tensor]) -> int:
@@ -254,6 +257,8 @@ def measure(source: str, config: Config, prompts: int) -> Needs:
     pictures = max(decoding(backbone, config, shape, together, grad=pathwise) for shape in shapes) if looks else 0
     one_picture = max(decoding(backbone, config, shape, 1, grad=False) for shape in shapes)
     held_throughout = networks + moments + averaged + condition * batch
+    writing = gradients + moments + averaged  # what is trained is as large as its gradients
+    exporting = size(roles.student.network.model.parameters()) + averaged
     return Needs(
         networks=networks,
         decoder=decoder,
@@ -266,7 +271,7 @@ def measure(source: str, config: Config, prompts: int) -> Needs:
         conditions=condition * batch,
         cached=size(backbone.random_conditions(1).values()) * drawn_prompts(config, prompts),
         student_folder=exported * frozen.itemsize + decoder + text,
-        checkpoints=2 * (gradients + moments + averaged),
+        checkpoints=2 * writing,
         trained=sum(p.numel() for p in trained["student"]),
         parameters=parameters,
         flops=sum(flops for _, flops in found) / len(found) * batch * passes(config, guided),
@@ -274,6 +279,9 @@ def measure(source: str, config: Config, prompts: int) -> Needs:
         training=held_throughout + working(config, gradients, activated, pictures) + (resting or decoder * looks),
         # the average is copied out and lies in place of the student's own
         drawing=held_throughout + averaged + text + decoder + one_picture,
+        writing=writing,
+        exporting=exporting,
+        saving=held_throughout + resting + max(writing, exporting) if resting else 0,
         packed=[name for name, part in backbone.pipe.components.items() if hasattr(getattr(part, "config", None), "quantization_config")],
     )
 
@@ -406,6 +414,9 @@ def report(source: str, config: Config, prompts: int) -> str:
         f"  {gib(needs.encoding)}  while prompts are encoded",
         f"  {gib(needs.training)}  in training",
         f"  {gib(needs.drawing)}  while samples are drawn",
+        *([f"  {gib(needs.saving)}  while it is saved or exported"] if needs.saving else []),
+        f"in main memory{' for that' * bool(needs.saving)}: copies of {gib(needs.writing).strip()} while a checkpoint is written, of "
+        f"{gib(needs.exporting).strip()} while the student is exported",
         f"{needs.flops * config.updates / 1e15:,.2f} PFLOP in {config.updates} updates, rewards and decoder apart",
         f"on disk: {gib(needs.student_folder).strip()} student, {gib(needs.checkpoints).strip()} checkpoints, "
         f"{gib(needs.cached).strip()} conditions of {drawn_prompts(config, prompts)} prompts",

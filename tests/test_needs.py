@@ -9,7 +9,7 @@ import torch
 from pipelines import INCOMPLETE, PIPELINES
 from test_trainer import run_of
 
-from fewstep import cli, composition, flags, models, needs
+from fewstep import checkpoint, cli, composition, flags, models, needs
 
 every_family = pytest.mark.parametrize("name", PIPELINES | INCOMPLETE)
 
@@ -60,6 +60,17 @@ def test_networks_optimizers_and_activations_of_every_family(teachers, name, ran
     assert found.encoding == network + text + decoder
     assert found.drawing == found.networks + found.optimizer + found.conditions + student + text + decoder + found.one_picture
     assert found.training == found.drawing - found.one_picture - student + found.gradients + found.activations and found.pictures == 0
+    there = found.networks + found.optimizer + found.conditions + text + decoder
+    assert found.saving == there + max(found.writing, found.exporting) and found.writing == 4 * (student + fake) - fake
+    with needs.Peak(made := [p for role in roles[:3] for p in (*role.parameters(), *role.buffers())]) as peak:
+        checkpoint.pack(made)
+    assert peak.bytes == sum(x.nbytes for x in made)  # a checkpoint is a copy of what it holds, and no more
+    with needs.Peak(made) as peak:
+        average = {name: p.detach().clone() for name, p in roles.student_parameters.items()}
+        backbone.student_pipeline(roles, average, config.steps)
+    layer = max(p.nbytes for p in backbone.model.parameters())  # adapters are merged a layer at a time
+    tables = sum(x.nbytes for m in roles.student.modules() for x in vars(m).values() if isinstance(x, torch.Tensor))  # a few megabytes
+    assert found.exporting <= peak.bytes <= found.exporting + 3 * layer + 2 * tables
     noise = torch.randn(4, *backbone.latent_shape(config.sizes()[0]))
     cond = backbone.random_conditions(4)
     real = kept_by_autograd(roles, own, roles.student.network, noise, torch.full((4,), 500.0), cond)
@@ -157,6 +168,7 @@ def test_a_gpu_holds_in_each_phase_what_the_run_places_there(teachers, monkeypat
         needs.measure(source, dataclasses.replace(config, reward=reward), 7) for reward in ({}, {"clip": 1.0}, {"discriminator": 1.0})
     )
     throughout = plain.networks + plain.optimizer + plain.conditions
+    assert plain.saving == 0  # it takes main memory
     assert plain.training == apart.training == throughout + plain.gradients + plain.activations
     assert looking.training == plain.training + plain.decoder
     assert plain.encoding < plain.networks + plain.text  # the adapters come after it
