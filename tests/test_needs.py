@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from pipelines import INCOMPLETE, PIPELINES
 from test_trainer import run_of
 
@@ -91,6 +92,16 @@ def test_pictures_of_every_family(teachers, name):
     with torch.no_grad(), needs.Peak([*vae.parameters(), *vae.buffers()]) as peak:
         backbone.decode(torch.randn(1, *shape))
     assert found.one_picture == pytest.approx(peak.bytes, rel=0.1) and found.one_picture < found.pictures
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "PixArtSigmaPipeline"])
+def test_operations_of_an_adapter_are_those_of_both_its_products(teachers, name, monkeypatch):
+    """However they are made: added to the layer's output in place, or, as peft does it, one after the other."""
+    source = str(teachers / name)
+    config = config_of("--teacher", source, "--lora-rank", "2", "--size", "[16x16]")
+    found = needs.measure(source, config, 7)
+    monkeypatch.setattr("fewstep.models.backbone.AddedLinear.forward", LoraLinear.forward)
+    assert found.flops == needs.measure(source, config, 7).flops
 
 
 def test_the_most_that_lives_at_once():
