@@ -583,6 +583,30 @@ def test_a_weight_that_is_not_in_the_files_is_not_made_up(teachers, name, part, 
                 opens(str(folder))
 
 
+def test_a_students_tokenizers_are_its_teachers_files(teachers, tmp_path):
+    """transformers 5 writes them without what transformers 4 reads, and under other names."""
+    folder = shutil.copytree(teachers / "FluxPipeline", tmp_path / "teacher")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["tokenizer_2"] = ["transformers", "T5TokenizerFast"]  # as published
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "tokenizer_2" / "spiece.model").write_bytes(b"as published too")
+    (folder / "tokenizer_2" / "code.bin").write_bytes(b"a pickle")
+    backbone = models.load(str(folder))
+    backbone.encode(["a cat"])  # a tokenizer that was used would save its last padding
+    roles, student = backbone.roles(lora_rank=2), tmp_path / "student"
+    for _ in range(2):  # the second time over the first
+        backbone.save(backbone.student_pipeline(roles, roles.student_parameters, 2), student)
+    assert json.loads((student / "model_index.json").read_text())["tokenizer_2"] == index["tokenizer_2"]
+    for name in ("tokenizer", "tokenizer_2"):
+        given, saved = ({path.name: path.read_bytes() for path in (of / name).iterdir()} for of in (folder, student))
+        assert given.pop("code.bin", b"a pickle") == b"a pickle" and saved == given and "tokenizer.json" in saved
+    stock = models.stock_pipeline(student)
+    assert stock.tokenizer_2("a cat").input_ids == backbone.pipe.tokenizer_2("a cat").input_ids
+    again = models.load(str(student))
+    again.save(again.pipe, student)  # into the folder that it was read from
+    assert (student / "tokenizer_2" / "spiece.model").read_bytes() == b"as published too"
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_text_encoder_that_lies_in_few_bits_goes_with_the_student_as_it_is(teachers, bits, tmp_path):
     """transformers cannot write it again; and a check that reads no values may not unpack four bits."""

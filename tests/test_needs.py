@@ -305,6 +305,23 @@ def test_a_dry_run_reads_no_part_that_a_run_does_not_compute_with(teachers, tmp_
     assert skeleton.model.config.block_out_channels == whole.model.config.block_out_channels
 
 
+def test_a_tokenizer_may_be_a_sentencepiece_model_alone(teachers, tmp_path):
+    """As PixArt-Sigma's: spiece.model and no tokenizer.json."""
+    import shutil
+
+    import sentencepiece
+
+    teacher = shutil.copytree(teachers / "PixArtSigmaPipeline", tmp_path / "teacher")
+    (teacher / "tokenizer" / "tokenizer.json").unlink()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a cat", "two red hats", "a dog"] * 9), model_prefix=str(teacher / "tokenizer" / "spiece"), vocab_size=24,
+        hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    backbone = models.load(str(teacher))
+    assert len(backbone.pipe.tokenizer("a red cat").input_ids) > 2
+    assert needs.skeleton(str(teacher), torch.float32).pipe.tokenizer("a cat").input_ids == backbone.pipe.tokenizer("a cat").input_ids
+
+
 def test_models_lists_every_family(capsys):
     assert cli.main(["models"]) == 0
     told = capsys.readouterr().out

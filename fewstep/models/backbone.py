@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler, SchedulerMixin
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -34,6 +34,7 @@ from fewstep.schedule import DDPM, Flow, Schedule
 
 TRACES = 64  # of one block's function that torch may keep
 TOKENIZED = 1024  # prompts that a tokenizer is given at once
+KEPT = (".json", ".txt", ".model", ".jinja", ".safetensors")  # files of a part that a student has from its teacher as they are
 FEW_STEP = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")  # of teachers distilled to few steps alone
 
 
@@ -851,23 +852,31 @@ class Backbone:
             folder, **{f"{self.part}_lora_layers": self.lora_layers(weights), f"{self.part}_lora_adapter_metadata": adapter}
         )
 
-    def save(self, pipe: Any, folder: Path) -> None:
-        """A folder that stock diffusers opens. Its configurations do not say where on this machine the teacher lay.
+    def own_files(self, name: str, part: Any) -> Path | None:
+        """The folder with the teacher's own files of a part that a student has from it as they are, where they are still there.
 
-        A text encoder that is stored in 4 or 8 bits is the teacher's own files: transformers cannot write what it has read so.
+        Tokenizers and processors: transformers writes them in another form and under other names, which its earlier versions do not read.
+        A text encoder that is stored in 4 or 8 bits: transformers cannot write what it has read so.
         """
-        packed = {name: part for name, part in pipe.components.items() if stored_packed(part)}
-        entries, whole = {name: pipe.config[name] for name in packed}, copy.copy(pipe)
-        whole.register_modules(**dict.fromkeys(packed))
+        if part is None or isinstance(part, SchedulerMixin) or (isinstance(part, nn.Module) and not stored_packed(part)):
+            return None
+        network = self.model.config.get("_name_or_path")
+        folder = Path(network).parent / name if network else None
+        return folder if folder is not None and folder.is_dir() else None
+
+    def save(self, pipe: Any, folder: Path) -> None:
+        """A folder that stock diffusers opens. Its configurations do not say where on this machine the teacher lay."""
+        kept = {name: own for name, part in pipe.components.items() if (own := self.own_files(name, part)) is not None}
+        entries, whole = {name: index_of(str(own.parent))[name] for name, own in kept.items()}, copy.copy(pipe)
+        whole.register_modules(**dict.fromkeys(kept))
         for name in pipe.components:  # of an earlier save in more files: diffusers leaves it, and then looks for those
             for index in (folder / name).glob("*.safetensors.index.json"):
                 index.unlink()
         whole.save_pretrained(folder, safe_serialization=True)
-        for name, part in packed.items():
-            (folder / name).mkdir(exist_ok=True)
-            for file in Path(part.name_or_path).iterdir():
-                if file.suffix in (".json", ".safetensors"):
-                    shutil.copy(file, folder / name)
+        for name, own in kept.items():
+            if own.resolve() != (folder / name).resolve():
+                shutil.rmtree(folder / name, ignore_errors=True)
+                shutil.copytree(own, folder / name, ignore=lambda _, files: [file for file in files if Path(file).suffix not in KEPT])
         for path in (folder / "model_index.json", *(folder / part / "config.json" for part in pipe.components)):
             if path.is_file():
                 config = json.loads(path.read_text(), object_hook=without_path)
