@@ -38,7 +38,7 @@ def distill(
 
     from fewstep import flags
     from fewstep.errors import UserError
-    from fewstep.launch import first_alone_prints
+    from fewstep.launch import anything_prints, first_alone_prints
     from fewstep.run import distill as run
 
     if not isinstance(teacher, (str, Path)):
@@ -67,7 +67,7 @@ def distill(
     own = {"teacher": teacher, "prompts": prompts if given is None else None, "steps": steps, "output": output, "reward": weights}
     own |= {"scorer": scorers, **config}
     arguments = [*flags.as_arguments(own), *(f"--judge.{name}={source or 'null'}" for name, source in beside.items())]
-    with first_alone_prints():
+    with anything_prints(), first_alone_prints():
         parsed = flags.parse_config(flags.on_family_recipe(arguments))
         stopped = run(parsed, functions, {name: judge for name, judge in (judges or {}).items() if callable(judge)}, given) != 0
     if stopped:

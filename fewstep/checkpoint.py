@@ -14,6 +14,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fewstep.disk import errno_of
+from fewstep.disk import errno_of, rename
 
 FILES = ("state.safetensors", "state.json")
 TENSOR = "__tensor__"
@@ -75,7 +76,9 @@ def digest(path: Path) -> str:
 
 def sync(path: Path) -> None:
     """Force a file or a folder's entries to disk."""
-    handle = os.open(path, os.O_RDONLY)
+    if path.is_dir() and os.name == "nt":  # which opens no folder, and has no call for its entries
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs no file that is open for reading alone
     try:
         os.fsync(handle)
     finally:
@@ -97,18 +100,18 @@ def save(root: str | Path, step: int, tree: Any, *, keep: int = 2) -> Path:
         clear(root)
         temporary.mkdir()
         save_file(tensors, temporary / FILES[0])
-        (temporary / FILES[1]).write_text(json.dumps(value))
+        (temporary / FILES[1]).write_text(json.dumps(value), encoding="utf-8")
         manifest = {name: {"bytes": (temporary / name).stat().st_size, "sha256": digest(temporary / name)} for name in FILES}
-        (temporary / "manifest.json").write_text(json.dumps({"step": step, "files": manifest}, indent=1))
+        (temporary / "manifest.json").write_text(json.dumps({"step": step, "files": manifest}, indent=1), encoding="utf-8")
         for name in (*FILES, "manifest.json"):
             sync(temporary / name)
         sync(temporary)
         if final.exists():  # the same step saved again: between the two renames the old one is found under its stale name
-            final.rename(stale)
-            temporary.rename(final)
-            shutil.rmtree(stale)
+            rename(final, stale)
+            rename(temporary, final)
+            discard(stale)
         else:
-            temporary.rename(final)
+            rename(temporary, final)
         sync(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -118,8 +121,14 @@ def save(root: str | Path, step: int, tree: Any, *, keep: int = 2) -> Path:
         number = errno_of(error) or errno.EIO
         raise OSError(number, f"could not write checkpoint of {size} bytes: {os.strerror(number)}", str(final)) from error
     for old in checkpoints(root)[:-keep]:
-        shutil.rmtree(old)
+        discard(old)
     return final
+
+
+def discard(folder: Path) -> None:
+    """Remove what is not needed any more; on Windows what another process reads just then stays until the next save."""
+    with suppress(PermissionError):
+        shutil.rmtree(folder)
 
 
 def clear(root: Path) -> None:
@@ -131,7 +140,7 @@ def clear(root: Path) -> None:
             stale.rename(final)
             warnings.warn(f"{final}: the save that was to take its place was killed; the earlier one is back", stacklevel=2)
         else:
-            shutil.rmtree(stale)
+            discard(stale)
     for left in root.glob(".writing-*"):
         shutil.rmtree(left)
 
@@ -157,7 +166,7 @@ def checkpoints(root: str | Path) -> list[Path]:
 def check(folder: Path) -> None:
     """Raises DamagedCheckpoint when a file of the checkpoint is missing, truncated or altered."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         files = {name: (int(manifest["files"][name]["bytes"]), str(manifest["files"][name]["sha256"])) for name in FILES}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{folder / 'manifest.json'}: unreadable manifest ({error})") from error
@@ -172,12 +181,13 @@ def check(folder: Path) -> None:
 
 
 def load(folder: str | Path, *, only: Collection[str] | None = None) -> Any:
-    """Read one checkpoint, or some keys of it: the rest of it may be many times the student. Raises DamagedCheckpoint when a file is
-    missing, truncated or altered.
+    """Read one checkpoint, or some keys of it: the rest of it may be many times the student. Its tensors are the file itself, mapped: none
+    of them may be kept, or the disk never gets the file's room back, and Windows does not even remove it. Raises DamagedCheckpoint when a
+    file is missing, truncated or altered.
     """
     folder = Path(folder)
     check(folder)
-    value = json.loads((folder / FILES[1]).read_text())
+    value = json.loads((folder / FILES[1]).read_text(encoding="utf-8"))
     if only is not None:
         value = {key: value[key] for key in only}
     with safe_open(folder / FILES[0], "pt") as file:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fewstep.disk import DISK  # the rest is each command's own: a reward's server needs little of it
 from fewstep.errors import UserError, nearest
-from fewstep.launch import first_alone_prints, launched
+from fewstep.launch import anything_prints, first_alone_prints, launched
 
 HELP = """usage: fewstep COMMAND [OPTIONS]
 
@@ -49,7 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[0] not in commands:
         return complain(f"unknown command {arguments[0]!r}{nearest(arguments[0], commands)}")
     try:
-        return commands[arguments[0]](arguments[1:])
+        with anything_prints():
+            return commands[arguments[0]](arguments[1:])
     except UserError as error:
         return complain(str(error))
     except ValueError as error:
@@ -215,7 +216,7 @@ def compare_command(arguments: list[str]) -> int:
     table.plot([entry for entry in summary if entry["row"] not in of_fronts], options.output / "compare.png")
     if any(entry["row"] in of_fronts for entry in summary):
         table.plot_pareto(summary, options.output / "pareto.png")
-    print((options.output / "compare.md").read_text())
+    print((options.output / "compare.md").read_text(encoding="utf-8"))
     return 0
 
 

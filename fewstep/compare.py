@@ -525,7 +525,7 @@ def kept(plan: Plan) -> Cells:
     """The folder's cells of known rows that were made in this way; says of every other that it is not used."""
     cells: Cells = {}
     for path in sorted(plan.output.glob("cells/*.json")):
-        cell = json.loads(path.read_text())
+        cell = json.loads(path.read_text(encoding="utf-8"))
         row, seed = cell["row"], cell["seed"]
         known = row in EVERY_ROW or row in TEACHER_ROWS
         if known and cell["stamp"] == stamp_of(plan, row, seed):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import re
-import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ LOCK = ".lock"
 
 
 def errno_of(error: Exception) -> int | None:
-    """The system's number of a failed write; safetensors has it in the text of an error of its own, as `(os error 28)`."""
+    """The system's number of a failed write; safetensors has it in the text of an error of its own, as `(os error 28)`, by Windows' own
+    numbers there."""
     if isinstance(error, OSError):
         return error.errno
     # by its name, for its module is not imported here
     found = re.search(r"os error (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
-    return int(found[1]) if found else None
+    return OSError(int(found[1]), "", None, int(found[1])).errno if found else None  # the last is Windows' number, ignored elsewhere
 
 
 @contextmanager
@@ -45,8 +46,9 @@ def check_writable(name: str, folder: Path) -> None:
     """Makes the folder and tries to write in it. name: of the flag or field that gave it. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tried = folder / f".writable.{os.getpid()}"  # no name of tempfile's: it tries others for ever where Windows lets none be made
+        tried.touch()
+        tried.unlink()
     except OSError as error:
         raise UserError(f"{name}: cannot write to {folder} ({error.strerror})") from error
 
@@ -79,8 +81,21 @@ def alone(name: str, folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (folder / LOCK).unlink(missing_ok=True)  # while it is held: whoever comes next makes one anew
+        with suppress(PermissionError):  # Windows unlinks no open file: filelock does it there, after the release
+            (folder / LOCK).unlink(missing_ok=True)  # while it is held: whoever comes next makes one anew
         lock.release()
+
+
+def rename(path: Path, target: Path) -> None:
+    """`Path.replace`, tried for some seconds: on Windows it fails for as long as anything, such as a virus scanner, reads the file, one in
+    the folder, or the file whose place it takes."""
+    for pause in (0.1, 0.5, 2.0):
+        try:
+            path.replace(target)
+            return
+        except PermissionError:
+            time.sleep(pause)
+    path.replace(target)
 
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:
@@ -93,7 +108,7 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
     with naming(path.parent):
         try:
             write(temporary)
-            temporary.replace(path)
+            rename(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -161,8 +161,8 @@ def keeps_guidance(student: Path) -> bool:
     unet, run = student / "unet" / "config.json", student / "config.yaml"
     try:
         if unet.is_file():
-            return json.loads(unet.read_text()).get("time_cond_proj_dim") is not None
-        return run.is_file() and isinstance(yaml.safe_load(run.read_text())["matching"]["guidance"], list)
+            return json.loads(unet.read_text(encoding="utf-8")).get("time_cond_proj_dim") is not None
+        return run.is_file() and isinstance(yaml.safe_load(run.read_text(encoding="utf-8"))["matching"]["guidance"], list)
     except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):  # whoever reads the folder as what it is says what is wrong
         return False
 
@@ -219,7 +219,7 @@ def export(
         write(student, to, output, name=folder.resolve().name)
         results = None
         if measured and (folder / "evaluation.json").is_file():
-            results = results_markdown(json.loads((folder / "evaluation.json").read_text()))
+            results = results_markdown(json.loads((folder / "evaluation.json").read_text(encoding="utf-8")))
             shutil.copy(folder / "evaluation.json", output)
         if measured and (folder / "samples.png").is_file():
             shutil.copy(folder / "samples.png", output)
@@ -515,5 +515,5 @@ def steps_in(scheduler: Mapping[str, Any]) -> int | None:
 
 def steps_of(student: Path) -> int | None:
     """Steps that a student's scheduler was made for; None when it does not say."""
-    scheduler = json.loads((student / "scheduler" / "scheduler_config.json").read_text())
+    scheduler = json.loads((student / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     return steps_in(scheduler) or scheduler.get("original_inference_steps")

@@ -338,7 +338,7 @@ def check_student(folder: Path) -> bool:
         if not (folder / "model_index.json").is_file():
             raise UserError(f"{folder}: holds no finished student (no model_index.json)")
         return True
-    if hub.parts(str(folder)) is None:
+    if hub.parts(folder.as_posix()) is None:
         raise UserError(f"{folder}: no such folder, and not a hub id (owner/name)")
     return False
 

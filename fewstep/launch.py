@@ -1,9 +1,11 @@
-"""How this process was started: by itself, or as one of several by torchrun or `accelerate launch`."""
+"""How this process was started: by itself, or as one of several by torchrun or `accelerate launch`; and where what it prints goes."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import sys
 from collections.abc import Iterator
 
 
@@ -29,5 +31,22 @@ def first_alone_prints() -> Iterator[None]:
     if launched()[0] == 0:
         yield
         return
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
+
+
+@contextlib.contextmanager
+def anything_prints() -> Iterator[None]:
+    """Within, what stdout has no character for is printed as a question mark: on Windows a file or a pipe takes those of a code page, which
+    has no arrows, and the word of a prompt may be in any script."""
+    out = sys.stdout
+    if not isinstance(out, io.TextIOWrapper):  # a notebook's takes all
+        yield
+        return
+    before = out.errors
+    out.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # of a pipe that nobody reads any more
+            out.reconfigure(errors=before)

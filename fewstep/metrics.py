@@ -65,7 +65,7 @@ def known(logs: dict[str, float]) -> dict[str, float]:
 def logged(path: Path) -> list[dict[str, Any]]:
     """What the updates of a metrics.jsonl logged; a line that was cut, as by a kill, is left out."""
     found = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             found.append(json.loads(line))
         except ValueError:
@@ -80,9 +80,9 @@ class MetricsLog:
         self.path = output / "metrics.jsonl"
         kept = []
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if line and is_before(line, update)]
+            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if line and is_before(line, update)]
         replace_text(self.path, "".join(line + "\n" for line in kept))
-        self.file = self.path.open("a")
+        self.file = self.path.open("a", encoding="utf-8")
         self.board = None
         try:
             from torch.utils.tensorboard import SummaryWriter

@@ -379,9 +379,9 @@ def capacity(device: str) -> tuple[int, str]:
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return properties.total_memory, properties.name
-    import os
+    import psutil
 
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory"
+    return psutil.virtual_memory().total, "this machine's memory"
 
 
 def largest_part(config: Config, needs: Needs, room: float) -> int:

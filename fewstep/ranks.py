@@ -20,6 +20,7 @@ import torch
 import torch.distributed as processes
 from torch import Tensor
 
+from fewstep.errors import UserError
 from fewstep.launch import launched, place
 
 BUCKET = 2**24  # numbers that travel together
@@ -50,11 +51,15 @@ class Ranks:
         rank, size = launched()
         ranks = cls(rank, size)
         if size > 1:
-            if torch.cuda.is_available():
+            gpus = torch.cuda.is_available()
+            if gpus and not processes.is_nccl_available():
+                raise UserError("several processes with GPUs speak by NCCL, and this torch has none, as on Windows: start one process")
+            if gpus:
                 torch.cuda.set_device(place())
             store, _, _ = next(processes.rendezvous("env://", rank, size, timeout=PATIENCE))
-            # gloo for tensors on the CPU, NCCL for those on a GPU
-            processes.init_process_group(store=processes.PrefixStore("run", store), rank=rank, world_size=size, timeout=PATIENCE)
+            # named: unasked, torch has one for the tensors of the machine's accelerator alone, as of a Mac's, which no run takes
+            backend, own = "cpu:gloo,cuda:nccl" if gpus else "cpu:gloo", processes.PrefixStore("run", store)
+            processes.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=PATIENCE)
             warnings.showwarning = functools.partial(show_once, processes.PrefixStore("warnings", store), Counter(), ranks.show)
         return ranks
 

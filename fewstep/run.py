@@ -52,7 +52,7 @@ def check_output(config: Config) -> None:
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise UserError(f"output: {output} is a file; name a folder")
-    if config.init is not None and Path(config.init).resolve() == output.resolve():
+    if config.init is not None and is_one(Path(config.init), output):
         raise UserError(f"init: {output} is the output folder itself; name another --output, or go on with --resume")
     if config.init is not None and not config.resume and not (Path(config.init) / "checkpoints").is_dir():
         raise UserError(f"init: {config.init} holds no checkpoints of a run; what `fewstep export` writes has none")
@@ -76,23 +76,29 @@ def holds_run(output: Path) -> bool:
     import yaml
 
     try:
-        saved = yaml.safe_load((output / "config.yaml").read_text())
+        saved = yaml.safe_load((output / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return False
     return isinstance(saved, dict) and {"student", "fake", "matching"} <= saved.keys()
 
 
+def is_one(path: Path, other: Path) -> bool:
+    """Whether both name one file or folder that is there, as OUT and out do on a Mac."""
+    return path.exists() and other.exists() and path.samefile(other)
+
+
 def check_spared(config: Config) -> None:
     """Raises UserError naming the first field that reads from what `--overwrite` deletes."""
-    output = Path(config.output).resolve()
+    output = Path(config.output)
+    held = [output / name for name in RUN_FILES if (output / name).exists()]
     read = {"teacher": config.teacher, "discriminator.latents": config.discriminator.latents}
     read |= {f"{kind}.{name}": source for kind in ("scorer", "judge") for name, source in getattr(config, kind).items()}
     if not keeps_prompts(config):
         read["prompts"] = config.prompts
     for field, source in read.items():
         path = Path(str(source)).resolve()
-        deleted = any(path.is_relative_to(output / name) for name in RUN_FILES)
-        if path.exists() and (deleted or (path == output and field == "teacher" and source != "world")):
+        deleted = any(is_one(at, each) for at in (path, *path.parents) for each in held)
+        if path.exists() and (deleted or (is_one(path, output) and field == "teacher" and source != "world")):
             raise UserError(f"overwrite: {field} is {source}, among what --overwrite deletes in {config.output}; name another --output")
 
 
@@ -125,7 +131,7 @@ def check_same_run(config: Config, path: Path) -> None:
         return as_values(plain | {"scorer": scorers, "prompts": prompts})
 
     # a field that an earlier version did not have is as it is by default
-    before, now = values(as_plain(Config())) | values(yaml.safe_load(path.read_text())), values(as_plain(config))
+    before, now = values(as_plain(Config())) | values(yaml.safe_load(path.read_text(encoding="utf-8"))), values(as_plain(config))
     if before["teacher"] == hub.split(config.teacher)[0]:  # an earlier version did not write the commit
         before["teacher"] = now["teacher"]
     for name in before | now:
@@ -247,6 +253,7 @@ def carry_out(config: Config, prompts: list[str], source: str, functions: dict[s
             ) from error
     elif config.init is not None:
         start_from(run, Path(config.init))
+    del state  # a checkpoint that is in use cannot be removed (`checkpoint.load`)
     with naming(output):
         if first:
             if config.overwrite:  # not before: all that can fail at the start has not, and the earlier run was there until now

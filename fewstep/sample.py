@@ -26,7 +26,7 @@ def command(arguments: list[str]) -> int:
     from fewstep.flags import check_student, saved_config
 
     own = check_student(options.folder)
-    folder = options.folder if own else on_hub(str(options.folder), weights=True)[1]
+    folder = options.folder if own else on_hub(options.folder.as_posix(), weights=True)[1]
     made_for = steps_of(folder)
     steps = options.steps if options.steps is not None else made_for
     if steps is None:
@@ -51,7 +51,8 @@ def command(arguments: list[str]) -> int:
         raise UserError(f"--size: {error}") from error
     pipe, call = backbone.pipe.to(device), backbone.student_told(scale) | backbone.told_size(size)
     try:
-        with naming(output), (output / "pictures.jsonl").open("a", buffering=1) as log:  # a line is there with its picture
+        listing = output / "pictures.jsonl"
+        with naming(output), listing.open("a", buffering=1, encoding="utf-8") as log:  # a line is there with its picture
             drawn = pictures(pipe, prompts, options.n, seed=options.seed, call={"num_inference_steps": steps} | call)
             for number, (prompt, index, image) in enumerate(drawn):
                 line = {"prompt": prompt, "seed": options.seed, "index": index, "steps": steps}

@@ -720,12 +720,13 @@ class Trainer:
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state()` was taken. Raises DamagedCheckpoint when it is of another model."""
+        """Continue exactly where `state()` was taken; nothing of it is kept but copies. Raises DamagedCheckpoint when it is of another
+        model."""
         copy_parameters(self.parameters, state["student"], "student")
         for name, optimizer in self.online.items():
             copy_parameters(self.terms[name].parameters, state["online"][name], name)
-            optimizer.load_state_dict(state["online_optimizer"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(optimizer, state["online_optimizer"][name])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.ema.load_state_dict(state["ema"])
         self.ema.to(self.device)
         self.update, self.rollouts, self.used, self.running = state["update"], state["rollouts"], state["used"], state["running"]
@@ -760,11 +761,11 @@ class Trainer:
     def as_rollout(self, saved: dict[str, Any]) -> Rollout:
         """A rollout as `state` keeps it; its conditions are made again from its prompts and scales."""
         cond = self.conditions(saved["prompts"], None if self.config.matching.guidance_range is None else saved["guidance"])
-        states, x0, group = (saved[key].to(self.device) for key in ("states", "x0", "group"))
+        states, x0, group = (self.here(saved[key]) for key in ("states", "x0", "group"))
         return Rollout(states, x0, self.student.times[: len(states)], cond, group, saved["prompts"])
 
     def here(self, value: Any) -> Any:
-        return value.to(self.device) if isinstance(value, Tensor) else value
+        return value.to(self.device, copy=True) if isinstance(value, Tensor) else value
 
     def save(self, output: Path) -> None:
         """A checkpoint, by the first process. Raises RuntimeError where another holds another student."""
@@ -772,6 +773,13 @@ class Trainer:
         state = self.state()
         if self.ranks.rank == 0:
             checkpoint.save(output / "checkpoints", self.update, state)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Give an optimizer its saved state. On a CPU it would keep those tensors themselves, on a GPU those that count its steps."""
+    optimizer.load_state_dict(saved)
+    for held in optimizer.state.values():
+        held.update({key: value.clone() for key, value in held.items() if isinstance(value, Tensor) and value.device.type == "cpu"})
 
 
 def copy_parameters(own: Parameters, saved: dict[str, Tensor], who: str) -> None:

@@ -117,8 +117,8 @@ def test_a_kill_at_any_point_of_a_save_leaves_the_old_or_the_new(tmp_path, step)
 
         def work():
             checkpoint.save(root, 1, {"x": torch.zeros(3)}, keep=1)
-            points = [(checkpoint, "save_file"), (checkpoint, "sync"), (checkpoint, "digest"), (checkpoint.shutil, "rmtree")]
-            for owner, name in [*points, (Path, "write_text"), (Path, "rename"), (Path, "mkdir")]:
+            points = [(checkpoint, name) for name in ("save_file", "sync", "digest", "rename")]
+            for owner, name in [*points, (checkpoint.shutil, "rmtree"), (Path, "write_text"), (Path, "mkdir")]:
                 setattr(owner, name, deadly(getattr(owner, name)))
             checkpoint.save(root, step, {"x": torch.ones(3)}, keep=1)
 
@@ -208,14 +208,14 @@ def test_a_read_only_folder_is_named_with_the_bytes(tmp_path):
 
 def test_a_rename_that_fails_puts_the_old_one_back(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, 1, {"x": torch.zeros(3)})
-    rename = Path.rename
+    rename = checkpoint.rename
 
-    def refused(self, target):
-        if self.name.startswith(".writing"):
+    def refused(path, target):
+        if path.name.startswith(".writing"):
             raise OSError(errno.EIO, "Input/output error")
-        return rename(self, target)
+        rename(path, target)
 
-    monkeypatch.setattr(Path, "rename", refused)
+    monkeypatch.setattr(checkpoint, "rename", refused)
     with pytest.raises(OSError, match="12 bytes: Input/output error"):
         checkpoint.save(tmp_path, 1, {"x": torch.ones(3)})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]

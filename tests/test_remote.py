@@ -677,7 +677,7 @@ def test_the_server_needs_nothing_of_the_rest_of_the_package():
 )
 def test_what_cannot_be_served_is_said_in_one_line(capsys, monkeypatch, tmp_path, faulty, reward_file, arguments, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("uvicorn.run", lambda *_, **__: pytest.fail("it serves"))  # and would for ever
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: pytest.fail("it serves"))  # and would for ever
     free = free_port()
     late = tmp_path / "late.py"  # while it loads, another server takes the port
     late.write_text(

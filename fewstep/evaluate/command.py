@@ -228,7 +228,7 @@ def check_teacher(teacher: str, options: Any) -> None:
     from fewstep.export import steps_in
 
     scheduler = Path(teacher) / "scheduler" / "scheduler_config.json"
-    made_for = steps_in(json.loads(scheduler.read_text())) if scheduler.is_file() else None
+    made_for = steps_in(json.loads(scheduler.read_text(encoding="utf-8"))) if scheduler.is_file() else None
     if made_for is None:
         return
     why = f"{teacher} is itself a student of {made_for} steps and is drawn as one"
@@ -244,7 +244,7 @@ def command(arguments: list[str]) -> int:
 
     options = read_options(arguments)
     folder, own = options.folder, check_student(options.folder)
-    source, described = (str(folder), folder) if own else on_hub(str(folder))
+    source, described = (str(folder), folder) if own else on_hub(folder.as_posix())
     config: Config | None = saved_config(folder) if (folder / "config.yaml").is_file() else None
     remote = (config or Config()).remote if options.timeout is None else RemoteConfig(options.timeout)
     if problems := Config(remote=remote).problems():

@@ -77,7 +77,7 @@ def index_of(source: str) -> dict[str, Any]:
     else:
         index = index_on_hub(source)
     try:
-        found = json.loads(index.read_text())
+        found = json.loads(index.read_text(encoding="utf-8"))
         if not isinstance(found["_class_name"], str | list):  # a pipeline with code of its own has a list there
             raise TypeError("its _class_name names no class")
     except (ValueError, KeyError, TypeError) as error:
@@ -142,7 +142,7 @@ def weights_in(folder: Path) -> dict[str, str]:
             for i in range(STRETCHES):
                 file.seek(i * size // STRETCHES)
                 digest.update(file.read(STRETCH))
-        found[str(path.relative_to(folder))] = digest.hexdigest()
+        found[path.relative_to(folder).as_posix()] = digest.hexdigest()
     return found
 
 
@@ -152,7 +152,7 @@ def changed_since(source: str, run: Path) -> str | None:
     kept, folder = run / TEACHER_FILES, Path(source)
     if not kept.is_file() or not folder.is_dir():
         return None
-    before, now = json.loads(kept.read_text()), weights_in(folder)
+    before, now = json.loads(kept.read_text(encoding="utf-8")), weights_in(folder)
     return next((name for name in sorted(before | now) if before.get(name) != now.get(name)), None)
 
 

@@ -879,7 +879,7 @@ class Backbone:
                 shutil.copytree(own, folder / name, ignore=lambda _, files: [file for file in files if Path(file).suffix not in KEPT])
         for path in (folder / "model_index.json", *(folder / part / "config.json" for part in pipe.components)):
             if path.is_file():
-                config = json.loads(path.read_text(), object_hook=without_path)
+                config = json.loads(path.read_text(encoding="utf-8"), object_hook=without_path)
                 if path.parent == folder:
                     config |= entries
-                path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+                path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

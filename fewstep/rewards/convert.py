@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from fewstep.disk import rename
 from fewstep.rewards import REWARDS, files, sources
 
 # argv: pickle, safetensors. weights_only refuses everything but tensors and plain containers; nothing of fewstep is imported.
@@ -64,14 +65,14 @@ def convert(name: str, file: Path, output: Path, *, clip: str | None = None) -> 
             raise ValueError(f"{file}: cannot be converted: {' '.join(done.stderr.split())[-600:]}")
         from safetensors.torch import load_file
 
-        state = load_file(held)
+        state = {name: value.clone() for name, value in load_file(held).items()}  # Windows removes no file that tensors still map
         made = Path(folder) / "made"
         made.mkdir()
         try:
             (write_aesthetic if name == "aesthetic" else write_clip)(name, state, source, made)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
-        made.rename(output)
+        rename(made, output)
 
 
 def write_aesthetic(name: str, state: dict[str, Any], source: str, folder: Path) -> None:
@@ -81,7 +82,8 @@ def write_aesthetic(name: str, state: dict[str, Any], source: str, folder: Path)
 
     save_file(check_head(state), folder / "model.safetensors")
     local = Path(source).expanduser()
-    (folder / "reward.json").write_text(json.dumps({"clip": str(local.resolve()) if local.is_dir() else source}) + "\n")
+    named = {"clip": str(local.resolve()) if local.is_dir() else source}
+    (folder / "reward.json").write_text(json.dumps(named) + "\n", encoding="utf-8")
 
 
 def write_clip(name: str, state: dict[str, Any], source: str, folder: Path) -> None:

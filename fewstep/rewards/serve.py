@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -230,7 +231,8 @@ def check_device(text: str) -> str:
 def claim(port: int) -> socket.socket:
     """A socket bound to a port of this machine that nothing listens on; it does not listen yet. Raises ValueError."""
     held = socket.socket()
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what is left of a server that has just ended is no obstacle
+    # what is left of a server that has just ended is no obstacle; Windows' SO_REUSEADDR would share the port with one that lives
+    held.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR), 1)
     held.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # an answer's body does not wait for the receipt of its head
     try:
         held.bind((HOST, port))
@@ -334,6 +336,8 @@ def command(arguments: list[str]) -> int:
     for key, low, high in (("port", 1, 65535), ("workers", 1, 64), ("batch", 1, 1024)):
         if not low <= getattr(options, key) <= high:
             raise ValueError(f"--{key}: must be {low} .. {high}, got {getattr(options, key)}")
+    if options.workers > 1 and os.name == "nt":  # whose event loop takes a socket that no other process has
+        raise ValueError("--workers: on Windows a server is one process; start several, each with a --port of its own")
     try:
         import python_multipart  # noqa: F401
         import starlette  # noqa: F401
@@ -353,7 +357,9 @@ def command(arguments: list[str]) -> int:
             raise busy(options.port, error) from error
         print(f"{name} ({version}) on http://{HOST}:{options.port}, {options.workers} worker(s) on {options.device}", flush=True)
         if options.workers == 1:
-            uvicorn.run(application(name, version, score, batch=options.batch, device=options.device), fd=held.fileno(), **SETTINGS)
+            served = application(name, version, score, batch=options.batch, device=options.device)
+            with suppress(KeyboardInterrupt):  # uvicorn has ended by it, and raises it again
+                uvicorn.Server(uvicorn.Config(served, **SETTINGS)).run(sockets=[held])
             return 0
         del score  # it was built to see that it can be; each worker builds its own
         return supervise(options, held)

@@ -175,7 +175,7 @@ def records(
 
 def write_records(path: Path, told: dict[str, dict[str, str]], update: int) -> list[str]:
     """Append what changed since the last start of the run; returns a line for each reward that is not what it was."""
-    kept: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+    kept: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     before = kept[-1]["rewards"] if kept else {}
     lines = [
         f"reward {name!r} is version {now['version']} now; until update {update} it was {before[name]['version']}"

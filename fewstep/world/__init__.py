@@ -19,7 +19,7 @@ NEIGHBOURS = 3 * VARIANTS  # k of precision and recall: a copy's nearest neighbo
 
 def prompts(split: str) -> list[str]:
     """`train` to distil with, `evaluate` to measure with (captions of held-out pictures), `grid` to look at."""
-    return json.loads((ASSETS / "prompts.json").read_text())[split]
+    return json.loads((ASSETS / "prompts.json").read_text(encoding="utf-8"))[split]
 
 
 def latents() -> Any:

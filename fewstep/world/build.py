@@ -111,14 +111,14 @@ def save_teacher(pipe: StableDiffusionPipeline, folder: Path) -> None:
     pipe.scheduler = teacher.make_scheduler()
     pipe.to(torch.float16).save_pretrained(folder, safe_serialization=True)
     path = folder / "text_encoder" / "config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     config["dtype"] = "float32"
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     # the folder that a part was read from is nobody's business
     for config_file in (folder / "model_index.json", *folder.glob("*/config.json")):
-        content = json.loads(config_file.read_text())
+        content = json.loads(config_file.read_text(encoding="utf-8"))
         content.pop("_name_or_path", None)
-        config_file.write_text(json.dumps(content, indent=2) + "\n")
+        config_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def build_scorers(pictures: list[data.Picture], tokenizer: CLIPTokenizer, work: Path, scale: float) -> dict[str, CLIPModel]:
@@ -158,9 +158,9 @@ def measure(pictures: list[data.Picture], pipe: StableDiffusionPipeline, models:
     mean, _ = teacher.encode(pipe.vae, data.to_tensor(drawn))
     save_file({"latents": mean.half().contiguous(), "heldout": torch.tensor([p.heldout for p in drawn])}, assets / "latents.safetensors")
     rows = [{"code": p.code, "style": p.style, "name": p.name, "subcategory": p.subcategory, "heldout": p.heldout} for p in drawn]
-    (assets / "pictures.json").write_text(json.dumps(rows))
+    (assets / "pictures.json").write_text(json.dumps(rows), encoding="utf-8")
 
-    held_prompts = json.loads((assets / "prompts.json").read_text())["evaluate"]
+    held_prompts = json.loads((assets / "prompts.json").read_text(encoding="utf-8"))["evaluate"]
     sampling = {"steps": world.TEACHER_STEPS, "guidance": world.TEACHER_GUIDANCE}
     sample = {seed: drawing.generate(pipe, held_prompts, 4, seed=seed, **sampling)[0] for seed in (0, 1)}
     first, second = (clip_features(extractor, images) for images in sample.values())
@@ -223,12 +223,12 @@ def main() -> None:
     for name in models:
         shutil.copytree(work / "scorers" / name, assets / name, dirs_exist_ok=True)
     save_teacher(pipe, assets / "teacher")
-    (assets / "prompts.json").write_text(json.dumps(prompt_sets(pictures, tokenizer), indent=0))
+    (assets / "prompts.json").write_text(json.dumps(prompt_sets(pictures, tokenizer), indent=0), encoding="utf-8")
     card = measure(pictures, drawing.open_pipeline(assets / "teacher", "cpu"), models, assets)
     samples.ship(
         assets / "samples",
         teacher=assets / "teacher",
-        prompts=json.loads((assets / "prompts.json").read_text())["evaluate"],
+        prompts=json.loads((assets / "prompts.json").read_text(encoding="utf-8"))["evaluate"],
         scorers=world.load_scorers(assets, device=str(device())),
         utility=gold_utility,
         steps=4,
@@ -236,7 +236,7 @@ def main() -> None:
         images_per_prompt=world.IMAGES_PER_PROMPT,
         device=str(device()),
     )
-    (assets / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    (assets / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(card, indent=1))
 
 

@@ -252,10 +252,10 @@ def save_scorer(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> Non
     """A stock folder for `CLIPModel` and `CLIPProcessor`: weights in float16, declared float32 so that they load as that."""
     copy.deepcopy(model).half().save_pretrained(folder)
     path = Path(folder) / "config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     for part in (config, config["text_config"], config["vision_config"]):
         part["dtype"] = "float32"
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     size = {"height": SIZE, "width": SIZE}
     processor = CLIPImageProcessor(size=size, do_center_crop=False, crop_size=size, resample=2, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     CLIPProcessor(image_processor=processor, tokenizer=tokenizer).save_pretrained(folder)

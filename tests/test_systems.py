@@ -1,0 +1,311 @@
+"""What Windows and macOS answer otherwise than Linux, given by the calls themselves, and what fewstep makes of it."""
+
+import ast
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import types
+from pathlib import Path, PureWindowsPath
+
+import pytest
+import torch
+from forked import ended, free_port, start
+from safetensors.torch import save_file
+from small_run import SEVERAL, trainer_of
+
+import fewstep
+from fewstep import checkpoint, cli, disk, flags, launch, needs, run
+from fewstep.errors import UserError
+from fewstep.ranks import Ranks
+from fewstep.rewards import serve
+from fewstep.rewards.convert import convert
+
+ROOT = Path(fewstep.__file__).parent
+
+
+class Windows(types.ModuleType):
+    """`os` to a module that asks it where it runs; all else is as it is here."""
+
+    name = "nt"
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+
+def refused(*_, **__):
+    raise PermissionError(13, "The process cannot access the file because it is being used by another process")
+
+
+# Files
+
+
+@pytest.fixture
+def strict_sync(monkeypatch):
+    """Windows opens no folder, and syncs no file that is open for reading alone."""
+    fcntl, opened, synced = pytest.importorskip("fcntl"), os.open, os.fsync
+
+    def fsync(handle):
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(9, "Bad file descriptor")
+        synced(handle)
+
+    def open_one(path, mode, *rest, **told):
+        if told.get("dir_fd") is None and Path(path).is_dir():
+            raise PermissionError(13, "Permission denied")
+        return opened(path, mode, *rest, **told)
+
+    monkeypatch.setattr(checkpoint, "os", Windows("os"))
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "open", open_one)
+
+
+def test_a_checkpoint_is_saved_where_no_folder_can_be_opened(strict_sync, monkeypatch, tmp_path):
+    checkpoint.save(tmp_path, 1, {"a": torch.ones(2)})
+    monkeypatch.undo()  # which removes folders here by opening them
+    assert torch.equal(checkpoint.load(tmp_path / "step-00000001")["a"], torch.ones(2))
+
+
+def test_a_rename_waits_for_whoever_reads(monkeypatch, tmp_path):
+    """As a virus scanner does what was just written: `os.replace` fails meanwhile, of a file and of a folder."""
+    pauses, replace = [], os.replace
+    monkeypatch.setattr("time.sleep", pauses.append)
+    monkeypatch.setattr(os, "replace", lambda *names: replace(*names) if len(pauses) % 3 == 2 else refused())
+    disk.replace_text(tmp_path / "a", "whole")
+    assert (tmp_path / "a").read_text() == "whole" and len(pauses) == 2
+    pauses.append(0)
+    assert checkpoint.save(tmp_path, 1, {"a": 1}).is_dir() and len(pauses) == 5
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(PermissionError):
+        disk.replace_text(tmp_path / "a", "never")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "step-00000001"]
+
+
+def test_a_checkpoint_that_another_process_reads_goes_with_a_later_save(monkeypatch, tmp_path):
+    with monkeypatch.context() as held:
+        held.setattr("shutil.rmtree", refused)
+        for step in (1, 2, 3):
+            checkpoint.save(tmp_path, step, {"step": step})
+    assert len(checkpoint.checkpoints(tmp_path)) == 3
+    checkpoint.save(tmp_path, 4, {})
+    assert [folder.name for folder in checkpoint.checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+
+
+def in_use(folder):
+    """Whether a file in the folder is mapped: Windows neither removes nor replaces one that is, and its room on a disk is not free here."""
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        pytest.skip("this system does not say what is mapped")
+    return str(folder) in maps.read_text()
+
+
+@pytest.mark.parametrize("options", [SEVERAL, ("--reward.discriminator", "0.5")])
+def test_a_trainer_keeps_nothing_of_the_checkpoint_that_it_goes_on_from(options, tmp_path):
+    trainer = trainer_of(options)
+    for _ in range(3):
+        trainer.step()
+    trainer.save(tmp_path)
+    _, state = checkpoint.newest(tmp_path / "checkpoints")
+    assert in_use(tmp_path)
+    again = trainer_of(options)
+    again.load_state(state)
+    del state
+    assert not in_use(tmp_path)
+    assert again.step().keys() == trainer.step().keys()
+
+
+@pytest.mark.usefixtures("small_grid")
+def test_a_run_lets_go_of_its_checkpoint_before_it_goes_on(teacher_folder, prompt_file, tmp_path, monkeypatch):
+    out, seen = tmp_path / "out", []
+    small = ["--groups", "2", "--group-size", "2", "--sample-every", "0", "--lora-rank", "0", "--output", str(out)]
+    assert cli.main(["distill", "--teacher", str(teacher_folder), "--prompts", str(prompt_file), *small, "--updates", "1"]) == 0
+    monkeypatch.setattr(run, "train", lambda *_: seen.append(in_use(out)))
+    cli.main(["distill", "--output", str(out), "--resume", "--updates", "2"])
+    assert seen == [False]
+
+
+def test_a_lock_is_let_go_of_where_no_open_file_is_unlinked(monkeypatch, tmp_path):
+    with monkeypatch.context() as held, disk.alone("output", tmp_path):
+        held.setattr(os, "unlink", refused)
+    with disk.alone("output", tmp_path):
+        pass
+
+
+def test_a_folder_that_takes_no_file_is_told_of_at_once(monkeypatch, tmp_path):
+    """tempfile takes a refusal of Windows for a name that is there, and tries 2^31 others."""
+    monkeypatch.setattr(tempfile, "_os", Windows("os"))
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(UserError, match=r"--output: cannot write to .* being used"):
+        disk.check_writable("--output", tmp_path)
+
+
+def test_a_conversion_has_let_go_of_what_it_clears_away(monkeypatch, tmp_path):
+    from fewstep.rewards.aesthetic import LAYERS
+
+    state = {f"layers.{n}.{kind}": torch.ones(2) for n in LAYERS for kind in ("weight", "bias")}
+    opened = lambda command, **_: save_file(state, command[-1]) or subprocess.CompletedProcess(command, 0, "", "")  # noqa: E731
+    monkeypatch.setattr("fewstep.rewards.convert.subprocess.run", opened)
+    (tmp_path / "head.pth").touch()
+    (tmp_path / "clip").mkdir()
+    cleanup, seen = tempfile.TemporaryDirectory.cleanup, []
+    monkeypatch.setattr(tempfile.TemporaryDirectory, "cleanup", lambda folder: seen.append(in_use(folder.name)) or cleanup(folder))
+    monkeypatch.setattr("fewstep.rewards.aesthetic.check_head", lambda state: state)
+    convert("aesthetic", tmp_path / "head.pth", tmp_path / "made", clip=str(tmp_path / "clip"))
+    assert seen == [False] and json.loads((tmp_path / "made" / "reward.json").read_text()) == {"clip": str(tmp_path / "clip")}
+
+
+# Text
+
+
+def untold(path):
+    """Lines of a file of code that open a text without its encoding: Windows would take that of a code page."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        modes = [part.value for part in [*node.args, *(told.value for told in node.keywords)] if isinstance(part, ast.Constant)]
+        texts = {"open": any(mode in ("r", "w", "a", "x") for mode in modes), "read_text": True, "write_text": True}
+        if texts.get(name) and not any(told.arg == "encoding" for told in node.keywords):
+            yield node.lineno
+
+
+def test_every_text_is_opened_by_its_encoding():
+    assert {str(path): lines for path in ROOT.rglob("*.py") if (lines := [*untold(path)])} == {}
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_what_the_console_has_no_character_for_is_printed_all_the_same(rank):
+    """Into a file or a pipe on Windows, and by a process whose words go nowhere; the C locale has even less."""
+    whole = "from fewstep.launch import *\nwith anything_prints(), first_alone_prints():\n    print('FID to data \\u2193', end='')"
+    poor = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252", "RANK": rank}
+    done = subprocess.run([sys.executable, "-c", whole], env=os.environ | poor, capture_output=True, cwd=ROOT.parent)
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout == (b"" if rank == "1" else b"FID to data ?")
+
+
+def test_every_command_prints_what_it_has(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), "cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    monkeypatch.setattr(cli, "models_command", lambda arguments: print("± → ↑") or 0)
+    assert cli.main(["models"]) == 0 and console.errors == "strict"
+    console.flush()
+    assert console.buffer.getvalue().strip() == "± ? ?".encode("cp1252")
+
+
+def test_a_notebook_prints_as_it_does(monkeypatch):
+    notebook = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", notebook)
+    with launch.anything_prints():
+        print("↓")
+    assert notebook.getvalue() == "↓\n"
+
+
+# Names
+
+
+class WindowsPath(PureWindowsPath):
+    def is_dir(self):
+        return False
+
+
+def test_a_students_hub_id_is_one_where_paths_have_backslashes():
+    assert flags.check_student(WindowsPath("owner/name@main")) is False
+    with pytest.raises(UserError, match="no such folder, and not a hub id"):
+        flags.check_student(WindowsPath(r"C:\students\name"))
+
+
+def test_a_run_in_capitals_is_the_same_on_a_mac(monkeypatch, tmp_path):
+    """Its disk takes OUT for out, and `Path.resolve` leaves the letters as they are: here two names of one folder, not resolved."""
+    (tmp_path / "out" / "export" / "diffusers").mkdir(parents=True)
+    (tmp_path / "OUT").symlink_to(tmp_path / "out")
+    monkeypatch.setattr(Path, "resolve", Path.absolute)
+    output = ["--output", str(tmp_path / "out"), "--overwrite"]
+    for teacher in ("OUT", "OUT/export", "OUT/export/diffusers"):
+        with pytest.raises(UserError, match=r"overwrite: teacher is .* among what --overwrite deletes"):
+            run.check_spared(flags.parse_config([*output, "--teacher", str(tmp_path / teacher)]))
+    with pytest.raises(UserError, match=r"init: .*out is the output folder itself"):
+        run.check_output(flags.parse_config([*output, "--init", str(tmp_path / "OUT")]))
+    (tmp_path / "OUT" / "mine").mkdir()
+    run.check_spared(flags.parse_config([*output, "--teacher", str(tmp_path / "OUT" / "mine")]))
+
+
+def test_paths_of_windows_come_through_the_flags():
+    told = {"output": r"C:\x\new", "teacher": r"\\server\share\tsd", "prompts": r"C:\p\Nt.txt", "discriminator.latents": r"D:\pics"}
+    told |= {"scorer.clip": r"C:\models\clip", "scorer.mine": r"C:\a b\mine.py:f", "judge.own": r"C:\x\judge.py:f"}
+    weights = ["--reward.clip=1", "--reward.mine=1", "--reward.discriminator=1"]
+    config = flags.parse_config([*weights, *(f"--{name}={value}" for name, value in told.items())])
+    assert told.items() <= flags.as_values(vars(config) | {"discriminator": vars(config.discriminator)}).items()
+
+
+# The machine and its processes
+
+
+def test_a_machine_without_sysconf_tells_its_memory(monkeypatch):
+    told = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    monkeypatch.delattr(os, "sysconf")
+    assert needs.capacity("cpu") == (told, "this machine's memory")
+
+
+@pytest.fixture
+def judge(tmp_path):
+    path = tmp_path / "judge.py"
+    path.write_text("def score(images, prompts): ...\n")
+    return f"{path}:score"
+
+
+def test_a_server_is_given_its_socket_itself(monkeypatch, judge):
+    """By the number of one uvicorn makes a Unix socket, of which Windows' Python has none."""
+    served, port = [], free_port()
+    monkeypatch.setattr("uvicorn.Server.run", lambda server, sockets=None: served.extend(sockets or [None]))
+    monkeypatch.setattr("uvicorn.run", lambda *_, **__: pytest.fail("by its number"))
+    assert cli.main(["serve-reward", judge, "--port", str(port), "--device", "cpu"]) == 0
+    assert [held.family for held in served] == [socket.AF_INET]
+
+
+def test_ctrl_c_ends_a_server_without_complaint(monkeypatch, judge):
+    def stopped(server, sockets):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("uvicorn.Server.run", stopped)
+    assert cli.main(["serve-reward", judge, "--port", str(free_port()), "--device", "cpu"]) == 0
+
+
+def test_a_server_on_windows_is_one_process(monkeypatch, capsys, judge):
+    monkeypatch.setattr(serve, "os", Windows("os"))
+    assert cli.main(["serve-reward", judge, "--workers", "2"]) == 2
+    assert "--workers: on Windows a server is one process" in capsys.readouterr().err
+
+
+def test_a_port_is_shared_with_nobody(monkeypatch):
+    """Windows' SO_REUSEADDR is what SO_REUSEPORT is elsewhere; its other option forbids just that."""
+    monkeypatch.setattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_KEEPALIVE, raising=False)  # one that can be seen here
+    with serve.claim(free_port()) as held:
+        assert held.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) and not held.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+
+
+def test_processes_on_a_mac_meet_on_its_cpu(tmp_path):
+    """Unasked, torch's processes speak of what lies on the machine's accelerator alone, and a run takes the CPU where that is a Mac's."""
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+    def of(rank):
+        def work():
+            os.environ.update(meeting, RANK=str(rank))
+            torch._C._get_accelerator = lambda *_: torch.device("mps")
+            ranks = Ranks.join()
+            (tmp_path / str(rank)).write_text(json.dumps(ranks.told(rank)))
+            ranks.leave()
+
+        return work
+
+    assert [ended(child) for child in [start(of(rank)) for rank in range(2)]] == [0, 0]
+    assert [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)] == [[0, 1], [0, 1]]
+
+
+def test_gpus_without_nccl_are_told_of(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: False)
+    with pytest.raises(UserError, match="NCCL, and this torch has none"):
+        Ranks.join()
