@@ -63,7 +63,8 @@ def distill(
     beside = {name: judge for name, judge in (judges or {}).items() if not callable(judge)}
     given = None
     if prompts is not None and not isinstance(prompts, (str, Path)):
-        given = sorted(prompts, key=str) if isinstance(prompts, (set, frozenset)) else list(prompts)  # a set's order differs from process to process
+        # a set's order differs from process to process
+        given = sorted(prompts, key=str) if isinstance(prompts, (set, frozenset)) else list(prompts)
     own = {"teacher": teacher, "prompts": prompts if given is None else None, "steps": steps, "output": output, "reward": weights}
     own |= {"scorer": scorers, **config}
     arguments = [*flags.as_arguments(own), *(f"--judge.{name}={source or 'null'}" for name, source in beside.items())]

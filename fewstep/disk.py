@@ -48,7 +48,7 @@ def check_writable(name: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tried = folder / f".writable.{os.getpid()}"  # no name of tempfile's: it tries others for ever where Windows lets none be made
         tried.touch()
-        tried.unlink()
+        tried.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{name}: cannot write to {folder} ({error.strerror})") from error
 
