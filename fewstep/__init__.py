@@ -57,10 +57,15 @@ def distill(
             functions[name] = given
         elif given is not None:
             raise UserError(f"rewards: {name!r} is a {type(given).__name__}; {wanted}; or a pair of one of these and its weight")
+    beside: dict[str, Any] = {}
+    judging: dict[str, Any] = {}
     for name, judge in (judges or {}).items():
-        if judge is not None and not isinstance(judge, (str, Path)) and not callable(judge):
+        if callable(judge):
+            judging[name] = judge
+        elif judge is None or isinstance(judge, (str, Path)):
+            beside[name] = judge
+        else:
             raise UserError(f"judges: {name!r} is a {type(judge).__name__}; {wanted}")
-    beside = {name: judge for name, judge in (judges or {}).items() if not callable(judge)}
     given = None
     if prompts is not None and not isinstance(prompts, (str, Path)):
         # a set's order differs from process to process
@@ -70,7 +75,7 @@ def distill(
     arguments = [*flags.as_arguments(own), *(f"--judge.{name}={source or 'null'}" for name, source in beside.items())]
     with anything_prints(), first_alone_prints():
         parsed = flags.parse_config(flags.on_family_recipe(arguments))
-        stopped = run(parsed, functions, {name: judge for name, judge in (judges or {}).items() if callable(judge)}, given) != 0
+        stopped = run(parsed, functions, judging, given) != 0
     if stopped:
         raise KeyboardInterrupt(f"stopped early; the run in {output} can be resumed")
     return Path(output)

@@ -14,7 +14,6 @@ import os
 import shutil
 import warnings
 from collections.abc import Collection
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +115,7 @@ def save(root: str | Path, step: int, tree: Any, *, keep: int = 2) -> Path:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if stale.exists() and not final.exists():
-            stale.rename(final)
+            rename(stale, final)
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         number = errno_of(error) or errno.EIO
         raise OSError(number, f"could not write checkpoint of {size} bytes: {os.strerror(number)}", str(final)) from error
@@ -126,9 +125,11 @@ def save(root: str | Path, step: int, tree: Any, *, keep: int = 2) -> Path:
 
 
 def discard(folder: Path) -> None:
-    """Remove what is not needed any more; on Windows what another process reads just then stays until the next save."""
-    with suppress(PermissionError):
+    """Remove what is not needed any more; on Windows what another process reads just then stays until the next save, which this says."""
+    try:
         shutil.rmtree(folder)
+    except PermissionError as error:
+        warnings.warn(f"{folder}: not needed any more, and cannot be removed yet ({error.strerror})", stacklevel=3)
 
 
 def clear(root: Path) -> None:
@@ -137,7 +138,7 @@ def clear(root: Path) -> None:
         final = root / f"step-{step_of(stale)}"
         if is_whole(stale) and not is_whole(final):
             shutil.rmtree(final, ignore_errors=True)
-            stale.rename(final)
+            rename(stale, final)
             warnings.warn(f"{final}: the save that was to take its place was killed; the earlier one is back", stacklevel=2)
         else:
             discard(stale)

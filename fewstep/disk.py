@@ -86,6 +86,11 @@ def alone(name: str, folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def is_one(path: Path, other: Path) -> bool:
+    """Whether both name one file or folder that is there, as OUT and out do on a Mac."""
+    return path.exists() and other.exists() and path.samefile(other)
+
+
 def rename(path: Path, target: Path) -> None:
     """`Path.replace`, tried for some seconds: on Windows it fails for as long as anything, such as a virus scanner, reads the file, one in
     the folder, or the file whose place it takes."""

@@ -38,7 +38,6 @@ class Needs(NamedTuple):
     conditions: int  # of a batch's prompts
     cached: int  # of all prompts that are drawn, on disk
     student_folder: int  # on disk
-    checkpoints: int  # on disk, the two that are kept
     trained: int  # parameters of the student
     parameters: int  # of the teacher's network
     flops: float
@@ -49,6 +48,11 @@ class Needs(NamedTuple):
     exporting: int  # in main memory: a copy of the student's network and of its average, while it is exported
     saving: int  # on the device, where that is main memory itself: the larger of these two beside what is there; elsewhere 0
     packed: list[str]  # parts that lie in 4 or 8 bits in their files; in `text`, and above, as if they did not
+
+    @property
+    def checkpoints(self) -> int:
+        """Bytes on disk, of the two that are kept."""
+        return 2 * self.writing
 
     @property
     def device(self) -> int:
@@ -276,7 +280,6 @@ def measure(source: str, config: Config, prompts: int) -> Needs:
         conditions=condition * batch,
         cached=size(backbone.random_conditions(1).values()) * drawn_prompts(config, prompts),
         student_folder=exported * frozen.itemsize + decoder + text,
-        checkpoints=2 * writing,
         trained=sum(p.numel() for p in trained["student"]),
         parameters=parameters,
         flops=sum(flops for _, flops in found) / len(found) * batch * passes(config, guided),

@@ -23,7 +23,7 @@ from fewstep.composition import (
     resolve_hardware,
     resolve_teacher,
 )
-from fewstep.disk import alone, check_cache, check_writable, naming, replace_text
+from fewstep.disk import alone, check_cache, check_writable, is_one, naming, replace_text
 from fewstep.errors import UserError
 from fewstep.evaluate.command import measure_student
 from fewstep.flags import as_plain, as_values
@@ -80,11 +80,6 @@ def holds_run(output: Path) -> bool:
     except (OSError, ValueError, yaml.YAMLError):
         return False
     return isinstance(saved, dict) and {"student", "fake", "matching"} <= saved.keys()
-
-
-def is_one(path: Path, other: Path) -> bool:
-    """Whether both name one file or folder that is there, as OUT and out do on a Mac."""
-    return path.exists() and other.exists() and path.samefile(other)
 
 
 def check_spared(config: Config) -> None:

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fewstep import hub
 from fewstep.denoiser import SCALE, Cond, Denoiser, Prediction, join
+from fewstep.disk import is_one
 from fewstep.models import KEPT_GUIDANCE, UnsupportedTeacher, check_weights, index_of, is_null, stored_packed, with_range
 from fewstep.models.embeddings import Embeddings
 from fewstep.schedule import DDPM, Flow, Schedule
@@ -874,7 +875,7 @@ class Backbone:
                 index.unlink()
         whole.save_pretrained(folder, safe_serialization=True)
         for name, own in kept.items():
-            if own.resolve() != (folder / name).resolve():
+            if not is_one(own, folder / name):
                 shutil.rmtree(folder / name, ignore_errors=True)
                 shutil.copytree(own, folder / name, ignore=lambda _, files: [file for file in files if Path(file).suffix not in KEPT])
         for path in (folder / "model_index.json", *(folder / part / "config.json" for part in pipe.components)):
