@@ -91,7 +91,8 @@ def assert_same_gradients(one, other):
     assert len(one) == len(other) > 0
     difference = sum(float((a - b).square().sum()) for a, b in zip(one, other, strict=True))
     size = sum(float(a.square().sum()) for a in one)
-    assert difference < 1e-9 * size, (difference, size)
+    # float32, in other kernels on each processor; a prediction from eps at t = 0.9 divides what they round by alpha = 0.12
+    assert difference**0.5 < 1e-4 * size**0.5, (difference, size)
 
 
 @pytest.mark.parametrize(

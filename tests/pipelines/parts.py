@@ -56,7 +56,8 @@ def t5_encoder(seed=0, *, width=32):
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(
-        vocab_size=4 + len(CHARACTERS), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu",
+        vocab_size=4 + len(CHARACTERS), d_model=width, d_kv=8, d_ff=width, num_layers=1, num_heads=width // 8,
+        feed_forward_proj="gated-gelu",
     )  # fmt: skip
     return randomise(T5EncoderModel(config), seed)
 
