@@ -58,7 +58,9 @@ def resolve_hardware(config: Config) -> Config:
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         else:  # older torch cannot say
             abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-            native = bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
+            # Intel's AVX-512 multiplies in bf16 at half its rate in fp32 (an update takes 1.4 times as long); its AMX and AMD's are faster
+            vectors = abilities.get("avx512_bf16") and "intel" not in str(abilities.get("cpu_name", "")).lower()
+            native = bool(vectors or abilities.get("amx_bf16"))
         precision = "bf16" if native else "fp32"
     memory = config.memory
     if memory.frozen == "auto":

@@ -185,7 +185,7 @@ class Config:
     device: str = "auto"
     """cpu, cuda, or auto."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the networks in training (bf16: autocast, weights stay fp32); auto is bf16 where the hardware computes it."""
+    """Arithmetic of the networks in training (bf16: autocast, weights stay fp32); auto is bf16 where the hardware computes it faster."""
     save_every: int = 100
     """Updates between checkpoints."""
     sample_every: int = 100

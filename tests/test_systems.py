@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from small_run import SEVERAL, trainer_of
 
 import fewstep
-from fewstep import checkpoint, cli, disk, flags, launch, needs, run
+from fewstep import checkpoint, cli, composition, disk, flags, launch, needs, run
+from fewstep.config import Config
 from fewstep.errors import UserError
 from fewstep.ranks import Ranks
 from fewstep.rewards import serve
@@ -309,3 +310,21 @@ def test_gpus_without_nccl_are_told_of(monkeypatch):
     monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: False)
     with pytest.raises(UserError, match="NCCL, and this torch has none"):
         Ranks.join()
+
+
+@pytest.mark.parametrize(
+    "abilities, precision",
+    [
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, "fp32"),  # one whose AMX is hidden by what runs it
+        ({"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, "bf16"),
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, "bf16"),
+        ({"avx512_bf16": True}, "bf16"),  # of older torch, which tells no name
+        ({"avx2": True, "cpu_name": "Intel Xeon"}, "fp32"),
+        ({}, "fp32"),
+    ],
+)
+def test_bf16_is_taken_where_it_is_the_faster(monkeypatch, abilities, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities, raising=False)
+    assert composition.resolve_hardware(Config(device="cpu")).precision == precision
+    asked = {"fp32": "bf16", "bf16": "fp32"}[precision]
+    assert composition.resolve_hardware(Config(device="cpu", precision=asked)).precision == asked
