@@ -352,6 +352,9 @@ def mark(plan: Plan, run: Any, seed: int, target: float) -> dict[str, float]:
     return {key: found[key] for key in DISTANCES}
 
 
+MARKS_OF_DRIFT = 6
+
+
 class Drift(NamedTuple):
     """Whether a distance climbs again at the end of a run."""
 
@@ -361,11 +364,11 @@ class Drift(NamedTuple):
 
 
 def drift(along: list[float]) -> Drift:
-    """How the last third of the marks compares with the smoothed minimum. Raises ValueError with fewer than six marks."""
+    """How the last third of the marks compares with the smoothed minimum. Raises ValueError with fewer than MARKS_OF_DRIFT."""
     import numpy as np
 
-    if len(along) < 6:
-        raise ValueError(f"drift needs at least six measurements, two in the last third; got {len(along)}")
+    if len(along) < MARKS_OF_DRIFT:
+        raise ValueError(f"drift needs at least {MARKS_OF_DRIFT} measurements, two in the last third; got {len(along)}")
     smooth, last = np.convolve(along, np.ones(3) / 3, "valid"), along[-(len(along) // 3) :]
     return Drift(float(smooth.min()), float(np.mean(last)), float(np.std(last, ddof=1) / len(last) ** 0.5))
 
@@ -393,6 +396,8 @@ def settled(trace: list[dict[str, float]]) -> Settled:
         if "weights/budget" in logs:
             lag = logs["weights/kl"] - mean
             heard.append(((kl + lag) / logs["weights/budget"], logs["weights/weight"], logs["weights/weight_at_cap"]))
+    if not heard:
+        raise ValueError("no update came after the warm-up, so that no budget was set")
     last = heard[-max(len(heard) // 4, 1) :]
     return Settled(*(sum(column) / len(last) for column in zip(*last, strict=True)))
 
@@ -585,7 +590,7 @@ def summarise(cells: Cells) -> list[dict[str, Any]]:
             entry["updates"] = interval([cell["updates"] for cell in of_seeds])[0]
             entry["training_seconds"] = interval([cell["training_seconds"] for cell in of_seeds])[0]
             entry["flops"] = interval([float(sum(cell["flops"].values())) for cell in of_seeds])[0]
-        if "judge" in first:
+        if "judge" in first and all(cell["judge"]["budget"] for cell in of_seeds):  # else a training ended within its warm-up
             stood = [settled(cell["trace"])._asdict() for cell in of_seeds]
             entry["settled"] = {key: interval([each[key] for each in stood]) for key in Settled._fields}
             judges = [cell["judge"] for cell in of_seeds]
@@ -594,7 +599,7 @@ def summarise(cells: Cells) -> list[dict[str, Any]]:
             entry["settled"]["judge_updates"] = interval([judge["updates"] for judge in judges])
             # the first cells' fresh fakes had a fixed number of updates at a rate that fell to zero, which tells nothing
             entry["settled"]["judges_converged"] = interval([float(judge.get("converged", False)) for judge in judges])
-        if "along" in first:
+        if len(first.get("along", ())) >= MARKS_OF_DRIFT:
             entry["drift"] = {
                 key: {seed: drift([at[key] for at in cell["along"]])._asdict() for seed, cell in own.items()} for key in DISTANCES
             }

@@ -503,17 +503,21 @@ def with_pictures(card: ModelCard, folder: Path) -> ModelCard:
     return card
 
 
+LCM_GRID = 50  # timesteps of which a stock LCMScheduler takes some, in any number; it says so where nobody said otherwise
+
+
 def steps_in(scheduler: Mapping[str, Any]) -> int | None:
     """K where a scheduler's configuration is that of a K-step grid as students are exported with; None for any other scheduler."""
     kind = scheduler.get("_class_name")  # one that was not read from a file need not say it
     if scheduler.get("stochastic_sampling") and kind in (None, "FlowMatchEulerDiscreteScheduler"):
         return round(1 / (scheduler["shift_terminal"] or 1.0))  # the K-step grid ends at 1/K
     if scheduler.get("timestep_spacing") == "trailing" and kind in (None, "LCMScheduler"):  # other LCMs space them otherwise
-        return scheduler.get("original_inference_steps")
+        steps = scheduler.get("original_inference_steps")
+        return None if steps == LCM_GRID else steps
     return None
 
 
 def steps_of(student: Path) -> int | None:
     """Steps that a student's scheduler was made for; None when it does not say."""
     scheduler = json.loads((student / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    return steps_in(scheduler) or scheduler.get("original_inference_steps")
+    return steps_in(scheduler)

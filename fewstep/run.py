@@ -471,7 +471,7 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
     results, best = None, "DPM-Solver++" if not backbone.flow else "its own solver"
     if config.evaluate and config.teacher == "world":
         report = measure_student(
-            output, source, config, scale=config.student_guidance(), output=output / "evaluation.json", steps=config.steps,
+            output, source, config.sizes()[0], scale=config.student_guidance(), output=output / "evaluation.json", steps=config.steps,
             guidance=config.shown_guidance(),
         )  # fmt: skip
         assert report is not None

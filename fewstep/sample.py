@@ -50,6 +50,8 @@ def command(arguments: list[str]) -> int:
     except ValueError as error:
         raise UserError(f"--size: {error}") from error
     pipe, call = backbone.pipe.to(device), backbone.student_told(scale) | backbone.told_size(size)
+    if trained is None and size is None:
+        print("drawn at {height}x{width}, the network's own size: nothing there says at which it was trained (--size)".format(**call))
     try:
         listing = output / "pictures.jsonl"
         with naming(output), listing.open("a", buffering=1, encoding="utf-8") as log:  # a line is there with its picture
@@ -77,7 +79,7 @@ def read_options(arguments: list[str]) -> Any:
     parser.add_argument("--steps", type=int, default=None, help="steps (default: those the student was made for)")
     parser.add_argument("--seed", type=int, default=0, help="with a picture's number among those of its prompt, it decides the noise")
     parser.add_argument("-n", type=int, default=1, help="how many pictures of each prompt")
-    parser.add_argument("--size", default=None, help="HEIGHTxWIDTH in pixels (default: that of its training)")
+    parser.add_argument("--size", default=None, help="HEIGHTxWIDTH in pixels (default: that of its run, or the network's own)")
     parser.add_argument(
         "--guidance", type=float, default=None,
         help="guidance scale of a student with a range (default: teacher_guidance of its run, inside the range)",

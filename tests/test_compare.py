@@ -357,3 +357,14 @@ def test_a_stamp_is_the_same_on_every_machine(tmp_path):
     assert compare.stamp_of(bf16, "GNDM", 100) == compare.stamp_of(fp32, "GNDM", 100)
     machines = [compare.machine(plan, "GNDM", 100) for plan in (bf16, fp32)]
     assert ", bf16, torch" in machines[0] and machines[1] == machines[0].replace("bf16", "fp32")
+
+
+def test_a_training_that_ends_within_its_warm_up_has_a_row_all_the_same():
+    """Without a budget there is nothing to settle at, and of few marks nothing that drifts."""
+    judged = {"judge": {"budget": None, "fresh": 1.0, "gap": 0.0, "updates": 2}, "trace": [{"weights/kl": 1.0, "dm/score": -1.0}]}
+    of_few_marks, long = {"along": [{"fd_clip_teacher": 1.0}] * 5}, "GNDM, constant rates, thrice as long"
+    rows = compare.summarise({("GNDMR adaptive", 1): cell("GNDMR adaptive", 1, 0.5) | judged, (long, 1): cell(long, 1, 0.5) | of_few_marks})
+    assert len(rows) == 2 and not any(key in row for row in rows for key in ("settled", "drift"))
+    assert "GNDMR adaptive" in compare.markdown(rows, ROWS)
+    with pytest.raises(ValueError, match="no budget was set"):
+        compare.settled(judged["trace"])

@@ -20,7 +20,7 @@ from test_evaluate import MEAN, PREPROCESS, STD, tiny_clip, tiny_tokenizer
 from test_evaluate import tiny_pipeline as other_pipeline
 from test_remote import Faulty, served
 
-from fewstep import cli, models
+from fewstep import cli, export, models
 from fewstep.errors import UserError
 from fewstep.evaluate import configs, drawing, evaluation, features, protocol, samples, store, tables
 from fewstep.evaluate import measure as measuring
@@ -101,9 +101,11 @@ def test_on_disk_is_in_memory(sample, tmp_path, monkeypatch):
 
 def test_which_intervals_are_jackknifed_is_told(monkeypatch):
     metrics = ["fid_data", "kid_data", "kid_teacher", "fd_clip_data", "cmmd_data", "clip", "recall"]
-    assert measuring.jackknifed(120, [NET, UNIT], metrics) == ["kid_data", "kid_teacher", "cmmd_data"]
+    assert measuring.jackknifed(120, 30, 40, [NET, UNIT], metrics) == ["kid_data", "kid_teacher", "cmmd_data"]
+    # few pictures of many prompts, beside so many real ones that which prompt holds which of them is too much to keep
+    assert measuring.jackknifed(120, 120, 2**20, [NET, UNIT], metrics) == ["kid_data", "kid_teacher", "cmmd_data", "recall"]
     monkeypatch.setattr(measuring, "SMALL", 120 * 12 - 1)
-    assert measuring.jackknifed(120, [NET, UNIT], metrics) == ["fid_data", "kid_data", "kid_teacher", "cmmd_data", "recall"]
+    assert measuring.jackknifed(120, 30, 40, [NET, UNIT], metrics) == ["fid_data", "kid_data", "kid_teacher", "cmmd_data", "recall"]
 
 
 def test_the_jackknife_interval_covers_the_frechet_distance_of_that_size(monkeypatch):
@@ -116,6 +118,16 @@ def test_the_jackknife_interval_covers_the_frechet_distance_of_that_size(monkeyp
     widths = np.mean([entry["high"] - entry["low"] for entry in found])
     assert held >= 0.85
     assert widths < 3 * (2 * 1.96 * np.std([entry["value"] for entry in found]))  # and not by being wide
+
+
+def test_an_interval_of_a_squared_norm_ends_at_zero():
+    """CMMD, with its diagonals, cannot be negative; KID, unbiased, can."""
+    mine, theirs = (normal(120, 8, seed=seed) for seed in (1, 2))
+    rows = torch.arange(120).view(30, 4)
+    found = {
+        kernel: measuring.jackknifed_kernel(kernel, mine, theirs, rows, paired=True, seed=0, device="cpu") for kernel in ("cmmd", "kid")
+    }
+    assert found["cmmd"]["low"] == 0 < found["cmmd"]["value"] < found["cmmd"]["high"] and found["kid"]["low"] < 0
 
 
 def test_the_teachers_prompts_are_left_out_with_the_students(monkeypatch):
@@ -724,7 +736,7 @@ def test_numbers_of_other_stamps_are_marked_and_what_differs_is_said(tmp_path):
     assert protocol.differences(one["protocol"], same["protocol"]) == []
     moved = one["protocol"] | {"prompts": "0" * 64, "data": {"n": 3}}
     assert protocol.differences(one["protocol"], moved) == [
-        f"prompts: {one['protocol']['prompts'][:8]} / 00000000", "data: None / {'n': 3}",
+        f"prompts: {one['protocol']['prompts'][:8]} / 00000000", "data: none / n 3",
     ]  # fmt: skip
 
 
@@ -1001,6 +1013,30 @@ def seconds_cells(text):
     return found["seconds per image"], found["bright ↑"]
 
 
+def test_what_some_samples_lack_is_said_of_those(tmp_path):
+    """A judge that scored nothing of one sample has numbers in the others' columns."""
+
+    def light(images, prompts):
+        return bright(images, prompts) if images.mean() > 0.3 else torch.full((len(images),), torch.nan)
+
+    report = evaluated(Pipe(), tmp_path, teacher=Pipe(0.3), judges={"light": light})
+    assert ["light" in row["metrics"] for row in report["rows"]] == [True, False, False]
+    titles = [row["name"] for row in report["rows"][1:]]
+    assert report["left_out"]["light"] == "; ".join(f"80 of 80 pictures got no score ({title})" for title in titles)
+
+
+def test_a_report_without_a_teacher_compares_with_one_beside_it(tmp_path):
+    """But for the distances to the teacher; nor is it another protocol when the prompts' file has another name."""
+    beside, alone = (evaluated(Pipe(), tmp_path, teacher=teacher) for teacher in (Pipe(1.0), None))
+    text = " ".join(text_of(tables.beside({"a": beside, "b": alone})).split())
+    assert (
+        "b was measured beside another teacher than a, and its distances to the teacher do not compare: seeds.reference: 1 / none" in text
+    )
+    assert "measured otherwise" not in text
+    renamed = alone | {"protocol": alone["protocol"] | {"set": "another.csv"}}
+    assert "†" not in text_of(tables.beside({"a": alone, "b": renamed}))
+
+
 def test_seconds_belong_to_the_device_and_to_the_pictures_drawn_together(tmp_path, monkeypatch):
     """Two reports that differ in these alone compare in all but the seconds; a kept sample's are those it was drawn with."""
     few = PromptSet("few", MANY.prompts[:3])
@@ -1079,7 +1115,8 @@ def student(tmp_path_factory, teacher_folder):
     folder = tmp_path_factory.mktemp("student") / "pipeline"
     shutil.copytree(teacher_folder, folder)
     pipe = DiffusionPipeline.from_pretrained(teacher_folder)
-    LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=2).save_pretrained(folder / "scheduler")
+    scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=2, timestep_spacing="trailing")
+    scheduler.save_pretrained(folder / "scheduler")
     return folder
 
 
@@ -1199,6 +1236,12 @@ def test_two_processes_of_a_torchrun_are_one(command, student, tmp_path):
         ({"--judge.preference": "nowhere"}, "judge.preference: nowhere"),
         ({"--extractor.inceptoin": "x"}, "extractor.inceptoin: unknown"),
         ({"--extractor.clip": None, "drop": True}, "--data: nothing to compare pictures by"),
+        ({"--extractor.clip": None, "--data": None, "--resize": "64", "drop": True}, "--resize: is of pictures before an extractor"),
+        ({"--against": "none", "--teacher-steps": "9"}, "--teacher-steps: there is no teacher"),
+        ({"--against": "none", "--guidance": "7.5"}, "--guidance: is that of a teacher, and there is none"),
+        ({"--steps": "4"}, "--steps: this student was made for 2 steps, not 4"),
+        ({"--size": "16"}, "--size: HEIGHTxWIDTH, as 1024x768; got '16'"),
+        ({"--size": "15x16"}, "--size: "),
     ],
 )
 def test_a_wrong_argument_gets_one_clear_line(command, tmp_path, capsys, change, words):
@@ -1251,6 +1294,69 @@ def test_a_student_without_a_teacher_and_without_anything_to_measure(command, st
     assert "no such folder, and not a hub id" in capsys.readouterr().err
 
 
+def test_a_stock_consistency_model_says_no_steps(student, tmp_path):
+    """diffusers writes the 50 timesteps of its distillation into every LCM's scheduler, of which any number is taken."""
+    from diffusers import LCMScheduler
+
+    assert export.steps_of(student) == 2
+    for spacing in ("leading", "trailing"):  # the latter from a Turbo's or a Lightning's configuration
+        LCMScheduler(timestep_spacing=spacing).save_pretrained(tmp_path / "scheduler")
+        assert export.steps_of(tmp_path) is None
+
+
+def test_pictures_of_two_sizes_are_not_compared(command, student, teacher_folder, tmp_path, capsys):
+    """A student made of a network at another size than its teacher's: one size is asked for, before anything is drawn, and both have it."""
+    clear(student)
+    larger = shutil.copytree(student, tmp_path / "larger")
+    described = larger / "unet" / "config.json"
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"sample_size": 16}))
+    command[1] = str(larger)
+    assert cli.main(command) == 2
+    error = capsys.readouterr().err
+    assert f"pictures of two sizes do not compare ({larger} at 32x32, {teacher_folder} at 8x8). Give one, as --size 32x32" in error
+    assert not kept(larger / "evaluation")
+    assert cli.main([*command, "--size", "24x16"]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["protocol"]["resolution"] == [24, 16] and report["protocol"]["teacher"]["call"]["height"] == 24
+    assert "24 x 16 pixels" in capsys.readouterr().out
+
+
+def test_judges_alone_ask_for_no_second_sample_of_the_teacher(command, student, clip_folder, tmp_path, monkeypatch):
+    """It is there for distances; without one no solver is the best."""
+    clear(student)
+    rows, collect = [], samples.Sampler.collect
+
+    def counted(self, source, row, *rest):
+        rows.append(row["name"])
+        return collect(self, source, row, *rest)
+
+    monkeypatch.setattr(samples.Sampler, "collect", counted)
+    for flag in ("--data", "--extractor.clip"):
+        at = command.index(flag)
+        del command[at : at + 2]
+    assert cli.main(command) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert rows == [row["name"] for row in report["rows"]] and report["best_solver"] is None
+    # with an extractor it is drawn, and no judge is asked about it
+    rows.clear()
+    assert cli.main([*command, "--extractor.clip", str(clip_folder)]) == 0
+    assert rows[-1] == "teacher, 3 steps, second sample"
+    notes = [json.loads(path.read_text()) for path in (tmp_path / "cache").rglob("*.json")]
+    of_last = [note["look"][0] for note in notes if note.get("row", {}).get("name") == rows[-1]]
+    assert sorted(of_last) == ["cost", "features/extractor-clip"]
+
+
+def test_a_sample_is_kept_by_what_decides_its_pictures(command, student, tmp_path, capsys):
+    """Not by whether there is a teacher, nor by what the prompts' file is called."""
+    clear(student)
+    alone = [word if word != command[3] else "none" for word in command]
+    assert cli.main(alone) == cli.main(command) == 0
+    assert "student, 2 steps: read from" in capsys.readouterr().out
+    (tmp_path / "captions.csv").rename(tmp_path / "others.csv")
+    assert cli.main([word.replace("captions.csv", "others.csv") for word in command]) == 0
+    assert capsys.readouterr().out.count(": read from") == 6
+
+
 def test_a_student_of_the_hub_says_its_own_steps(command, student, monkeypatch, tmp_path, capsys):
     """By its configurations: the weights are the pipeline's to fetch."""
     asked, told = [], {}
@@ -1260,7 +1366,8 @@ def test_a_student_of_the_hub_says_its_own_steps(command, student, monkeypatch, 
     )
     monkeypatch.setattr("fewstep.evaluate.command.measure_student", lambda *given, **options: told.update(options, student=given[0]))
     assert cli.main(["evaluate", "someone/student", *command[2:]]) == 0
-    assert told["steps"] == 2 and told["student"] == f"someone/student@{student.name}" and asked == [["*.json", "*.txt", "*.model"]]
+    assert told["steps"] == 2 and told["student"] == f"someone/student@{student.name}"
+    assert {tuple(one) for one in asked} == {("*.json", "*.txt", "*.model")}
     ranged = shutil.copytree(student, tmp_path / "hub")
     config = ranged / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"time_cond_proj_dim": 8}))

@@ -51,7 +51,7 @@ TABLE = {
     "latents": "disk evaluate",
     "composition": "config cost errors evaluate export latents launch models prompts ranks student trainer weights world "
     "rewards rewards.address rewards.base rewards.discriminator rewards.distribution rewards.remote rewards.sources",
-    "evaluate.command": "composition config disk errors evaluate export flags launch models ranks "
+    "evaluate.command": "composition config disk errors evaluate export flags launch models needs ranks "
     "rewards rewards.address rewards.clip rewards.sources world",
     "run": "checkpoint composition config disk errors evaluate evaluate.command export flags hub launch models needs prompts ranks report "
     "rewards.address rewards.sources world",

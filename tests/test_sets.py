@@ -68,7 +68,8 @@ def test_a_folder_of_lists_is_one_set(tmp_path, monkeypatch):
         ("a.csv", b"title,author\nx,y\n", "a.csv, entry 1: no text under any of the names prompt, prompts, caption"),
         ("a.csv", b"prompt\n\xff\n", "not UTF-8 text"),
         ("a.csv", b"prompt\n", "holds no prompt"),
-        ("a.tsv", b"prompt\tx\nfine\t1\n\t2\n", "a.tsv, entry 2: no text"),
+        ("a.tsv", b"prompt\tx\nfine\t1\n\t2\n", "a.tsv, entry 2: no text under prompt: it is empty"),
+        ("a.json", b'[{"captions": ["x", "y"]}]', "entry 1: one text is needed under captions, not list (['x', 'y'])"),
         ("a.json", b'{"prompts": ["x"]}', "this is neither"),
         ("a.json", b"[3]", "not int"),
         ("a.json", b"[", "a.json: Expecting"),
@@ -158,7 +159,7 @@ def test_any_data_set_of_the_hub_with_captions_is_a_set(monkeypatch):
         sets.load("someone/captions")
     some = Split([{"text": text} for text in ("a cat", "", None, "x" * 2001, "a\0b", "a dog")])
     fake_datasets(monkeypatch, {"train": some})
-    with pytest.warns(UserWarning, match="captions@c0ffee:train: 4 of 6 rows are left out, the first: no text under any"):
+    with pytest.warns(UserWarning, match="captions@c0ffee:train: 4 of 6 rows are left out, the first: no text under"):
         assert sets.load("someone/captions").prompts == ["a cat", "a dog"]
     fake_datasets(monkeypatch, {"train": Split([{"title": "x", "n": 1}])})
     with pytest.raises(BadPrompts, match=r"someone/captions@c0ffee:train: no column has any of the names prompt, .*; it has title, n"):
@@ -261,6 +262,10 @@ def test_pictures_that_cannot_be_had_are_named(folder, tmp_path, monkeypatch):
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
         pictures.open_pictures(str(folder)).get(0)
     (folder / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "deep").mkdir()
+    Image.new("I;16", (8, 6), 1000).save(tmp_path / "deep" / "grey.png")
+    with pytest.raises(ValueError, match=r"grey.png: cannot be read as a picture \(it holds grey values of more than 8 bits \(mode I;16\)"):
+        pictures.open_pictures(str(tmp_path / "deep")).get(0)
     with pytest.raises(ValueError, match=r"bad.png: cannot be read as a picture"):
         options = {"versions": VERSIONS, "batch": 1, "device": "cpu", "progress": False}
         pictures.features(pictures.open_pictures(str(folder)), {"means": MEANS}, tmp_path / "cache", **options)

@@ -90,17 +90,15 @@ def source_of(name: str, size: tuple[int, int] | None, *, device: str, precision
 
 
 def measure_student(
-    student: str | Path, teacher: str | None, config: Config | None, *, output: Path, scale: float | None = None, **told: Any
+    student: str | Path, teacher: str | None, size: tuple[int, int] | None, *, output: Path, scale: float | None = None, **told: Any
 ) -> dict[str, Any] | None:
     """Measure a student as `evaluation.evaluate` is told; saves the report, prints its table and returns it, or None where only a share
-    was drawn. config: of the student's run, where there is one; scale: as of `source_of`; told: what the caller gives beside the embedded
-    world's own."""
+    was drawn. size, scale: as of `source_of`; told: what the caller gives beside the embedded world's own."""
     from rich.console import Console
 
     from fewstep.evaluate import evaluation, tables
 
     device, precision = told.setdefault("device", evaluation_device()), told.setdefault("precision", "fp32")
-    size = config.sizes()[0] if config else None
     opening = {"device": device, "precision": precision}
     own = world_instruments(device) if teacher == str(resolve_teacher("world")) else {"noise": "picture", "scorers": {}}
     if "data" in told:
@@ -188,6 +186,7 @@ def read_options(arguments: list[str]) -> Any:
         type=float,
         help="the teacher's guidance scale, and that of a student with a range (default: the run's, or its family's)",
     )
+    parser.add_argument("--size", metavar="HEIGHTxWIDTH", help="of all pictures, in pixels (default: the run's, or the network's own)")
     parser.add_argument("--resize", type=int, metavar="PIXELS", help="bring pictures to this square before an extractor sees them")
     parser.add_argument("--seed", type=int, default=0, help="seed of the rows; the teacher's reference sample uses the next")
     parser.add_argument("--batch", type=int, default=16, help="pictures drawn at a time (default 16)")
@@ -223,6 +222,45 @@ def check_instruments(options: Any) -> None:
         raise UserError("--data: nothing to compare pictures by; give --extractor.NAME, as --extractor.inception")
 
 
+def check_taken(options: Any, *, teacher: str | None, scale: float | None) -> None:
+    """Raises UserError for a flag that nothing drawn or measured takes; scale: as `student_scale` gives it."""
+    if teacher is None and options.teacher_steps is not None:
+        raise UserError("--teacher-steps: there is no teacher; give --against TEACHER, or leave the flag out")
+    if teacher is None and scale is None and options.guidance is not None:
+        raise UserError(
+            "--guidance: is that of a teacher, and there is none, or of a student that keeps it as a knob, and this one is drawn without: "
+            "give --against TEACHER, or leave the flag out"
+        )
+    if options.resize is not None and not options.extractor:
+        raise UserError("--resize: is of pictures before an extractor; give --extractor.NAME, or leave the flag out")
+
+
+def size_of(text: str | None, config: Config | None, sources: dict[str, str]) -> tuple[int, int] | None:
+    """(height, width) that all pictures are told: what --size says, else the run's; None for the networks' own. Raises UserError, before
+    anything is drawn, where those are two, and for a size that a network cannot have. sources: what student and teacher are called, the
+    student first, and where their configurations are."""
+    import torch
+
+    from fewstep import needs
+    from fewstep.config import Config
+
+    if text is None and config is not None:
+        return config.sizes()[0]
+    own = {}
+    try:
+        size = None if text is None else Config(size=[text]).sizes()[0]
+        for name, source in sources.items():
+            network = needs.skeleton(source, torch.float32)
+            network.latent_shape(size)
+            own[name] = "{height}x{width}".format(**network.told_size(size))
+    except ValueError as error:
+        raise UserError(f"--size: {error}" if text is not None else str(error)) from error
+    if len(set(own.values())) > 1:
+        each = ", ".join(f"{name} at {pixels}" for name, pixels in own.items())
+        raise UserError(f"--size: missing; pictures of two sizes do not compare ({each}). Give one, as --size {next(iter(own.values()))}")
+    return size
+
+
 def check_teacher(teacher: str, options: Any) -> None:
     """Raises UserError for flags that a teacher which is itself a student of K steps does not take."""
     from fewstep.export import steps_in
@@ -254,9 +292,13 @@ def command(arguments: list[str]) -> int:
     teacher = None if against == "none" else resolve_teacher(against)
     if teacher is not None:
         check_teacher(teacher, options)
-    steps = options.steps or (config.steps if config else steps_of(described))
+    check_taken(options, teacher=teacher, scale=scale)
+    made_for = config.steps if config else steps_of(described)
+    steps = options.steps or made_for
     if steps is None:
         raise UserError("--steps: missing; the student does not say how many steps it was made for")
+    if made_for not in (None, steps):
+        raise UserError(f"--steps: this student was made for {made_for} steps, not {steps}")
     share, launched = share_of(options.shard), options.shard is None
     output = options.output or (folder if own else Path()) / "evaluation.json"
     work = folder / "evaluation" if own else cache_folder("evaluate")
@@ -279,6 +321,7 @@ def command(arguments: list[str]) -> int:
 
     models.quiet_libraries()
     device = evaluation_device()
+    size = size_of(options.size, config, {folder.as_posix(): str(described)} | ({against: teacher} if teacher is not None else {}))
     told: dict[str, Any] = {"steps": steps, "device": device, "work": work}
     told |= {name: getattr(options, name) for name in ("seed", "batch", "precision", "teacher_steps", "keep_images")}
     try:
@@ -296,14 +339,14 @@ def command(arguments: list[str]) -> int:
         told["extractors"] = features.make_extractors(options.extractor.items(), resize=options.resize, device=device)
         told["scorers"], told["judges"] = load_judges(options.judge, device=device, in_world=against == "world", timeout=remote.timeout)
         report = measure_student(
-            source, teacher, config, scale=scale, output=output, share=share, progress=share[0] == 0 or not launched, **told
+            source, teacher, size, scale=scale, output=output, share=share, progress=share[0] == 0 or not launched, **told
         )
         if launched and share[1] > 1:
             ranks = Ranks.join()
             ranks.wait()  # until every share is drawn
             ranks.leave()
             if share[0] == 0:
-                report = measure_student(source, teacher, config, scale=scale, output=output, **told)
+                report = measure_student(source, teacher, size, scale=scale, output=output, **told)
     except (ValueError, FloatingPointError) as error:
         raise UserError(str(error)) from error
     except OSError as error:  # a full disk, a hub out of reach

@@ -172,7 +172,8 @@ def evaluate(
     SHA-256 of their weights, configs those of their configurations; each row has name, solver, steps, guidance, seed, n, sample (drawn,
     kept or shipped), device, timed (what its seconds per image belong to, see `timing`), metrics (see `measure`) and, where there are
     judges, what `asked_of` counts of each; paired: of the student minus the teacher at many steps (see `paired`), None without a teacher;
-    best_solver names the few-step teacher nearest to the teacher; left_out says of metrics why there are none.
+    best_solver names the few-step teacher nearest to the teacher, None where no distance is measured; left_out says of metrics why there
+    are none.
     """
     named = prompts if isinstance(prompts, PromptSet) else None
     texts = named.prompts if named else list(prompts)
@@ -217,8 +218,9 @@ def evaluate(
 
     seeing, ids = looks(scorers, utility, judges, used), named.ids if named else None
     drawing = Drawing(texts, ids, images_per_prompt, noise, batch, seeing, judges, device, progress)
-    # neither what is compared with, the machine nor who looks at them decide a student's pictures
-    others = ("data", "neighbours", "device", "extractor", "extractors", "scorers", "configs", "preprocess", "utility")
+    # neither what is compared with, the machine, who looks at them nor what the prompts' file is called decide a sample's pictures; its own
+    # seed is in its row
+    others = ("data", "neighbours", "device", "extractor", "extractors", "scorers", "configs", "preprocess", "utility", "set", "seeds")
     common = protocol.stamp() | dict.fromkeys(others) | {"versions": drawn_by}
     sampler = Sampler(drawing, deciding(protocol, scorers, list(judges), seen_by), common, keep_images, share, say)
 
@@ -246,7 +248,7 @@ def evaluate(
             protocol = dataclasses.replace(protocol, teacher={"pipeline": identity["teacher"], **settings})
             content = content_of(original.pipe, texts, images_per_prompt, batch, scorers, utility) if shipped else {}
 
-            def teacher_sample(row: dict[str, Any], *, timed: bool = True) -> tuple[dict[str, Any], Seen | None]:
+            def teacher_sample(row: dict[str, Any], sampler: Sampler, *, timed: bool = True) -> tuple[dict[str, Any], Seen | None]:
                 """As `collect`, of a row's solver; a shipped sample is timed here."""
                 original.pipe.scheduler = schedulers[row["solver"]]
                 found = read(shipped_path(shipped, row, content)) if shipped else None
@@ -258,8 +260,10 @@ def evaluate(
                 belongs = timing([protocol.device], [str(drawing.together())])
                 return row | {"sample": "shipped", "device": protocol.device, "timed": belongs}, seen
 
-            samples += [teacher_sample(row) for row in shown]
-            _, reference = teacher_sample(last, timed=False)
+            samples += [teacher_sample(row, sampler) for row in shown]
+            if used:  # distances alone are taken to the second sample: no judge is asked about it
+                looked = {name: sampler.decided[name] for name in (COST, *(f"features/{e.name}" for e in used))}
+                _, reference = teacher_sample(last, dataclasses.replace(sampler, decided=looked), timed=False)
         real = data
         if isinstance(data, Pictures):
             # what is kept of real pictures is named by how they were brought to size, which a scorer's own stamp says elsewhere
@@ -275,8 +279,8 @@ def evaluate(
             against["teacher"] = {e.name: as_teacher(e, reference) for e in used}
         rows, singles = measured_rows(samples, drawing, scorers, left_out=left_out, draws=draws, **against)
     differing = paired(*singles[:2], draws=draws) if teacher is not None else {}  # the teacher's sample has the student's seed
-    best = min(rows[2:], key=lambda row: nearness(row["metrics"])) if len(rows) > 2 else None
-    by_blocks = jackknifed(protocol.n, used, list(rows[0]["metrics"]))
+    n_real = 0 if data is None else data.n if isinstance(data, Pictures) else len(data)
+    by_blocks = jackknifed(protocol.n, len(texts), n_real, used, list(rows[0]["metrics"]))
     return {
         "protocol": protocol.stamp(),
         "interval": {"level": LEVEL, "draws": draws, "resampled": "prompts"}
@@ -285,7 +289,7 @@ def evaluate(
         "configs": pipe_configs,
         "rows": rows,
         "paired": {"of": rows[0]["name"], "minus": rows[1]["name"], "metrics": differing} if differing else None,
-        "best_solver": best["name"] if best else None,
+        "best_solver": nearest_to_teacher(rows[2:]),
         "left_out": left_out,
     }
 
@@ -320,16 +324,22 @@ def measured_rows(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(each sample's row with its metrics, what `paired` takes of it). left_out is added to; against: as `measure` takes it."""
     group = torch.arange(len(drawing.prompts)).repeat_interleave(drawing.images_per_prompt)
-    rows, singles = [], []
+    rows, singles, lacking = [], [], {}
     for row, seen in samples:
         assert seen is not None
         sights = {name: values for name, values in seen.items() if name.startswith(("features/", "score/", "utility"))}
         singles.append({})
-        metrics = measure(sights, drawing.prompts, group, scorers, **against, draws=draws, left_out=left_out, singles=singles[-1])
+        lacks: dict[str, str] = {}
+        metrics = measure(sights, drawing.prompts, group, scorers, **against, draws=draws, left_out=lacks, singles=singles[-1])
+        for name, why in lacks.items():
+            lacking.setdefault(name, {})[row["name"]] = why
         made = float(network_evaluations(row["steps"], row["guidance"]))
         if "evaluations" in seen:  # those of every part, as they were made
             made = float(seen["evaluations"][:].sum()) / drawing.n
         rows.append(row | {"n": drawing.n, "metrics": metrics | measure_cost(seen["seconds"][:], made, draws=draws)})
+    for name, whys in lacking.items():  # of every row alike, or of some
+        alike = len(whys) == len(rows) and len(set(whys.values())) == 1
+        left_out[name] = next(iter(whys.values())) if alike else "; ".join(f"{why} ({row})" for row, why in whys.items())
     return rows, singles
 
 
@@ -344,10 +354,17 @@ def as_teacher(e: Extractor, reference: Seen) -> Matrix:
 NEAREST = ("fid_teacher", "fd_clip_teacher", "kid_teacher", "cmmd_teacher")
 
 
-def nearness(metrics: Measured) -> float:
-    """The first distance to the teacher there is; 0 without any."""
+def nearness(metrics: Measured) -> float | None:
+    """The first distance to the teacher there is; None without any."""
     named = [name for name in metrics if name.startswith("fd_") and name.endswith("_teacher")]
-    return next((metrics[name]["value"] for name in [*NEAREST, *named] if name in metrics), 0.0)
+    return next((metrics[name]["value"] for name in [*NEAREST, *named] if name in metrics), None)
+
+
+def nearest_to_teacher(rows: Sequence[dict[str, Any]]) -> str | None:
+    """Name of the row that is nearest to the teacher; None where no distance says which."""
+    distances = {row["name"]: nearness(row["metrics"]) for row in rows}
+    known = {name: distance for name, distance in distances.items() if distance is not None}
+    return min(known, key=known.__getitem__) if known else None
 
 
 def save(report: dict[str, Any], path: str | Path) -> None:

@@ -395,7 +395,7 @@ def jackknifed_kernel(
         left[g] = 0
         without.append(scale * mmd(sums, left, left if paired else fixed, unbiased=unbiased))
     low, high = jackknife(value, without, level=LEVEL)
-    return {"value": value, "low": low, "high": high}
+    return {"value": value, "low": low if unbiased else max(0.0, low), "high": high}  # with the diagonals it is a squared norm
 
 
 def precision_and_recall(
@@ -404,7 +404,7 @@ def precision_and_recall(
 ) -> None:  # fmt: skip
     """Share of the pictures inside the data's balls, and of the data inside the pictures'; the balls keep their radii when resampled."""
     n, d = features.shape
-    small = n * d <= SMALL and len(rows) * len(data) <= 32 * SMALL
+    small = recall_in_memory(n, d, len(rows), len(data))
     mine = as_distances_take(e, features[:] if small else features)
     theirs = checked(data[:], "reference") if small else data
     one = torch.zeros(len(data), dtype=torch.long)
@@ -432,12 +432,17 @@ def precision_and_recall(
     put(out, "recall", {"value": value, "low": float(low), "high": float(high)})
 
 
-def jackknifed(n: int, extractors: Sequence[Extractor], metrics: Sequence[str]) -> list[str]:
-    """Which of a report's metrics have jackknife intervals, for samples of n pictures."""
+def recall_in_memory(n: int, d: int, prompts: int, real: int) -> bool:
+    """Whether recall is resampled: n pictures of d features, and which of `prompts` holds each of the real ones."""
+    return n * d <= SMALL and prompts * real <= 32 * SMALL
+
+
+def jackknifed(n: int, prompts: int, real: int, extractors: Sequence[Extractor], metrics: Sequence[str]) -> list[str]:
+    """Which of a report's metrics have jackknife intervals, for samples of n pictures of `prompts`, and `real` pictures."""
     found = []
     for e, what in itertools.product(extractors, ("data", "teacher")):
         found += [f"{e.kernel}_{what}"] if e.kernel else []
         found += [f"{e.frechet}_{what}"] if n * e.width > SMALL else []
-    if extractors and n * extractors[0].width > SMALL:
+    if extractors and not recall_in_memory(n, extractors[0].width, prompts, real):
         found.append("recall")
     return [name for name in metrics if name in found]

@@ -49,7 +49,7 @@ def of_folder(folder: Path) -> Pictures:
     def get(i: int) -> Image.Image:
         def opened() -> Image.Image:
             with Image.open(paths[i]) as image:
-                return image.convert("RGB")
+                return in_eight_bits(image)
 
         return named(str(paths[i]), opened)
 
@@ -75,7 +75,14 @@ def of_hub(name: str, revision: str | None, split: str | None) -> Pictures:
     if column is None:
         raise ValueError(f"{name}: split {found['split']!r} has no column of pictures; it has {', '.join(rows.features)}")
     identity = {"n": len(rows), **found, "column": column}
-    return Pictures(identity, len(rows), lambda i: named(f"{where}, row {i}", lambda: rows[i][column].convert("RGB")))
+    return Pictures(identity, len(rows), lambda i: named(f"{where}, row {i}", lambda: in_eight_bits(rows[i][column])))
+
+
+def in_eight_bits(image: Image.Image) -> Image.Image:
+    """In RGB. Raises ValueError for grey of more bits, which Pillow would cut off at 255."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"it holds grey values of more than 8 bits (mode {image.mode}); save it with 8 bits")
+    return image.convert("RGB")
 
 
 def as_tensor(image: Image.Image) -> Tensor:

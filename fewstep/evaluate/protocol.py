@@ -158,10 +158,13 @@ def differences(stamp: Any, other: Any, prefix: str = "") -> list[str]:
     if isinstance(stamp, dict) and isinstance(other, dict):
         names = {key: f"{prefix}.{key}" if prefix else key for key in {**stamp, **other}}
         return [line for key, name in names.items() for line in differences(stamp.get(key), other.get(key), name)]
-    if stamp == other:
-        return []
-    shown = [value[:8] if isinstance(value, str) and len(value) == 64 else str(value) for value in (stamp, other)]
-    return [f"{prefix}: {shown[0]} / {shown[1]}"]
+    return [] if stamp == other else [f"{prefix}: {shown(stamp)} / {shown(other)}"]
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {shown(part)}" for key, part in value.items())
+    return value[:8] if isinstance(value, str) and len(value) == 64 else "none" if value is None else str(value)
 
 
 LATER = ("teacher", "preprocess", "configs")  # fields that the first reports' stamps lack
@@ -180,10 +183,11 @@ def stamp_of(report: dict[str, Any]) -> dict[str, Any]:
 def compared(stamp: dict[str, Any], other: dict[str, Any]) -> tuple[list[str], list[str]]:
     """(what differs between two stamps, the later fields that one of them lacks and that were not compared).
 
-    The device is not compared: of the numbers, seconds per image alone are its own, and each row says on which they were measured.
+    The device is not compared: of the numbers, seconds per image alone are its own, and each row says on which they were measured. Nor is
+    what the prompts' set or file is called: their hash is.
     """
     unknown = [field for field in LATER if (field in stamp) != (field in other)]
-    one, two = ({key: value for key, value in held.items() if key not in [*unknown, "device"]} for held in (stamp, other))
+    one, two = ({key: value for key, value in held.items() if key not in [*unknown, "device", "set"]} for held in (stamp, other))
     for field in LATER_OF_TEACHER if one.get("teacher") and two.get("teacher") else ():
         if (field in one["teacher"]) != (field in two["teacher"]):
             unknown.append(f"teacher.{field}")

@@ -124,9 +124,13 @@ def caption_of(lower: dict[str, Any]) -> Any:
 
 def problem_of(lower: dict[str, Any]) -> str | None:
     """Why an entry's caption cannot be drawn; None where it can."""
-    caption = caption_of(lower)
-    if not isinstance(caption, str) or not caption.strip():
+    caption, named = caption_of(lower), [key for key in CAPTIONS if key in lower]
+    if not named:
         return f"no text under any of the names {', '.join(CAPTIONS)}; it has {', '.join(lower) or 'nothing'}"
+    if caption is None or (isinstance(caption, str) and not caption.strip()):
+        return f"no text under {' or '.join(named)}: it is empty"
+    if not isinstance(caption, str):
+        return f"one text is needed under {' or '.join(named)}, not {type(caption).__name__} ({repr(caption)[:60]})"
     if "\0" in caption or len(caption) > prompts.LONGEST:
         return f"holds a NUL character or more than {prompts.LONGEST} characters"
     if any("\ud800" <= c <= "\udfff" for c in caption):  # JSON can escape one; no tokenizer takes it

@@ -156,7 +156,9 @@ def as_table(report: dict[str, Any]) -> Table:
     seeds = f"seed {protocol['seeds']['rows']}"
     if "reference" in protocol["seeds"]:
         seeds += f", teacher's reference sample {protocol['seeds']['reference']}"
-    title = f"n = {protocol['n']} ({protocol['images_per_prompt']} per prompt), {seeds}, {level:.0%} intervals over prompts"
+    height, width = of if isinstance(of := protocol["resolution"], list) else (of, of)
+    drawn = f"n = {protocol['n']} ({protocol['images_per_prompt']} per prompt), {height} x {width} pixels"
+    title = f"{drawn}, {seeds}, {level:.0%} intervals over prompts"
     return as_written(columns(report), as_rows(report), title=title, said=notes(report))
 
 
@@ -171,7 +173,7 @@ def as_written(titles: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]],
 def verdict(name: str, first: str, found: list[str]) -> str:
     """What differences in the stamps of two reports mean for their numbers."""
     differ = "; ".join(found)
-    if all(line.startswith("teacher") for line in found):
+    if all(line.startswith(("teacher", "seeds.reference")) for line in found):
         return f"† {name} was measured beside another teacher than {first}, and its distances to the teacher do not compare: {differ}"
     return f"† {name} was measured otherwise than {first}, and its numbers do not compare: {differ}"
 
