@@ -642,7 +642,7 @@ def test_a_student_of_the_hub_is_drawn_with(finished, tmp_path, monkeypatch, cap
     assert cli.main(["sample", "someone/student", "--prompt", "a cat"]) == 0
     assert len([*(tmp_path / "pictures").glob("*.png")]) == 1
     *indices, files = asked
-    assert set(indices) == {"someone/student"} and files == ["*.json", "*.txt", "*.model", "*/*.safetensors"]  # never a pickle
+    assert set(indices) == {"someone/student"} and files == ["*.json", "*.txt", "*.model", "*.jinja", "*/*.safetensors"]  # never a pickle
 
     def gone(source, revision, allow_patterns):
         raise OSError("401 Client Error\nsee there")

@@ -495,6 +495,7 @@ def test_a_student_in_bf16_resumes_and_is_drawn_by_its_cards_lines(teachers, nam
     }
     assert drawn_by_card(tmp_path / "straight", teacher).size == size[::-1]
     pipe = fewstep.load("straight")
+    assert models.stored_dtype(tmp_path / "straight") == getattr(pipe, backbone.part).dtype == torch.bfloat16
     images = pipe(prompt="a cat", num_inference_steps=2, output_type="pt", **told(backbone) | backbone.student_call).images
     assert bool(torch.isfinite(images).all())
     if backbone.saves_lora():

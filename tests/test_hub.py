@@ -59,6 +59,31 @@ def test_what_can_be_a_name_of_the_hub(source, parts, tmp_path, monkeypatch):
         assert naming.parts(source) is None  # a folder that is there is that folder
 
 
+def test_a_student_of_the_hub_comes_with_its_chat_template(tmp_path, monkeypatch):
+    """Z-Image's and FLUX.2's tokenizers have it in a file of its own, and read no prompt without."""
+    from huggingface_hub.utils import filter_repo_objects
+    from pipelines import z_image
+
+    from fewstep import models
+    from fewstep.evaluate.command import on_hub
+
+    whole, fetched = tmp_path / "whole", tmp_path / "fetched"
+    z_image.pipeline().save_pretrained(whole, safe_serialization=True)
+
+    def download(repository, revision, allow_patterns):
+        files = [path.relative_to(whole).as_posix() for path in whole.rglob("*") if path.is_file()]
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns):
+            (fetched / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(whole / file, fetched / file)
+        return str(fetched)
+
+    monkeypatch.setattr(models, "index_on_hub", lambda source: whole / "model_index.json")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    backbone = models.load(str(on_hub(STUDENT, weights=True)[1]))
+    assert (whole / "tokenizer" / "chat_template.jinja").is_file()
+    assert torch.equal(backbone.encode(["a cat"])["prompt_embeds"], models.load(str(whole)).encode(["a cat"])["prompt_embeds"])
+
+
 def network(folder):
     return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
 

@@ -51,7 +51,7 @@ TEACHER_FILES = "teacher.json"  # in a run's folder: what its teacher's weights 
 STRETCHES, STRETCH = 64, 2**16  # of a file that are looked at, and their bytes
 
 
-CONFIGURATIONS = ("*.json", "*.txt", "*.model")  # of a repository, everything but its weights
+CONFIGURATIONS = ("*.json", "*.txt", "*.model", "*.jinja")  # of a repository, everything but its weights
 
 
 class UnsupportedTeacher(ValueError):
@@ -240,7 +240,10 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
     for path in folder.glob("vae/*.safetensors"):
         with safe_open(path, "pt") as file:
-            return torch.bfloat16 if file.get_slice(next(iter(file.keys()))).get_dtype() == "BF16" else torch.float32
+            kinds = [tensor.get_dtype() for tensor in map(file.get_slice, file.keys())]
+        for kind in kinds:
+            if kind in ("BF16", "F16", "F32"):  # FLUX.2's has a count before its weights
+                return torch.bfloat16 if kind == "BF16" else torch.float32
     return torch.float32
 
 
