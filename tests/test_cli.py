@@ -289,6 +289,9 @@ def test_unsupported_and_damaged_teachers(capsys, tmp_path, teacher_folder, prom
     (tmp_path / "loose" / "v1-5.safetensors").write_bytes(b"")
     for loose in (tmp_path / "loose", tmp_path / "loose" / "v1-5.safetensors"):
         assert "from_single_file(FILE).save_pretrained(FOLDER)" in refused(capsys, "distill", "--teacher", str(loose), *options)
+    (tmp_path / "tuned" / "transformer").mkdir(parents=True)
+    line = refused(capsys, "distill", "--teacher", str(tmp_path / "tuned"), *options)
+    assert "no model_index.json there" in line and 'transformer=CLASS.from_pretrained(FOLDER, subfolder="transformer")' in line
     with mock.patch("huggingface_hub.hf_hub_download", side_effect=EntryNotFoundError("404\nClient Error")):
         line = refused(capsys, "distill", "--teacher", "me/checkpoint", *options)
     assert "404 Client Error" in line and "from_single_file" in line

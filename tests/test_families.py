@@ -552,7 +552,7 @@ def test_weights_in_fp16_alone_are_read(teachers, tmp_path):
     pipe = models.load(str(teachers / name)).pipe.to(torch.float16)
     pipe.save_pretrained(tmp_path, variant="fp16", safe_serialization=True)
     assert not [path for path in tmp_path.rglob("*.safetensors") if ".fp16." not in path.name]
-    with pytest.warns(UserWarning, match="fp16 alone"):
+    with pytest.warns(UserWarning, match="vae, text_encoder, text_encoder_2, unet are there in fp16 alone"):
         backbone = models.load(str(tmp_path))
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         mine, halves = (dict(getattr(each, part).named_parameters()) for each in (backbone.pipe, pipe))
@@ -560,6 +560,40 @@ def test_weights_in_fp16_alone_are_read(teachers, tmp_path):
     (tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors").unlink()
     with pytest.raises(models.UnsupportedTeacher, match=r"no file named diffusion_pytorch_model\.safetensors .*unet"):
         models.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("variant, plain", [("fp16", ["text_encoder"]), ("bf16", ["vae"])])
+def test_parts_in_fewer_bits_alone_are_read_beside_others(teachers, tmp_path, variant, plain):
+    """As diffusers reads them with `variant=`; of a part that has plain files alone those are read, and asked about."""
+    name = "StableDiffusionXLPipeline"
+    pipe = models.load(str(teachers / name)).pipe.to(torch.float16 if variant == "fp16" else torch.bfloat16)
+    pipe.save_pretrained(tmp_path, variant=variant)
+    for part in plain:
+        (path,) = (tmp_path / part).glob("*.safetensors")
+        path.rename(path.with_name(path.name.replace(f".{variant}", "")))
+    with pytest.warns(UserWarning, match=f"unet are there in {variant} alone") as said:
+        backbone = models.load(str(tmp_path))
+    taken = str(said[0].message).removeprefix(f"{tmp_path}: ").split(" are there")[0].split(", ")
+    assert {"unet", "vae", "text_encoder", "text_encoder_2"} == {*taken, *plain} and not {*taken} & {*plain}
+    assert all(torch.equal(p, pipe.unet.get_parameter(key).float()) for key, p in backbone.pipe.unet.named_parameters())
+    (path,) = (tmp_path / "text_encoder").glob("*.safetensors")
+    held = load_file(path)
+    save_file({key: held[key] for key in held if "final_layer_norm" not in key}, path, metadata={"format": "pt"})
+    with pytest.raises(models.UnsupportedTeacher, match="the files of its text_encoder lack 2"), pytest.warns(UserWarning):
+        models.load(str(tmp_path))
+
+
+def test_pickles_are_refused_with_what_to_do(teacher_folder, tmp_path):
+    folder = shutil.copytree(teacher_folder, tmp_path / "teacher")
+    (path,) = (folder / "unet").glob("*.safetensors")
+    (folder / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"beside safetensors")
+    weights = path.read_bytes()
+    path.unlink()
+    with pytest.raises(models.UnsupportedTeacher, match=r"no file named .*unet\.\)$"):
+        models.load(str(folder))
+    path.with_suffix(".bin").write_bytes(weights)
+    with pytest.raises(models.UnsupportedTeacher, match=r"no file named .*unet\.\); weights in pickles \(\.bin\).*safe_serialization=True"):
+        models.load(str(folder))
 
 
 @pytest.mark.parametrize(

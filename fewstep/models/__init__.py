@@ -41,6 +41,18 @@ SINGLE_FILE = (
 )
 
 
+ONE_PART = (
+    "the {0} alone is put into the pipeline that it was trained from first, by its class in config.json: "
+    'DiffusionPipeline.from_pretrained(BASE, {0}=CLASS.from_pretrained(FOLDER, subfolder="{0}")).save_pretrained(OTHER)'
+)
+
+
+PICKLES = (
+    "weights in pickles (.bin), which run code where they are opened, are saved as safetensors with diffusers first, if you trust them: "
+    "DiffusionPipeline.from_pretrained(SOURCE).save_pretrained(FOLDER, safe_serialization=True)"
+)
+
+
 KEPT_GUIDANCE = (
     "{} is told the guidance scale (time_cond_proj_dim), as a student that keeps it as a knob and latent consistency models are, and no "
     "run guides a teacher so or draws it; give the model that it was distilled from"
@@ -65,7 +77,8 @@ def index_of(source: str) -> dict[str, Any]:
         index = folder / "model_index.json"
         if not index.is_file():
             held = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".ckpt")]
-            hint = f"; {SINGLE_FILE}" if held else ""
+            networks = [name for name in ("unet", "transformer") if (folder / name).is_dir()]
+            hint = f"; {SINGLE_FILE}" if held else f"; {ONE_PART.format(networks[0])}" if networks else ""
             raise UnsupportedTeacher(f"{folder}: no model_index.json there; a teacher is a diffusers pipeline folder or a hub id{hint}")
     elif folder.is_file():
         raise UnsupportedTeacher(f"{folder}: a file; a teacher is a diffusers pipeline folder or a hub id; {SINGLE_FILE}")
@@ -122,6 +135,12 @@ def snapshot(source: str, patterns: Sequence[str]) -> str:
         return huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(patterns))
     except OSError as error:  # of the hub: a gated or a missing repository, no network
         raise UnsupportedTeacher(f"{source}: its files cannot be had ({type(error).__name__}: {one_line(error)})") from error
+
+
+def in_pickles(source: str, error: OSError) -> bool:
+    """Whether a part of a teacher, which diffusers has failed to read with this error, has its weights in pickles alone."""
+    pickled = [path.parent for path in Path(source).glob("*/*.bin")]
+    return any(not any(part.glob("*.safetensors")) for part in pickled) or "necessary `safetensors` weights" in str(error)  # of the hub
 
 
 def one_line(error: Exception) -> str:
@@ -195,6 +214,12 @@ def stored_packed(part: Any) -> bool:
     return isinstance(part, PreTrainedModel) and getattr(part, "is_quantized", False)
 
 
+def of_variant(part: Any, variant: str | None) -> bool:
+    """Whether diffusers read a pipeline's part from files of this variant: where there are none, it reads the plain ones."""
+    folder = Path(getattr(part, "name_or_path", None) or part.config["_name_or_path"])
+    return variant is not None and any(folder.glob(f"*.{variant}*.safetensors"))
+
+
 def check_weights(pipe: Any, source: str | Path, variant: str | None = None) -> None:
     """Raises UnsupportedTeacher naming weights that a pipeline's files lack.
 
@@ -213,10 +238,11 @@ def check_weights(pipe: Any, source: str | Path, variant: str | None = None) -> 
             if packed:
                 del config.quantization_config
             told = {"config": config, "device_map": "meta", "use_safetensors": True, "ignore_mismatched_sizes": packed}
+            told["variant"] = variant if of_variant(part, variant) else None
             verbosity = transformers_says.get_verbosity()
             transformers_says.set_verbosity_error()  # of packed weights it would say that their sizes are others
             try:
-                _, report = type(part).from_pretrained(part.name_or_path, variant=variant, output_loading_info=True, **told)
+                _, report = type(part).from_pretrained(part.name_or_path, output_loading_info=True, **told)
             finally:
                 transformers_says.set_verbosity(verbosity)
             missing = sorted(report["missing_keys"])

@@ -29,7 +29,18 @@ from torch.utils.checkpoint import checkpoint
 from fewstep import hub
 from fewstep.denoiser import SCALE, Cond, Denoiser, Prediction, join
 from fewstep.disk import is_one
-from fewstep.models import KEPT_GUIDANCE, UnsupportedTeacher, check_weights, index_of, is_null, stored_packed, with_range
+from fewstep.models import (
+    KEPT_GUIDANCE,
+    PICKLES,
+    UnsupportedTeacher,
+    check_weights,
+    in_pickles,
+    index_of,
+    is_null,
+    of_variant,
+    stored_packed,
+    with_range,
+)
 from fewstep.models.embeddings import Embeddings
 from fewstep.schedule import DDPM, Flow, Schedule
 
@@ -314,16 +325,29 @@ def without_path(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(pipeline: type[DiffusionPipeline], source: str, **options: Any) -> tuple[Any, str | None]:
-    """(a stock pipeline, its files' variant); where weights are there in fp16 alone (`*.fp16.safetensors`), those, with a warning."""
-    try:
-        return pipeline.from_pretrained(source, **options), None
-    except OSError as error:  # a file is missing
+    """(a stock pipeline, its files' variant); where parts have weights in bf16 or fp16 alone (`*.fp16.safetensors`), those, with a warning.
+
+    Raises OSError where no variant is whole.
+    """
+    lacking: OSError
+    for variant in (None, "bf16", "fp16"):
         try:
-            pipe = pipeline.from_pretrained(source, variant="fp16", **options)
+            pipe = pipeline.from_pretrained(source, variant=variant, **options)
+        except OSError as error:  # a file is missing
+            lacking = error
+            continue
         except ValueError:  # diffusers': there are no such files
-            raise error from None
-    warnings.warn(f"{source}: its weights are there in fp16 alone; the teacher is what is left of it in those numbers", stacklevel=4)
-    return pipe, "fp16"
+            if variant is None:
+                raise
+            continue
+        if variant is not None:
+            parts = [name for name, part in pipe.components.items() if isinstance(part, nn.Module) and of_variant(part, variant)]
+            warnings.warn(
+                f"{source}: {', '.join(parts)} are there in {variant} alone; the teacher is what is left of it in those numbers",
+                stacklevel=4,
+            )
+        return pipe, variant
+    raise lacking
 
 
 def packed_network(source: str, part: str, kind: str) -> UnsupportedTeacher:
@@ -381,9 +405,14 @@ class Backbone:
             pipe, variant = read(
                 cls.pipeline, name, revision=revision, dtype=dtype, use_safetensors=True, **cls.load_options, **dict.fromkeys(absent)
             )
+            check_weights(pipe, source, variant)
+        except UnsupportedTeacher:
+            raise
         except Exception as error:  # diffusers, transformers and safetensors raise many kinds; each means an unreadable teacher
-            raise UnsupportedTeacher(f"{source}: cannot be read as a {cls.pipeline.__name__} ({type(error).__name__}: {error})") from error
-        check_weights(pipe, source, variant)
+            hint = f"; {PICKLES}" if isinstance(error, OSError) and in_pickles(source, error) else ""
+            raise UnsupportedTeacher(
+                f"{source}: cannot be read as a {cls.pipeline.__name__} ({type(error).__name__}: {error}){hint}"
+            ) from error
         pipe.set_progress_bar_config(disable=True)
         return cls(pipe, source, cache=cache, device=device)
 
