@@ -49,8 +49,8 @@ class FakeConfig:
 @dataclass
 class MatchingConfig:
     guidance: float | tuple[float, float] = 2.5
-    """Guidance scale of the teacher inside R_dm. It acts on densities at every noise level, which pulls harder than the same scale
-    does in a sampler. One scale is distilled in and fixed; a range, as [1.5, 8], stays a knob: each group is drawn a scale of its own
+    """Guidance scale of the teacher inside R_dm, 1 for none. It acts on densities at every noise level, which pulls harder than the same
+    scale does in a sampler. One scale is distilled in and fixed; a range, as [1.5, 8], stays a knob: each group is drawn a scale of its own
     from it, student and fake are told which, and the student is called with guidance_scale (`fewstep models`: families with a range)."""
     normalize: Literal["group", "sample", "batch", "channel", "none"] = "group"
     """What eq. (5) divides by: group is GNDM, sample is DMD."""
@@ -166,8 +166,9 @@ class Config:
     """Folder of another run on this teacher whose averaged student and fake this one begins with, to align a student that is distilled
     already, or to train it on with other settings; none: both begin as the teacher."""
     teacher_guidance: float = 3.0
-    """Guidance scale of the teacher's own pictures, which the student is compared with. A student with a range (matching.guidance) is
-    drawn and measured beside them at this scale too, or at the end of its range that lies nearest, and so is then its teacher."""
+    """Guidance scale of the teacher's own pictures, 1 for none, which the student is compared with. A student with a range
+    (matching.guidance) is drawn and measured beside them at this scale too, or at the end of its range that lies nearest, and so is then
+    its teacher."""
     steps: int = 4
     """Steps of the student."""
     size: list[str] = field(default_factory=list)
@@ -273,7 +274,7 @@ class Config:
         weights, mode, backward = self.weights, self.weights.mode, self.reuse.backward_simulation
         policies = ", ".join(name for name, via in self.via.items() if via == "policy")
         checks = [
-            (self.teacher_guidance >= 0, "teacher_guidance", f"must be 0 or more, got {self.teacher_guidance}"),
+            (self.teacher_guidance >= 1, "teacher_guidance", f"must be 1, which is no guidance, or more, got {self.teacher_guidance}"),
             (0 <= self.seed < 2**32, "seed", f"must be from 0 to 2^32 - 1, got {self.seed}"),
             (self.steps >= 1, "steps", f"must be at least 1, got {self.steps}"),
             (self.updates >= 1, "updates", f"must be at least 1, got {self.updates}"),
@@ -293,9 +294,9 @@ class Config:
             (self.fake.max_norm > 0, "fake.max_norm", f"must be positive (.inf: no limit), got {self.fake.max_norm}"),
             (0 <= self.fake.decay <= 1, "fake.decay", f"must lie in [0, 1], got {self.fake.decay}"),
             (self.fake.updates >= 0, "fake.updates", f"must be 0 or more, got {self.fake.updates}"),
-            (least >= 0, "matching.guidance", f"must be 0 or more, got {self.matching.guidance}"),
+            (least >= 1, "matching.guidance", f"must be 1, which is no guidance, or more, got {self.matching.guidance}"),
             (
-                least < 0 or within is None or within[0] < within[1],
+                least < 1 or within is None or within[0] < within[1],
                 "matching.guidance", f"a range runs from a lower scale to a higher one, got {self.matching.guidance}",
             ),
             (0 <= self.matching.gamma <= 1, "matching.gamma", f"must lie in [0, 1], got {self.matching.gamma}"),

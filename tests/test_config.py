@@ -11,10 +11,10 @@ from fewstep.flags import field_names
 BAD = {"-1": -1, "0": 0, "nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 # which of them a field takes; of weights.warmup the adaptive weight alone makes use
 TAKEN = {
-    "teacher_guidance": "0", "lora_rank": "0", "seed": "0", "sample_every": "0",
+    "lora_rank": "0", "seed": "0", "sample_every": "0",
     "student.decay": "0", "student.weight_decay": "0", "student.ema": "0", "student.max_norm": "inf",
     "fake.decay": "0", "fake.updates": "0", "fake.max_norm": "inf",
-    "matching.guidance": "0", "matching.gamma": "0",
+    "matching.gamma": "0",
     "weights.warmup": "-1 0", "weights.lag_limit": "0 inf", "weights.clip": "inf", "weights.max_masked": "0",
     "reuse.rho_max": "inf", "reuse.min_ess": "0", "memory.micro_groups": "0", "reward": "0",
 }  # fmt: skip
@@ -61,11 +61,19 @@ def test_noise_levels_lie_in_order(pair):
     assert line.startswith("matching.t_range: must ")
 
 
-@pytest.mark.parametrize("pair", [(-1.0, 2.0), (2.0, 2.0), (8.0, 1.5), (math.nan, 2.0), (1.0, math.nan), (1.0, math.inf)])
+@pytest.mark.parametrize("pair", [(-1.0, 2.0), (0.0, 1.5), (2.0, 2.0), (8.0, 1.5), (math.nan, 2.0), (1.0, math.nan), (1.0, math.inf)])
 def test_a_range_of_guidance_lies_in_order(pair):
     (line,) = config_with("matching.guidance", pair).problems()
     assert line.startswith("matching.guidance: ") and str(pair) in line
-    assert not config_with("matching.guidance", (0.0, 1.5)).problems()
+    assert not config_with("matching.guidance", (1.0, 1.5)).problems()
+
+
+@pytest.mark.parametrize("name", ["teacher_guidance", "matching.guidance"])
+def test_no_guidance_is_one(name):
+    """Of zero, which stock pipelines take for none too, the unconditional teacher would be made."""
+    for scale in (0.0, 0.5):
+        assert config_with(name, scale).problems() == [f"{name}: must be 1, which is no guidance, or more, got {scale}"]
+    assert not config_with(name, 1.0).problems()
 
 
 def test_a_student_with_a_range_is_shown_beside_its_teacher_at_one_scale_inside_it():
