@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from fewstep import checkpoint, cli, composition, models, needs, run
 from fewstep.config import Config, MatchingConfig
-from fewstep.denoiser import guide
+from fewstep.denoiser import guide, to_x0
 from fewstep.errors import UserError
 from fewstep.models import embeddings
 from fewstep.models.backbone import AddedLinear
@@ -784,6 +784,25 @@ def test_a_teacher_that_looks_distilled_to_few_steps_is_said_to_be_guided(teache
         composition.check_backbone(backbone, Config(teacher="here", matching=MatchingConfig(guidance=guidance)))
         said = capsys.readouterr().out
         assert (f"its scheduler, {words}, is one of" in said and told in said) if told and words else said == ""
+
+
+@pytest.mark.parametrize(
+    "name, precision, share",
+    [("PixArtSigmaPipeline", "bf16", 0.27), ("PixArtSigmaPipeline", "fp32", None), ("StableDiffusionXLPipeline", "bf16", None),
+     ("SanaPipeline", "bf16", None)],
+)  # fmt: skip
+def test_a_first_step_that_bf16_is_too_coarse_for_is_told_of(teachers, capsys, name, precision, share):
+    """By as much as it is: a network that is right but for its rounding, at the first time of a student."""
+    backbone = needs.skeleton(str(teachers / name), torch.float32)
+    times, _ = composition.check_backbone(backbone, Config(precision=precision, matching=MatchingConfig(guidance=1.0)))
+    said = capsys.readouterr().out
+    assert (f"an error of {share} of a latent" in said and "--precision fp32" in said) if share else said == ""
+    if share:
+        x0, eps = torch.randn(2, 64, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        alpha, sigma = (of(times[:1]).float() for of in (backbone.schedule().alpha, backbone.schedule().sigma))
+        xt = alpha * x0 + sigma * eps
+        rounded = to_x0(eps.bfloat16().float(), xt, alpha, sigma, "epsilon")
+        assert float((rounded - x0).std()) == pytest.approx(share, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
