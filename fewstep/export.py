@@ -404,6 +404,21 @@ def draws_from_pictures(pipeline: type) -> bool:
     return hasattr(diffusers, pipeline.__name__.removesuffix("Pipeline") + "Img2ImgPipeline")
 
 
+def hands_on_generator(pipeline: type) -> bool:
+    """Whether a stock pipeline's `generator=` is also its scheduler's, which draws noise between a student's steps; of most flow models'
+    it is not."""
+    return hasattr(pipeline, "prepare_extra_step_kwargs")
+
+
+def guidance_in_words(config: Config, backbone: Any) -> str:
+    """The guidance that was distilled in, and what the teacher's pipeline calls it where that counts otherwise (Z-Image)."""
+    said = config.matching.guidance_in_words()
+    if config.matching.guidance_range is not None:
+        return said
+    own = backbone.teacher_call(config.matching.guidance).get("guidance_scale", config.matching.guidance)
+    return said if own == config.matching.guidance else f"{said} (`guidance_scale={own:g}` of its pipeline)"
+
+
 def model_card(student: Averaged, to: str, folder: Path, *, name: str | None = None, results: str | None = None) -> ModelCard:
     """The card that goes into `folder`, which holds one of FORMS and the pictures that the card shows, where there are any.
 
@@ -426,7 +441,7 @@ def model_card(student: Averaged, to: str, folder: Path, *, name: str | None = N
         **(relation if base else {}),
     )
     normalize, within = config.matching.normalize, config.matching.guidance_range
-    guidance = config.matching.guidance_in_words()
+    guidance = guidance_in_words(config, backbone)
     method = {"group": "GNDM (group-normalised distribution matching)", "sample": "DMD"}.get(
         normalize, f"distribution matching, scale `{normalize}`"
     )
@@ -462,6 +477,11 @@ def model_card(student: Averaged, to: str, folder: Path, *, name: str | None = N
         " One step is not possible: this scheduler's times for it are not a number, so pictures are NaN or the call ends in an error."
     )
     one_step *= backbone.flow and steps > 1 and to != "kohya"
+    noise = (
+        " This pipeline hands its scheduler no generator: the noise between steps is drawn from torch's own, so for the same picture again "
+        "call `torch.manual_seed(0)` before it, beside any `generator=`."
+    )
+    noise *= steps > 1 and not hands_on_generator(backbone.pipeline)
     began = ", from the student of an earlier run" * (config.init is not None)
     text = f"""---
 {data.to_yaml()}
@@ -479,7 +499,7 @@ teacher guidance {guidance}, {rewards_in_words(config, student.rewards)}{began}.
 {usage}
 
 {"This is" if to == "kohya" else "The scheduler in this folder carries"} the grid the student was trained on, timesteps {grid}; \
-with another number of steps or another scheduler it is no longer the model that was trained.{one_step}{from_picture}
+with another number of steps or another scheduler it is no longer the model that was trained.{one_step}{noise}{from_picture}
 
 ## Guidance
 

@@ -386,6 +386,27 @@ def test_the_card_says_where_one_step_is_not_possible(runs, exported, name):
     assert ("One step is not possible" in (exported(name, "diffusers") / "README.md").read_text()) is not possible
 
 
+def test_the_card_says_what_a_picture_is_drawn_again_with(runs, exported, tmp_path):
+    """A flow model's pipeline draws its students' noise between steps from torch's global generator, but for one step's, which has none."""
+    for name in FAMILIES:
+        card = (exported(name, "diffusers") / "README.md").read_text()
+        assert ("call `torch.manual_seed(0)` before it" in card) is (name == "StableDiffusion3Pipeline")
+    _, run = runs("StableDiffusion3Pipeline")
+    config = dataclasses.replace(run.config, steps=1)
+    assert "manual_seed" not in str(export.model_card(export.Averaged(config, run.backbone, None, {}, 3, {}), "lora", tmp_path))
+
+
+def test_the_card_has_guidance_as_the_teachers_pipeline_counts_it(runs, tmp_path):
+    from fewstep.models.z_image import ZImage
+
+    _, run = runs("StableDiffusion3Pipeline")
+    student = export.Averaged(run.config, run.backbone, None, {}, 3, {})
+    assert "of its pipeline" not in str(export.model_card(student, "lora", tmp_path))
+    with mock.patch.object(type(run.backbone), "teacher_call", ZImage.teacher_call):
+        text = str(export.model_card(student, "lora", tmp_path))
+    assert "under guidance 2.5 (`guidance_scale=1.5` of its pipeline), at" in text and "teacher guidance 2.5 (`guidance_scale" in text
+
+
 def test_the_card_tells_the_guidance_the_grid_and_the_rewards(exported, runs, tmp_path):
     _, run = runs("StableDiffusionPipeline")
     for to in export.FORMS:

@@ -28,7 +28,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from pipelines import GUIDED, INCOMPLETE, PIPELINES
 from safetensors.torch import load_file, save_file
 
-from fewstep import checkpoint, cli, composition, models, needs, run
+from fewstep import checkpoint, cli, composition, export, models, needs, run
 from fewstep.config import Config, MatchingConfig
 from fewstep.denoiser import guide, to_x0
 from fewstep.errors import UserError
@@ -128,6 +128,23 @@ def test_a_size_without_positions_is_refused_before_the_network_is_called(teache
             composition.check_backbone(backbone, config)
         with mock.patch.object(type(backbone), "size_limit", lambda self: None), pytest.raises((ValueError, IndexError)):
             predict(*size)
+
+
+@every_family
+def test_which_pipelines_hand_their_generator_to_the_scheduler(teachers, name):
+    """Of the others a card says that `generator=` alone does not bring a student's picture back."""
+    backbone = models.load(str(teachers / name))
+    pipe, handed = backbone.pipe, []
+    pipe.scheduler = backbone.scheduler(2)
+
+    def step(output, timestep, sample, generator=None, return_dict=True):
+        handed.append(generator)
+        raise Stop
+
+    generator = torch.Generator()
+    with mock.patch.object(pipe.scheduler, "step", step), pytest.raises(Stop):
+        pipe(prompt=[*PROMPTS], num_inference_steps=2, generator=generator, **told(backbone) | backbone.student_call)
+    assert (handed == [generator]) is export.hands_on_generator(backbone.pipeline)
 
 
 @every_family
