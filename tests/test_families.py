@@ -33,7 +33,7 @@ from fewstep.config import Config, MatchingConfig
 from fewstep.denoiser import guide, to_x0
 from fewstep.errors import UserError
 from fewstep.models import embeddings
-from fewstep.models.backbone import AddedLinear
+from fewstep.models.backbone import AddedLinear, repeated_blocks
 from fewstep.report.grid import save
 from fewstep.run import sample_grid
 from fewstep.student import Student
@@ -233,6 +233,17 @@ def test_every_adapter_of_a_linear_layer_adds_itself(teachers, name):
     model = models.load(str(teachers / name)).roles(lora_rank=2).student.network.model
     kinds = {type(module) for module in model.modules() if isinstance(module, BaseTunerLayer)}
     assert AddedLinear in kinds and LoraLinear not in kinds
+
+
+@every_family
+def test_lora_adapts_attention_and_feed_forward_of_every_block(teachers, name):
+    """The second attention of SD3.5 medium's first blocks too."""
+    model = models.load(str(teachers / name)).roles(lora_rank=2).student.network.model
+    parts = [(key, module) for block in repeated_blocks(model) for key, module in block.named_modules() if ".lora_" not in key]
+    adapted = [key for key, module in parts if isinstance(module, BaseTunerLayer)]
+    plain = [key for key, module in parts if type(module) is torch.nn.Linear and not key.endswith(".base_layer")]
+    assert any("attn" in key or "attention" in key for key in adapted)
+    assert not [key for key in plain if not any(word in key for word in ("norm", "mod", "adaLN"))]  # those make scales of the time
 
 
 def moved_student(backbone, rank):

@@ -21,6 +21,7 @@ class StableDiffusion3(Backbone):
     time_module = "time_text_embed"
     lora_targets: ClassVar[list[str]] = [
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+        "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0",  # of 3.5 medium's first blocks
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "norm1.linear", "norm1_context.linear", "proj_out",
     ]  # fmt: skip
     default_guidance = 7.0
