@@ -230,7 +230,13 @@ def rng_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Give torch's generators a saved state. A GPU's that has none in it, as in a CPU's checkpoint, stays as it is, with a warning."""
     torch.set_rng_state(state["cpu"])
-    if device.type == "cuda":
-        # an earlier version kept every GPU's by its number
-        torch.cuda.set_rng_state(state["device"] if "device" in state else state[f"cuda{device.index or 0}"], device)
+    if device.type != "cuda":
+        return
+    # an earlier version kept every GPU's by its number
+    own = state.get("device", state.get(f"cuda{device.index or 0}"))
+    if own is None:
+        warnings.warn(f"the checkpoint has no random state of {device}, as one saved on a CPU: that begins with the seed", stacklevel=2)
+    else:
+        torch.cuda.set_rng_state(own, device)

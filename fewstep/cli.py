@@ -82,8 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 SMALLER = {  # what takes less of a device's memory, by command
-    "distill": "`fewstep distill ... --dry-run` says what a run needs; --memory.micro-groups 1, --memory.checkpointing, --lora-rank 64 and "
-    "--memory.optimizer adamw8bit take less. What was saved is whole",
+    "distill": "`fewstep distill ... --dry-run` says what a run needs. --memory.micro-groups 1 and --memory.checkpointing take less: what "
+    "was saved is whole, go on with them and --resume. --lora-rank 64 and --memory.optimizer adamw8bit do too, where a run begins anew",
     "evaluate": "A smaller --batch takes less; what was drawn is kept",
 }
 

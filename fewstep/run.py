@@ -43,8 +43,9 @@ RUN_FILES = (
     "pytorch_lora_weights.safetensors",
 )  # fmt: skip
 # what may differ between a run and its continuation
-FREE_ON_RESUME = ("updates", "teacher_guidance", "save_every", "sample_every", "evaluate", "resume", "overwrite", "dry_run", "output",
-                  "device", "judge", "remote")  # fmt: skip
+FREE_ON_RESUME = ("updates", "teacher_guidance", "save_every", "sample_every", "evaluate", "device", "judge", "remote",
+                  "memory.micro_groups", "memory.checkpointing", "compile")  # fmt: skip
+OF_A_CALL = ("resume", "overwrite", "dry_run", "output")  # and not of the run
 
 
 def check_output(config: Config) -> None:
@@ -130,9 +131,11 @@ def check_same_run(config: Config, path: Path) -> None:
     if before["teacher"] == hub.split(config.teacher)[0]:  # an earlier version did not write the commit
         before["teacher"] = now["teacher"]
     for name in before | now:
-        if name.partition(".")[0] not in FREE_ON_RESUME and (name not in before or name not in now or before[name] != now[name]):
+        if {name, name.partition(".")[0]}.isdisjoint((*FREE_ON_RESUME, *OF_A_CALL)) and (
+            name not in before or name not in now or before[name] != now[name]
+        ):
             was, is_now = (repr(held[name]) if name in held else "not given" for held in (before, now))
-            free = ", ".join(FREE_ON_RESUME[:4])
+            free = ", ".join(FREE_ON_RESUME)
             raise UserError(f"resume: {name} is {is_now}, the run in {path.parent} has {was}; only {free} may change")
 
 
@@ -229,6 +232,9 @@ def carry_out(config: Config, prompts: list[str], source: str, functions: dict[s
             f"anew from this student with --init {output}"
         )
     folder, state = find_checkpoint(output / "checkpoints", ranks) if config.resume else (None, None)
+    if state is not None and state["update"] > config.updates:
+        at = state["update"]
+        raise UserError(f"updates: the run in {output} is at update {at} already; give that many or more, got {config.updates}")
     run = build(config, prompts, source, functions, judges, ranks=ranks)
     config = run.config
     print(f"training on {config.device} in {config.precision}" + (f", {ranks.size} processes" if ranks.size > 1 else ""))

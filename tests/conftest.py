@@ -89,3 +89,11 @@ def small_grid(monkeypatch):
     """A run's last picture shows one sample a prompt, and a teacher of two steps: drawing it takes as long as all its updates do here."""
     monkeypatch.setattr("fewstep.run.SAMPLES_PER_PROMPT", 1)
     monkeypatch.setattr("fewstep.world.TEACHER_STEPS", 2)
+
+
+@pytest.fixture
+def in_float64():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)

@@ -222,6 +222,20 @@ def test_a_rename_that_fails_puts_the_old_one_back(tmp_path, monkeypatch):
     assert equal(checkpoint.load(tmp_path / "step-00000001"), {"x": torch.zeros(3)})
 
 
+def test_a_gpu_without_a_saved_random_state_keeps_its_own_and_says_so(monkeypatch):
+    """A run that began on a CPU goes on there."""
+    cpu, gpu, given = torch.device("cpu"), torch.device("cuda", 0), []
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: given.append((state, device)))
+    state = checkpoint.rng_state(cpu)
+    drawn = torch.rand(3)
+    with pytest.warns(UserWarning, match="no random state of cuda:0, as one saved on a CPU"):
+        checkpoint.set_rng_state(state, gpu)
+    assert not given and torch.equal(torch.rand(3), drawn)
+    for key in ("device", "cuda0"):  # as an earlier version named it
+        checkpoint.set_rng_state(state | {key: torch.ones(1)}, gpu)
+    assert given == [(torch.ones(1), gpu)] * 2
+
+
 def test_manifest_is_json(tmp_path):
     manifest = json.loads((checkpoint.save(tmp_path, 1, TREE) / "manifest.json").read_text())
     assert manifest["step"] == 1 and set(manifest["files"]) == set(checkpoint.FILES)

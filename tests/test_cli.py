@@ -541,6 +541,8 @@ def test_a_run_is_replaced_once_the_new_one_can_begin(capsys, finished, teacher_
     [
         ([], None),
         (["--updates=500", "--save-every=7", "--remote.timeout=9"], None),
+        (["--memory.micro-groups=1", "--memory.checkpointing=true", "--compile=true"], None),
+        (["--memory.optimizer=adamw8bit"], "memory.micro_groups, memory.checkpointing, compile may change"),
         (["--matching.shift=2"], "matching.shift is 2.0, the run in OUT has 3.0; only updates,"),
         (["--matching.gamma=0.5", "--student.lr=1"], "student.lr is 1.0, the run in OUT has 0.0002; only"),
         (["--reward.clip=0.5"], "reward.clip is 0.5, the run in OUT has 0.3; only"),
@@ -574,6 +576,9 @@ def test_a_checkpoint_of_another_version_is_refused_by_what_it_lacks(finished, t
 
 def test_resume_takes_the_saved_config_and_goes_further(finished, tmp_path, capsys):
     out = shutil.copytree(finished, tmp_path / "out")
+    assert "is at update 3 already; give that many or more, got 2" in refused(
+        capsys, "distill", "--output", str(out), "--resume", "--updates", "2"
+    )
     assert cli.main(["distill", "--output", str(out), "--resume", "--updates", "4"]) == 0
     assert "going on from step-00000003" in capsys.readouterr().out
     lines = [json.loads(line)["update"] for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -698,7 +703,10 @@ def test_a_device_that_is_full_is_told_in_one_line_with_what_takes_less(monkeypa
     monkeypatch.setattr(cli, "distill_command", full)
     assert cli.main(["distill"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "Tried to allocate 2.00 GiB" in line and "--memory.micro-groups 1" in line and "--dry-run" in line
+    assert "Tried to allocate 2.00 GiB" in line and "--dry-run" in line
+    goes_on, anew = line.split("--resume")
+    assert all(flag in goes_on for flag in ("--memory.micro-groups 1", "--memory.checkpointing")) and "--lora-rank" not in goes_on
+    assert "--memory.optimizer adamw8bit" in anew and "begins anew" in anew
 
     def wrong(arguments):
         raise RuntimeError("a shape")

@@ -6,11 +6,14 @@ import importlib
 from collections import Counter
 
 import pytest
+import small_run
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
 from pipelines import PIPELINES
 from safetensors.torch import save_file
+from small_run import SEVERAL
+from test_ranks import assert_close
 from test_trainer import assert_same, run_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -69,6 +72,40 @@ def test_an_update_in_parts_is_the_update(teacher_folder, prompt_file, plain_des
     assert len(one.parts(6)) == 1 and other.parts(6) == [slice(0, 4), slice(4, 6)]
     assert distance(start, again) == 0 and distance(whole, parts) < 1e-3 * distance(start, whole)
     assert one.counted["teacher"].cost == other.counted["teacher"].cost
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(), SEVERAL, (*SEVERAL, "--reuse.min-ess", "1", "--reuse.evaluation", "3"), ("--reward.discriminator", "0.5")],
+    ids=["gndm", "rewards", "asked again", "discriminator"],
+)
+def test_a_run_goes_on_in_parts_and_whole_again(in_float64, tmp_path, options):
+    """In the middle of a rollout, and of an evaluation: the unbroken whole run, to rounding."""
+    whole = small_run.trainer_of(options)
+    for _ in range(7):
+        whole.step()
+    for updates, parts in ((3, "0"), (3, "1"), (1, "0")):
+        loop = small_run.trainer_of((*options, "--memory.micro-groups", parts))
+        found = checkpoint.newest(tmp_path / "checkpoints")
+        if found:
+            loop.load_state(found[1])
+        for _ in range(updates):
+            loop.step()
+        loop.save(tmp_path)
+    states = loop.state(), whole.state()
+    for state in states:  # but for what it costs: in parts a reused rollout's states are predicted once more
+        del state["counted"]
+        state["running"] = {key: value for key, value in state["running"].items() if not key.startswith("evaluations/")}
+    assert_close(*states)
+
+
+def test_a_checkpoint_hangs_on_nothing_that_saves_memory_or_time(teacher_folder, prompt_file):
+    """`memory.checkpointing` and `compile` may change when a run goes on: its state has the same names."""
+    plain = run_of(teacher_folder, prompt_file, "--lora-rank", "2").trainer
+    plain.step()
+    other = run_of(teacher_folder, prompt_file, "--lora-rank", "2", "--memory.checkpointing", "--compile").trainer
+    other.load_state(copy.deepcopy(plain.state()))
+    assert_same(plain.state(), other.state())
 
 
 def test_no_more_than_a_part_passes_through_a_network_at_once(teacher_folder, prompt_file):

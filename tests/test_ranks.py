@@ -53,14 +53,6 @@ def in_processes(size, work, folder):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
 
 
-@pytest.fixture
-def in_float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
 def assert_close(a, b):
     (tensors_a, rest_a), (tensors_b, rest_b) = checkpoint.pack(a), checkpoint.pack(b)
     assert tensors_a.keys() == tensors_b.keys()
