@@ -14,17 +14,20 @@ class Counted:
     """A function of a batch, or a reward of a sample, that counts what goes through it.
 
     Its first argument is a tensor (B, ...) or has one in `.x0`; a pass counts as a backward one too where that tensor asks for a gradient.
+    A reward's `draw_for_call` is its own too.
     """
 
     def __init__(self, function: Callable[..., Any]):
         self.function = function
         self.forwards, self.backwards = 0, 0  # in samples
+        if hasattr(function, "draw_for_call"):
+            self.draw_for_call = function.draw_for_call
 
-    def __call__(self, batch: Any, *rest: Any) -> Any:
+    def __call__(self, batch: Any, *rest: Any, **told: Any) -> Any:
         value: Tensor = batch if isinstance(batch, Tensor) else batch.x0
         self.forwards += len(value)
         self.backwards += len(value) * (value.requires_grad and torch.is_grad_enabled())
-        return self.function(batch, *rest)
+        return self.function(batch, *rest, **told)
 
     @property
     def cost(self) -> int:

@@ -20,6 +20,20 @@ def test_passes_are_counted_in_samples_and_backward_ones_where_a_gradient_is_wan
     assert reward.cost == 4
 
 
+def test_a_reward_that_draws_is_counted_with_what_it_has_drawn():
+    class Own:
+        def draw_for_call(self, sample):
+            return {"noise": 2 * sample.x0}
+
+        def __call__(self, sample, *, noise):
+            return noise
+
+    k, reward = torch.zeros(4, dtype=torch.long), Counted(Own())
+    sample = Sample(torch.ones(4, 1, 1, 1), torch.ones(4), k, {}, ["a"] * 4, k, lambda x: x)
+    assert torch.equal(reward(sample, **reward.draw_for_call(sample)), 2 * sample.x0) and reward.forwards == 4
+    assert not hasattr(Counted(lambda sample: sample), "draw_for_call")
+
+
 def test_flops_of_a_convolution_and_a_product_by_hand():
     convolution, linear = nn.Conv2d(3, 5, 3, padding=1), nn.Linear(7, 11)
     assert flops(lambda: convolution(torch.ones(1, 3, 8, 8))) == 2 * 3 * 5 * 9 * 64

@@ -17,7 +17,7 @@ from test_ranks import assert_close
 from test_trainer import assert_same, run_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fewstep import checkpoint, models, trainer
+from fewstep import checkpoint, composition, flags, models, trainer
 from fewstep.errors import UserError
 from fewstep.models.backbone import Adapters, AddedLinear
 from fewstep.rewards.base import OnlineReward
@@ -97,6 +97,25 @@ def test_a_run_goes_on_in_parts_and_whole_again(in_float64, tmp_path, options):
         del state["counted"]
         state["running"] = {key: value for key, value in state["running"].items() if not key.startswith("evaluations/")}
     assert_close(*states)
+
+
+def test_a_reward_of_ones_own_says_in_parts_what_it_says_whole():
+    class Own:
+        def draw_for_call(self, sample):
+            return {"noise": torch.randn_like(sample.x0)}
+
+        def __call__(self, sample, *, noise):
+            return Signal(noise.flatten(1).mean(1), noise)
+
+    config, found = flags.parse_config(["--reward.own", "0.3"]), []
+    (term,) = composition.make_terms(config, None, {"own": Own()}, None).values()
+    for parts in ("0", "1"):
+        loop = small_run.trainer_of(("--memory.micro-groups", parts))
+        loop.roll_out()
+        torch.manual_seed(0)
+        found.append(loop.ask_in_parts({"own": term.reward}, loop.sample_of(loop.rollout, torch.zeros_like(loop.rollout.group)))["own"])
+    whole, in_parts = found
+    assert torch.equal(whole.score, in_parts.score) and torch.equal(whole.direction, in_parts.direction)
 
 
 def test_a_checkpoint_hangs_on_nothing_that_saves_memory_or_time(teacher_folder, prompt_file):
