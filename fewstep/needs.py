@@ -262,7 +262,9 @@ def measure(source: str, config: Config, prompts: int) -> Needs:
     found = [activations(backbone, roles, config, shape, together) for shape in shapes]
     exported = sum(p.numel() for name, p in roles.student.network.model.named_parameters() if ".lora_" not in name)
     activated = max(kept for kept, _ in found)
-    pathwise = any(name != "discriminator" and config.via.get(name, "pathwise") == "pathwise" for name in config.reward)
+    pathwise = config.weights.mode != "advantage" and any(
+        name != "discriminator" and config.via.get(name, "pathwise") == "pathwise" for name in config.reward
+    )
     pictures = max(decoding(backbone, config, shape, together, grad=pathwise) for shape in shapes) if looks else 0
     one_picture = max(decoding(backbone, config, shape, 1, grad=False) for shape in shapes)
     held_throughout = networks + moments + averaged + condition * batch

@@ -253,7 +253,8 @@ class Trainer:
             k = torch.full_like(rollout.group, len(rollout.states) - 1)
         else:
             # every prompt's group sits at one step; the steps rotate over the evaluations of a rollout: up to K see each state once
-            k = (rollout.group + self.used + self.rollouts) % self.student.steps
+            turn = -(-self.rollouts // len(self.latent_shapes))  # of its size, each of which goes through every step
+            k = (rollout.group + self.used + turn) % self.student.steps
         xk = rollout.states[k, torch.arange(len(k), device=k.device)]
         fresh = self.used == 0 or self.config.reuse.backward_simulation
         if fresh and len(self.parts(len(k))) > 1:
@@ -262,8 +263,9 @@ class Trainer:
         else:
             x0 = self.predict(rollout, xk, k)
         others = {name: term.reward for name, term in self.terms.items() if term.via == "pathwise" and not term.anchor}
-        # R_dm brings its own gradient; the rewards beside it may need one in x0
-        sample = self.sample_of(rollout, k, x0.whole.detach().requires_grad_(bool(others)))
+        # R_dm brings its own gradient; the rewards beside it may need one in x0, but for those that only scale R_dm's direction
+        wanted = bool(others) and self.config.weights.mode != "advantage"
+        sample = self.sample_of(rollout, k, x0.whole.detach().requires_grad_(wanted))
         anchor, at, logs = self.ask_anchor(sample, lag)
         with self.precision():
             signals, judged = self.ask_with_judges(others, sample) if fresh else (self.ask_in_parts(others, sample), {})

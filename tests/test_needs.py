@@ -168,6 +168,9 @@ def test_what_is_turned_changes_what_is_needed(teachers):
     assert with_memory(frozen="bf16").decoder == plain.decoder / 2
     assert with_memory(teacher="int8").networks < plain.networks
     assert needs.measure(source, dataclasses.replace(config, lora_rank=2), 7).device < plain.device
+    rewarded = dataclasses.replace(config, reward={"clip": 1.0})
+    scaling = dataclasses.replace(rewarded, weights=dataclasses.replace(config.weights, mode="advantage"))
+    assert needs.measure(source, scaling, 7).pictures < needs.measure(source, rewarded, 7).pictures  # no gradient in them
 
 
 def test_a_gpu_holds_in_each_phase_what_the_run_places_there(teachers, monkeypatch):

@@ -3,19 +3,21 @@
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import warnings
 from unittest import mock
 
 import pytest
+import small_run
 import torch
 
 from fewstep import checkpoint, composition, flags, losses
 from fewstep.errors import UserError
 from fewstep.metrics import MetricsLog
 from fewstep.models import backbone
-from fewstep.prompts import read
+from fewstep.prompts import Batches, read
 from fewstep.rewards.base import PixelReward, RewardError, as_reward
 from fewstep.trainer import Term, Trainer
 from fewstep.transforms import advantages
@@ -603,6 +605,23 @@ def test_a_prompt_group_sits_at_one_step_and_a_rollout_visits_every_state(teache
     assert sorted(int(k[0]) for _, k in seen) == [0, 1, 2, 3]
 
 
+def test_every_size_goes_through_every_step():
+    """Also where there are fewer groups than steps, and as many sizes as steps."""
+    trainer, seen = small_run.trainer_of(("--reuse.rollout", "1")), set()
+    trainer.batches, trainer.latent_shapes = Batches(small_run.PROMPTS, 1, 3, seed=0), [(3, 4, 4), (3, 4, 8), (3, 8, 4)]
+    evaluate = trainer.evaluate
+
+    def spy(rollout, lag):
+        block, *rest = evaluate(rollout, lag)
+        seen.update((tuple(block.x0.shape[1:]), k) for k in block.k.tolist())
+        return block, *rest
+
+    trainer.evaluate = spy
+    for _ in range(9):
+        trainer.step()
+    assert seen == set(itertools.product(trainer.latent_shapes, range(3)))
+
+
 @pytest.mark.parametrize("what", ["student", "fake", "teacher"])
 @pytest.mark.parametrize("options", [
     (),
@@ -736,6 +755,14 @@ def test_the_learning_rate_falls_to_zero_over_the_last_share():
 
     assert [learning_rate(2.0, p / 4, 0.5) for p in range(5)] == [2.0, 2.0, 2.0, 1.0, 0.0]
     assert learning_rate(2.0, 0.75, 0.0) == 2.0 and learning_rate(2.0, 0.75, 1.0) == 0.5
+
+
+def test_scores_that_only_scale_the_direction_cost_no_gradient(teacher_folder, prompt_file):
+    trainer = run_of(teacher_folder, prompt_file, "--reward.redness", "0.3", "--weights.mode", "advantage").trainer
+    logs = trainer.step()
+    assert math.isfinite(logs["redness/score"])
+    for name in ("decoder", "redness"):
+        assert (trainer.counted[name].forwards, trainer.counted[name].backwards) == (4, 0)
 
 
 def test_costs_are_counted_by_role(teacher_folder, prompt_file):
