@@ -268,15 +268,20 @@ def check_backbone(backbone: Any, config: Config) -> tuple[Any, list[tuple[int, 
 
     Raises UserError naming the key that this teacher, or what is installed, cannot do.
     """
+    from fewstep.levels import density_named
+    from fewstep.rewards.distribution import matching_integral
     from fewstep.trainer import optimizer_class
 
-    key = "steps"
+    matching, key = config.matching, "steps"
     try:
         times = backbone.times(config.steps)
         key = "size"
         latent_shapes = [backbone.latent_shape(size) for size in config.sizes()]
         key = "teacher"
-        backbone.check_guidance(config.matching.guidance)
+        backbone.check_guidance(matching.guidance)
+        key = "matching.t_range"
+        if matching.score_weight == "matching":
+            matching_integral(backbone.schedule(), matching.t_range, density_named(matching.level_density, shift=matching.shift))
     except ValueError as error:
         raise UserError(f"{key}: {error}") from error
     try:

@@ -263,8 +263,10 @@ class Config:
         return found or [None]
 
     def batches(self) -> int:
-        """Batches of prompts that the run takes at most: one a rollout, and in backward simulation one for each of the fake's updates."""
-        return self.updates * (1 + self.fake.updates if self.reuse.backward_simulation else 1)
+        """Batches of prompts that the run takes at most: one a rollout, and in backward simulation one for each update of a network that
+        learns along, the fake and the discriminator."""
+        learning = 1 + ("discriminator" in self.reward)
+        return self.updates * (1 + learning * self.fake.updates if self.reuse.backward_simulation else 1)
 
     def problems(self) -> list[str]:
         """What is wrong with the values, one line a key."""
@@ -302,6 +304,11 @@ class Config:
             (0 <= self.matching.gamma <= 1, "matching.gamma", f"must lie in [0, 1], got {self.matching.gamma}"),
             (0 < low < high <= 1, "matching.t_range", f"must satisfy 0 < low < high <= 1, got {low}, {high}"),
             (not self.matching.leave_one_out or self.group_size > 1, "matching.leave_one_out", "needs group_size of at least 2"),
+            (
+                not self.matching.leave_one_out or self.matching.normalize in ("group", "batch"),
+                "matching.leave_one_out",
+                f"needs a scale that several samples share, matching.normalize group or batch, not {self.matching.normalize}",
+            ),
             (self.matching.shift > 0, "matching.shift", f"must be positive, got {self.matching.shift}"),
             (self.matching.draws >= 1, "matching.draws", f"must be at least 1, got {self.matching.draws}"),
             (self.matching.draws == 1 or not self.matching.leave_one_out, "matching.draws", "must be 1 with matching.leave_one_out"),
@@ -347,6 +354,7 @@ class Config:
                 not self.lora_rank or self.memory.teacher == "exact",
                 "memory.teacher", "int8 needs full weights (lora_rank 0): LoRA shares the base",
             ),
+            (self.via.get("discriminator") != "policy", "via.discriminator", "its gradient is what it gives: pathwise, not policy"),
             (self.discriminator.lr > 0, "discriminator.lr", f"must be positive, got {self.discriminator.lr}"),
         ]  # fmt: skip
         infinite = self.not_finite()

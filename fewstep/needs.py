@@ -217,7 +217,7 @@ def passes(config: Config, guided: bool) -> float:
     beside = config.weights.mode != "advantage" and any(config.via.get(name) != "policy" for name in config.reward)
     if reuse.backward_simulation:  # a simulation stops at each of the K states equally often
         simulated = (config.steps + 1) / 2
-        return simulated * (1 + fake) + matching + trained * (1 + fake)
+        return simulated * config.batches() / config.updates + matching + trained * (1 + fake)
     rollouts = 1 / (reuse.rollout * (reuse.evaluation if beside else served))
     refused = float(served < reuse.evaluation and not beside)  # a prediction that found the weights gone and serves nothing
     return config.steps * rollouts + refused + matching + trained * (1 + fake)

@@ -100,6 +100,8 @@ def test_every_config_field_is_documented_in_the_help(capsys):
         (["distill", "--reward.clip", "1", "--via.clip", "magic"], "via: must be one of pathwise, policy; got magic"),
         (["distill", "--reward.clip", "1", "--via.preference", "policy"], "names ['preference'], not in reward"),
         (["distill", "--reward.clip", "1", "--via.clip", "policy", "--steps", "1"], "one-step student"),
+        (["distill", "--reward.discriminator", "1", "--via.discriminator", "policy"], "via.discriminator: its gradient is what it gives"),
+        (["distill", "--matching.leave-one-out", "--matching.normalize", "sample"], "matching.leave_one_out: needs a scale that several"),
         (["distill", "--weights.mode", "adaptive"], "add --reward.NAME SHARE"),
         (["distill", "--weights.budget", "0.5"], "weights.budget: below 1"),
         (["distill", "--reuse.rollout", "2", "--reuse.backward-simulation"], "cannot reuse one"),

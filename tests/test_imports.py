@@ -49,7 +49,7 @@ TABLE = {
     "flags": "config errors hub models rewards.address rewards.sources",
     "export": "checkpoint config evaluate hub metrics models world",
     "latents": "disk evaluate",
-    "composition": "config cost errors evaluate export latents launch models prompts ranks student trainer weights world "
+    "composition": "config cost errors evaluate export latents levels launch models prompts ranks student trainer weights world "
     "rewards rewards.address rewards.base rewards.discriminator rewards.distribution rewards.remote rewards.sources",
     "evaluate.command": "composition config disk errors evaluate export flags launch models needs ranks "
     "rewards rewards.address rewards.clip rewards.sources world",

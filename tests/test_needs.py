@@ -142,6 +142,12 @@ def test_network_evaluations_of_an_update(teacher_folder, prompt_file, options):
     assert spent / 4 / 4 == pytest.approx(needs.passes(run.config, run.config.matching.guidance != 1) + lag / 16, abs=1e-9)
 
 
+def test_a_discriminator_simulates_batches_of_its_own():
+    simulating = ("--reuse.backward-simulation", "--reuse.rollout", "1", "--fake.updates", "3")
+    alone, beside = (needs.passes(config_of(*simulating, *more), True) for more in ((), ("--reward.discriminator", "0.1")))
+    assert beside - alone == 3 * (4 + 1) / 2
+
+
 def test_a_refused_evaluation_costs_a_prediction_more(teacher_folder, prompt_file):
     refusing = ("--reuse.rollout", "1", "--reuse.evaluation", "2", "--reuse.min-ess", "1")
     run = run_of(teacher_folder, prompt_file, "--precision", "fp32", *refusing)
@@ -271,6 +277,8 @@ def test_a_dry_run_refuses_what_the_run_would(teachers, prompt_file, tmp_path, c
 
     assert "steps: " in said("--steps", "3")
     assert "size: " in said("--size", "[9x16]")
+    flow = ("--teacher", str(teachers / "StableDiffusion3Pipeline"))  # whose last noise level has no signal
+    assert "error: matching.t_range: score_weight='matching' needs some signal" in said(*flow, "--matching.t_range", "[0.02,1.0]")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "bitsandbytes.optim", None)
         assert "needs bitsandbytes" in said("--memory.optimizer", "adamw8bit")

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import small_run
 import torch
+from safetensors.torch import save_file
 
 from fewstep import checkpoint, composition, flags, losses
 from fewstep.errors import UserError
@@ -51,6 +52,7 @@ def brightness(images, prompts):
 
 RANGE = ("--matching.guidance", "[1.5,8]")
 TWICE = ("--reuse.rollout", "2")
+SIMULATING = ("--reuse.backward-simulation", "--fake.condition", "none")
 
 
 def run_of(teacher_folder, prompt_file, *options):
@@ -125,19 +127,25 @@ def test_resume_is_bit_exact(teacher_folder, prompt_file, tmp_path, stop_at, unt
     assert_same(straight.state(), second.state())
 
 
-@pytest.mark.parametrize("options", [(), TWICE, ("--reuse.backward-simulation", "--fake.condition", "none")], ids=lambda o: " ".join(o))
-def test_a_run_encodes_ahead_what_it_will_draw(teacher_folder, tmp_path, options):
+@pytest.mark.parametrize(
+    "options, batches",
+    [((), 1), (TWICE, 1), (SIMULATING, 1 + 2), ((*SIMULATING, "--reward.discriminator", "0.1"), 1 + 2 + 2)],
+    ids=["plain", "twice", "backward simulation", "with a discriminator"],
+)
+def test_a_run_encodes_ahead_what_it_will_draw(teacher_folder, tmp_path, options, batches):
     """On a GPU, where the text encoders leave the device before the training; of a large set most prompts are never drawn."""
     prompts = [f"number {i}" for i in range(100)]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    save_file({"latents": torch.randn(5, 4, 4, 4)}, tmp_path / "real.safetensors")
+    told = ("--updates", "2", "--reuse.rollout", "1", "--discriminator.latents", str(tmp_path / "real.safetensors"))
     with mock.patch.object(backbone.Backbone, "prepare") as prepare:
-        run = run_of(teacher_folder, tmp_path / "prompts.txt", "--updates", "2", "--reuse.rollout", "1", *options)
+        run = run_of(teacher_folder, tmp_path / "prompts.txt", *told, *options)
     (ahead,) = prepare.call_args.args
     with mock.patch.object(run.trainer, "encode", wraps=run.trainer.encode) as encode:
         for _ in range(2):
             run.trainer.step()
     drawn = {prompt for call in encode.call_args_list for prompt in call.args[0]}
-    assert drawn <= set(ahead) and len(ahead) <= 2 * run.config.groups * (3 if run.config.reuse.backward_simulation else 1)
+    assert drawn <= set(ahead) and len(ahead) <= 2 * run.config.groups * batches
     assert options == TWICE or drawn == set(ahead)
 
 

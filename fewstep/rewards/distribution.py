@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Denoiser, guide, target, to_x0
-from fewstep.levels import DensityName, Levels, density_named, noise_levels
+from fewstep.levels import Density, DensityName, Levels, density_named, noise_levels
 from fewstep.losses import denoising
 from fewstep.schedule import Schedule, bcast
 from fewstep.transforms import group_mean, scale_direction
@@ -23,6 +23,19 @@ class Lag(NamedTuple):
 
     loss: float  # in its denoising loss
     kl: float | None  # in the unit of R_dm's score, when asked for
+
+
+def matching_integral(schedule: Schedule, t_range: tuple[float, float], density: Density) -> Tensor:
+    """W_t of score_weight "matching" on an even grid over t_range, float64. Raises ValueError where a noise level has no signal."""
+    # trapezoids of w = 1 / SNR on a grid finer than any native timestep
+    grid = torch.linspace(*t_range, 4097, dtype=torch.float64)
+    # drawn more often is weighed more: against uniform levels, by pi times the length of the range
+    w = (t_range[1] - t_range[0]) / density.spacing(grid, t_range) / schedule.snr(grid)
+    if not bool(torch.isfinite(w).all()):
+        raise ValueError(
+            f"score_weight='matching' needs some signal at every noise level, and t = {t_range[1]} has none: end t_range below it"
+        )
+    return torch.cat([torch.zeros(1, dtype=torch.float64), torch.cumulative_trapezoid(w, grid)])
 
 
 class DistributionMatching:
@@ -88,15 +101,7 @@ class DistributionMatching:
             raise ValueError(f"score_weight must be one of {', '.join(get_args(ScoreWeight))}, got {score_weight!r}")
         self.score_weight = score_weight
         if score_weight == "matching":
-            # trapezoids of w = 1 / SNR on a grid finer than any native timestep
-            grid = torch.linspace(*self.t_range, 4097, dtype=torch.float64)
-            # drawn more often is weighed more: against uniform levels, by pi times the length of the range
-            w = (self.t_range[1] - self.t_range[0]) / self.density.spacing(grid, self.t_range) / schedule.snr(grid)
-            if not bool(torch.isfinite(w).all()):
-                raise ValueError(
-                    f"score_weight='matching' needs some signal at every noise level, and t = {t_range[1]} has none: end t_range below it"
-                )
-            self._integral = torch.cat([torch.zeros(1, dtype=torch.float64), torch.cumulative_trapezoid(w, grid)])
+            self._integral = matching_integral(schedule, self.t_range, self.density)
         self.module = fake
 
     def score_coefficient(self, t: Tensor) -> Tensor:
