@@ -74,7 +74,7 @@ class Student:
         return Rollout(torch.stack(states), torch.stack(predictions), self.times[: last + 1], cond, group, prompts or [])
 
     def transition_log_prob(self, x0: Tensor, following: Tensor, k: int) -> Tensor:
-        """log N(x_{k+1}; alpha_{k+1} x0_k, sigma_{k+1}^2 I) of the transition from state k, summed over dimensions, (B,).
+        """log N(x_{k+1}; alpha_{k+1} x0_k, sigma_{k+1}^2 I) of the transition from state k, summed over dimensions, (B,) float64.
 
         x0, following (B, C, H, W). Raises ValueError for the last step: it is deterministic and has no density.
         """
@@ -83,11 +83,12 @@ class Student:
         t = self.t(k + 1, len(x0), x0.device)
         alpha, sigma = bcast(self.schedule.alpha(t), x0), bcast(self.schedule.sigma(t), x0)
         dimensions = x0[0].numel()
-        square = ((following - alpha * x0) / sigma).pow(2).flatten(1).sum(1)
-        return -0.5 * square - dimensions * (sigma.flatten().log() + 0.5 * math.log(2 * math.pi))
+        # of the sum of so many terms float32 keeps hundredths, and the difference of two such sums is the log of a ratio
+        square = ((following - alpha * x0) / sigma).pow(2).flatten(1).sum(1, dtype=torch.float64)
+        return -0.5 * square - dimensions * (sigma.flatten().double().log() + 0.5 * math.log(2 * math.pi))
 
     def log_prob(self, rollout: Rollout) -> Tensor:
-        """Log-probability of each stochastic transition of a rollout under today's weights, (B, K-1), differentiable.
+        """Log-probability of each stochastic transition of a rollout under today's weights, (B, K-1) float64, differentiable.
 
         Raises ValueError for a one-step student, which has none.
         """

@@ -53,7 +53,8 @@ class Adaptive:
 
     The running mean is 1 / (1 - decay) updates late, in a loop with a student that itself answers slowly: a sum of its errors alone
     swings around the budget. So lambda also leads the sum by what that delay withholds from it, eta / (1 - decay) times the error at
-    hand, which makes it the sum of the errors of the updates themselves but for the clip.
+    hand, which makes it the sum of the errors of the updates themselves but for the clip. The sum ends where the weight moves nothing any
+    more: what it gathered below would have to be undone before a KL that comes under its budget is answered.
     """
 
     shares: dict[str, float]  # pi_k, made to sum to 1
@@ -101,11 +102,12 @@ class Adaptive:
                         "raise weights.warmup or the batch"
                     )
                 self.b = self.budget * kl
-            integral = dual_step(self.integral, kl, self.b, eta=self.eta, cap=self.cap)
+            least = math.log(self.start) - UNREACHED
+            integral = max(dual_step(self.integral, kl, self.b, eta=self.eta, cap=self.cap), least)
             following = dual_step(integral, kl, self.b, eta=self.eta / (1 - self.decay), cap=self.cap)
             if following < self.log_weight or known_lag <= self.lag_limit * self.b:
                 self.integral, self.log_weight = integral, following
-            if not self.told and self.log_weight < math.log(self.start) - UNREACHED:
+            if not self.told and self.log_weight < least:
                 self.told = True
                 warnings.warn(
                     f"the KL to the teacher, {kl:.3g}, stays above its budget {self.b:.3g} with next to no weight on other rewards "

@@ -107,3 +107,11 @@ def test_a_batch_of_one_has_a_log_probability():
     t = one.times[1]
     expected = torch.distributions.Normal(Flow().alpha(t) * x0, Flow().sigma(t)).log_prob(following).flatten(1).sum(1)
     torch.testing.assert_close(one.transition_log_prob(x0, following, 0), expected, check_dtype=False)
+
+
+def test_a_log_probability_of_many_dimensions_keeps_its_digits():
+    """Their sum is near 10^6, where float32 has one digit behind the point."""
+    one = student()
+    x0, following = torch.randn(2, 3, 16, 128, 128, generator=torch.Generator().manual_seed(0))
+    exact = one.transition_log_prob(x0.double(), following.double(), 0)
+    torch.testing.assert_close(one.transition_log_prob(x0, following, 0), exact, rtol=0, atol=1e-3)

@@ -235,6 +235,23 @@ def test_a_budget_is_out_of_reach_once_the_weight_is_a_hundredth_of_its_start(sh
     assert all(Path(each.filename) == Path(__file__) for each in found)  # it points at who observes, not into the library
 
 
+@pytest.mark.filterwarnings("ignore:.*stays above its budget")
+def test_a_weight_that_has_moved_nothing_for_long_comes_back_as_after_a_short_while():
+    back = []
+    for above in (200, 2000):
+        weights = Adaptive({"a": 1.0}, budget=1.0, warmup=1)
+        weights.observe(-1.0, None)
+        for _ in range(above):
+            weights.observe(-1.3, None)
+        assert weights.told and weights.integral == math.log(weights.start) - math.log(100)
+        updates = 0
+        while weights.now_total() < 0.1:
+            weights.observe(-0.7, None)
+            updates += 1
+        back.append(updates)
+    assert back[0] == back[1] < 200
+
+
 @pytest.mark.parametrize("budget", [1.0, 1.5])
 @pytest.mark.parametrize("share, told", [(0.61, 0), (0.59, 1)])
 def test_a_budget_that_matching_has_left_behind_is_told_once(budget, share, told):
