@@ -70,7 +70,8 @@ class MatchingConfig:
     draws: int = 1
     """Noise levels at which every sample is compared: a steadier direction, for three more network evaluations each."""
     score_weight: Literal["likelihood", "matching"] = "matching"
-    """W of the score (4): matching is the value of R_dm that the direction ascends, likelihood is log p/q (very noisy)."""
+    """W of the score (4): matching is the value of R_dm that the direction ascends, but for normalize, gamma and guidance; likelihood is
+    log p/q (very noisy)."""
 
     @property
     def guidance_range(self) -> tuple[float, float] | None:

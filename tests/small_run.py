@@ -70,7 +70,8 @@ def trainer_of(options, ranks=None):
     teacher.requires_grad_(False)
     matching = DistributionMatching(
         teacher, fake, Flow(), guidance=None if config.matching.guidance_range else config.matching.guidance,
-        normalize=config.matching.normalize, gamma=config.matching.gamma, step_condition=True, score_weight="matching",
+        normalize=config.matching.normalize, gamma=config.matching.gamma, draws=config.matching.draws, step_condition=True,
+        score_weight="matching",
     )  # fmt: skip
     terms = {"dm": Term(matching, dict(fake.named_parameters()), lr=config.fake.lr, updates=config.fake.updates, anchor=True)}
     functions = {"redness": redness, "contrast": contrast}

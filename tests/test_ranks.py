@@ -20,7 +20,7 @@ RUNS = {
     "gndm": (),
     "dmd, parts": ("--matching.normalize", "sample", "--memory.micro-groups", "1"),
     "batch": ("--matching.normalize", "batch", "--matching.gamma", "0.5"),
-    "channel, draws": ("--matching.normalize", "channel", "--matching.guidance", "1.0"),
+    "channel, draws": ("--matching.normalize", "channel", "--matching.guidance", "1.0", "--matching.draws", "2"),
     "rewards": SEVERAL,
     "rewards, parts": (*SEVERAL, "--memory.micro-groups", "1"),
     "asked again": (*SEVERAL, "--reuse.min-ess", "1", "--reuse.evaluation", "3"),
