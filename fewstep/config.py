@@ -8,6 +8,11 @@ from typing import Any, Literal
 
 from fewstep.rewards.address import TIMEOUT
 
+RESERVED = {
+    "dm": "distribution matching itself",
+    **dict.fromkeys(("student", "teacher", "fake", "decoder"), "the passes of one of the run's own networks"),
+    **dict.fromkeys(("weights", "rewards", "reuse", "policy", "evaluations"), "numbers of the run's own"),
+}  # names that no reward can have, and what metrics.jsonl has under them
 LIMITS = ("student.max_norm", "fake.max_norm", "weights.lag_limit", "weights.clip", "reuse.rho_max")  # infinite: no limit
 
 
@@ -177,7 +182,7 @@ class Config:
     updates: int = 305
     """Student updates in all."""
     group_size: int = 2
-    """Samples per prompt (G); eq. (5) takes its scale over them."""
+    """Samples per prompt (G); eq. (5) takes its scale over them, and a reward by its score ranks them: for one it must be 2 or more."""
     groups: int = 32
     """Prompts per update (P); an update sees P x G samples."""
     lora_rank: int = 0
@@ -328,6 +333,18 @@ class Config:
             (not backward or mode != "adaptive", "weights.mode", "adaptive needs the lag between rollouts: no backward simulation"),
             (not (policies and self.steps == 1), "via", f"policy ({policies}): a one-step student has no stochastic step; use pathwise"),
             (mode not in ("sum", "advantage") or not policies, "via", f"policy is for fixed and adaptive weights, not {mode}"),
+            (
+                not (policies and self.group_size == 1),
+                "group_size", f"policy ({policies}) ranks the samples of a group by their scores: it needs 2 or more",
+            ),
+            (
+                not (mode == "advantage" and self.reward and self.group_size == 1),
+                "group_size", "weights.mode advantage ranks the samples of a group by their scores: it needs 2 or more",
+            ),
+            *(
+                (name not in RESERVED, f"reward.{name}", f"metrics.jsonl has {RESERVED.get(name)} under this name; give the reward another")
+                for name in self.reward
+            ),
             (mode != "adaptive" or any(self.reward.values()), "reward", "adaptive shares out its weight: add --reward.NAME SHARE"),
             (all(weight >= 0 for weight in self.reward.values()), "reward", "weights must not be negative"),
             (self.via.keys() <= self.reward.keys(), "via", f"names {sorted(self.via.keys() - self.reward.keys())}, not in reward"),

@@ -4,9 +4,11 @@ import dataclasses
 import math
 
 import pytest
+from test_trainer import EVERYTHING, run_of
 
-from fewstep.config import Config
-from fewstep.flags import field_names
+from fewstep.config import RESERVED, Config, WeightsConfig
+from fewstep.errors import UserError
+from fewstep.flags import field_names, parse_config
 
 BAD = {"-1": -1, "0": 0, "nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 # which of them a field takes; of weights.warmup the adaptive weight alone makes use
@@ -94,3 +96,29 @@ def test_weights_of_rewards_are_finite_and_not_negative(text):
 def test_a_seed_is_what_torch_takes():
     assert config_with("seed", 2**32).problems() == [f"seed: must be from 0 to 2^32 - 1, got {2**32}"]
     assert not config_with("seed", 2**32 - 1).problems()
+
+
+@pytest.mark.parametrize("told", [{"via": {"mine": "policy"}}, {"weights": WeightsConfig(mode="advantage")}], ids=["policy", "advantage"])
+def test_a_score_alone_needs_others_in_its_group(told):
+    """The advantage of a group of one is exactly 0: such a reward would do nothing, and nobody would see it."""
+    alone = Config(group_size=1, reward={"mine": 1.0}, **told)
+    (line,) = alone.problems()
+    assert line.startswith("group_size: ") and "needs 2 or more" in line
+    assert not dataclasses.replace(alone, group_size=2).problems()
+    assert not dataclasses.replace(alone, reward={}, via={}).problems()  # matching alone ranks nothing
+    server = ["--reward.mine", "http://127.0.0.1:9", "--group-size", "1"]  # by policy, though nobody has said so
+    with pytest.raises(UserError, match=r"group_size: policy \(mine\) ranks"):
+        parse_config(server)
+
+
+@pytest.mark.parametrize("name", ["dm", "student", "decoder", "weights", "policy"])
+def test_a_reward_takes_no_name_of_the_runs_own(name):
+    (line,) = dataclasses.replace(Config(), reward={name: 1.0}).problems()
+    assert line.startswith(f"reward.{name}: metrics.jsonl has ") and "give the reward another" in line
+
+
+def test_every_name_that_a_run_logs_under_is_taken(teacher_folder, prompt_file):
+    """But for those of rewards: a reward of such a name would be counted, or logged, as another thing, or replace it."""
+    trainer = run_of(teacher_folder, prompt_file, *EVERYTHING).trainer
+    logs = {key for _ in range(4) for key in trainer.step()}
+    assert {key.partition("/")[0] for key in logs if "/" in key} | trainer.counted.keys() == RESERVED.keys() | trainer.config.reward.keys()
