@@ -22,7 +22,7 @@ from fewstep.denoiser import Cond, Denoiser, widened
 from fewstep.metrics import MetricsLog, health, known, ratios_of, rms, spread_of
 from fewstep.prompts import Batches
 from fewstep.ranks import Ranks
-from fewstep.rewards.base import OnlineReward, Reward, RewardError, checked
+from fewstep.rewards.base import OnlineReward, Reward, RewardError, asked, checked
 from fewstep.rewards.heldout import HeldOut, Parting
 from fewstep.student import Student
 from fewstep.transforms import advantages, group_mean, modulate, pull
@@ -314,7 +314,7 @@ class Trainer:
                 piece = sample if rows == slice(0, size) else sample.rows(rows)
                 for name, reward in rewards.items():
                     told = {key: value[rows] for key, value in drawn.get(name, {}).items()}
-                    found[name].append(checked(name, reward(piece, **told), piece))
+                    found[name].append(asked(name, reward, piece, **told))
 
         def joined(values: tuple[Tensor | None, ...]) -> Tensor | None:
             known = [value for value in values if value is not None]

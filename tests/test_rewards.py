@@ -1,11 +1,15 @@
 """Rewards of pixels, the discriminator, and what a reward that breaks its contract gets."""
 
+import functools
+from unittest import mock
+
 import pytest
 import torch
 
 from fewstep.denoiser import Denoiser
-from fewstep.rewards.base import PixelReward, RewardError, as_reward
+from fewstep.rewards.base import PixelReward, RewardError, as_reward, asked
 from fewstep.rewards.discriminator import Discriminator
+from fewstep.rewards.heldout import HeldOut
 from fewstep.schedule import Flow
 from fewstep.types import Sample, Signal
 
@@ -39,6 +43,57 @@ def test_the_picture_is_decoded_once_for_all_rewards():
     for _ in range(3):
         assert PixelReward(lambda images, prompts: (images**2).sum((1, 2, 3)), "square")(sample).direction is not None
     assert len(calls) == 1
+
+
+def darken(images, prompts):
+    images.mul_(0)
+    prompts.clear()
+    return images.mean((1, 2, 3))
+
+
+def darken_by_numpy(images, prompts):
+    images.detach().numpy()[:] = 0  # no version counter sees it
+    return images.mean((1, 2, 3))
+
+
+@torch.inference_mode()
+def darken_in_inference_mode(images, prompts):
+    return darken(images, prompts).tolist()
+
+
+@pytest.mark.parametrize("change", [darken, darken_by_numpy, darken_in_inference_mode])
+def test_what_one_reward_does_to_its_pictures_no_other_sees(change):
+    sample = sample_of()
+    kept = sample.image.detach().clone()
+    for kind in (PixelReward, HeldOut):
+        assert not kind(change, "dark")(sample).score.any()
+    assert torch.equal(sample.image, kept) and sample.prompts == ["p"] * 4
+    signal = PixelReward(lambda images, prompts: images.clamp_(0, 1).sum((1, 2, 3)), "clamped")(sample)
+    inside = ((kept >= 0) & (kept <= 1)).to(kept)
+    torch.testing.assert_close(signal.direction, torch.einsum("ic,bihw->bchw", MATRIX, inside))  # of what it looked at
+
+
+def test_a_score_with_a_gradient_of_its_own_parameters_alone_has_no_direction():
+    own = torch.nn.Linear(1, 1, dtype=torch.float64)
+
+    def on_arrays(images, prompts):
+        return own(torch.as_tensor(images.detach().numpy().mean((1, 2, 3)))[:, None])[:, 0]
+
+    signal = PixelReward(on_arrays, "arrays")(sample_of())
+    assert signal.direction is None and not signal.score.requires_grad
+
+
+@pytest.mark.parametrize("function", [
+    lambda images: images.mean((1, 2, 3)), lambda images: images[:, 0].mean((1, 2)), lambda images: torch.mean(images),
+    functools.partial(lambda images, prompts: images.mean((1, 2, 3)), prompts=None),
+], ids=["method", "index", "function", "partial"])  # fmt: skip
+def test_a_function_of_pictures_alone_says_what_it_lacks(function):
+    with pytest.raises(
+        RewardError, match=r"'mine' takes one argument.* given a Sample.*; a function of pictures takes two, \(images, prompts"
+    ):
+        asked("mine", as_reward(function, "mine"), sample_of())
+    with pytest.raises(TypeError, match="boom"):  # what has nothing to do with it comes as it is
+        asked("mine", mock.Mock(side_effect=TypeError("boom")), sample_of())
 
 
 def test_without_gradient_there_is_no_direction():

@@ -21,6 +21,7 @@ class RewardError(ValueError):
 class Reward(Protocol):
     """Says of a sample how good it is, and, if it can, which way is better.
 
+    The sample's picture is shared by all rewards: it is not to be changed in place.
     Where it also has `draw_for_call(sample) -> dict[str, Tensor]`, whatever a call takes at random, a row a sample, a call takes that as
     keywords, and a batch that is asked about in parts, or by several processes, gets the answer that it would get whole.
     """
@@ -66,7 +67,10 @@ class PixelReward:
             direction = torch.zeros_like(sample.x0)
             if bool(valid.any()):
                 # samples do not see each other, so the sum's gradient is each one's own; other rewards share the picture's graph
-                (direction,) = torch.autograd.grad(score[valid].sum(), sample.x0, retain_graph=True)
+                (found,) = torch.autograd.grad(score[valid].sum(), sample.x0, retain_graph=True, allow_unused=True)
+                if found is None:  # the function's own parameters ask for a gradient; of the pictures its score has none
+                    return Signal(score.detach(), None)
+                direction = found
         return Signal(score.detach(), direction)
 
     def score(self, sample: Sample) -> Tensor:
@@ -76,10 +80,11 @@ class PixelReward:
 def score_of(function: Callable[[Tensor, list[str]], Any], name: str, images: Tensor, prompts: list[str]) -> Tensor:
     """(B,) what a function says of images (B, 3, H, W) in [0, 1] and their B prompts; in a list, None is NaN: no score.
 
-    name: what errors call it. Raises RewardError for anything but one number a picture on the pictures' device.
+    The function has a copy of both, for it may change them in place, and others are asked about the same pictures. name: what errors call
+    it. Raises RewardError for anything but one number a picture on the pictures' device.
     """
     try:
-        score = function(images, prompts)
+        score = function(images.clone(), list(prompts))
     except Exception as error:
         error.add_note(f"raised by the reward {name!r} on {len(prompts)} pictures")
         raise
@@ -95,6 +100,23 @@ def score_of(function: Callable[[Tensor, list[str]], Any], name: str, images: Te
     if score.device != images.device:
         raise RewardError(f"reward {name!r} returned a score on {score.device}; the pictures are on {images.device}")
     return score if score.is_floating_point() else score.float()
+
+
+def asked(name: str, reward: Reward, sample: Sample, **told: Tensor) -> Signal:
+    """What a reward says of a sample, as `checked` has it. told: what `draw_for_call` drew.
+
+    Raises RewardError also for a function of pictures alone, which is taken for a Reward since it has one argument.
+    """
+    try:
+        said = reward(sample, **told)
+    except (AttributeError, TypeError) as error:
+        if "Sample" not in str(error):
+            raise
+        raise RewardError(
+            f"reward {name!r} takes one argument, so that it was given a Sample, and raised {type(error).__name__}: {error}; a function of "
+            "pictures takes two, (images, prompts)"
+        ) from error
+    return checked(name, said, sample)
 
 
 def checked(name: str, signal: Any, sample: Sample) -> Signal:
