@@ -72,6 +72,32 @@ def check_output(config: Config) -> None:
     check_writable("output", output)
 
 
+def check_init(config: Config, source: str) -> None:
+    """Raises UserError where the run that this one begins with is known to be of another teacher or another number of steps, and says so
+    where that is not known: the networks' shapes tell neither. source: the teacher's folder, or its hub id with its commit."""
+    import yaml
+
+    from fewstep import models
+
+    folder = Path(str(config.init))
+    if not holds_run(folder):
+        print(f"init: {folder} has no config.yaml of a run: whether its student is of this teacher, in {config.steps} steps, is not known")
+        return
+    saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    if saved.get("steps", config.steps) != config.steps:
+        raise UserError(f"init: the student of {folder} has {saved['steps']} steps, this run {config.steps}; set --steps {saved['steps']}")
+    teacher, hashed = str(saved.get("teacher")), (folder / TEACHER_FILES).is_file()
+    changed = models.changed_since(source, folder)
+    named = hub.parts(source)
+    # one of the hub has no hashes; an earlier version did not write its commit
+    other = named is not None and not hashed and hub.parts(teacher) is not None and teacher not in (source, named[0])
+    if changed or other:
+        told = f"its {changed} is not that of {source}" if changed else f"not {source}"
+        raise UserError(f"init: the student of {folder} is of another teacher, {teacher}: {told}; begin with one of this teacher")
+    if teacher != config.teacher and not (hashed and Path(source).is_dir()):
+        print(f"init: the student of {folder} is of the teacher {teacher}: whether that is {source} is not known")
+
+
 def holds_run(output: Path) -> bool:
     """Whether a folder holds a run of fewstep: other programs write a config.yaml too."""
     import yaml
@@ -204,6 +230,8 @@ def distill(
     with ExitStack() as held:
         if rank == 0:
             check_output(config)
+            if config.init is not None and not config.resume:
+                check_init(config, source)
             held.enter_context(alone("output", Path(config.output)))
         if size > 1:
             print(f"waiting until all {size} processes are there", flush=True)

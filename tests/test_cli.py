@@ -30,7 +30,7 @@ from fewstep import checkpoint, cli, composition, disk, flags, models
 from fewstep.config import Config
 from fewstep.errors import UserError
 from fewstep.evaluate import drawing
-from fewstep.run import check_output, distill
+from fewstep.run import check_init, check_output, distill
 from fewstep.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("small_grid")
@@ -427,14 +427,50 @@ def test_a_run_may_begin_with_another_runs_student(capsys, finished, teacher_fol
     assert "holds no checkpoints of a run" in refused(capsys, *told, "--output", str(out), "--init", str(teacher_folder))
     assert "is the output folder itself" in refused(capsys, *told, "--output", str(first), "--init", str(first), "--overwrite")
     assert "another network than this run's" in refused(capsys, *told, "--output", str(out), "--init", str(first), "--lora-rank", "2")
+    two_steps = refused(capsys, *told, "--output", str(out), "--init", str(first), "--steps", "2", "--fake.condition", "none")
+    assert f"init: the student of {first} has 4 steps, this run 2; set --steps 4" in two_steps
+    hashes = (first / models.TEACHER_FILES).read_text()
+    (first / models.TEACHER_FILES).write_text(hashes.replace("unet/", "unet/other-"))
+    assert "is of another teacher" in refused(capsys, *told, "--output", str(out), "--init", str(first))
+    (first / models.TEACHER_FILES).write_text(hashes)
+    capsys.readouterr()
     assert cli.main([*told, "--output", str(out), "--init", str(first), "--updates", "1", "--student.lr", "1e-9"]) == 0
-    assert f"starting from the student of {first} at update 3" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"starting from the student of {first} at update 3" in said and "init:" not in said
     (_, before), (_, after) = (checkpoint.newest(folder / "checkpoints") for folder in (first, out))
     for averaged, (name, learned) in zip(before["ema"]["shadow_params"], after["student"].items(), strict=True):
         torch.testing.assert_close(learned, averaged, rtol=0, atol=1e-7, msg=name)  # as good as nothing
     shutil.rmtree(first)
     assert cli.main(["distill", "--output", str(out), "--resume", "--updates", "2"]) == 0  # the first run is not needed any more
     assert "from the student of an earlier run" in (out / "README.md").read_text()
+
+
+def test_a_run_begins_with_a_student_of_its_own_teacher_alone(teacher_folder, tmp_path, capsys):
+    """Another teacher's has the same shapes. Of the hub's the commit tells; where nothing does, that is said."""
+    first, commits = tmp_path / "first", ["a" * 40, "b" * 40]
+    first.mkdir()
+
+    def check(before, now, hashes=None):
+        saved = flags.as_plain(Config(teacher=before))
+        (first / "config.yaml").write_text(yaml.safe_dump(saved))
+        (first / models.TEACHER_FILES).unlink(missing_ok=True)
+        if hashes is not None:
+            (first / models.TEACHER_FILES).write_text(json.dumps(hashes))
+        check_init(Config(teacher=now, init=str(first)), now)
+        return capsys.readouterr().out
+
+    folder, hub_id = str(teacher_folder), "owner/name@" + commits[0]
+    own = models.weights_in(teacher_folder)
+    assert check(folder, folder, own) == check("./elsewhere", folder, own) == check(hub_id, hub_id) == check(folder, folder) == ""
+    for before, now, hashes in ((folder, folder, own | {"unet/more.safetensors": "0"}), ("owner/name@" + commits[1], hub_id, None),
+                                ("owner/other@" + commits[0], hub_id, None)):  # fmt: skip
+        with pytest.raises(UserError, match=f"init: the student of {first} is of another teacher, {before}: "):
+            check(before, now, hashes)
+    for before, now, hashes in ((hub_id, folder, None), (folder, hub_id, own), ("owner/name", hub_id, None), ("./elsewhere", folder, None)):
+        assert f"is of the teacher {before}: whether that is {now} is not known" in check(before, now, hashes)
+    (first / "config.yaml").unlink()
+    check_init(Config(init=str(first)), folder)
+    assert "whether its student is of this teacher, in 4 steps, is not known" in capsys.readouterr().out
 
 
 def test_an_existing_run_is_not_touched_unless_asked(capsys, finished, teacher_folder, prompt_file, tmp_path):
