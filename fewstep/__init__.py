@@ -34,7 +34,9 @@ def distill(
     the teacher's family.
     Raises fewstep.errors.UserError for what `fewstep distill` would refuse, KeyboardInterrupt when it was stopped early.
     """
+    from numbers import Real
     from pathlib import Path
+    from types import NoneType
 
     from fewstep import flags
     from fewstep.errors import UserError
@@ -46,18 +48,29 @@ def distill(
     wanted = (
         "give a function of (images, prompts), a Reward, or where one comes from: path/to/file.py:function, a folder, a server's address"
     )
-    weights: dict[str, float] = {}
+    for name, table in {"rewards": rewards, "judges": judges, **{key: config.get(key) for key in ("reward", "scorer", "judge")}}.items():
+        if not isinstance(table, (dict, NoneType)):
+            raise UserError(f"{name}: give a dict, whose keys are names; got a {type(table).__name__}")
+    weights: dict[str, float] = dict(config.pop("reward", None) or {})
     functions: dict[str, Any] = {}
-    scorers: dict[str, str] = config.pop("scorer", {})
+    scorers: dict[str, str] = dict(config.pop("scorer", None) or {})
     for name, value in (rewards or {}).items():
-        given, weights[name] = value if isinstance(value, tuple) else (None, value) if isinstance(value, (int, float)) else (value, 1.0)
+        if name in weights:
+            raise UserError(
+                f"reward: {name!r} has a weight here and one in rewards, 1 if none is given; give it there: (..., {weights[name]})"
+            )
+        if isinstance(value, tuple) and len(value) != 2:
+            raise UserError(f"rewards: {name!r} is a tuple of {len(value)}; {wanted}; or a pair of one of these and its weight")
+        given, weights[name] = value if isinstance(value, tuple) else (None, value) if isinstance(value, Real) else (value, 1.0)
         if isinstance(given, (str, Path)):
-            scorers = {**scorers, name: given}
+            scorers[name] = str(given)
         elif callable(given):
             functions[name] = given
         elif given is not None:
             raise UserError(f"rewards: {name!r} is a {type(given).__name__}; {wanted}; or a pair of one of these and its weight")
-    beside: dict[str, Any] = {}
+        if not isinstance(weights[name], Real):
+            raise UserError(f"rewards: the weight of {name!r} is a {type(weights[name]).__name__}; give a number")
+    beside: dict[str, Any] = dict(config.pop("judge", None) or {})
     judging: dict[str, Any] = {}
     for name, judge in (judges or {}).items():
         if callable(judge):
@@ -74,7 +87,7 @@ def distill(
     own |= {"scorer": scorers, **config}
     arguments = [*flags.as_arguments(own), *(f"--judge.{name}={source or 'null'}" for name, source in beside.items())]
     with anything_prints(), first_alone_prints():
-        parsed = flags.parse_config(flags.on_family_recipe(arguments))
+        parsed = flags.parse_config(flags.on_family_recipe(arguments), functions)
         stopped = run(parsed, functions, judging, given) != 0
     if stopped:
         raise KeyboardInterrupt(f"stopped early; the run in {output} can be resumed")

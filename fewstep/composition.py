@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from fewstep.errors import UserError, nearest
@@ -163,25 +164,38 @@ def real_latents(config: Config, backbone: Any, shapes: list[tuple[int, int, int
     return found
 
 
-def check_judges(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
+def check_judges(config: Config, functions: dict[str, Any], rewards: dict[str, Any]) -> dict[str, Any]:
     """The caller's own judges with those that flags name, as functions of pictures and prompts; the named ones are built with the run.
 
-    Raises UserError, before anything slow, for one that nobody can make, and for a judge that is what the student is trained on.
+    rewards: as `check_rewards` found them. Raises UserError, before anything slow, for one that nobody can make, and for a judge that is
+    what the student is trained on, under whatever name.
     """
     from fewstep.rewards import REWARDS, sources
-    from fewstep.rewards.address import is_remote
+    from fewstep.rewards.address import check_url, is_remote
 
+    def held_out(judge: Any, what: str) -> Any:
+        reward = next((name for name, other in trained.items() if is_same(judge, other)), None)
+        if reward is not None:
+            raise ValueError(f"{what} is what the student is trained on, as the reward {reward!r}; a judge is held out")
+        return judge
+
+    servers = {name: check_url(scorer) for name, scorer in config.scorer.items() if is_remote(scorer)}
+    trained = rewards | servers
     found = dict(functions)
     if functions and not config.reward:
         raise UserError("judge: nothing to judge: add a reward")
-    for name, source in config.judge.items():
-        if name in functions:
-            continue
+    for name in config.reward:
+        if name in REWARDS and name not in rewards:
+            trained[name] = place_of(sources.locate(name, config.scorer.get(name), assets=assets(config)))
+    for name, source in (dict.fromkeys(functions) | config.judge).items():
         try:
-            if sources.is_code(source) or is_remote(source):
-                if source == config.scorer.get(name):
-                    raise ValueError(f"{source} is what the student is trained on; a judge is held out")
+            if name in functions:
+                held_out(functions[name], "it")
+            elif is_remote(source):
+                held_out(check_url(str(source)), str(source))
                 found[name] = sources.open_judge(name, source, timeout=config.remote.timeout)
+            elif sources.is_code(source):
+                found[name] = held_out(sources.open_judge(name, source), str(source))
             elif source == HELD_OUT:
                 from fewstep import world
 
@@ -192,8 +206,7 @@ def check_judges(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
                 world.held_out(name)
             elif name in REWARDS:
                 located = sources.locate(name, source, assets=assets(config), flag=f"--judge.{name}")
-                if name in config.reward and located == sources.locate(name, config.scorer.get(name), assets=assets(config)):
-                    raise ValueError(f"{located} is what the student is trained on; a judge is held out")
+                held_out(place_of(located), located)
                 if source is not None:
                     config.judge[name] = located
             else:
@@ -201,6 +214,17 @@ def check_judges(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
         except (OSError, ValueError) as error:
             raise UserError(f"judge.{name}: {error}") from error
     return found
+
+
+def is_same(judge: Any, reward: Any) -> bool:
+    """Whether two functions, places or addresses are one; a method is made anew each time that it is looked up."""
+    return judge is reward or (isinstance(judge, (str, MethodType)) and judge == reward)
+
+
+def place_of(located: str) -> str:
+    """The folder of a located source whatever the path to it, or the hub id as it is."""
+    path = Path(located).expanduser()
+    return str(path.resolve()) if path.exists() else located
 
 
 def make_judges(config: Config, functions: dict[str, Any]) -> dict[str, Any]:

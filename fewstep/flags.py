@@ -14,6 +14,8 @@ from fewstep import hub
 from fewstep.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from fewstep.config import Config
 
 
@@ -89,8 +91,10 @@ def spell_out(arguments: list[str]) -> list[str]:
         if not argument.startswith("--") and out and out[-1].startswith("--reward.") and "=" not in out[-1]:
             flag, equals, value = out.pop(), "=", argument
             argument = f"{flag}={value}"
-        if flag.startswith("--reward.") and equals and (is_code(value) or is_remote(value)):
-            name = flag.removeprefix("--reward.")
+        name = flag.removeprefix("--reward.")
+        if name != flag and equals and ".py" in value and not (is_code(value) or is_remote(value)):
+            raise UserError(f"{flag}: {value} names no function in a file; give path/to/file.py:function")
+        if name != flag and equals and (is_code(value) or is_remote(value)):
             out += [f"--reward.{name}=1", f"--scorer.{name}={value}"]
         else:
             out.append(argument)
@@ -229,8 +233,9 @@ def check_types(recipes: list[str]) -> None:
             raise UserError(f"{recipe}: {error}") from error
 
 
-def parse_config(arguments: list[str]) -> Config:
-    """The config of a run from recipes and flags. Raises UserError naming the flag, or the file and key."""
+def parse_config(arguments: list[str], own: Collection[str] = ()) -> Config:
+    """The config of a run from recipes and flags. own: rewards that are the caller's functions. Raises UserError naming the flag, or the
+    file and key."""
     from fewstep.rewards.sources import is_code, settle_via
 
     config, recipes, flags = read_config(arguments)
@@ -241,7 +246,7 @@ def parse_config(arguments: list[str]) -> Config:
             if is_code(value) and given.get(f"--{name}") != value:  # however a recipe may have spelt it
                 raise UserError(f"{', '.join(recipes) or f'--{table}'}: {name} names code, {value}; {ONLY_BY_FLAG.format(name, value)}")
     try:
-        config = settle_via(config)
+        config = settle_via(config, own)
     except ValueError as error:
         raise UserError(str(error)) from error
     problems = config.problems()

@@ -215,7 +215,7 @@ def distill(
         config.prompts = str(Path(config.output) / GIVEN)
     prompts = read_prompts(config) if given is None else check_prompts(given)
     functions = check_rewards(config, functions or {})
-    judges = check_judges(config, judges or {})
+    judges = check_judges(config, judges or {}, functions)
     source = resolve_teacher(config.teacher)
     if hub.parts(source):
         config.teacher = source  # with its commit: a run that goes on has the same teacher

@@ -17,6 +17,7 @@ from pathlib import Path
 from unittest import mock
 
 import fresh
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -265,6 +266,33 @@ def test_python_says_what_is_no_teacher_reward_or_judge(teacher_folder):
     for kind in ("rewards", "judges"):
         with pytest.raises(UserError, match=rf"{kind}: 'mine' is a list; give a function of \(images, prompts\)"):
             fewstep.distill(teacher_folder, ["a cat"], **{kind: {"mine": [torch.mean, 0.1]}})
+
+
+@pytest.mark.parametrize("told, words", [
+    ({"rewards": ["clip"]}, "rewards: give a dict, whose keys are names; got a list"),
+    ({"reward": 3}, "reward: give a dict"),
+    ({"judges": ["clip"]}, "judges: give a dict"),
+    ({"rewards": {"mine": (len, None)}}, "rewards: the weight of 'mine' is a NoneType; give a number"),
+    ({"rewards": {"mine": (len,)}}, "rewards: 'mine' is a tuple of 1; give a function"),
+    ({"rewards": {"mine": len}, "reward": {"mine": 0.1}}, r"reward: 'mine' has a weight here and one in rewards.* \(..., 0.1\)"),
+    ({"rewards": {"hps3": len}, "steps": 1, "via": {"hps3": "policy"}}, "one-step student"),
+])  # fmt: skip
+def test_python_says_which_weight_it_cannot_take(teacher_folder, told, words):
+    with pytest.raises(UserError, match=words):
+        fewstep.distill(teacher_folder, ["a cat"], **told)
+
+
+def test_python_takes_rewards_by_both_ways_and_a_function_of_any_name(teacher_folder):
+    """What `reward`, `scorer` and `judge` say beside `rewards` and `judges` is added; a function with the name of a scorer that only a
+    server has is followed by its gradient."""
+    with mock.patch("fewstep.run.distill", return_value=0) as run:
+        fewstep.distill(teacher_folder, ["a cat"], rewards={"hps3": len, "clip": np.float32(0.5)}, reward={"b": 0.25},
+                        scorer={"b": "./b"}, judge={"pickscore": None}, judges={"hps": "./hps"})  # fmt: skip
+        config, functions, *_ = run.call_args.args
+        assert config.reward == {"b": 0.25, "hps3": 1.0, "clip": 0.5} and config.scorer == {"b": "./b"} and config.via == {}
+        assert functions == {"hps3": len} and config.judge == {"pickscore": None, "hps": "./hps"}
+        fewstep.distill(teacher_folder, ["a cat"], rewards={"hps3": (len, 0.1)}, via={"hps3": "pathwise"})
+        assert run.call_args.args[0].via == {"hps3": "pathwise"}
 
 
 def test_a_reward_that_breaks_its_contract_ends_the_run_with_one_line(teacher_folder, prompt_file, tmp_path, capsys):

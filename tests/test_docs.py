@@ -53,6 +53,16 @@ def test_the_page_of_rewards_has_the_table_of_the_code():
     assert markdown_table(rows()[0], rows()[1:]) in (ROOT / "docs" / "rewards.md").read_text()
 
 
+class OnAnotherDevice(torch.Tensor):
+    """As pictures on a GPU are, which NumPy does not take."""
+
+    def numpy(self):
+        raise TypeError("use Tensor.cpu() first")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
 def test_the_worked_example_of_a_remote_reward_scores(monkeypatch):
     page = (ROOT / "docs" / "rewards.md").read_text()
     (code,) = re.findall(r"```python\n(# ocr\.py.*?)```", page, re.DOTALL)
@@ -61,7 +71,8 @@ def test_the_worked_example_of_a_remote_reward_scores(monkeypatch):
     names = {}
     exec(compile(code, "ocr.py", "exec"), names)
     prompt = 'a sign that says "open 24 hours"'
-    scores = names["spelling"](torch.rand(4, 3, 8, 8), [prompt, "a cat", prompt, prompt])
+    pictures = torch.rand(4, 3, 8, 8).as_subclass(OnAnotherDevice)
+    scores = names["spelling"](pictures, [prompt, "a cat", prompt, prompt])
     assert scores[0] == 1 and math.isnan(scores[1]) and 0.7 < scores[2] < 1 and scores[3] == 0
 
 

@@ -1,7 +1,9 @@
 """Held-out judges: they push nothing, and their alarm comes when a reward is exploited and stays silent when it is not."""
 
+import functools
 import json
 import math
+import re
 import warnings
 
 import pytest
@@ -206,7 +208,7 @@ def bright(images, prompts):
 
 
 @pytest.mark.usefixtures("small_grid")
-def test_a_run_with_judges_and_one_that_goes_on(teacher_folder, prompt_file, tmp_path):
+def test_a_run_with_judges_and_one_that_goes_on(teacher_folder, prompt_file, tmp_path, capsys):
     file, out = tmp_path / "mine.py", tmp_path / "out"
     file.write_text(JUDGES)
     small = ["--groups", "2", "--group-size", "2", "--sample-every", "0", "--evaluate", "false", "--lora-rank", "0",
@@ -218,8 +220,68 @@ def test_a_run_with_judges_and_one_that_goes_on(teacher_folder, prompt_file, tmp
     told = json.loads((out / "rewards.json").read_text())[-1]["rewards"]
     assert told["judge.bright"]["source"] == f"{file}:bright" and told["judge.bright"]["version"] == told["red"]["version"]
     assert "bright" not in (out / "config.yaml").read_text()  # no file names code, so a run that goes on is given its judges again
+    capsys.readouterr()
     assert cli.main(["distill", "--output", str(out), "--resume", "--updates", "3", "--scorer.red", f"{file}:red"]) == 0
+    said = capsys.readouterr().out
+    assert "judge 'bright' is not asked any more" in said and f"Give it again: --judge.bright {file}:bright" in said
     assert not any("judge" in key for key in json.loads((out / "metrics.jsonl").read_text().splitlines()[-1]))
+
+
+def test_a_judge_that_was_a_function_is_asked_for_again(tmp_path):
+    told = {"red": {"source": sources.OWN}, "clip": {"source": "folder", "version": "1"}}
+    own = {"judge.mine": {"source": sources.OWN}, "judge.clip": {"source": "owner/name@1", "version": "1"}}
+    assert sources.write_records(tmp_path / "rewards.json", told | own, 0) == []
+    (line,) = sources.write_records(tmp_path / "rewards.json", told, 1)
+    assert line.startswith("judge 'mine' is not asked any more") and line.endswith("judges={'mine': ...} from Python")
+    assert sources.write_records(tmp_path / "rewards.json", told, 2) == []  # it is told once
+
+
+class Scorer:
+    def score(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("reward, judge, words", [
+    (("red", "FILE:red"), ("red", "AGAIN:red"), "AGAIN:red is what the student is trained on, as the reward 'red'"),
+    (("red", "FILE:red"), ("other", "FILE:red"), "FILE:red is what the student is trained on, as the reward 'red'"),
+    (("red", "http://127.0.0.1:9/x"), ("red", "http://127.0.0.1:9/x/"), "as the reward 'red'"),
+    (("red", "http://127.0.0.1:9/x"), ("other", "http://127.0.0.1:9/x"), "as the reward 'red'"),
+    (("clip", "CLIP"), ("pickscore", "CLIP/../clip"), "CLIP is what the student is trained on, as the reward 'clip'"),
+], ids=["path", "name", "slash", "server", "folder"])  # fmt: skip
+def test_no_judge_is_what_the_student_is_trained_on(tmp_path, monkeypatch, reward, judge, words):
+    (tmp_path / "mine.py").write_text(JUDGES)
+    (tmp_path / "clip").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fewstep.rewards.remote.Remote.connect", lambda server: server)
+    named = {"FILE": "./mine.py", "AGAIN": str(tmp_path / "mine.py"), "CLIP": str(tmp_path / "clip")}
+
+    def spelt(text):
+        return functools.reduce(lambda t, name: t.replace(name, named[name]), named, text)
+
+    told = (f"--reward.{reward[0]}=1", f"--scorer.{reward[0]}={spelt(reward[1])}", f"--judge.{judge[0]}={spelt(judge[1])}")
+    config = flags.parse_config(list(told))
+    trained = composition.check_rewards(config, {})
+    with pytest.raises(UserError, match=re.escape(f"judge.{judge[0]}: ")) as refused:
+        composition.check_judges(config, {}, trained)
+    assert spelt(words).replace("/../clip", "") in str(refused.value).replace("/../clip", "") and "a judge is held out" in str(
+        refused.value
+    )
+    config.judge = {judge[0]: spelt("FILE:bright")}  # another function of the same file is another judge
+    assert composition.check_judges(config, {}, trained).keys() == config.judge.keys()
+
+
+@pytest.mark.parametrize("given", [redness, Scorer().score], ids=["function", "method"])
+def test_no_judge_from_python_is_what_the_student_is_trained_on(given):
+    config = flags.parse_config(["--reward.red", "1"])
+    rewards = {"red": given}
+    again = given if given is redness else given.__self__.score
+    for name in ("red", "other"):
+        with pytest.raises(UserError, match=rf"judge.{name}: it is what the student is trained on, as the reward 'red'"):
+            composition.check_judges(config, {name: again}, rewards)
+    for another in (brightness, Scorer().score):
+        assert composition.check_judges(config, {"red": another}, rewards) == {"red": another}
+    named = flags.parse_config(["--reward.hps", "1", "--judge.clip"])  # a function with a named reward's name comes from nowhere
+    assert composition.check_judges(named, {}, {"hps": given}) == {}
 
 
 def test_the_worlds_own_twins_are_other_models(teacher_folder):
@@ -231,7 +293,7 @@ def test_the_worlds_own_twins_are_other_models(teacher_folder):
     assert not torch.allclose(clip(images, ["a cat", "a dog"]), trained["clip"].score(images, ["a cat", "a dog"]), atol=0.1)
     assert torch.equal(gold(images, ["a cat", "a dog"]), gold(images, ["", ""]))  # it reads no prompt
     config = flags.parse_config(["gndmr", "--judge.clip", "held-out", "--judge.preference", "held-out"])
-    assert composition.check_judges(config, {}) == {}
+    assert composition.check_judges(config, {}, {}) == {}
     assert set(composition.make_judges(composition.resolve_hardware(config), {})) == {"clip", "preference"}
     told = judge_records(config, {})
     assert told["clip"]["version"] == sources.version(str(world.ASSETS / "clip-heldout")) != told["preference"]["version"]

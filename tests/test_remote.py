@@ -821,6 +821,25 @@ def test_a_function_in_a_file_is_a_reward_by_the_users_own_flag(reward_file, tea
     assert flags.parse_config(["--reward.mine=a.py:f"]) == flags.parse_config(["--reward.mine", "1", "--scorer.mine", "a.py:f"])
 
 
+def test_a_file_is_run_once_for_all_its_functions(tmp_path):
+    file, elsewhere = tmp_path / "mine.py", tmp_path / "folder"
+    file.write_text("import pickle\nclass Own: pass\nHELD = []\ndef f(): return pickle.loads(pickle.dumps(Own()))\ndef g(): return HELD\n")
+    elsewhere.mkdir()
+    f, g = (sources.load_function(f"{path}:{name}") for path, name in ((file, "f"), (elsewhere / ".." / "mine.py", "g")))
+    assert g() is f.__globals__["HELD"] and isinstance(f(), f.__globals__["Own"])
+    assert sources.load_function(f"{file}:f") is f
+    file.write_text(file.read_text() + "1 / 0")  # another file by now
+    for _ in range(2):  # of one that fails nothing is kept
+        with pytest.raises(ValueError, match="running it raised ZeroDivisionError"):
+            sources.load_function(f"{file}:f")
+
+
+@pytest.mark.parametrize("value", ["mine.py", "mine.py:", "mine.py:a.b"])
+def test_a_file_without_its_function_is_said(capsys, value):
+    assert run("--reward.mine", value) == run(f"--reward.mine={value}") == 2
+    assert f"--reward.mine: {value} names no function in a file; give path/to/file.py:function" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "recipe",
     [

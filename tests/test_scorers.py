@@ -516,7 +516,7 @@ def test_a_pickle_runs_no_code_and_is_never_loaded_as_it_is(tmp_path, capsys, pr
     assert mark.exists()  # the pickle does what it is accused of
     mark.unlink()
     line = refused(capsys, "convert-reward", "hps", evil, "--output", tmp_path / "out", "--clip", clip)
-    assert "evil.pt: cannot be converted" in line and not mark.exists() and not (tmp_path / "out").exists()
+    assert "evil.pt: cannot be converted" in line and "weights_only" not in line and not mark.exists() and not (tmp_path / "out").exists()
     line = refused(capsys, "distill", "--reward.hps", "1", "--scorer.hps", evil, "--output", tmp_path / "run")
     assert f"fewstep convert-reward hps {evil} --output FOLDER" in line and not mark.exists()
     (clip / "model.safetensors").rename(clip / "pytorch_model.bin")
@@ -539,6 +539,15 @@ def test_what_cannot_be_converted_is_named(tmp_path, capsys, opened_here):
     assert "missing or unknown text_model.final_layer_norm.bias" in convert("hps", short)
     assert "not weights of the model in" in convert("hps", open_clip_state(width=30))
     assert "not the linear head" in convert("aesthetic", open_clip_state())
+    flat, chained, many = tiny_head(), tiny_head(), tiny_head()
+    flat["layers.2.weight"] = flat["layers.2.weight"][0]
+    chained["layers.2.weight"] = chained["layers.2.weight"][:, 1:]
+    many |= {"layers.7.weight": many["layers.7.weight"].repeat(2, 1), "layers.7.bias": many["layers.7.bias"].repeat(2)}
+    assert "not the linear head: layers.2 has weight (" in convert("aesthetic", flat)
+    assert "outputs" in convert("aesthetic", chained) and "ends in 2 numbers, not in one score" in convert("aesthetic", many)
+    (tmp_path / "text.pt").write_text("hello")
+    line = refused(capsys, "convert-reward", "hps", tmp_path / "text.pt", "--output", tmp_path / "out", "--clip", clip)
+    assert "text.pt: cannot be converted: it is damaged, or no file of tensors alone" in line and "Traceback" not in line
     assert not (tmp_path / "out").exists()
     assert "no such file" in refused(capsys, "convert-reward", "hps", tmp_path / "nowhere.pt", "--output", tmp_path / "out")
     assert "exists already" in refused(capsys, "convert-reward", "hps", tmp_path / "held.pt", "--output", tmp_path)

@@ -70,6 +70,15 @@ def check_head(state: dict[str, Tensor], width: int | None = None) -> dict[str, 
     if state.keys() != wanted:
         odd = ", ".join(sorted(state.keys() ^ wanted)[:4])
         raise ValueError(f"not the linear head (layers {', '.join(map(str, LAYERS))} of weight and bias): missing or unknown {odd}")
+    outputs = None
+    for n in LAYERS:
+        weight, bias = state[f"layers.{n}.weight"], state[f"layers.{n}.bias"]
+        if weight.ndim != 2 or outputs not in (None, weight.shape[1]) or bias.shape != weight.shape[:1]:
+            shapes = f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)}"
+            raise ValueError(f"not the linear head: layers.{n} has {shapes}" + f" after {outputs} outputs" * (outputs is not None))
+        outputs = len(weight)
+    if outputs != 1:
+        raise ValueError(f"not the linear head: it ends in {outputs} numbers, not in one score")
     read = state[f"layers.{LAYERS[0]}.weight"].shape[1]
     if width is not None and read != width:
         raise ValueError(f"the head reads {read} features, but its CLIP has {width}: it belongs to another CLIP")

@@ -17,9 +17,15 @@ from fewstep.rewards import REWARDS, files, sources
 # argv: pickle, safetensors. weights_only refuses everything but tensors and plain containers; nothing of fewstep is imported.
 OPEN = """
 import sys
+import warnings
 import torch
 from safetensors.torch import save_file
-held = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
+warnings.simplefilter("ignore")
+try:
+    held = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
+except Exception as error:  # of many kinds, with advice to load it as a pickle; what is amiss stands after it
+    said = (str(error).partition("WeightsUnpickler error:")[2] or str(error)).strip().partition(chr(10))[0]
+    sys.exit(f"it is damaged, or no file of tensors alone as torch.save writes it ({type(error).__name__}: {said})")
 state = held.get("state_dict", held) if isinstance(held, dict) else None
 if not state or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
     sys.exit("it holds no state dict of tensors")

@@ -9,7 +9,7 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from fewstep.rewards.files import PICKLES, clip_of, convert_hint, digest_of, fet
 if TYPE_CHECKING:
     from fewstep.config import Config
 
+OWN = "a function of the caller's own"  # in rewards.json
 CODE = re.compile(r"(?s)(.+\.py):([^\W\d]\w*)")
 
 
@@ -29,13 +30,14 @@ def is_code(value: Any) -> bool:
     return isinstance(value, str) and CODE.fullmatch(value) is not None
 
 
-def settle_via(config: Config) -> Config:
+def settle_via(config: Config, own: Collection[str] = ()) -> Config:
     """The config with `via` given to every reward behind a server, which has scores and no gradient: the policy gradient, but
-    where weights.mode advantage asks for scores alone. Raises ValueError for what cannot work."""
+    where weights.mode advantage asks for scores alone. own: rewards that are the caller's functions, whatever their names. Raises
+    ValueError for what cannot work."""
     via = dict(config.via)
     for name in config.reward:
         scorer, row = config.scorer.get(name), REWARDS.get(name)
-        if not (is_remote(scorer) or (scorer is None and row is not None and not row.differentiable)):
+        if name in own or not (is_remote(scorer) or (scorer is None and row is not None and not row.differentiable)):
             continue
         if config.weights.mode == "advantage":
             continue
@@ -56,19 +58,24 @@ def own_hint(name: str, *, resume: bool) -> str:
 
 
 def load_function(value: str) -> Callable[..., Any]:
-    """The function that path/to/file.py:function names; the file is run. Raises ValueError naming what is missing."""
+    """The function that path/to/file.py:function names; the file is run, once for all functions of it. Raises ValueError naming what is
+    missing."""
     path, name = CODE.fullmatch(value).groups()  # type: ignore[union-attr]
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
-    module_name = f"fewstep_reward_{hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None and spec.loader is not None  # any path that ends in .py has both
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses and pickles inside the file look it up
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"{path}: running it raised {type(error).__name__}: {error}") from error
+    whole = str(Path(path).resolve()).encode() + digest_of(Path(path)).digest()  # a file that has changed is another one
+    module_name = f"fewstep_reward_{hashlib.sha256(whole).hexdigest()[:12]}"
+    module = sys.modules.get(module_name)
+    if module is None:
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        assert spec is not None and spec.loader is not None  # any path that ends in .py has both
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module  # dataclasses and pickles inside the file look it up
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[module_name]
+            raise ValueError(f"{path}: running it raised {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"{path}: has no function {name!r}")
@@ -166,7 +173,7 @@ def records(
         elif is_code(scorer):
             told[name] = {"source": str(scorer), "version": version(str(scorer))}
         elif function is not None:
-            told[name] = {"source": "a function of the caller's own"}
+            told[name] = {"source": OWN}
         elif name in REWARDS:
             source = locate(name, scorer, assets=assets)
             told[name] = {"source": source, "version": version(source)}
@@ -174,7 +181,8 @@ def records(
 
 
 def write_records(path: Path, told: dict[str, dict[str, str]], update: int) -> list[str]:
-    """Append what changed since the last start of the run; returns a line for each reward that is not what it was."""
+    """Append what changed since the last start of the run; returns a line for each reward that is not what it was, and for each judge that
+    is not there any more."""
     kept: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     before = kept[-1]["rewards"] if kept else {}
     lines = [
@@ -182,6 +190,11 @@ def write_records(path: Path, told: dict[str, dict[str, str]], update: int) -> l
         for name, now in told.items()
         if "version" in now and "version" in before.get(name, {}) and now["version"] != before[name]["version"]
     ]
+    for name, was in before.items():
+        judge = name.removeprefix("judge.")
+        if judge != name and name not in told and (is_code(was["source"]) or was["source"] == OWN):
+            again = f"--judge.{judge} {was['source']}" if is_code(was["source"]) else f"judges={{{judge!r}: ...}} from Python"
+            lines.append(f"judge {judge!r} is not asked any more: a run that goes on does not bring its code along. Give it again: {again}")
     if told != before:
         replace_text(path, json.dumps([*kept, {"from_update": update, "rewards": told}], indent=2) + "\n")
     return lines
