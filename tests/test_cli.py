@@ -275,7 +275,6 @@ def test_python_says_what_is_no_teacher_reward_or_judge(teacher_folder):
     ({"rewards": {"mine": (len, None)}}, "rewards: the weight of 'mine' is a NoneType; give a number"),
     ({"rewards": {"mine": (len,)}}, "rewards: 'mine' is a tuple of 1; give a function"),
     ({"rewards": {"mine": len}, "reward": {"mine": 0.1}}, r"reward: 'mine' has a weight here and one in rewards.* \(..., 0.1\)"),
-    ({"rewards": {"hps3": len}, "steps": 1, "via": {"hps3": "policy"}}, "one-step student"),
 ])  # fmt: skip
 def test_python_says_which_weight_it_cannot_take(teacher_folder, told, words):
     with pytest.raises(UserError, match=words):
