@@ -90,8 +90,8 @@ def distill(
         parsed = flags.parse_config(flags.on_family_recipe(arguments), functions)
         stopped = run(parsed, functions, judging, given) != 0
     if stopped:
-        raise KeyboardInterrupt(f"stopped early; the run in {output} can be resumed")
-    return Path(output)
+        raise KeyboardInterrupt(f"stopped early; the run in {parsed.output} can be resumed")
+    return Path(parsed.output)
 
 
 def load(path: str | Path) -> Any:

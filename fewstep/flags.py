@@ -7,8 +7,9 @@ import functools
 import itertools
 import json
 import re
+from os.path import expanduser  # Path.expanduser raises where there is no such user
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from fewstep import hub
 from fewstep.errors import UserError, nearest
@@ -50,7 +51,7 @@ def normalise(arguments: list[str], names: dict[str, type]) -> list[str]:
     for i, argument in enumerate(arguments):
         if not argument.startswith("--"):
             is_value = i > 0 and arguments[i - 1].startswith("--") and "=" not in arguments[i - 1]
-            out += [argument] if is_value else ["--config", recipe_path(argument)]
+            out += [argument] if is_value else ["--help"] if argument == "-h" else ["--config", recipe_path(argument)]
             continue
         flag, equals, value = argument[2:].partition("=")
         name = flag.replace("-", "_")
@@ -116,13 +117,15 @@ def recipe_path(argument: str) -> str:
 
 
 def check_recipe(path: Path, names: dict[str, type]) -> None:
-    """Unknown keys of a YAML recipe, and code in it, by file and key, before anything else is parsed."""
+    """Keys of a YAML recipe that are unknown, come twice or have no value, and code in it, by file and key, before anything else is
+    parsed."""
     import yaml
 
     from fewstep.rewards.sources import is_code
 
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        recipe = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -144,8 +147,24 @@ def check_recipe(path: Path, names: dict[str, type]) -> None:
                 walk(value, f"{name}.")
             elif inside := [each for each in names if each.startswith(f"{name}.")]:
                 raise UserError(f"{path}: {name} is a group of keys, as {inside[0]}; got {value!r}")
+            elif value is None and not (name.startswith("judge.") or type(None) in get_args(names.get(name))):
+                raise UserError(f"{path}: {name} has no value; give it one, or leave the key out")
 
     walk(recipe, "")
+    check_once(path, yaml.compose(text, Loader=yaml.SafeLoader))
+
+
+def check_once(path: Path, table: Any, prefix: str = "") -> None:
+    """Raises UserError for a key that comes twice in a table of a recipe, as a YAML node: a parser keeps the last and says nothing."""
+    lines: dict[str, int] = {}
+    for key, _ in table.value:
+        name, line = f"{prefix}{key.value}", key.start_mark.line + 1
+        if name in lines:
+            raise UserError(f"{path}: {name} comes twice, in line {lines[name]} and in line {line}, of which one would be lost; join them")
+        lines[name] = line
+    for key, value in table.value:
+        if value.id == "mapping":
+            check_once(path, value, f"{prefix}{key.value}.")
 
 
 WRONG_TYPE = re.compile(r"Parser key \"([\w.]+)\": .*?Expected an? (.+?)\. Got value: (.*)")
@@ -206,13 +225,26 @@ def recipes_and_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
 def read_config(arguments: list[str]) -> tuple[Config, list[str], list[str]]:
     """(the config that recipes and flags spell, its values not yet checked; the recipes; the flags).
 
-    A recipe overrides those before it, a flag every recipe, wherever it stands. Raises UserError naming the flag, or the file and key.
+    A recipe overrides those before it, a flag every recipe, wherever it stands; a run that goes on starts from its own saved config. Raises
+    UserError naming the flag, or the file and key.
     """
     from fewstep.config import Config
 
     names = field_names(Config)
     arguments = normalise(arguments, names)
-    recipes, flags = recipes_and_flags(saved_recipe(arguments) + arguments)
+    found = parse(arguments, names)
+    output = found[0].output
+    saved = Path(output) / "config.yaml"
+    if found[0].resume and saved.is_file():  # the folder may have been moved since: where it is now is what was named
+        found = parse(["--config", str(saved), *arguments, "--output", output], names)
+    return found
+
+
+def parse(arguments: list[str], names: dict[str, type]) -> tuple[Config, list[str], list[str]]:
+    """`read_config` of normalised arguments, as they are."""
+    from fewstep.config import Config
+
+    recipes, flags = recipes_and_flags(arguments)
     for recipe in recipes:
         check_recipe(Path(recipe), names)
     parser = config_parser()
@@ -221,7 +253,19 @@ def read_config(arguments: list[str]) -> tuple[Config, list[str], list[str]]:
     except UserError:
         check_types(recipes)
         raise
-    return Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)}), recipes, flags
+    return at_home(Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})), recipes, flags
+
+
+def at_home(config: Config) -> Config:
+    """The config with the `~` that begins a path as the user's own folder: a shell knows it at the beginning of a word alone."""
+
+    def whole(value: Any) -> Any:
+        return expanduser(value) if isinstance(value, str) else value
+
+    paths = {name: whole(getattr(config, name)) for name in ("teacher", "prompts", "output", "init")}
+    paths |= {table: {name: whole(value) for name, value in getattr(config, table).items()} for table in ("scorer", "judge")}
+    latents = dataclasses.replace(config.discriminator, latents=whole(config.discriminator.latents))
+    return dataclasses.replace(config, **paths, discriminator=latents)
 
 
 def check_types(recipes: list[str]) -> None:
@@ -243,7 +287,7 @@ def parse_config(arguments: list[str], own: Collection[str] = ()) -> Config:
     for table in ("scorer", "judge"):
         for key, value in getattr(config, table).items():
             name = f"{table}.{key}"
-            if is_code(value) and given.get(f"--{name}") != value:  # however a recipe may have spelt it
+            if is_code(value) and expanduser(given.get(f"--{name}", "")) != value:  # however a recipe may have spelt it
                 raise UserError(f"{', '.join(recipes) or f'--{table}'}: {name} names code, {value}; {ONLY_BY_FLAG.format(name, value)}")
     try:
         config = settle_via(config, own)
@@ -283,14 +327,6 @@ def as_values(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in nested.items():
         found |= as_values(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
-
-
-def saved_recipe(arguments: list[str]) -> list[str]:
-    """A run that goes on starts from its own saved config; flags given now come after it."""
-    if "--resume" not in arguments and "--resume=true" not in arguments:
-        return []
-    path = Path(flag_values(arguments).get("--output", "out")) / "config.yaml"
-    return ["--config", str(path)] if path.is_file() else []
 
 
 def flag_values(arguments: list[str]) -> dict[str, str]:

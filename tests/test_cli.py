@@ -62,9 +62,10 @@ def test_help_is_quick_and_imports_neither_torch_nor_diffusers():
     assert seconds - (time.perf_counter() - empty) < 0.5
 
 
-def test_every_config_field_is_documented_in_the_help(capsys):
+@pytest.mark.parametrize("asked", ["--help", "-h"])
+def test_every_config_field_is_documented_in_the_help(capsys, asked):
     with pytest.raises(SystemExit):
-        cli.main(["distill", "--help"])
+        cli.main(["distill", asked])
     text = capsys.readouterr().out
 
     for name in flags.field_names(Config):
@@ -146,6 +147,15 @@ def test_bad_input_gets_one_clear_line(capsys, tmp_path, prompt_file, arguments,
         ("student: 3", "student is a group of keys, as student.lr; got 3"),
         ("fake: null", "fake is a group of keys, as fake.lr; got None"),
         ("reward: 3", "reward: must be a table of NAME: value; got 3"),
+        ("steps:", "steps has no value; give it one, or leave the key out"),
+        ("student: {lr: }", "student.lr has no value"),
+        ("matching: {t_range: null}", "matching.t_range has no value"),
+        ("evaluate:\noutput: ~", "evaluate has no value"),
+        ("output: ~", "output has no value"),
+        ("judge:", "judge has no value"),
+        ("reward: {clip: }", "reward.clip has no value"),
+        ("student: {lr: 1e-5}\nsteps: 2\nstudent: {ema: 0.9}", "student comes twice, in line 1 and in line 3, of which one would be lost"),
+        ("reward:\n  clip: 1\n  clip: 2", "reward.clip comes twice, in line 2 and in line 3"),
     ],
 )
 def test_bad_recipes_name_the_file(capsys, tmp_path, text, words):
@@ -153,6 +163,23 @@ def test_bad_recipes_name_the_file(capsys, tmp_path, text, words):
     path.write_text(text)
     line = refused(capsys, "distill", str(path), "--output", str(tmp_path / "out"))
     assert words in line and "recipe.yaml" in line
+
+
+def test_a_recipe_may_say_that_there_is_none(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("prompts:\ninit: null\ndiscriminator: {latents: ~}\nreward: {clip: 1}\njudge: {preference: }\n")
+    config = flags.parse_config([str(path)])
+    assert (config.prompts, config.init, config.discriminator.latents, config.judge) == (None, None, None, {"preference": None})
+
+
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    """No shell expands it after an equals sign, in a recipe or in Python."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "recipe.yaml"
+    path.write_text("teacher: ~/teacher\nprompts: ~/p.txt\ndiscriminator: {latents: ~/pictures}\n")
+    config = flags.parse_config([str(path), "--output=~/x", "--init=~/y", "--reward.mine=~/mine.py:f"])
+    named = (config.teacher, config.prompts, config.discriminator.latents, config.output, config.init, config.scorer["mine"])
+    assert named == tuple(str(tmp_path / name) for name in ("teacher", "p.txt", "pictures", "x", "y", "mine.py:f"))
 
 
 def test_every_recipe_is_read_and_is_what_its_name_says(tmp_path):
@@ -630,6 +657,19 @@ def test_a_run_of_an_earlier_version_goes_on_and_a_changed_field_is_named(tmp_pa
         assert words.replace("OUT", str(tmp_path)) in str(refusal.value) and "{" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("told", [["RECIPE", "--resume"], ["SAID"], ["--resume=True", "--output=OUT"]], ids=lambda told: told[0])
+def test_a_run_goes_on_from_its_own_config_however_it_is_told_to(tmp_path, told):
+    out = tmp_path / "out"
+    out.mkdir()
+    saved = flags.as_plain(flags.parse_config(["--output", str(tmp_path / "where it was"), "--lora-rank", "64"]))
+    (out / "config.yaml").write_text(yaml.safe_dump(saved))
+    named = {"RECIPE": tmp_path / "recipe.yaml", "SAID": tmp_path / "said.yaml"}
+    named["RECIPE"].write_text(f"output: {out}\n")
+    named["SAID"].write_text(f"output: {out}\nresume: true\n")
+    config = flags.parse_config([str(named.get(word, word.replace("OUT", str(out)))) for word in told])
+    assert (config.resume, config.lora_rank, config.output) == (True, 64, str(out))
+
+
 def test_a_checkpoint_of_another_version_is_refused_by_what_it_lacks(finished, tmp_path, capsys):
     out = shutil.copytree(finished, tmp_path / "out")
     newest = max((out / "checkpoints").iterdir())
@@ -892,10 +932,12 @@ def test_prompts_that_are_too_long_are_counted(teacher_folder):
     assert backbone.cut(["a cat", "a very long prompt"]) == ["a very long prompt"]  # eight tokens, one for each letter
 
 
-def test_python_interface(teacher_folder, prompt_file, tmp_path):
+def test_python_interface(teacher_folder, prompt_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     path = fewstep.distill(
-        str(teacher_folder), str(prompt_file), steps=2, output=str(tmp_path / "out"), updates=1, groups=2, group_size=2,
+        str(teacher_folder), str(prompt_file), steps=2, output="~/out", updates=1, groups=2, group_size=2,
         student={"lr": 1e-3}, evaluate=False, lora_rank=0,
     )  # fmt: skip
+    assert path == tmp_path / "out"
     pipe = fewstep.load(path)
     assert pipe.scheduler.config.original_inference_steps == 2
