@@ -83,7 +83,7 @@ def read(folder: Path, config: Config) -> tuple[Averaged, bool]:
     except checkpoint.DamagedCheckpoint as error:
         raise CannotExport(" ".join(str(error).split())) from error
     except models.UnsupportedTeacher as error:
-        raise CannotExport(f"{'' if found is None else 'teacher: '}{error}") from error
+        raise CannotExport(str(error) if found is None else no_teacher(folder, teacher, error)) from error
     if found is None:
         print(f"update {config.updates}: the student finished in {folder}")
         weights = read_lora(folder, backbone.part) if config.lora_rank else {}
@@ -99,6 +99,12 @@ def read(folder: Path, config: Config) -> tuple[Averaged, bool]:
         raise CannotExport(f"{path}: its student is another network than {teacher} (has the teacher changed since?)")
     pipe = backbone.student_pipeline(roles, weights, config.steps)
     return Averaged(config, backbone, pipe, weights, update, logged_weights(folder, config, update)), finished
+
+
+def no_teacher(folder: Path, teacher: str, error: Exception) -> str:
+    """What is said of a teacher that a run's export cannot read: one that has moved is looked for where the run's config says."""
+    moved = not Path(teacher).exists() and hub.parts(teacher) is None
+    return f"teacher: {error}" + f". If it has moved, write where it is now into {folder / 'config.yaml'}" * moved
 
 
 def read_lora(folder: Path, part: str) -> dict[str, Tensor]:
@@ -210,7 +216,7 @@ def export(
     try:
         check_form(config, models.family(family_source(folder, config)), to)
     except models.UnsupportedTeacher as error:
-        raise CannotExport(f"teacher: {error}") from error
+        raise CannotExport(no_teacher(folder, teacher_source(config.teacher), error)) from error
     student, measured = read(folder, config)
     if to != "diffusers" and not student.weights:
         raise CannotExport(f"{folder}: neither a checkpoint nor pytorch_lora_weights.safetensors there: the LoRA is gone")

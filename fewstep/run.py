@@ -148,14 +148,16 @@ def check_same_run(config: Config, path: Path) -> None:
     def values(plain: dict[str, Any]) -> dict[str, Any]:
         # a server may have moved; its version is what counts, and `rewards.json` has it
         scorers = {name: "a server" if is_remote(value) else value for name, value in (plain.get("scorer") or {}).items()}
-        # so may the folder with its list of prompts; the checkpoint knows which they were
-        prompts = GIVEN if is_given(plain.get("prompts")) else plain.get("prompts")
+        # so may the file of prompts; the checkpoint knows which they were
+        prompts = plain.get("prompts") and "a file"
         return as_values(plain | {"scorer": scorers, "prompts": prompts})
 
     # a field that an earlier version did not have is as it is by default
     before, now = values(as_plain(Config())) | values(yaml.safe_load(path.read_text(encoding="utf-8"))), values(as_plain(config))
     if before["teacher"] == hub.split(config.teacher)[0]:  # an earlier version did not write the commit
         before["teacher"] = now["teacher"]
+    if (path.parent / TEACHER_FILES).is_file() and "world" not in (before["teacher"], config.teacher) and Path(config.teacher).is_dir():
+        before["teacher"] = now["teacher"]  # a folder may have moved: its weights are looked at (`carry_out`)
     for name in before | now:
         if {name, name.partition(".")[0]}.isdisjoint((*FREE_ON_RESUME, *OF_A_CALL)) and (
             name not in before or name not in now or before[name] != now[name]

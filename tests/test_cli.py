@@ -560,7 +560,7 @@ def test_a_run_is_gone_on_with_by_one_process_at_a_time(finished, tmp_path):
 
 
 def test_a_run_goes_on_with_the_teacher_that_it_began_with_alone(capsys, teacher_folder, prompt_file, tmp_path):
-    """Its folder may hold another one by then, of the same shapes."""
+    """Its folder may hold another one by then, of the same shapes; and it may lie elsewhere, as may the prompts."""
     teacher, out = shutil.copytree(teacher_folder, tmp_path / "teacher"), tmp_path / "out"
     start = ["distill", "--teacher", str(teacher), "--prompts", str(prompt_file), *SMALL, "--updates", "1", "--output", str(out)]
     assert cli.main(start) == 0
@@ -573,7 +573,13 @@ def test_a_run_goes_on_with_the_teacher_that_it_began_with_alone(capsys, teacher
     assert f"its unet/{path.name} has changed" in refused(capsys, *again)
     assert f"unet/{path.name} of {teacher} has changed" in refused(capsys, "export", str(out), "--to", "diffusers")
     path.write_bytes(whole)
-    assert cli.main(again) == 0
+    moved, same = shutil.move(teacher, tmp_path / "moved"), shutil.copy(prompt_file, tmp_path / "same.txt")
+    other = tmp_path / "other.txt"
+    other.write_text("a cat\n")
+    assert f"{teacher}: no such folder" in refused(capsys, *again)
+    assert "prompts: these 1 prompts are not" in refused(capsys, *again, "--teacher", str(moved), "--prompts", str(other))
+    again += ["--teacher", f"{moved}/", "--prompts", str(same)]
+    assert cli.main(again) == 0 and cli.main(["export", str(out), "--to", "diffusers"]) == 0
     (out / models.TEACHER_FILES).unlink()  # as of an earlier version
     assert cli.main(again) == 0 and (out / models.TEACHER_FILES).is_file()
 

@@ -535,7 +535,8 @@ def test_what_fails_at_the_hub_is_one_line(runs, hub, tmp_path, capsys, problem,
         (["RUN", "--to", "lora", "--private"], "--private is for --push"),
         (["RUN", "--to", "lora", "--push", "mine"], "'mine' is not ORG/NAME"),
         (["RUN", "--to", "lora", "--push", "me/my student"], "--push: "),
-        (["MOVED", "--to", "lora"], "teacher: "),
+        (["MOVED", "--to", "lora"], "teacher: ./moved: no such folder"),
+        (["MOVED", "--to", "diffusers"], "If it has moved, write where it is now into RUN/config.yaml"),
         (["OTHER", "--to", "lora"], "its student is another network than"),
         (["DAMAGED", "--to", "lora"], "state.safetensors"),
     ],
@@ -564,7 +565,7 @@ def test_what_cannot_be_exported_gets_one_clear_line(teachers, runs, tmp_path, c
             shutil.rmtree(checkpoint) if kind == "EARLY" else (checkpoint / "state.safetensors").write_bytes(b"rubbish")
     with mock.patch("warnings.warn"):  # of each damaged checkpoint
         line = refused(capsys, *(names.get(argument, argument) for argument in arguments))
-    assert words in line
+    assert words.replace("RUN", str(tmp_path / "run")) in line
     assert [path.name for path in (tmp_path / "held").iterdir()] == ["thesis.txt"]
 
 
