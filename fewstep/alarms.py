@@ -45,6 +45,9 @@ class Alarm(NamedTuple):
     says: str  # with {name}, {value} and {since}, the number of times
 
 
+# what changes a setting: a run that goes on keeps its own
+FROM_BEFORE = "begin a new run from a checkpoint of before (--init RUN/checkpoints/step-XXXXXXXX --output NEW)"
+
 ALARMS = (
     # of all functions of xt the mean of q given xt has the least squared error on q's samples, at every noise level
     Alarm(
@@ -53,8 +56,8 @@ ALARMS = (
         lambda ratio: ratio >= 1 - 1e-6,  # the same network as the teacher's is no better, whatever rounding says
         "the fake of {name!r} denoises the student's outputs no better than the teacher does, in nearly all of the last {since} "
         "evaluations (its squared error is now {value:.3g} of the teacher's): it does not follow the student, and what moves that is no "
-        "gradient of a KL. Raise fake.updates, bring fake.lr back to the recipe's, or lower student.lr; then go on from a checkpoint of "
-        "before",
+        "gradient of a KL. Raise fake.updates, bring fake.lr back to the recipe's, or lower student.lr, and "
+        f"{FROM_BEFORE}",
     ),
     Alarm(
         "anchor",
@@ -62,7 +65,7 @@ ALARMS = (
         lambda inflation: not 0.5 <= inflation <= 1.5,
         "the student's latents are {value:.3g} times as large as what the teacher sees in them, for nearly all of the last {since} "
         "evaluations: they have left what the teacher knows, and its direction means little there. Lower student.lr or matching.guidance, "
-        "or raise fake.updates; then go on from a checkpoint of before",
+        f"or raise fake.updates, and {FROM_BEFORE}",
     ),
     Alarm(
         "policy",

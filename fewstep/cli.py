@@ -56,18 +56,18 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         if type(error).__name__ != "RewardError":  # its module imports torch, which --help must not
             raise
-        return complain(f"{error}. Nothing was updated with it; go on from the last checkpoint with --resume", code=1)
-    except KeyboardInterrupt:
-        return complain(f"stopped. {KEPT.get(arguments[0], '')}".strip(), code=130)
+        return complain(f"{error}. Nothing was updated with it. {kept(arguments[0], error)}".strip(), code=1)
+    except KeyboardInterrupt as error:
+        return complain(f"stopped. {kept(arguments[0], error)}".strip(), code=130)
     except FloatingPointError as error:  # nothing was updated or saved after it: the last checkpoint is the state to go on from
-        return complain(f"{error}. Lower student.lr or fake.lr, or go on from the last checkpoint with --resume", code=1)
+        return complain(f"{error}. Lower student.lr or fake.lr. {kept(arguments[0], error)}".strip(), code=1)
     except OSError as error:
         if error.errno not in DISK or error.filename is None:
             raise
-        return complain(f"{error.filename}: {error.strerror}. {KEPT.get(arguments[0], '')}".strip(), code=1)
+        return complain(f"{error.filename}: {error.strerror}. {kept(arguments[0], error)}".strip(), code=1)
     except RuntimeError as error:
         if type(error).__name__ == "LostProcess":
-            return complain(f"{error}. {KEPT.get(arguments[0], '')}".strip(), code=1)
+            return complain(f"{error}. {kept(arguments[0], error)}".strip(), code=1)
         if any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):
             why = str(error).strip().splitlines()[0]
             return complain(
@@ -89,11 +89,15 @@ SMALLER = {  # what takes less of a device's memory, by command
 
 
 KEPT = {  # after Ctrl-C or a disk that takes no more, by command
-    "distill": "The last checkpoint is whole: go on with --resume",
     "evaluate": "Every part that was whole is kept: the same call goes on",
     "compare": "Every finished cell is kept: the same call goes on",
     "sample": "The pictures that were drawn are kept",
 }
+
+
+def kept(command: str, error: BaseException) -> str:
+    """What is left of a command that ended early: a run's error has a note of it (`run.noting_what_is_kept`)."""
+    return KEPT.get(command, "") or " ".join(getattr(error, "__notes__", []))
 
 
 def complain(message: str, *, code: int = 2) -> int:

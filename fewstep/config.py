@@ -169,8 +169,9 @@ class Config:
     output: str = "out"
     """Folder for the student and everything the run leaves behind."""
     init: str | None = None
-    """Folder of another run on this teacher whose averaged student and fake this one begins with, to align a student that is distilled
-    already, or to train it on with other settings; none: both begin as the teacher."""
+    """Folder of another run on this teacher, or one of its checkpoints (RUN/checkpoints/step-XXXXXXXX), whose averaged student and fake
+    this one begins with, to align a student that is distilled already, or to train it on with other settings; none: both begin as the
+    teacher."""
     teacher_guidance: float = 3.0
     """Guidance scale of the teacher's own pictures, 1 for none, which the student is compared with. A student with a range
     (matching.guidance) is drawn and measured beside them at this scale too, or at the end of its range that lies nearest, and so is then

@@ -46,6 +46,7 @@ RUN_FILES = (
 FREE_ON_RESUME = ("updates", "teacher_guidance", "save_every", "sample_every", "evaluate", "device", "judge", "remote",
                   "memory.micro_groups", "memory.checkpointing", "compile")  # fmt: skip
 OF_A_CALL = ("resume", "overwrite", "dry_run", "output")  # and not of the run
+SAME_FOR_INIT = ("teacher", "steps", "lora_rank", "fake.condition")  # the networks that a run hands on hang on them
 
 
 def check_output(config: Config) -> None:
@@ -53,10 +54,15 @@ def check_output(config: Config) -> None:
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise UserError(f"output: {output} is a file; name a folder")
-    if config.init is not None and is_one(Path(config.init), output):
-        raise UserError(f"init: {output} is the output folder itself; name another --output, or go on with --resume")
-    if config.init is not None and not config.resume and not (Path(config.init) / "checkpoints").is_dir():
-        raise UserError(f"init: {config.init} holds no checkpoints of a run; what `fewstep export` writes has none")
+    if config.init is not None:
+        init = Path(config.init)
+        if is_one(run_of(init), output):
+            raise UserError(f"init: {output} is the output folder itself; name another --output, or go on with --resume")
+        if not (config.resume or is_checkpoint(init) or (init / "checkpoints").is_dir()):
+            raise UserError(
+                f"init: {init} holds no checkpoints of a run and is none; name a run's folder or RUN/checkpoints/step-XXXXXXXX (what "
+                "`fewstep export` writes has none)"
+            )
     held = sorted(path.name for path in output.glob("[!.]*"))
     is_run = holds_run(output)
     if config.resume and not is_run:
@@ -79,7 +85,7 @@ def check_init(config: Config, source: str) -> None:
 
     from fewstep import models
 
-    folder = Path(str(config.init))
+    folder = run_of(Path(str(config.init)))
     if not holds_run(folder):
         print(f"init: {folder} has no config.yaml of a run: whether its student is of this teacher, in {config.steps} steps, is not known")
         return
@@ -96,6 +102,16 @@ def check_init(config: Config, source: str) -> None:
         raise UserError(f"init: the student of {folder} is of another teacher, {teacher}: {told}; begin with one of this teacher")
     if teacher != config.teacher and not (hashed and Path(source).is_dir()):
         print(f"init: the student of {folder} is of the teacher {teacher}: whether that is {source} is not known")
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint itself, and not that of a run."""
+    return (folder / "manifest.json").is_file()
+
+
+def run_of(init: Path) -> Path:
+    """The folder of the run that `init` names, or whose checkpoint it names."""
+    return init.absolute().parents[1] if is_checkpoint(init) else init
 
 
 def holds_run(output: Path) -> bool:
@@ -164,7 +180,8 @@ def check_same_run(config: Config, path: Path) -> None:
         ):
             was, is_now = (repr(held[name]) if name in held else "not given" for held in (before, now))
             free = ", ".join(FREE_ON_RESUME)
-            raise UserError(f"resume: {name} is {is_now}, the run in {path.parent} has {was}; only {free} may change")
+            other = "" if name in SAME_FOR_INIT else f"; with others a new run may begin from it, --init {path.parent} --output NEW"
+            raise UserError(f"resume: {name} is {is_now}, the run in {path.parent} has {was}; only {free} may change{other}")
 
 
 def is_given(prompts: str | None) -> bool:
@@ -285,7 +302,7 @@ def carry_out(config: Config, prompts: list[str], source: str, functions: dict[s
     elif config.init is not None:
         start_from(run, Path(config.init))
     del state  # a checkpoint that is in use cannot be removed (`checkpoint.load`)
-    with naming(output):
+    with noting_what_is_kept(output), naming(output):
         if first:
             if config.overwrite:  # not before: all that can fail at the start has not, and the earlier run was there until now
                 remove_run(output)
@@ -309,6 +326,31 @@ def carry_out(config: Config, prompts: list[str], source: str, functions: dict[s
         return 0
 
 
+@contextmanager
+def noting_what_is_kept(output: Path) -> Iterator[None]:
+    """What ends a run early gets a note of what there is to go on from."""
+    from fewstep.rewards.base import RewardError
+
+    try:
+        yield
+    except BaseException as error:
+        # these come again as long as the settings are the same
+        error.add_note(way_on(output, anew=isinstance(error, (FloatingPointError, RewardError))))
+        raise
+
+
+def way_on(output: Path, *, anew: bool) -> str:
+    """How to go on from what a run that ended early has left; anew: with other settings, which `--resume` refuses."""
+    from fewstep import checkpoint
+
+    if not (output / "config.yaml").is_file():
+        return "Nothing was saved yet"
+    if not checkpoint.checkpoints(output / "checkpoints"):
+        return "No checkpoint was saved yet: " + ("begin anew with --overwrite" if anew else "--resume begins at update 0")
+    on = f"The last checkpoint is whole: go on with fewstep distill --output {output} --resume"
+    return on + f", or with other settings in a new run, --init {output} --output NEW" * anew
+
+
 def find_checkpoint(root: Path, ranks: Ranks) -> tuple[Path | None, Any]:
     """(folder, contents) of the newest valid checkpoint, or (None, None). Raises UserError where none can be read, or the processes do not
     see the same one."""
@@ -329,11 +371,15 @@ def find_checkpoint(root: Path, ranks: Ranks) -> tuple[Path | None, Any]:
 
 
 def start_from(run: Run, folder: Path) -> None:
-    """Give a run the averaged student and the fake of the run in another folder. Raises UserError."""
+    """Give a run the averaged student and the fake of the run in another folder, or of the checkpoint there. Raises UserError."""
     from fewstep import checkpoint
 
+    keys = ("update", "student", "ema", "online")
     try:
-        found = checkpoint.newest(folder / "checkpoints", only=("update", "student", "ema", "online"))
+        if is_checkpoint(folder):
+            found = folder, checkpoint.load(folder, only=keys)
+        else:
+            found = checkpoint.newest(folder / "checkpoints", only=keys)
         if found is None:
             raise UserError(f"init: {folder} holds no checkpoint")
         run.trainer.start_from(found[1])
@@ -392,7 +438,7 @@ def heard(told: Callable[[int, Any], None]) -> Iterator[None]:
 
 
 def train(run: Run, output: Path, prompts: list[str]) -> bool:
-    """Run the trainer behind a progress bar. False when it was stopped before the last update."""
+    """Run the trainer behind a progress bar. False when it was stopped, be it in the last update."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     stopping: list[int] = []
@@ -428,7 +474,7 @@ def train(run: Run, output: Path, prompts: list[str]) -> bool:
             due = config.sample_every and trainer.update % config.sample_every == 0 and trainer.update < config.updates
             if due and ranks.rank == 0:
                 draw_progress(run, output, grid_prompts(config, prompts))
-    if trainer.update < config.updates:
+    if ranks.any(bool(stopping)):
         print(f"stopped at update {trainer.update} of {config.updates}; saved. Go on with: fewstep distill --output {output} --resume")
         return False
     return True

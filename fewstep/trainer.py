@@ -16,7 +16,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from fewstep import checkpoint, importance, losses
-from fewstep.alarms import Watch
+from fewstep.alarms import FROM_BEFORE, Watch
 from fewstep.config import Config
 from fewstep.denoiser import Cond, Denoiser, widened
 from fewstep.metrics import MetricsLog, health, known, ratios_of, rms, spread_of
@@ -350,7 +350,7 @@ class Trainer:
             warnings.warn(
                 f"update {self.update}: reward {name!r} has risen from {found.trained[0]:.4g} to {found.trained[1]:.4g} while its held-out "
                 f"judge {judge!r} has fallen from {found.judged[0]:.4g} to {found.judged[1]:.4g}: the student may be exploiting {name!r}. "
-                "Compare the sample grids; then go back to an earlier checkpoint and lower the reward's weight or weights.budget",
+                f"Compare the sample grids; then lower the reward's weight or weights.budget and {FROM_BEFORE}",
                 stacklevel=2,
             )
 

@@ -14,6 +14,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import fresh
@@ -31,7 +32,9 @@ from fewstep import checkpoint, cli, composition, disk, flags, models
 from fewstep.config import Config
 from fewstep.errors import UserError
 from fewstep.evaluate import drawing
-from fewstep.run import check_init, check_output, distill
+from fewstep.ranks import Ranks
+from fewstep.rewards.base import RewardError
+from fewstep.run import check_init, check_output, distill, noting_what_is_kept, train
 from fewstep.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("small_grid")
@@ -494,6 +497,10 @@ def test_a_run_may_begin_with_another_runs_student(capsys, finished, teacher_fol
     (_, before), (_, after) = (checkpoint.newest(folder / "checkpoints") for folder in (first, out))
     for averaged, (name, learned) in zip(before["ema"]["shadow_params"], after["student"].items(), strict=True):
         torch.testing.assert_close(learned, averaged, rtol=0, atol=1e-7, msg=name)  # as good as nothing
+    earlier = min((first / "checkpoints").iterdir())
+    assert "is the output folder itself" in refused(capsys, *told, "--output", str(first), "--init", str(earlier), "--overwrite")
+    assert cli.main([*told, "--output", str(out), "--init", str(earlier), "--updates", "1", "--overwrite"]) == 0
+    assert f"starting from the student of {earlier} at update 2" in capsys.readouterr().out
     shutil.rmtree(first)
     assert cli.main(["distill", "--output", str(out), "--resume", "--updates", "2"]) == 0  # the first run is not needed any more
     assert "from the student of an earlier run" in (out / "README.md").read_text()
@@ -644,6 +651,7 @@ def test_a_run_is_replaced_once_the_new_one_can_begin(capsys, finished, teacher_
         (["--matching.shift=2"], "matching.shift is 2.0, the run in OUT has 3.0; only updates,"),
         (["--matching.gamma=0.5", "--student.lr=1"], "student.lr is 1.0, the run in OUT has 0.0002; only"),
         (["--reward.clip=0.5"], "reward.clip is 0.5, the run in OUT has 0.3; only"),
+        (["--fake.updates=9"], "may change; with others a new run may begin from it, --init OUT --output NEW"),
         (["--reward.other=0.5"], "reward.other is 0.5, the run in OUT has not given; only"),
     ],
 )
@@ -896,6 +904,53 @@ def test_a_signal_saves_and_resume_ends_where_an_unbroken_run_ends(unbroken, tmp
     assert resumed.keys() == whole.keys() and all(torch.equal(resumed[key], whole[key]) for key in whole)
 
 
+@pytest.mark.parametrize("last", [1, 2])
+def test_a_signal_ends_a_run_in_its_last_update_too(tmp_path, capsys, last):
+    """A student is exported and measured by the run that goes on."""
+
+    def updates(output, *, stop):
+        for trainer.update in range(1, last + 1):
+            os.kill(os.getpid(), signal.SIGINT)
+            yield {"seconds": 1.0}
+            if stop():
+                return
+
+    trainer = SimpleNamespace(ranks=Ranks(), update=0, running={}, run=updates)
+    assert not train(SimpleNamespace(trainer=trainer, config=Config(updates=last, sample_every=0)), tmp_path, [])
+    assert f"stopped at update 1 of {last}; saved. Go on with" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error, files, words",
+    [
+        (KeyboardInterrupt(), [], "stopped. Nothing was saved yet"),
+        (KeyboardInterrupt(), ["config.yaml"], "stopped. No checkpoint was saved yet: --resume begins at update 0"),
+        (KeyboardInterrupt(), ["config.yaml", "checkpoints/step-00000001"], "is whole: go on with fewstep distill --output OUT --resume"),
+        (RewardError("no score"), ["config.yaml"], "Nothing was updated with it. No checkpoint was saved yet: begin anew with --overwrite"),
+        (RewardError("no score"), ["config.yaml", "checkpoints/step-00000001"], "or with other settings in a new run, --init OUT"),
+    ],
+)
+def test_what_ends_a_run_says_what_there_is_to_go_on_from(tmp_path, monkeypatch, capsys, error, files, words):
+    for name in files:
+        (tmp_path / name).mkdir(parents=True) if "step" in name else (tmp_path / name).touch()
+
+    def ended(arguments):
+        with noting_what_is_kept(tmp_path):
+            raise error
+
+    monkeypatch.setattr(cli, "distill_command", ended)
+    assert cli.main(["distill"]) in (1, 130)
+    assert words.replace("OUT", str(tmp_path)) in capsys.readouterr().err
+
+
+def test_what_is_stopped_before_there_is_a_run_names_none(monkeypatch, capsys):
+    def ended(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "distill_command", ended)
+    assert cli.main(["distill"]) == 130 and capsys.readouterr().err.strip() == "fewstep: error: stopped."
+
+
 @pytest.mark.parametrize("most, file", [(1_000, "out: could not be written to"), (20_000, "step-00000002: could not write checkpoint of ")])
 def test_a_full_disk_ends_the_run_with_one_line(teacher_folder, prompt_file, tmp_path, most, file):
     """No file may grow past `most` bytes: the config does not fit, or the first checkpoint."""
@@ -904,7 +959,8 @@ def test_a_full_disk_ends_the_run_with_one_line(teacher_folder, prompt_file, tmp
     status, output = command("distill", *options, "--updates", "4", before=limited)
     last = output.strip().splitlines()[-1]
     assert status == 1 and "Traceback" not in output, output
-    assert last.startswith(f"fewstep: error: {tmp_path / 'out'}") and file in last and "File too large" in last and "--resume" in last
+    assert last.startswith(f"fewstep: error: {tmp_path / 'out'}") and file in last and "File too large" in last
+    assert last.endswith("No checkpoint was saved yet: --resume begins at update 0" if "step-" in file else "Nothing was saved yet")
     assert not list((tmp_path / "out").glob("checkpoints/*"))
 
 
@@ -925,7 +981,7 @@ def test_nan_ends_the_run_with_one_line_and_saves_nothing_of_it(teacher_folder, 
     # a learning rate of 1e30 overflows within a few updates
     assert cli.main(["distill", *options, "--updates", "50", "--student.lr", "1e30", "--save-every", "1"]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("fewstep: error: ") and "last checkpoint" in error
+    assert error.startswith("fewstep: error: ") and f"with other settings in a new run, --init {tmp_path / 'out'} --output NEW" in error
     newest = max((tmp_path / "out" / "checkpoints").iterdir())
     fake = {name: value for name, value in load_file(newest / "state.safetensors").items() if name.startswith("/online/")}
     assert fake and all(bool(torch.isfinite(value).all()) for value in fake.values())

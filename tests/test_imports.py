@@ -54,7 +54,7 @@ TABLE = {
     "evaluate.command": "composition config disk errors evaluate export flags launch models needs ranks "
     "rewards rewards.address rewards.clip rewards.sources world",
     "run": "checkpoint composition config disk errors evaluate evaluate.command export flags hub launch models needs prompts ranks report "
-    "rewards.address rewards.sources world",
+    "rewards.address rewards.base rewards.sources world",
     "sample": "config disk errors evaluate evaluate.command export flags models prompts",
     "compare": "composition config cost disk evaluate export flags models rewards.clip rewards.serve types weights world",
     "cli": "compare composition config disk errors evaluate.command export flags launch models run sample world "
