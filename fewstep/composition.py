@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+from fewstep.device import check_device
 from fewstep.errors import UserError, nearest
 from fewstep.launch import neighbours, place
 
@@ -50,12 +51,13 @@ def check_range(config: Config, source: str) -> None:
 
 
 def resolve_hardware(config: Config) -> Config:
-    """The config with `auto` replaced by what this machine has."""
+    """The config with `auto` replaced by what this machine has. Raises UserError for a device that it has not."""
     import torch
 
-    device, precision = config.device, config.precision
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device, precision = check_device("device", config.device), config.precision
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if precision == "auto":
         if torch.device(device).type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)

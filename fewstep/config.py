@@ -191,7 +191,7 @@ class Config:
     seed: int = 0
     """Seed of everything random."""
     device: str = "auto"
-    """cpu, cuda, or auto."""
+    """cpu, cuda, cuda:N, or auto."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the networks in training (bf16: autocast, weights stay fp32); auto is bf16 where the hardware computes it faster."""
     save_every: int = 100

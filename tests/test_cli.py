@@ -90,6 +90,8 @@ def test_every_config_field_is_documented_in_the_help(capsys, asked):
         (["distill", "--matching.guidance", "1,8"], "guidance: must be a number, or two in brackets, as [1.5, 8]; got 1,8"),
         (["distill", "--matching.guidance", "[8,1]"], "guidance: a range runs from a lower scale to a higher one"),
         (["distill", "--fake.betas", "1"], "fake.betas: must be two numbers in brackets, as [0.9, 0.99]; got 1"),
+        (["distill", "--device", "gpu"], "device: must be cpu, cuda, cuda:N or auto, got 'gpu'"),
+        (["distill", "--device", "cuda:9"], "device: there is no cuda:9 here, torch finds "),
         (["distill", "--steps", "7"], "steps"),
         (["distill", "--matching.normalize", "grp"], "matching.normalize: must be one of group, sample, batch, channel, none; got grp"),
         (["distill", "--matching.t_range", "[0.9,0.1]"], "matching.t_range"),

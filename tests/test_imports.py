@@ -13,7 +13,7 @@ ROOT = Path(fewstep.__file__).parent
 # what each file or folder imports of fewstep; of `rewards` and `evaluate.command` by file, of other folders as a whole
 TABLE = {
     "errors": "", "disk": "errors", "hub": "", "launch": "", "types": "", "schedule": "", "transforms": "", "levels": "", "cost": "",
-    "prompts": "",
+    "device": "", "prompts": "",
     "report": "metrics", "alarms": "",
     "weights": "alarms",
     "checkpoint": "disk",
@@ -38,7 +38,7 @@ TABLE = {
     "rewards.remote": "rewards.address rewards.base",
     "rewards.sources": "config disk rewards rewards.address rewards.files rewards.remote world",
     "rewards.convert": "disk rewards rewards.aesthetic rewards.files rewards.hps rewards.sources",
-    "rewards.serve": "rewards rewards.sources",
+    "rewards.serve": "device rewards rewards.sources",
     "models": "config denoiser disk hub schedule",
     "world": "checkpoint evaluate rewards.clip",
     "trainer": "alarms checkpoint config denoiser importance losses metrics prompts ranks "
@@ -49,7 +49,7 @@ TABLE = {
     "flags": "config errors hub models rewards.address rewards.sources",
     "export": "checkpoint config evaluate hub metrics models world",
     "latents": "disk evaluate",
-    "composition": "config cost errors evaluate export latents levels launch models prompts ranks student trainer weights world "
+    "composition": "config cost device errors evaluate export latents levels launch models prompts ranks student trainer weights world "
     "rewards rewards.address rewards.base rewards.discriminator rewards.distribution rewards.remote rewards.sources",
     "evaluate.command": "composition config disk errors evaluate export flags launch models needs ranks "
     "rewards rewards.address rewards.clip rewards.sources world",

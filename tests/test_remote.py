@@ -643,6 +643,7 @@ def test_the_server_needs_nothing_of_the_rest_of_the_package():
     done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True, cwd=ROOT)
     assert set(json.loads(done.stdout.replace("'", '"'))) == {
         "fewstep.cli",
+        "fewstep.device",
         "fewstep.disk",
         "fewstep.errors",
         "fewstep.hub",

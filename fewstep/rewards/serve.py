@@ -12,7 +12,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import signal
 import socket
 import threading
@@ -23,6 +22,7 @@ from contextlib import suppress
 from multiprocessing.connection import wait
 from typing import Any
 
+from fewstep.device import check_device
 from fewstep.rewards import REWARDS, sources
 
 PROTOCOL = 1
@@ -213,21 +213,6 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def check_device(text: str) -> str:
-    """`auto` as what this machine has, anything else as it is. Raises ValueError for what torch does not find here."""
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if text == "auto":
-        return "cuda" if count else "cpu"
-    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", text)
-    if found is None:
-        raise ValueError(f"--device: must be cpu, cuda, cuda:N or auto, got {text!r}")
-    if text != "cpu" and int(found[1] or 0) >= count:
-        raise ValueError(f"--device: there is no {text} here, torch finds {count} CUDA devices; use auto, or cpu")
-    return text
-
-
 def claim(port: int) -> socket.socket:
     """A socket bound to a port of this machine that nothing listens on; it does not listen yet. Raises ValueError."""
     held = socket.socket()
@@ -345,7 +330,7 @@ def command(arguments: list[str]) -> int:
         import uvicorn
     except ImportError as error:
         raise ValueError(f"the server needs {error.name}: pip install 'fewstep[serve]'") from error
-    options.device = check_device(options.device)
+    options.device = check_device("--device", options.device)
     with claim(options.port) as held:  # before the model is loaded, which may take minutes
         try:
             name, version, score = load(options.what, options.scorer, options.device)
