@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -222,7 +223,7 @@ def export(
         raise CannotExport(f"{folder}: neither a checkpoint nor pytorch_lora_weights.safetensors there: the LoRA is gone")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        write(student, to, output, name=folder.resolve().name)
+        write(student, to, output, name=own_name(folder))
         results = None
         if measured and (folder / "evaluation.json").is_file():
             results = results_markdown(json.loads((folder / "evaluation.json").read_text(encoding="utf-8")))
@@ -361,7 +362,12 @@ def teacher_in_words(teacher: str) -> str:
     if teacher == "world":
         return "the embedded emoji teacher of fewstep"
     named = hub.parts(teacher)
-    return named[0] if named else Path(teacher).name
+    return named[0] if named else own_name(teacher)
+
+
+def own_name(folder: str | Path) -> str:
+    """The last part of the way to a folder, be it given as `.`; a link has its own."""
+    return os.path.basename(os.path.abspath(folder))
 
 
 def title(config: Config) -> str:
@@ -461,7 +467,7 @@ def model_card(student: Averaged, to: str, folder: Path, *, name: str | None = N
     absent = [f"{name}=None" for name in backbone.lacks()]
     usage = USAGE[to].format(
         imports="import torch\n" * told, told=f", torch_dtype={backbone.dtype}" * told + "".join(f", {part}" for part in absent),
-        folder=name or folder.name, teacher=base or place, scheduler=type(scheduler).__name__,
+        folder=name or own_name(folder), teacher=base or place, scheduler=type(scheduler).__name__,
         revision=f', revision="{revision}"' * (revision is not None),
         steps=steps, call=f"{guided}, {size}", file=", ".join(path.name for path in folder.glob("*.safetensors")),
     )  # fmt: skip

@@ -405,7 +405,7 @@ def report(source: str, config: Config, prompts: int) -> str:
     def gib(value: int) -> str:
         return f"{value / GIB:8.2f} GiB"
 
-    processes = launched()[1]
+    processes, drawn = launched()[1], drawn_prompts(config, prompts)
     each = f"each of {processes} processes, " if processes > 1 else ""
     student = "full weights" if not config.lora_rank else f"LoRA of rank {config.lora_rank}"
     lines = [
@@ -429,7 +429,7 @@ def report(source: str, config: Config, prompts: int) -> str:
         f"{gib(needs.exporting).strip()} while the student is exported",
         f"{needs.flops * config.updates / 1e15:,.2f} PFLOP in {config.updates} updates, rewards and decoder apart",
         f"on disk: {gib(needs.student_folder).strip()} student, {gib(needs.checkpoints).strip()} checkpoints, "
-        f"{gib(needs.cached).strip()} conditions of {drawn_prompts(config, prompts)} prompts",
+        f"{gib(needs.cached).strip()} conditions of {drawn} prompt{'s' * (drawn > 1)}",
     ]
     if config.reward:
         lines.append(f"not counted: the models of {', '.join(config.reward)}, and what they keep of the pictures")

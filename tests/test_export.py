@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -405,6 +406,16 @@ def test_the_card_has_guidance_as_the_teachers_pipeline_counts_it(runs, tmp_path
     with mock.patch.object(type(run.backbone), "teacher_call", ZImage.teacher_call):
         text = str(export.model_card(student, "lora", tmp_path))
     assert "under guidance 2.5 (`guidance_scale=1.5` of its pipeline), at" in text and "teacher guidance 2.5 (`guidance_scale" in text
+
+
+def test_a_card_names_the_folder_that_one_stands_in(runs, tmp_path, monkeypatch):
+    _, run = runs("StableDiffusionPipeline")
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    config = dataclasses.replace(run.config, teacher=".")
+    student = export.Averaged(config, run.backbone, SimpleNamespace(), {}, 1, {})
+    text = export.model_card(student, "diffusers", Path()).content
+    assert 'from_pretrained("mine"' in text and "# 4-step student of mine" in text
 
 
 def test_the_card_tells_the_guidance_the_grid_and_the_rewards(exported, runs, tmp_path):

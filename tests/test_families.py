@@ -35,7 +35,7 @@ from fewstep.errors import UserError
 from fewstep.models import embeddings
 from fewstep.models.backbone import AddedLinear, repeated_blocks
 from fewstep.report.grid import save
-from fewstep.run import sample_grid
+from fewstep.run import RUN_FILES, sample_grid
 from fewstep.student import Student
 
 PROMPTS = ["a cat", "two red hats"]  # copied for each call: some stock pipelines write into the list they are given
@@ -44,6 +44,13 @@ every_family = pytest.mark.parametrize("name", PIPELINES | INCOMPLETE)
 
 def test_every_family_has_a_tiny_pipeline():
     assert list(PIPELINES) == list(models.FAMILIES)
+
+
+@every_family
+def test_overwrite_deletes_every_part_of_an_earlier_student(teachers, name):
+    pipeline = models.family(str(teachers / name)).pipeline
+    parts, _ = pipeline._get_signature_keys(pipeline)
+    assert {*parts} - {"safety_checker"} <= {*RUN_FILES}  # which no student has
 
 
 def size_of(backbone):

@@ -204,6 +204,7 @@ def test_a_gpu_holds_in_each_phase_what_the_run_places_there(teachers, monkeypat
     policy = needs.measure(source, dataclasses.replace(seen, via={"clip": "policy"}), 7)
     assert policy.training == plain.training + plain.decoder and policy.pictures == 10
     monkeypatch.setattr(needs, "capacity", lambda device: (plain.training / 0.9, "a GPU"))
+    assert "conditions of 1 prompt\n" in needs.report(source, config, 1)
     told = needs.report(source, config, 7).splitlines()
     assert sum("DOES NOT FIT" in line for line in told) == 1 and any("while samples are drawn" in line for line in told)
     assert not any("--memory.checkpointing" in line or "micro-groups" in line for line in told)  # which would not help

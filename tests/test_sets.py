@@ -2,6 +2,7 @@ import json
 import sys
 import weakref
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -108,6 +109,16 @@ def fake_datasets(monkeypatch, splits):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda name, revision=None: splits, Image=kind))
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name, revision=None: SimpleNamespace(sha="c0ffee"))
     return kind()
+
+
+def test_what_is_neither_a_file_nor_on_the_hub_is_said_to_be_neither(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(BadPrompts, match=r"data/prompts: no such file or folder; data sets on the hub need the package datasets"):
+        sets.load("data/prompts")
+    fake_datasets(monkeypatch, {})
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", mock.Mock(side_effect=OSError("no network")))
+    with pytest.raises(BadPrompts, match=r"data/prompts: no such file or folder, and it cannot be read from the hub \(OSError: no network"):
+        sets.load("data/prompts")
 
 
 def test_sets_come_from_the_hub(monkeypatch, tmp_path):

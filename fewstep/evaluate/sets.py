@@ -222,14 +222,14 @@ def rows_of_hub(name: str, revision: str | None, split: str | None) -> tuple[Any
     try:
         datasets = import_datasets()
     except ImportError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(f"{name}: no such file or folder; {error}") from error
     import huggingface_hub
 
     try:
         commit = huggingface_hub.HfApi().dataset_info(name, revision=revision).sha
         parts = datasets.load_dataset(name, revision=commit)
     except Exception as error:  # the hub's clients raise many kinds; each means that this set cannot be had
-        raise ValueError(f"{name}: cannot be read from the hub ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{name}: no such file or folder, and it cannot be read from the hub ({type(error).__name__}: {error})") from error
     if split is None and len(parts) > 1:
         raise ValueError(f"{name}: has the splits {', '.join(parts)}; name one, as {name}:{next(iter(parts))}")
     if split is not None and split not in parts:
