@@ -111,7 +111,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 def run_of(init: Path) -> Path:
     """The folder of the run that `init` names, or whose checkpoint it names."""
-    return init.absolute().parents[1] if is_checkpoint(init) else init
+    return init.absolute().parent.parent if is_checkpoint(init) else init
 
 
 def holds_run(output: Path) -> bool:
