@@ -216,8 +216,10 @@ def stored_packed(part: Any) -> bool:
 
 def of_variant(part: Any, variant: str | None) -> bool:
     """Whether diffusers read a pipeline's part from files of this variant: where there are none, it reads the plain ones."""
-    folder = Path(getattr(part, "name_or_path", None) or part.config["_name_or_path"])
-    return variant is not None and any(folder.glob(f"*.{variant}*.safetensors"))
+    if variant is None:
+        return False
+    folder = Path(getattr(part, "name_or_path", None) or part.config["_name_or_path"])  # of transformers, of diffusers
+    return any(folder.glob(f"*.{variant}*.safetensors"))
 
 
 def check_weights(pipe: Any, source: str | Path, variant: str | None = None) -> None:
