@@ -451,7 +451,7 @@ def test_an_export_without_its_runs_config_is_drawn_at_the_scale_that_is_given(f
     sample = ["sample", str(folder), "--prompt", "a cat"]
     assert "--guidance: missing; " in refused(capsys, *sample)
     assert cli.main([*sample, "--guidance", "2.5"]) == 0 and scales == [2.5]
-    assert "takes a scale of 0 or more; got -1" in refused(capsys, *sample, "--guidance", "-1")
+    assert "takes a scale of 1 or more; got -1" in refused(capsys, *sample, "--guidance", "-1")
 
 
 def test_a_scale_for_a_student_that_has_one_distilled_in_is_refused(teachers, tmp_path, capsys):

@@ -47,9 +47,9 @@ def student_scale(folder: Path, config: Config | None, given: float | None, *, n
         raise UserError(f"--guidance: missing; {name} is told its scale, and no config.yaml there says in which range it was trained")
     if given is None:
         return config.student_guidance()
-    low, high = within or (0, sys.float_info.max)
+    low, high = within or (1, sys.float_info.max)
     if not low <= given <= high:
-        said = f"from {low:g} to {high:g}, the range that it was trained in" if within else "of 0 or more"
+        said = f"from {low:g} to {high:g}, the range that it was trained in" if within else "of 1 or more"
         raise UserError(f"--guidance: this student takes a scale {said}; got {given:g}")
     return given
 
@@ -207,8 +207,8 @@ def read_options(arguments: list[str]) -> Any:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, got {value}")
     if options.seed < 0:
         raise UserError(f"--seed: must not be negative, got {options.seed}")
-    if options.guidance is not None and not math.isfinite(options.guidance):
-        raise UserError(f"--guidance: must be a number, got {options.guidance}")
+    if options.guidance is not None and not 1 <= options.guidance < math.inf:
+        raise UserError(f"--guidance: must be 1, which is no guidance, or more, got {options.guidance}")
     return options
 
 
