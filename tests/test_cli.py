@@ -272,7 +272,7 @@ def test_a_function_becomes_a_reward_and_survives_the_whole_run(teacher_folder, 
     small = small | {"updates": 6}
     with pytest.raises(UserError, match=r"prompts: these 1 prompts are not, in this order, those that the run began with; give them back"):
         fewstep.distill(str(teacher_folder), ["a dog"], rewards={"mine": (mine, 0.5)}, **small)
-    with pytest.raises(UserError, match="prompts, entry 2: no text"):
+    with pytest.raises(UserError, match="prompts, entry 2: one text is needed under prompt, not int"):
         fewstep.distill(str(teacher_folder), ["a dog", 3], rewards={"mine": (mine, 0.5)}, **small)
 
 

@@ -1368,7 +1368,7 @@ def test_a_student_of_the_hub_says_its_own_steps(command, student, monkeypatch, 
     monkeypatch.setattr("fewstep.evaluate.command.measure_student", lambda *given, **options: told.update(options, student=given[0]))
     assert cli.main(["evaluate", "someone/student", *command[2:]]) == 0
     assert told["steps"] == 2 and told["student"] == f"someone/student@{student.name}"
-    assert {tuple(one) for one in asked} == {("*.json", "*.txt", "*.model")}
+    assert {tuple(one) for one in asked} == {models.CONFIGURATIONS}
     ranged = shutil.copytree(student, tmp_path / "hub")
     config = ranged / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"time_cond_proj_dim": 8}))
