@@ -78,12 +78,12 @@ def main(arguments: list[str] | None = None) -> int:
         if type(error).__name__ != "OutOfMemoryError":  # torch's
             raise
         first = ". ".join(str(error).split(". ")[:2])  # what was asked for; torch goes on about its allocator
-        return complain(f"{first}. {SMALLER.get(arguments[0], '')}".strip(), code=1)
+        return complain(f"{first}. {SMALLER.get(arguments[0], '')} {noted(error)}".strip(), code=1)
 
 
 SMALLER = {  # what takes less of a device's memory, by command
-    "distill": "`fewstep distill ... --dry-run` says what a run needs. --memory.micro-groups 1 and --memory.checkpointing take less: what "
-    "was saved is whole, go on with them and --resume. --lora-rank 64 and --memory.optimizer adamw8bit do too, where a run begins anew",
+    "distill": "`fewstep distill ... --dry-run` says what a run needs. --memory.micro-groups 1 and --memory.checkpointing take less, also "
+    "where a run goes on; --lora-rank 64 and --memory.optimizer adamw8bit do where one begins.",
     "evaluate": "A smaller --batch takes less; what was drawn is kept",
 }
 
@@ -96,8 +96,13 @@ KEPT = {  # after Ctrl-C or a disk that takes no more, by command
 
 
 def kept(command: str, error: BaseException) -> str:
-    """What is left of a command that ended early: a run's error has a note of it (`run.noting_what_is_kept`)."""
-    return KEPT.get(command, "") or " ".join(getattr(error, "__notes__", []))
+    """What is left of a command that ended early."""
+    return KEPT.get(command, "") or noted(error)
+
+
+def noted(error: BaseException) -> str:
+    """What an error says beside itself: a run's, what there is to go on from (`run.noting_what_is_kept`)."""
+    return " ".join(getattr(error, "__notes__", []))
 
 
 def complain(message: str, *, code: int = 2) -> int:

@@ -96,15 +96,21 @@ def read(folder: Path, config: Config) -> tuple[Averaged, bool]:
     weights = checkpoint.averaged(state)
     roles = backbone.roles(lora_rank=config.lora_rank, guidance=config.matching.guidance)
     own = {name: p.shape for name, p in roles.student_parameters.items()}
+    import torch
+
+    # an adapter that this version has and the run's had not adds nothing
+    weights |= {name: torch.zeros(shape) for name, shape in own.items() if ".lora_" in name and name not in weights}
     if own != {name: value.shape for name, value in weights.items()}:
-        raise CannotExport(f"{path}: its student is another network than {teacher} (has the teacher changed since?)")
+        raise CannotExport(f"{path}: its student is another network than {teacher} (has the teacher changed since, or fewstep?)")
     pipe = backbone.student_pipeline(roles, weights, config.steps)
     return Averaged(config, backbone, pipe, weights, update, logged_weights(folder, config, update)), finished
 
 
 def no_teacher(folder: Path, teacher: str, error: Exception) -> str:
     """What is said of a teacher that a run's export cannot read: one that has moved is looked for where the run's config says."""
-    moved = not Path(teacher).exists() and hub.parts(teacher) is None
+    from fewstep import models
+
+    moved = not Path(teacher).exists() and (hub.parts(teacher) is None or (folder / models.TEACHER_FILES).is_file())
     return f"teacher: {error}" + f". If it has moved, write where it is now into {folder / 'config.yaml'}" * moved
 
 

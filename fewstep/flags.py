@@ -280,7 +280,21 @@ def check_types(recipes: list[str]) -> None:
 def parse_config(arguments: list[str], own: Collection[str] = ()) -> Config:
     """The config of a run from recipes and flags. own: rewards that are the caller's functions. Raises UserError naming the flag, or the
     file and key."""
-    from fewstep.rewards.sources import is_code, settle_via
+    from fewstep.rewards.sources import settle_via
+
+    try:
+        config = settle_via(without_code(arguments), own)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    problems = config.problems()
+    if problems:
+        raise UserError("; ".join(problems))
+    return config
+
+
+def without_code(arguments: list[str]) -> Config:
+    """`read_config`'s, which names no code but by the user's own flags. Raises UserError."""
+    from fewstep.rewards.sources import is_code
 
     config, recipes, flags = read_config(arguments)
     given = flag_values(flags)
@@ -289,13 +303,6 @@ def parse_config(arguments: list[str], own: Collection[str] = ()) -> Config:
             name = f"{table}.{key}"
             if is_code(value) and expanduser(given.get(f"--{name}", "")) != value:  # however a recipe may have spelt it
                 raise UserError(f"{', '.join(recipes) or f'--{table}'}: {name} names code, {value}; {ONLY_BY_FLAG.format(name, value)}")
-    try:
-        config = settle_via(config, own)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    problems = config.problems()
-    if problems:
-        raise UserError("; ".join(problems))
     return config
 
 
@@ -385,10 +392,11 @@ def check_student(folder: Path) -> bool:
 
 
 def saved_config(folder: Path) -> Config:
-    """The config of a run. Raises UserError when the folder holds none."""
+    """The config of a run, as it was trained: what would be refused of a new one by now is none of a student's. Raises UserError when the
+    folder holds none."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: holds no run of fewstep (no config.yaml)")
-    return parse_config([str(folder / "config.yaml")])
+    return without_code([str(folder / "config.yaml")])
 
 
 def table_flags(arguments: list[str], tables: tuple[str, ...]) -> tuple[dict[str, dict[str, str | None]], list[str]]:

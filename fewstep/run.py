@@ -56,7 +56,7 @@ def check_output(config: Config) -> None:
         raise UserError(f"output: {output} is a file; name a folder")
     if config.init is not None:
         init = Path(config.init)
-        if is_one(run_of(init), output):
+        if not config.resume and is_one(run_of(init), output):
             raise UserError(f"init: {output} is the output folder itself; name another --output, or go on with --resume")
         if not (config.resume or is_checkpoint(init) or (init / "checkpoints").is_dir()):
             raise UserError(
@@ -94,12 +94,13 @@ def check_init(config: Config, source: str) -> None:
         raise UserError(f"init: the student of {folder} has {saved['steps']} steps, this run {config.steps}; set --steps {saved['steps']}")
     teacher, hashed = str(saved.get("teacher")), (folder / TEACHER_FILES).is_file()
     changed = models.changed_since(source, folder)
-    named = hub.parts(source)
+    named, began = hub.parts(source), hub.parts(teacher)
     # one of the hub has no hashes; an earlier version did not write its commit
-    other = named is not None and not hashed and hub.parts(teacher) is not None and teacher not in (source, named[0])
+    other = named is not None and not hashed and began is not None and hub.COMMIT.fullmatch(began[1] or "") and teacher != source
     if changed or other:
         told = f"its {changed} is not that of {source}" if changed else f"not {source}"
-        raise UserError(f"init: the student of {folder} is of another teacher, {teacher}: {told}; begin with one of this teacher")
+        way = f"give --teacher {teacher}, that commit of it" if other and began[0] == named[0] else "begin with one of this teacher"
+        raise UserError(f"init: the student of {folder} is of another teacher, {teacher}: {told}; {way}")
     if teacher != config.teacher and not (hashed and Path(source).is_dir()):
         print(f"init: the student of {folder} is of the teacher {teacher}: whether that is {source} is not known")
 
@@ -110,8 +111,9 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def run_of(init: Path) -> Path:
-    """The folder of the run that `init` names, or whose checkpoint it names."""
-    return init.absolute().parent.parent if is_checkpoint(init) else init
+    """The folder of the run that `init` names, or whose checkpoint it names; of one that lies elsewhere, that one's own."""
+    path = init.absolute()
+    return path.parent.parent if is_checkpoint(init) and path.parent.name == "checkpoints" else init
 
 
 def holds_run(output: Path) -> bool:
@@ -180,7 +182,9 @@ def check_same_run(config: Config, path: Path) -> None:
         ):
             was, is_now = (repr(held[name]) if name in held else "not given" for held in (before, now))
             free = ", ".join(FREE_ON_RESUME)
-            other = "" if name in SAME_FOR_INIT else f"; with others a new run may begin from it, --init {path.parent} --output NEW"
+            ranges = [isinstance(held.get("matching.guidance"), list) for held in (before, now)]  # which adds to the networks
+            same = name in SAME_FOR_INIT or (name == "matching.guidance" and len(set(ranges)) > 1)
+            other = "" if same else f"; with others a new run may begin from it, --init {path.parent} --output NEW"
             raise UserError(f"resume: {name} is {is_now}, the run in {path.parent} has {was}; only {free} may change{other}")
 
 
@@ -200,13 +204,23 @@ def read_prompts(config: Config) -> list[str]:
         try:
             found = sets.load(str(own) if config.resume and is_given(config.prompts) and own.is_file() else config.prompts)
         except BadPrompts as error:
-            raise UserError(f"prompts: {error}") from error
+            raise UserError(f"prompts: {error}" + "; if the file has moved, --prompts NEW" * config.resume) from error
         if "/" in found.name:  # of the hub, with its commit
             config.prompts = found.name
         return list(dict.fromkeys(found.prompts))
     if config.teacher != "world":
         raise UserError("prompts: missing; give a file of them, such as a text with one a line (only the embedded teacher brings its own)")
     return world.prompts("train")
+
+
+def teacher_of(config: Config) -> str:
+    """As `resolve_teacher`; a folder of a run that goes on may have moved."""
+    try:
+        return resolve_teacher(config.teacher)
+    except UserError as error:
+        if not config.resume or Path(config.teacher).exists():
+            raise
+        raise UserError(f"{error}; if its folder has moved, --teacher NEW") from error
 
 
 def check_prompts(given: list[str]) -> list[str]:
@@ -235,7 +249,7 @@ def distill(
     prompts = read_prompts(config) if given is None else check_prompts(given)
     functions = check_rewards(config, functions or {})
     judges = check_judges(config, judges or {}, functions)
-    source = resolve_teacher(config.teacher)
+    source = teacher_of(config)
     if hub.parts(source):
         config.teacher = source  # with its commit: a run that goes on has the same teacher
     check_range(config, source)
@@ -276,7 +290,7 @@ def carry_out(config: Config, prompts: list[str], source: str, functions: dict[s
     if changed:
         raise UserError(
             f"resume: {source} is not the teacher that this run began with, for its {changed} has changed; give that one back, or begin "
-            f"anew from this student with --init {output}"
+            "anew with another --output"
         )
     folder, state = find_checkpoint(output / "checkpoints", ranks) if config.resume else (None, None)
     if state is not None and state["update"] > config.updates:

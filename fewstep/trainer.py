@@ -787,7 +787,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
 def copy_parameters(own: Parameters, saved: dict[str, Tensor], who: str) -> None:
     if own.keys() != saved.keys() or any(own[name].shape != saved[name].shape for name in own):
         raise checkpoint.DamagedCheckpoint(
-            f"the checkpoint's {who} is another network than this run's (other teacher, steps, LoRA rank or fake.condition?)"
+            f"the checkpoint's {who} is another network than this run's (other teacher, steps, LoRA rank, fake.condition, a "
+            "range of guidance, or another version of fewstep?)"
         )
     for name, parameter in own.items():
         parameter.copy_(saved[name])

@@ -34,7 +34,7 @@ from fewstep.errors import UserError
 from fewstep.evaluate import drawing
 from fewstep.ranks import Ranks
 from fewstep.rewards.base import RewardError
-from fewstep.run import check_init, check_output, distill, noting_what_is_kept, train
+from fewstep.run import check_init, check_output, distill, noting_what_is_kept, run_of, train
 from fewstep.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("small_grid")
@@ -500,6 +500,8 @@ def test_a_run_may_begin_with_another_runs_student(capsys, finished, teacher_fol
     for averaged, (name, learned) in zip(before["ema"]["shadow_params"], after["student"].items(), strict=True):
         torch.testing.assert_close(learned, averaged, rtol=0, atol=1e-7, msg=name)  # as good as nothing
     earlier = min((first / "checkpoints").iterdir())
+    elsewhere = shutil.copytree(earlier, tmp_path / "kept" / "one")
+    assert run_of(earlier) == first and run_of(elsewhere) == elsewhere  # what lies beside a copy is not its run
     assert "is the output folder itself" in refused(capsys, *told, "--output", str(first), "--init", str(earlier), "--overwrite")
     assert cli.main([*told, "--output", str(out), "--init", str(earlier), "--updates", "1", "--overwrite"]) == 0
     assert f"starting from the student of {earlier} at update 2" in capsys.readouterr().out
@@ -527,9 +529,11 @@ def test_a_run_begins_with_a_student_of_its_own_teacher_alone(teacher_folder, tm
     assert check(folder, folder, own) == check("./elsewhere", folder, own) == check(hub_id, hub_id) == check(folder, folder) == ""
     for before, now, hashes in ((folder, folder, own | {"unet/more.safetensors": "0"}), ("owner/name@" + commits[1], hub_id, None),
                                 ("owner/other@" + commits[0], hub_id, None)):  # fmt: skip
-        with pytest.raises(UserError, match=f"init: the student of {first} is of another teacher, {before}: "):
+        way = f"give --teacher {before}, that commit" if before.startswith("owner/name") else "begin with one of this teacher"
+        with pytest.raises(UserError, match=f"init: the student of {first} is of another teacher, {before}: .*; {way}"):
             check(before, now, hashes)
-    for before, now, hashes in ((hub_id, folder, None), (folder, hub_id, own), ("owner/name", hub_id, None), ("./elsewhere", folder, None)):
+    for before, now, hashes in ((hub_id, folder, None), (folder, hub_id, own), ("owner/name", hub_id, None), ("./elsewhere", folder, None),
+                                ("models/moved", hub_id, None)):  # fmt: skip
         assert f"is of the teacher {before}: whether that is {now} is not known" in check(before, now, hashes)
     (first / "config.yaml").unlink()
     check_init(Config(init=str(first)), folder)
@@ -817,7 +821,7 @@ def test_a_disk_that_takes_no_more_pictures_is_told_in_one_line(finished, tmp_pa
     assert f"{tmp_path}: could not be written to: No space left on device. The pictures that were drawn are kept" in line
 
 
-def test_a_device_that_is_full_is_told_in_one_line_with_what_takes_less(monkeypatch, capsys):
+def test_a_device_that_is_full_is_told_in_one_line_with_what_takes_less(finished, monkeypatch, capsys):
     def full(arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB. See docs")
 
@@ -825,9 +829,17 @@ def test_a_device_that_is_full_is_told_in_one_line_with_what_takes_less(monkeypa
     assert cli.main(["distill"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "Tried to allocate 2.00 GiB" in line and "--dry-run" in line
-    goes_on, anew = line.split("--resume")
+    goes_on, begins = line.split("; ")
     assert all(flag in goes_on for flag in ("--memory.micro-groups 1", "--memory.checkpointing")) and "--lora-rank" not in goes_on
-    assert "--memory.optimizer adamw8bit" in anew and "begins anew" in anew
+    assert "--memory.optimizer adamw8bit do where one begins" in begins and "--resume" not in line  # nothing was saved
+
+    def full_later(arguments):
+        with noting_what_is_kept(finished):
+            full(arguments)
+
+    monkeypatch.setattr(cli, "distill_command", full_later)
+    assert cli.main(["distill"]) == 1
+    assert f"The last checkpoint is whole: go on with fewstep distill --output {finished} --resume" in capsys.readouterr().err
 
     def wrong(arguments):
         raise RuntimeError("a shape")

@@ -1274,7 +1274,7 @@ def test_a_judges_server_has_the_runs_time_or_that_of_the_flag(command, student,
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "model_index.json").write_text("{}")
-    (folder / "config.yaml").write_text("remote:\n  timeout: 9\n")
+    (folder / "config.yaml").write_text("remote:\n  timeout: 9\nsize: [8x8]\n")
     of_a_run = ["evaluate", str(folder), *command[2:]]
     assert cli.main(of_a_run) == cli.main([*of_a_run, "--remote.timeout", "7"]) == 2
     assert asked == [120.0, 9.0, 7.0]
@@ -1316,6 +1316,8 @@ def test_pictures_of_two_sizes_are_not_compared(command, student, teacher_folder
     error = capsys.readouterr().err
     assert f"pictures of two sizes do not compare ({larger} at 32x32, {teacher_folder} at 8x8). Give one, as --size 32x32" in error
     assert not kept(larger / "evaluation")
+    (larger / "config.yaml").write_text("steps: 2\n")  # of a run that was told no size
+    assert cli.main(command) == 2 and "pictures of two sizes do not compare" in capsys.readouterr().err
     assert cli.main([*command, "--size", "24x16"]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["protocol"]["resolution"] == [24, 16] and report["protocol"]["teacher"]["call"]["height"] == 24

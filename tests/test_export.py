@@ -105,6 +105,19 @@ def refused(capsys, *arguments):
     return lines[0]
 
 
+def test_a_run_of_an_earlier_version_is_exported(teachers, runs, exported, tmp_path, monkeypatch):
+    """With settings that no new run may have, and without adapters that this version has beside its own: they add nothing."""
+    folder = shutil.copytree(runs("StableDiffusionPipeline")[0], tmp_path / "run")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"teacher_guidance": 0.0}))
+    family = models.family(str(teachers / "StableDiffusionPipeline"))
+    monkeypatch.setattr(family, "lora_targets", [*family.lora_targets, "time_embedding.linear_1"])
+    assert cli.main(["export", str(folder), "--to", "diffusers", "--output", str(tmp_path / "student")]) == 0
+    mine, theirs = (load_file(of / "unet" / "diffusion_pytorch_model.safetensors")
+                    for of in (tmp_path / "student", exported("StableDiffusionPipeline", "diffusers")))  # fmt: skip
+    assert mine.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in mine.items())
+
+
 # -- the forms ---------------------------------------------------------------------------------------------------------
 
 

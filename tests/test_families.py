@@ -587,7 +587,7 @@ def test_weights_in_fp16_alone_are_read(teachers, tmp_path):
     pipe = models.load(str(teachers / name)).pipe.to(torch.float16)
     pipe.save_pretrained(tmp_path, variant="fp16", safe_serialization=True)
     assert not [path for path in tmp_path.rglob("*.safetensors") if ".fp16." not in path.name]
-    with pytest.warns(UserWarning, match="vae, text_encoder, text_encoder_2, unet are there in fp16 alone"):
+    with pytest.warns(UserWarning, match="so vae, text_encoder, text_encoder_2, unet were read from those in fp16"):
         backbone = models.load(str(tmp_path))
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         mine, halves = (dict(getattr(each, part).named_parameters()) for each in (backbone.pipe, pipe))
@@ -606,7 +606,7 @@ def test_parts_in_fewer_bits_alone_are_read_beside_others(teachers, tmp_path, va
     for part in plain:
         (path,) = (tmp_path / part).glob("*.safetensors")
         path.rename(path.with_name(path.name.replace(f".{variant}", "")))
-    with pytest.warns(UserWarning, match=f"unet are there in {variant} alone") as said:
+    with pytest.warns(UserWarning, match=f"unet were read from those in {variant}") as said:
         backbone = models.load(str(tmp_path))
     taken = str(said[0].message).removeprefix(f"{tmp_path}: ").split(" are there")[0].split(", ")
     assert {"unet", "vae", "text_encoder", "text_encoder_2"} == {*taken, *plain} and not {*taken} & {*plain}

@@ -244,8 +244,9 @@ def size_of(text: str | None, config: Config | None, sources: dict[str, str]) ->
     from fewstep import needs
     from fewstep.config import Config
 
-    if text is None and config is not None:
-        return config.sizes()[0]
+    trained = config.sizes()[0] if config else None
+    if text is None and trained is not None:
+        return trained
     own = {}
     try:
         size = None if text is None else Config(size=[text]).sizes()[0]

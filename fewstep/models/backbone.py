@@ -343,7 +343,8 @@ def read(pipeline: type[DiffusionPipeline], source: str, **options: Any) -> tupl
         if variant is not None:
             parts = [name for name, part in pipe.components.items() if isinstance(part, nn.Module) and of_variant(part, variant)]
             warnings.warn(
-                f"{source}: {', '.join(parts)} are there in {variant} alone; the teacher is what is left of it in those numbers",
+                f"{source}: not all of its weights are there in plain files, so {', '.join(parts)} were read from those in {variant}; the "
+                "teacher is what is left of it in those numbers",
                 stacklevel=4,
             )
         return pipe, variant
