@@ -608,7 +608,7 @@ def test_parts_in_fewer_bits_alone_are_read_beside_others(teachers, tmp_path, va
         path.rename(path.with_name(path.name.replace(f".{variant}", "")))
     with pytest.warns(UserWarning, match=f"unet were read from those in {variant}") as said:
         backbone = models.load(str(tmp_path))
-    taken = str(said[0].message).removeprefix(f"{tmp_path}: ").split(" are there")[0].split(", ")
+    taken = str(said[0].message).removeprefix(f"{tmp_path}: ").split(" were read")[0].split("so ")[1].split(", ")
     assert {"unet", "vae", "text_encoder", "text_encoder_2"} == {*taken, *plain} and not {*taken} & {*plain}
     assert all(torch.equal(p, pipe.unet.get_parameter(key).float()) for key, p in backbone.pipe.unet.named_parameters())
     (path,) = (tmp_path / "text_encoder").glob("*.safetensors")
