@@ -112,6 +112,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.pictures <= FEATURES:
         parser.error(f"--pictures: must be more than the {FEATURES} features, or their covariance is singular; got {options.pictures}")
+    if 3 * options.size**2 < FEATURES:
+        parser.error(f"--size: pictures must have the {FEATURES} numbers that are taken of them, so 27 or more; got {options.size}")
     found = json.dumps(measure(options.pictures, options.size), indent=1)
     print(found)
     if options.output:

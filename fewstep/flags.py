@@ -109,10 +109,11 @@ def recipe_names() -> list[str]:
 def recipe_path(argument: str) -> str:
     """A recipe's file: the one given, or the named one that ships with fewstep."""
     named = Path(__file__).parent / "recipes" / f"{argument}.yaml"
-    if Path(argument).exists() or not argument.replace("-", "_").isidentifier():
+    if Path(argument).is_file() or not argument.replace("-", "_").isidentifier():
         return argument
-    if not named.is_file():
-        raise UserError(f"{argument}: no such file or recipe{nearest(argument, recipe_names())}")
+    if not named.is_file():  # a folder may have a recipe's name, as that of its run
+        what = "a folder, and no recipe" if Path(argument).exists() else "no such file or recipe"
+        raise UserError(f"{argument}: {what}{nearest(argument, recipe_names())}")
     return str(named)
 
 
@@ -319,6 +320,9 @@ def on_family_recipe(arguments: list[str]) -> list[str]:
     try:
         name = models.family_name(models.pipeline_class(config.teacher))
     except models.UnsupportedTeacher:
+        return arguments
+    if name not in recipe_names():
+        print(f"there is no recipe {name} yet: what you did not set is as the embedded world has it")
         return arguments
     whole = [str(Path(__file__).parent / "recipes" / f"{name}.yaml"), *arguments]
     before, now = (as_values(as_plain(each)) for each in (config, read_config(whole)[0]))

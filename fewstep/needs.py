@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.config import Config
+from fewstep.cost import counter
 from fewstep.launch import launched
 from fewstep.models import CONFIGURATIONS, UnsupportedTeacher, family, frozen_dtype, index_of, one_line, snapshot
 from fewstep.models.backbone import Backbone, Roles, packed_network
@@ -137,11 +137,6 @@ def fused_attention() -> Iterator[None]:
 
     with mock.patch("torch.nn.functional.scaled_dot_product_attention", attend):
         yield
-
-
-def added_product(to: torch.Size, left: torch.Size, right: torch.Size, **beside: Any) -> int:
-    """Operations of a matrix product that is added in place, by shapes: of an adapter's second one, which torch's counter leaves out."""
-    return 2 * left.numel() * right[1]
 
 
 class Kept:
@@ -310,12 +305,12 @@ def activations(backbone: Backbone, roles: Roles, config: Config, shape: tuple[i
     xt = torch.zeros(n, *shape, device="meta", dtype=dtype)
     given = backbone.random_conditions(n, scales(config, n))
     cond = {key: value.to(dtype) if value.is_floating_point() else value for key, value in given.items()}
-    with fused_attention(), kept.hooks(), FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_product}) as counter:
+    with fused_attention(), kept.hooks(), counter() as counted:
         network(xt, torch.full((n,), 500.0, device="meta", dtype=dtype), cond)
     for name, parameter in network.named_parameters():
         parameter.data = before[name]
     network.model.disable_gradient_checkpointing()
-    return kept.bytes, counter.get_total_flops() / n
+    return kept.bytes, counted.get_total_flops() / n
 
 
 def decoding(backbone: Backbone, config: Config, shape: tuple[int, int, int], n: int, *, grad: bool) -> int:

@@ -58,11 +58,6 @@ def check_output(config: Config) -> None:
         init = Path(config.init)
         if not config.resume and is_one(run_of(init), output):
             raise UserError(f"init: {output} is the output folder itself; name another --output, or go on with --resume")
-        if not (config.resume or is_checkpoint(init) or (init / "checkpoints").is_dir()):
-            raise UserError(
-                f"init: {init} holds no checkpoints of a run and is none; name a run's folder or RUN/checkpoints/step-XXXXXXXX (what "
-                "`fewstep export` writes has none)"
-            )
     held = sorted(path.name for path in output.glob("[!.]*"))
     is_run = holds_run(output)
     if config.resume and not is_run:
@@ -79,13 +74,19 @@ def check_output(config: Config) -> None:
 
 
 def check_init(config: Config, source: str) -> None:
-    """Raises UserError where the run that this one begins with is known to be of another teacher or another number of steps, and says so
+    """Raises UserError where there is no run to begin with, or it is known to be of another teacher or another number of steps, and says so
     where that is not known: the networks' shapes tell neither. source: the teacher's folder, or its hub id with its commit."""
     import yaml
 
     from fewstep import models
 
-    folder = run_of(Path(str(config.init)))
+    init = Path(str(config.init))
+    if not (is_checkpoint(init) or (init / "checkpoints").is_dir()):
+        raise UserError(
+            f"init: {init} holds no checkpoints of a run and is none; name a run's folder or RUN/checkpoints/step-XXXXXXXX (what "
+            "`fewstep export` writes has none)"
+        )
+    folder = run_of(init)
     if not holds_run(folder):
         print(f"init: {folder} has no config.yaml of a run: whether its student is of this teacher, in {config.steps} steps, is not known")
         return
@@ -257,14 +258,14 @@ def distill(
 
     rank, size = launched()
     check_processes(config, size)
+    if rank == 0 and config.init is not None and not config.resume:
+        check_init(config, source)
     if config.dry_run:
         return dry_run(config, source, len(prompts)) if rank == 0 else 0
     check_cache("embeddings", "conditions of prompts")
     with ExitStack() as held:
         if rank == 0:
             check_output(config)
-            if config.init is not None and not config.resume:
-                check_init(config, source)
             held.enter_context(alone("output", Path(config.output)))
         if size > 1:
             print(f"waiting until all {size} processes are there", flush=True)

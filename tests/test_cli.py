@@ -214,6 +214,18 @@ def test_every_recipe_is_read_and_is_what_its_name_says(tmp_path):
     assert configs["gndmr-is"].reuse.evaluation == configs["gndm-is"].reuse.evaluation == 2
 
 
+def test_a_folder_of_a_recipes_name_hides_no_recipe(tmp_path, monkeypatch, teacher_folder, capsys):
+    """As that of its run, or a teacher's; and a family that has none yet is told of."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("dmd", "mine"):
+        (tmp_path / name).mkdir()
+    assert flags.parse_config(["dmd"]).matching.normalize == "sample"
+    assert "mine: a folder, and no recipe" in refused(capsys, "distill", "mine")
+    monkeypatch.setattr(flags, "recipe_names", lambda: ["gndm"])
+    told = ["--teacher", str(teacher_folder)]
+    assert flags.on_family_recipe(told) == told and "there is no recipe sd yet" in capsys.readouterr().out
+
+
 def test_what_a_run_is_not_told_it_takes_from_its_teachers_family(teacher_folder, tmp_path, capsys):
     own, told = tmp_path / "own.yaml", ["--teacher", str(teacher_folder)]
     own.write_text("student:\n  lr: 3e-3\nupdates: 7\n")
@@ -483,7 +495,8 @@ def test_lora_file_gives_the_same_student_on_the_teacher(teacher_folder, prompt_
 def test_a_run_may_begin_with_another_runs_student(capsys, finished, teacher_folder, prompt_file, tmp_path):
     out, told = tmp_path / "out", ["distill", "--teacher", str(teacher_folder), "--prompts", str(prompt_file), *SMALL]
     first = shutil.copytree(finished, tmp_path / "first")
-    assert "holds no checkpoints of a run" in refused(capsys, *told, "--output", str(out), "--init", str(teacher_folder))
+    for also in ((), ("--dry-run",)):
+        assert "holds no checkpoints of a run" in refused(capsys, *told, "--output", str(out), "--init", str(teacher_folder), *also)
     assert "is the output folder itself" in refused(capsys, *told, "--output", str(first), "--init", str(first), "--overwrite")
     assert "another network than this run's" in refused(capsys, *told, "--output", str(out), "--init", str(first), "--lora-rank", "2")
     two_steps = refused(capsys, *told, "--output", str(out), "--init", str(first), "--steps", "2", "--fake.condition", "none")
@@ -513,7 +526,7 @@ def test_a_run_may_begin_with_another_runs_student(capsys, finished, teacher_fol
 def test_a_run_begins_with_a_student_of_its_own_teacher_alone(teacher_folder, tmp_path, capsys):
     """Another teacher's has the same shapes. Of the hub's the commit tells; where nothing does, that is said."""
     first, commits = tmp_path / "first", ["a" * 40, "b" * 40]
-    first.mkdir()
+    (first / "checkpoints").mkdir(parents=True)
 
     def check(before, now, hashes=None):
         saved = flags.as_plain(Config(teacher=before))

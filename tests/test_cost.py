@@ -38,3 +38,5 @@ def test_flops_of_a_convolution_and_a_product_by_hand():
     convolution, linear = nn.Conv2d(3, 5, 3, padding=1), nn.Linear(7, 11)
     assert flops(lambda: convolution(torch.ones(1, 3, 8, 8))) == 2 * 3 * 5 * 9 * 64
     assert flops(lambda: linear(torch.ones(2, 7))) == 2 * 2 * 7 * 11
+    # an adapter's second product, which is added in place
+    assert flops(lambda: torch.zeros(2, 11).addmm_(torch.ones(2, 7), torch.ones(7, 11))) == 2 * 2 * 7 * 11

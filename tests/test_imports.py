@@ -45,7 +45,7 @@ TABLE = {
     "rewards.base rewards.heldout student transforms types weights",
     "evaluate": "denoiser disk export hub models prompts types "
     "rewards.base rewards.clip rewards.distribution rewards.files rewards.remote rewards.sources",
-    "needs": "config launch models",
+    "needs": "config cost launch models",
     "flags": "config errors hub models rewards.address rewards.sources",
     "export": "checkpoint config evaluate hub metrics models world",
     "latents": "disk evaluate",
