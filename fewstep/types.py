@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -46,8 +47,9 @@ class Sample:
 
     @cached_property
     def image(self) -> Tensor:
-        """(B, 3, H, W) in [0, 1], decoded once, differentiable in x0."""
-        return self._decode(self.x0)
+        """(B, 3, H, W) in [0, 1], decoded once, differentiable in x0; in float32 or more, whatever the autoencoder is in."""
+        decoded = self._decode(self.x0)  # of a scorer, bf16 would hide the differences inside a group, and NumPy has none
+        return decoded.to(torch.promote_types(decoded.dtype, torch.float32))
 
 
 class Moments(NamedTuple):

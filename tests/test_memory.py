@@ -374,6 +374,9 @@ def test_bfloat16_where_nothing_is_trained(teacher_folder, prompt_file):
     for _ in range(2):
         logs = run.trainer.step()
     assert all(torch.isfinite(torch.tensor(value)) for value in logs.values())
+    rollout = run.trainer.new_rollout()
+    assert run.trainer.decode(rollout.x0[0]).dtype == torch.bfloat16
+    assert run.trainer.sample_of(rollout, torch.zeros_like(rollout.group)).image.dtype == torch.float32  # what rewards see
     pipe = run.backbone.student_pipeline(run.roles, run.trainer.averaged(), 4)
     assert {p.dtype for p in pipe.unet.parameters()} == {torch.bfloat16}
 

@@ -45,6 +45,19 @@ def test_the_picture_is_decoded_once_for_all_rewards():
     assert len(calls) == 1
 
 
+def test_rewards_and_judges_see_float32_where_the_autoencoder_is_in_bf16():
+    def dark(images, prompts):
+        assert images.dtype == torch.float32
+        images.detach().numpy()  # it has no bf16
+        return images.mean((1, 2, 3))
+
+    sample = sample_of()
+    sample._decode = lambda x0: decode(x0.bfloat16())
+    signal = PixelReward(dark, "dark")(sample)
+    torch.testing.assert_close(signal.direction, MATRIX.mean(0).view(1, 2, 1, 1).expand(4, 2, 3, 3) / 9, rtol=1e-2, atol=0)
+    assert HeldOut(dark, "judge")(sample).score.dtype == sample.image.dtype == torch.float32
+
+
 def darken(images, prompts):
     images.mul_(0)
     prompts.clear()
