@@ -316,11 +316,16 @@ class Trainer:
                     told = {key: value[rows] for key, value in drawn.get(name, {}).items()}
                     found[name].append(asked(name, reward, piece, **told))
 
-        def joined(values: tuple[Tensor | None, ...]) -> Tensor | None:
-            known = [value for value in values if value is not None]
-            return self.ranks.gather(torch.cat(known)) if len(known) == len(values) else None
+        given = {
+            name: [all(value is not None for value in values) for values in zip(*signals, strict=True)] for name, signals in found.items()
+        }
+        told = self.ranks.told(given)  # decided together: no process gathers alone
+        whole = {name: [all(values) for values in zip(*(one[name] for one in told), strict=True)] for name in found}
 
-        return {name: Signal(*map(joined, zip(*signals, strict=True))) for name, signals in found.items()}
+        def joined(values: tuple[Any, ...], there: bool) -> Tensor | None:
+            return self.ranks.gather(torch.cat(values)) if there else None
+
+        return {name: Signal(*map(joined, zip(*signals, strict=True), whole[name])) for name, signals in found.items()}
 
     def ask_with_judges(self, rewards: dict[str, Reward], sample: Sample) -> tuple[dict[str, Signal], dict[str, float]]:
         """(what rewards say of a sample, logs of what their judges say of the same pictures)."""

@@ -88,6 +88,32 @@ def test_two_processes_make_the_run_of_one(in_float64, tmp_path, options):
     assert max(float((saved["student"][name] - p.detach()).abs().max()) for name, p in start.items()) > 1e-3  # it moved
 
 
+@pytest.mark.parametrize("more", [(), ("--reward.contrast", "0.1")], ids=["one reward", "two"])
+def test_a_part_or_a_process_whose_pictures_all_go_unscored_is_masked(in_float64, tmp_path, monkeypatch, more):
+    """As where a function finds no face: what it returns then has no graph."""
+    unscored = ("a hat", "a bat", "a fox")
+
+    def faces(images, prompts):
+        score = images.new_full((len(images),), math.nan)
+        found = [i for i, prompt in enumerate(prompts) if prompt not in unscored]
+        if found:
+            score[found] = images[found].mean((1, 2, 3))
+        return score
+
+    monkeypatch.setattr("small_run.redness", faces)
+    monkeypatch.setattr("small_run.contrast", lambda images, prompts: images[:, 0].mean((1, 2)))
+    told = ("--reward.redness", "0.3", *more, "--weights.max-masked", "1")
+
+    def logs(options=(), ranks=None):
+        trainer = trainer_of((*told, *options), ranks)
+        return [{key: value for key, value in trainer.step().items() if not key.startswith("evaluations/")} for _ in range(3)]
+
+    one = logs()
+    assert any(each["redness/masked"] for each in one)
+    assert_close(logs(("--memory.micro-groups", "1")), one)
+    assert_close(in_processes(4, lambda ranks: logs(ranks=ranks), tmp_path)[0], one)
+
+
 def test_a_run_goes_on_with_another_number_of_processes(in_float64, tmp_path):
     """Two updates by two processes, two by four, two by one: the run of one."""
     alone = trainer_of(SEVERAL)

@@ -96,6 +96,14 @@ def test_a_score_with_a_gradient_of_its_own_parameters_alone_has_no_direction():
     assert signal.direction is None and not signal.score.requires_grad
 
 
+def test_pictures_that_all_go_unscored_have_a_direction_of_none_of_them():
+    """Beside them a part of the batch, or another process, has one."""
+    nowhere = PixelReward(lambda images, prompts: [None] * len(images), "nowhere")
+    signal = nowhere(sample_of())
+    assert not signal.direction.any() and not torch.isfinite(signal.score).any()
+    assert nowhere(sample_of(gradient=False)).direction is None
+
+
 @pytest.mark.parametrize("function", [
     lambda images: images.mean((1, 2, 3)), lambda images: images[:, 0].mean((1, 2)), lambda images: torch.mean(images),
     functools.partial(lambda images, prompts: images.mean((1, 2, 3)), prompts=None),

@@ -62,10 +62,12 @@ class PixelReward:
         with torch.set_grad_enabled(wanted), torch.autocast(sample.x0.device.type, enabled=False):
             score = self.score(sample)
             valid = torch.isfinite(score.detach())
-            if not (wanted and score.requires_grad):
+            if not wanted:
                 return Signal(score.detach(), None)
             direction = torch.zeros_like(sample.x0)
-            if bool(valid.any()):
+            if bool(valid.any()):  # where there is no score at all, it has no graph either
+                if not score.requires_grad:
+                    return Signal(score.detach(), None)
                 # samples do not see each other, so the sum's gradient is each one's own; other rewards share the picture's graph
                 (found,) = torch.autograd.grad(score[valid].sum(), sample.x0, retain_graph=True, allow_unused=True)
                 if found is None:  # the function's own parameters ask for a gradient; of the pictures its score has none
