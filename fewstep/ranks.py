@@ -170,12 +170,12 @@ def show_once(
 @torch.no_grad()
 def in_buckets(collective: Callable[[Tensor], Any], tensors: list[Tensor]) -> None:
     """Puts what a collective makes of the tensors in their place, bucket by bucket."""
-    with naming_the_lost():
-        for bucket in buckets(tensors):
-            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+    for bucket in buckets(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        with naming_the_lost():
             collective(flat)
-            for tensor, made in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-                tensor.copy_(made.view(tensor.shape))
+        for tensor, made in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(made.view(tensor.shape))
 
 
 def buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -197,8 +197,11 @@ def buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def naming_the_lost() -> Iterator[None]:
-    """A collective that fails does so since another process is gone."""
+    """A collective that fails does so since another process is gone, or for what its error says, as where two of them share a GPU."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
-        raise LostProcess("another process of this run has ended; what it printed says why") from error
+        said = " ".join(str(error).split())
+        raise LostProcess(f"another process of this run has ended; what it printed says why, or else this: {said}") from error

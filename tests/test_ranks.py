@@ -5,6 +5,7 @@ import json
 import math
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -221,6 +222,20 @@ def test_a_process_that_ended_is_missed_at_once(tmp_path):
                 ranks.wait()
 
     in_processes(2, lost, tmp_path)
+
+
+def test_what_a_collective_died_of_is_said(monkeypatch):
+    def failing(name, error):
+        monkeypatch.setattr(name, mock.Mock(side_effect=error))
+        Ranks(0, 2).add([torch.ones(2)])
+
+    with pytest.raises(LostProcess, match="or else this: NCCL error Last error: Duplicate GPU detected"):
+        failing("torch.distributed.all_reduce", RuntimeError("NCCL error\nLast error:\nDuplicate GPU detected"))
+    with pytest.raises(torch.OutOfMemoryError):
+        failing("torch.distributed.all_reduce", torch.OutOfMemoryError("CUDA out of memory."))
+    with pytest.raises(RuntimeError, match="no room for a copy") as error:  # of this process's own
+        failing("torch.cat", RuntimeError("no room for a copy"))
+    assert not isinstance(error.value, LostProcess)
 
 
 def test_a_batch_that_processes_cannot_share_is_refused():
