@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -109,7 +110,8 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
     Raises OSError that names the folder where the disk takes no more.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # two machines that share the disk may have given their processes one number, as containers do
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     with naming(path.parent):
         try:
             write(temporary)
