@@ -20,7 +20,7 @@ from test_evaluate import MEAN, PREPROCESS, STD, tiny_clip, tiny_tokenizer
 from test_evaluate import tiny_pipeline as other_pipeline
 from test_remote import Faulty, served
 
-from fewstep import cli, export, models
+from fewstep import cli, export, models, world
 from fewstep.errors import UserError
 from fewstep.evaluate import configs, drawing, evaluation, features, protocol, samples, store, tables
 from fewstep.evaluate import measure as measuring
@@ -288,6 +288,8 @@ class Network(torch.nn.Module):
 
 class Pipe:
     """Draws a picture from its generator at next to no cost."""
+
+    device = torch.device("cpu")
 
     def __init__(self, tilt=1.0):
         self.unet = Network(tilt)
@@ -1399,3 +1401,13 @@ def test_inception_measures_what_a_few_pictures_allow(command, student, tmp_path
     assert report["left_out"]["patch-FID"] == "pictures of 8 x 8 hold no crop of 299 pixels"
     assert report["protocol"]["extractors"]["inception"]["weights"] == store.fingerprint(network)
     assert "no FID to data: 10 pictures" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_pictures_of_a_machine_with_several_gpus_are_drawn_without_a_warning(monkeypatch, recwarn):
+    """Torch warns where it is to keep the state of each, which takes a device that a pipeline has nothing to do with."""
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: pytest.fail("a pipeline on the CPU asked for a GPU's state"))
+    monkeypatch.setattr("torch.random._fork_rng_warned_already", False)
+    drawing.generate(drawing.open_pipeline(world.TEACHER, "cpu"), ["a cat"], 1, steps=1, seed=0)
+    assert not [warning for warning in recwarn if "fork_rng" in str(warning.message)]

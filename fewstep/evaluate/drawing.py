@@ -42,7 +42,8 @@ def draw(pipe: Any, prompts: list[str], generators: torch.Generator | list[torch
     """
     start = time.perf_counter()
     first = generators[0] if isinstance(generators, list) else generators
-    with torch.random.fork_rng(), own_noise(pipe.scheduler, generators):
+    own = [pipe.device] if pipe.device.type == "cuda" else []  # unasked, torch keeps every GPU's state, and warns where they are several
+    with torch.random.fork_rng(own), own_noise(pipe.scheduler, generators):
         torch.manual_seed(first.initial_seed())  # what a pipeline does not draw from its generator: the noise of flow schedulers
         images = pipe(prompt=prompts, generator=generators, output_type="pt", **told).images
     seconds = (time.perf_counter() - start) / len(prompts)
