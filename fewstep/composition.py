@@ -372,6 +372,8 @@ def build(
 
     config = resolve_hardware(config)
     device, ranks = config.device, ranks or Ranks()
+    if torch.device(device).index is not None:
+        torch.cuda.set_device(device)  # a reward's own .cuda() goes there too
     torch.manual_seed(config.seed)
     try:
         backbone = models.load(source, device=device, dtype=models.frozen_dtype(config))

@@ -43,19 +43,20 @@ class Ranks:
         self.show = warnings.showwarning  # as a process by itself shows one
 
     @classmethod
-    def join(cls) -> Ranks:
-        """The processes that this one was launched with, each with a GPU of its own where there are any.
+    def join(cls, device: str = "auto") -> Ranks:
+        """The processes that this one was launched with, each with a GPU of its own where there are any, unless device is cpu. Raises
+        UserError where there are too few.
 
         Until they `leave`, a warning that several of them have is shown by one alone, whichever has it first.
         """
         rank, size = launched()
         ranks = cls(rank, size)
         if size > 1:
-            gpus = torch.cuda.is_available()
+            gpus = device != "cpu" and torch.cuda.is_available()
             if gpus and not processes.is_nccl_available():
                 raise UserError("several processes with GPUs speak by NCCL, and this torch has none, as on Windows: start one process")
             if gpus:
-                torch.cuda.set_device(place())
+                torch.cuda.set_device(own_gpu())
             store, _, _ = next(processes.rendezvous("env://", rank, size, timeout=PATIENCE))
             # named: unasked, torch has one for the tensors of the machine's accelerator alone, as of a Mac's, which no run takes
             backend, own = "cpu:gloo,cuda:nccl" if gpus else "cpu:gloo", processes.PrefixStore("run", store)
@@ -151,6 +152,14 @@ class Ranks:
         with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
             torch.manual_seed(int(torch.randint(2**62, (1,))) + self.rank)
             yield
+
+
+def own_gpu() -> int:
+    """The number of this process's GPU among its machine's. Raises UserError where it has none."""
+    found = torch.cuda.device_count()
+    if place() >= found:
+        raise UserError(f"process {place()} of this machine has no GPU of its own, torch finds {found}: start at most {found} on a machine")
+    return place()
 
 
 def show_once(

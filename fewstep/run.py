@@ -269,7 +269,7 @@ def distill(
             held.enter_context(alone("output", Path(config.output)))
         if size > 1:
             print(f"waiting until all {size} processes are there", flush=True)
-        ranks = Ranks.join()
+        ranks = Ranks.join(config.device)
         code = carry_out(config, prompts, source, functions, judges, ranks)
         ranks.leave()
     return code

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import types
 from pathlib import Path, PureWindowsPath
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ import fewstep
 from fewstep import checkpoint, cli, composition, disk, flags, launch, needs, run
 from fewstep.config import Config
 from fewstep.errors import UserError
+from fewstep.evaluate.command import evaluation_device
 from fewstep.ranks import Ranks
 from fewstep.rewards import serve
 from fewstep.rewards.convert import convert
@@ -310,6 +312,46 @@ def test_gpus_without_nccl_are_told_of(monkeypatch):
     monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: False)
     with pytest.raises(UserError, match="NCCL, and this torch has none"):
         Ranks.join()
+
+
+def test_each_process_has_a_gpu_of_its_own_or_is_told_that_there_is_none(monkeypatch):
+    """Also to the pictures of an evaluation, whose judges may call .cuda(); on --device cpu none is looked for."""
+    taken = []
+    for name, what in {"is_available": lambda: True, "device_count": lambda: 2, "set_device": taken.append}.items():
+        monkeypatch.setattr(torch.cuda, name, what)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert evaluation_device() == "cuda:1" and taken == [1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: True)
+    for asked in (evaluation_device, Ranks.join):
+        with pytest.raises(UserError, match="process 2 of this machine has no GPU of its own, torch finds 2: start at most 2 on a machine"):
+            asked()
+    monkeypatch.setattr("torch.distributed.rendezvous", mock.Mock(side_effect=ConnectionError))
+    with pytest.raises(ConnectionError):
+        Ranks.join("cpu")
+
+
+def test_a_run_on_one_of_several_gpus_is_there_with_all_that_it_calls(monkeypatch):
+    """As with a reward's bare .cuda()."""
+    taken = []
+    for name, what in {"is_available": lambda: True, "device_count": lambda: 2, "set_device": taken.append}.items():
+        monkeypatch.setattr(torch.cuda, name, what)
+    monkeypatch.setattr("fewstep.models.load", mock.Mock(side_effect=ConnectionError))
+    with pytest.raises(ConnectionError):
+        composition.build(Config(device="cuda:1", precision="fp32"), ["a cat"], "teacher")
+    assert taken == ["cuda:1"]
+
+
+def test_processes_of_one_number_on_two_machines_write_one_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 57)
+
+    def while_another(temporary):
+        temporary.write_text("first")
+        disk.replace_text(tmp_path / "a", "other")
+
+    disk.replace(tmp_path / "a", while_another)
+    assert (tmp_path / "a").read_text() == "first" and [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from fewstep.composition import OWN_JUDGE, resolve_teacher
 from fewstep.disk import cache_folder, check_cache, check_writable
 from fewstep.errors import UserError, nearest
 from fewstep.flags import check_student, saved_config, student_parser, table_flags
-from fewstep.launch import launched, place
+from fewstep.launch import launched
 
 if TYPE_CHECKING:
     from fewstep.config import Config
@@ -117,10 +117,16 @@ def measure_student(
 
 
 def evaluation_device() -> str:
-    """A GPU, each process of a torchrun its own, or the CPU."""
+    """A GPU, each process of a torchrun its own, or the CPU. Raises UserError for a process without a GPU where there are any."""
     import torch
 
-    return f"cuda:{place()}" if torch.cuda.is_available() else "cpu"
+    from fewstep.ranks import own_gpu
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    own = own_gpu()
+    torch.cuda.set_device(own)  # a judge's own .cuda() goes there too
+    return f"cuda:{own}"
 
 
 def load_judges(named: dict[str, str | None], *, device: str, in_world: bool, timeout: float) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -343,7 +349,7 @@ def command(arguments: list[str]) -> int:
             source, teacher, size, scale=scale, output=output, share=share, progress=share[0] == 0 or not launched, **told
         )
         if launched and share[1] > 1:
-            ranks = Ranks.join()
+            ranks = Ranks.join(device)
             ranks.wait()  # until every share is drawn
             ranks.leave()
             if share[0] == 0:
