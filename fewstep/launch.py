@@ -24,6 +24,14 @@ def neighbours() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def torchrun_limit() -> str:
+    """For how long torchrun lets its processes live after a signal that it passed on, as the end of a sentence; empty without it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    seconds = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)
+    return f"; where torchrun was told to stop, it kills after its --shutdown-timeout ({seconds} s unless that was given)"
+
+
 @contextlib.contextmanager
 def first_alone_prints() -> Iterator[None]:
     """Within, what processes other than the first print goes nowhere; errors are each one's own, and warnings too

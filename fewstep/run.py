@@ -27,7 +27,7 @@ from fewstep.disk import alone, check_cache, check_writable, is_one, naming, rep
 from fewstep.errors import UserError
 from fewstep.evaluate.command import measure_student
 from fewstep.flags import as_plain, as_values
-from fewstep.launch import launched
+from fewstep.launch import launched, torchrun_limit
 from fewstep.models import TEACHER_FILES
 
 if TYPE_CHECKING:
@@ -464,7 +464,7 @@ def train(run: Run, output: Path, prompts: list[str]) -> bool:
         if len(stopping) > (ranks.size > 1):
             raise KeyboardInterrupt
         stopping.append(number)
-        print("\nstopping: saving at the end of this update", flush=True)
+        print(f"\nstopping: saving at the end of this update{torchrun_limit()}", flush=True)
 
     trainer, config = run.trainer, run.config
     text = TextColumn("R_dm {task.fields[score]}  lag {task.fields[lag]}  {task.fields[rate]} updates/s")

@@ -32,6 +32,7 @@ from fewstep import checkpoint, cli, composition, disk, flags, models
 from fewstep.config import Config
 from fewstep.errors import UserError
 from fewstep.evaluate import drawing
+from fewstep.launch import torchrun_limit
 from fewstep.ranks import Ranks
 from fewstep.rewards.base import RewardError
 from fewstep.run import check_init, check_output, distill, noting_what_is_kept, run_of, train
@@ -944,7 +945,15 @@ def test_a_signal_ends_a_run_in_its_last_update_too(tmp_path, capsys, last):
 
     trainer = SimpleNamespace(ranks=Ranks(), update=0, running={}, run=updates)
     assert not train(SimpleNamespace(trainer=trainer, config=Config(updates=last, sample_every=0)), tmp_path, [])
-    assert f"stopped at update 1 of {last}; saved. Go on with" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"stopped at update 1 of {last}; saved. Go on with" in said and "torchrun" not in said
+
+
+def test_what_torchrun_leaves_to_a_run_that_stops_is_said(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert "it kills after its --shutdown-timeout (30 s unless" in torchrun_limit()
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
+    assert "(3600 s unless" in torchrun_limit()
 
 
 @pytest.mark.parametrize(
