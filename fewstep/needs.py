@@ -298,7 +298,11 @@ def activations(backbone: Backbone, roles: Roles, config: Config, shape: tuple[i
     before = {name: p.data for name, p in network.named_parameters()}
     if half:  # autocast is not to be had without numbers: the network in its arithmetic stands for it
         network.to(torch.bfloat16)
-    kept = Kept([*network.parameters(), *network.buffers()])
+    # of a layer's weight in float32 autocast makes a copy, which is kept too
+    layers = (module for module in network.modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
+    copied = {id(module.weight) for module in layers} if half else set()
+    own = [p for name, p in network.named_parameters() if before[name].dtype == torch.bfloat16 or id(p) not in copied]
+    kept = Kept([*own, *network.buffers()])
     if config.memory.checkpointing:
         network.model.enable_gradient_checkpointing(kept.checkpoint)
     dtype = torch.bfloat16 if half else torch.float32

@@ -78,6 +78,20 @@ def test_networks_optimizers_and_activations_of_every_family(teachers, name, ran
     assert found.activations == pytest.approx(real, rel=0.1)
 
 
+@pytest.mark.parametrize("options", [("--lora-rank", "0"), ("--lora-rank", "2", "--memory.frozen", "bf16")])
+def test_copies_of_weights_that_autocast_keeps_are_counted(teachers, options):
+    """Of weights in float32 they take half as much again."""
+    source = str(teachers / "StableDiffusion3Pipeline")
+    config = config_of("--teacher", source, "--precision", "bf16", "--groups", "1", "--group-size", "1", "--size", "[8x8]", *options)
+    backbone = models.load(source, dtype=models.frozen_dtype(config))
+    roles = backbone.roles(lora_rank=config.lora_rank, fake_steps=config.steps)
+    network, noise = roles.student.network, torch.randn(1, *backbone.latent_shape((8, 8)))
+    own = {x.untyped_storage()._cdata for x in [*network.parameters(), *network.buffers()]}
+    with torch.autocast("cpu", torch.bfloat16):
+        real = kept_by_autograd(roles, own, network, noise, torch.full((1,), 500.0), backbone.random_conditions(1))
+    assert needs.measure(source, config, 7).activations == pytest.approx(real, rel=0.1)
+
+
 @every_family
 def test_pictures_of_every_family(teachers, name):
     """What decoding a part with its gradient keeps, and decoding one picture without, beside the real thing in memory."""
