@@ -46,7 +46,7 @@ class Noise:
     """A pipeline whose pictures are noise of its generators: (B, 3, size, size) in [0, 1]."""
 
     def __init__(self, size: int, weight: float) -> None:
-        self.unet, self.size = Tilt(weight), size
+        self.unet, self.size, self.device = Tilt(weight), size, torch.device("cpu")
         self.components = {"unet": self.unet}
         self.scheduler = SimpleNamespace(step=lambda x: x, config={"_class_name": "Flow"})
 
