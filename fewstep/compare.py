@@ -347,8 +347,7 @@ def mark(plan: Plan, run: Any, seed: int, target: float) -> dict[str, float]:
     import torch
 
     pipe = run.backbone.student_pipeline(run.roles, run.trainer.averaged(), run.config.steps)
-    device = torch.device(run.config.device)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with drawing.kept_random_state(torch.device(run.config.device)):
         found = measure(plan, observe_pipeline(plan, pipe, steps=run.config.steps, guidance=UNGUIDED, seed=seed), target)
     return {key: found[key] for key in DISTANCES}
 

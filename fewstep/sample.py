@@ -21,18 +21,13 @@ def command(arguments: list[str]) -> int:
     prompts = read_prompts(options.prompt, options.prompts)
     from fewstep import models
     from fewstep.config import Config
-    from fewstep.evaluate.command import evaluation_device, on_hub, student_scale
+    from fewstep.evaluate.command import evaluation_device, on_hub, student_scale, student_steps
     from fewstep.export import steps_of
     from fewstep.flags import check_student, saved_config
 
     own = check_student(options.folder)
     folder = options.folder if own else on_hub(options.folder.as_posix(), weights=True)[1]
-    made_for = steps_of(folder)
-    steps = options.steps if options.steps is not None else made_for
-    if steps is None:
-        raise UserError("--steps: missing; the student does not say how many steps it was made for")
-    if made_for not in (None, steps):
-        raise UserError(f"--steps: this student was made for {made_for} steps, not {steps}")
+    steps = student_steps(options.steps, steps_of(folder))
     models.quiet_libraries()
     trained = saved_config(folder) if (folder / "config.yaml").is_file() else None
     scale, config = student_scale(folder, trained, options.guidance, name=options.folder), trained or Config()

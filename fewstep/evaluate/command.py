@@ -54,6 +54,16 @@ def student_scale(folder: Path, config: Config | None, given: float | None, *, n
     return given
 
 
+def student_steps(given: int | None, made_for: int | None) -> int:
+    """The steps that a student is drawn at: those it was made for, or the ones given where it does not say. Raises UserError."""
+    steps = made_for if given is None else given
+    if steps is None:
+        raise UserError("--steps: missing; the student does not say how many steps it was made for")
+    if made_for not in (None, steps):
+        raise UserError(f"--steps: this student was made for {made_for} steps, not {steps}")
+    return steps
+
+
 def on_hub(name: str, *, weights: bool = False) -> tuple[str, Path]:
     """(a student's hub id with its commit, folder with its configurations, and its weights where they are asked for). Raises UserError."""
     from fewstep import models
@@ -300,12 +310,7 @@ def command(arguments: list[str]) -> int:
     if teacher is not None:
         check_teacher(teacher, options)
     check_taken(options, teacher=teacher, scale=scale)
-    made_for = config.steps if config else steps_of(described)
-    steps = options.steps or made_for
-    if steps is None:
-        raise UserError("--steps: missing; the student does not say how many steps it was made for")
-    if made_for not in (None, steps):
-        raise UserError(f"--steps: this student was made for {made_for} steps, not {steps}")
+    steps = student_steps(options.steps, config.steps if config else steps_of(described))
     share, launched = share_of(options.shard), options.shard is None
     output = options.output or (folder if own else Path()) / "evaluation.json"
     work = folder / "evaluation" if own else cache_folder("evaluate")

@@ -7,7 +7,7 @@ import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -34,6 +34,12 @@ def noise_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]))
 
 
+def kept_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Within, torch's generators may be seeded and drawn from; after it they are as they were, of GPUs the given one's alone: unasked,
+    torch keeps every GPU's, and warns where they are several."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
 def draw(pipe: Any, prompts: list[str], generators: torch.Generator | list[torch.Generator], **told: Any) -> tuple[Tensor, float]:
     """Pictures (B, 3, H, W) in [0, 1] on the CPU, and the seconds per image, through the pipeline's own call.
 
@@ -42,8 +48,7 @@ def draw(pipe: Any, prompts: list[str], generators: torch.Generator | list[torch
     """
     start = time.perf_counter()
     first = generators[0] if isinstance(generators, list) else generators
-    own = [pipe.device] if pipe.device.type == "cuda" else []  # unasked, torch keeps every GPU's state, and warns where they are several
-    with torch.random.fork_rng(own), own_noise(pipe.scheduler, generators):
+    with kept_random_state(pipe.device), own_noise(pipe.scheduler, generators):
         torch.manual_seed(first.initial_seed())  # what a pipeline does not draw from its generator: the noise of flow schedulers
         images = pipe(prompt=prompts, generator=generators, output_type="pt", **told).images
     seconds = (time.perf_counter() - start) / len(prompts)
