@@ -206,6 +206,25 @@ def test_a_read_only_folder_is_named_with_the_bytes(tmp_path):
     assert checkpoint.newest(tmp_path)[0].name == "step-00000001"
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Where the power fails, what was never synced is lost, whatever its name: files first, then their folder, and its new name last."""
+    synced, fsync, rename = [], os.fsync, checkpoint.rename
+
+    def watched(handle):
+        synced.append(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def named(path, target):
+        assert {path.stat().st_ino, *(file.stat().st_ino for file in path.iterdir())} <= {*synced}
+        rename(path, target)
+        synced.clear()
+
+    monkeypatch.setattr(os, "fsync", watched)
+    monkeypatch.setattr(checkpoint, "rename", named)
+    checkpoint.save(tmp_path, 1, TREE)
+    assert synced == [tmp_path.stat().st_ino]
+
+
 def test_a_rename_that_fails_puts_the_old_one_back(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, 1, {"x": torch.zeros(3)})
     rename = checkpoint.rename
