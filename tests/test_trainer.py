@@ -20,6 +20,7 @@ from fewstep.metrics import MetricsLog
 from fewstep.models import backbone
 from fewstep.prompts import Batches, read
 from fewstep.rewards.base import PixelReward, RewardError, as_reward
+from fewstep.run import draw_progress, student_grid
 from fewstep.trainer import Term, Trainer
 from fewstep.transforms import advantages
 from fewstep.types import Signal
@@ -125,6 +126,52 @@ def test_resume_is_bit_exact(teacher_folder, prompt_file, tmp_path, stop_at, unt
     for _ in range(until - stop_at):
         second.step()
     assert_same(straight.state(), second.state())
+
+
+def test_a_seed_decides_a_run_whatever_was_drawn_before_it(teacher_folder, prompt_file):
+    """Its prompts' order, where its adapters begin, and all the noise after that."""
+
+    def begun(seed):
+        trainer = run_of(teacher_folder, prompt_file, "--lora-rank", "2", "--seed", str(seed)).trainer
+        drawn = torch.cat([p.detach().flatten() for p in trainer.parameters.values()]), torch.rand(3)
+        return [trainer.batches.next()[0] for _ in range(4)], *(each.tolist() for each in drawn)
+
+    first, again, other = begun(1), begun(1), begun(2)
+    assert first == again
+    assert not any(one == two for one, two in zip(first, other, strict=True))
+
+
+def test_a_fake_and_a_discriminator_learn_as_they_are_told(teacher_folder, prompt_file, tmp_path):
+    """A discriminator has a rate of its own, and all else from the fake and the matching."""
+    save_file({"latents": torch.randn(5, 4, 4, 4)}, tmp_path / "real.safetensors")
+    told = ("--fake.lr", "7e-4", "--fake.betas", "[0.5,0.8]", "--fake.decay", "0.25", "--fake.updates", "3", "--fake.max-norm", "0.5")
+    told += ("--reward.discriminator", "0.1", "--discriminator.latents", str(tmp_path / "real.safetensors"), "--discriminator.lr", "3e-4")
+    terms = run_of(teacher_folder, prompt_file, *told, "--matching.t-range", "[0.3,0.6]").trainer.terms
+    assert {name: term.lr for name, term in terms.items()} == {"dm": 7e-4, "discriminator": 3e-4}
+    for term in terms.values():
+        assert (term.betas, term.decay, term.updates, term.max_norm) == ((0.5, 0.8), 0.25, 3, 0.5)
+        assert term.reward.t_range == (0.3, 0.6)
+
+
+def test_a_run_shows_its_averaged_student(teacher_folder, prompt_file, tmp_path, monkeypatch):
+    """While it trains: the one that is exported."""
+    monkeypatch.setattr("fewstep.run.SAMPLES_PER_PROMPT", 1)
+    shown = []
+    monkeypatch.setattr("fewstep.report.grid.save", lambda columns, prompts, path: shown.extend(columns.values()))
+    monkeypatch.setattr("fewstep.report.curves.save", lambda *paths: None)
+    run = run_of(teacher_folder, prompt_file, "--student.lr", "1e-2", "--steps", "2")
+    for _ in range(2):
+        run.trainer.step()
+    draw_progress(run, tmp_path, ["a cat"])
+    averaged, raw = (student_grid(run, ["a cat"], weights) for weights in (run.trainer.averaged(), {}))
+    assert torch.equal(shown[0], averaged) and not torch.allclose(shown[0], raw, atol=1e-4)
+
+
+def test_an_adaptive_weight_moves_as_it_is_told(teacher_folder, prompt_file):
+    told = {"budget": 1.7, "warmup": 3, "eta": 0.02, "cap": 4.0, "lag_limit": 0.3}
+    options = [f"--weights.{name}={value}" for name, value in told.items()]
+    weights = run_of(teacher_folder, prompt_file, "--reward.redness", "0.3", "--weights.mode", "adaptive", *options).trainer.weights
+    assert {name: getattr(weights, name) for name in told} == told
 
 
 @pytest.mark.parametrize(
