@@ -4,6 +4,7 @@ import errno
 import json
 import resource
 import shutil
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import fresh
@@ -72,6 +73,19 @@ def test_other_weights_and_settings_of_the_encoder_are_another_encoder(teachers,
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"layer_norm_eps": 0.1}))
     models.load(str(folder)).encode(["a cat"])
     assert encoded == ["a cat"] * 3
+
+
+def test_another_limit_of_a_tokenizer_and_another_version_of_what_encodes_are_another_encoder(teachers, tmp_path, encoded, monkeypatch):
+    folder = copied(teachers, tmp_path)
+    models.load(str(folder)).encode(["a cat"])
+    settings = folder / "tokenizer" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 6}))
+    models.load(str(folder)).encode(["a cat"])
+    assert encoded == ["a cat"] * 2
+    for package in ("fewstep", "diffusers", "transformers"):
+        monkeypatch.setattr(embeddings, "version", lambda name, package=package: "0" if name == package else version(name))
+        models.load(str(folder)).encode(["a cat"])
+    assert encoded == ["a cat"] * 5
 
 
 def test_a_damaged_file_is_made_anew_and_named(teachers, encoded):

@@ -82,9 +82,20 @@ def test_what_was_encoded_is_not_encoded_again(folder, encoder, tmp_path, monkey
     assert encode(SIZES[1:])[0] == 3
     backbone.pipe.vae.register_to_config(scaling_factor=0.5)  # another autoencoder
     assert encode()[0] == 3
+    backbone.pipe.vae.quant_conv.bias.data += 1
+    assert encode()[0] == 3
     picture(9).save(folder / "0.png")
     made, changed = encode()
     assert made == 3 and changed.version != first.version
+
+
+def test_a_picture_that_comes_again_is_drawn_anew_from_what_the_autoencoder_makes_of_it(folder, encoder, tmp_path, monkeypatch):
+    """In the same part or in another: its latents are two draws."""
+    monkeypatch.setattr(latents, "Shards", functools.partial(Shards, size=2))
+    for path in folder.rglob("*.png"):
+        picture(0).save(path)
+    (rows,) = latents.of_pictures(str(folder), encoder[0], SIZES[:1], cache=tmp_path / "cache", progress=False).latents
+    assert len(rows[:].unique(dim=0)) == 5
 
 
 def test_pictures_that_are_enlarged_are_counted(folder, encoder, tmp_path):
