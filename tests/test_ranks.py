@@ -3,7 +3,9 @@
 import functools
 import json
 import math
+import os
 import tempfile
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -211,6 +213,27 @@ def test_a_student_that_is_no_longer_the_others_is_named(tmp_path):
 
     in_processes(2, drifted, tmp_path)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_whichever_tensor_is_another_it_is_seen(tmp_path):
+    def drifted(ranks):
+        with pytest.raises(RuntimeError, match="what they hold of process 1, 2 is no longer that of process 0"):
+            ranks.check_same([torch.ones(2), torch.tensor([1.0, 1.0 + 1e-6 * ranks.rank])], "what they hold")
+
+    in_processes(3, drifted, tmp_path)
+
+
+def test_the_first_of_a_machine_goes_before_its_others(tmp_path):
+    def seen(ranks):
+        os.environ["LOCAL_RANK"] = str(ranks.rank)
+        with ranks.first_on_its_machine():
+            found = (tmp_path / "made").exists()
+            if ranks.rank == 0:
+                time.sleep(0.1)
+                (tmp_path / "made").touch()
+        return found
+
+    assert in_processes(2, seen, tmp_path) == [False, True]
 
 
 def test_a_process_that_ended_is_missed_at_once(tmp_path):
