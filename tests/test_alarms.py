@@ -129,3 +129,5 @@ def test_a_run_that_goes_on_counts_on():
             assert first.observe(logs) == []
         second.load_state(first.state() if kept else {})
         assert [i + 1 for i in range(30) if second.observe(logs)] == [at]
+        first.load_state(second.state())
+        assert not any(first.observe(logs) for _ in range(30))  # what was told is not told again
