@@ -312,6 +312,13 @@ def test_bootstrap_is_deterministic_and_holds_the_value():
         bootstrap(lambda index: 0.0, 1, draws=10, seed=0)
 
 
+def test_a_percentile_interval_leaves_as_much_out_at_either_end():
+    """Of a statistic that is each of a thousand numbers alike."""
+    for level in (0.95, 0.5):
+        low, high = bootstrap(lambda index: float(index[0]), 1000, draws=1000, seed=0, level=level)
+        assert abs(low - 500 * (1 - level)) < 45 * (1 - level) ** 0.5 and abs(high - 500 * (1 + level)) < 45 * (1 - level) ** 0.5
+
+
 def test_cluster_bootstrap_covers_where_a_naive_one_does_not():
     trials, clusters, size = 200, 30, 8
     cluster = naive = 0
