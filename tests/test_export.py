@@ -386,6 +386,11 @@ def test_a_teacher_on_the_hub_is_the_base_model_and_its_licence_file_stays_there
         data = export.model_card(student, "lora", tmp_path, name="me/mine").data.to_dict()
     assert download.call_args.args[:2] == ("org/teacher", "README.md")
     assert data["license_link"] == "https://huggingface.co/org/teacher/blob/main/LICENSE.md" and data["license_name"] == "theirs"
+    commit = "a" * 40
+    with mock.patch("fewstep.export.hf_hub_download", return_value=str(card)) as download:  # both as of the commit that was distilled
+        fields, _ = export.teacher_licence(f"org/teacher@{commit}")
+    assert download.call_args.kwargs == {"revision": commit}
+    assert fields["license_link"] == f"https://huggingface.co/org/teacher/blob/{commit}/LICENSE.md"
     assert data["base_model"] == "org/teacher" and data["base_model_relation"] == "adapter"
     assert export.model_card(student, "diffusers", tmp_path).data.base_model_relation == "finetune"  # offline: no licence, and a card
     assert export.teacher_licence("org/teacher")[1].startswith("its card cannot be read (")
