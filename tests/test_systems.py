@@ -21,6 +21,7 @@ from small_run import SEVERAL, trainer_of
 import fewstep
 from fewstep import checkpoint, cli, composition, disk, flags, launch, needs, run
 from fewstep.config import Config
+from fewstep.device import check_device
 from fewstep.errors import UserError
 from fewstep.evaluate.command import evaluation_device
 from fewstep.ranks import Ranks
@@ -332,6 +333,17 @@ def test_each_process_has_a_gpu_of_its_own_or_is_told_that_there_is_none(monkeyp
         Ranks.join("cpu")
 
 
+def test_a_device_is_one_of_those_that_torch_finds(monkeypatch):
+    for count, there, not_there in ((2, ["cpu", "cuda", "cuda:1"], ["cuda:2"]), (0, ["cpu"], ["cuda", "cuda:0"])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda count=count: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert check_device("device", "auto") == ("cuda" if count else "cpu")
+        assert [check_device("device", text) for text in there] == there
+        for text in not_there:
+            with pytest.raises(ValueError, match=f"device: there is no {text} here, torch finds {count} CUDA devices"):
+                check_device("device", text)
+
+
 def test_a_run_on_one_of_several_gpus_is_there_with_all_that_it_calls(monkeypatch):
     """As with a reward's bare .cuda()."""
     taken = []
@@ -367,6 +379,7 @@ def test_processes_of_one_number_on_two_machines_write_one_file(tmp_path, monkey
 )
 def test_bf16_is_taken_where_it_is_the_faster(monkeypatch, abilities, precision):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities, raising=False)
-    assert composition.resolve_hardware(Config(device="cpu")).precision == precision
+    found = composition.resolve_hardware(Config(device="cpu"))
+    assert (found.precision, found.memory.frozen) == (precision, "fp32")  # there is no memory to save
     asked = {"fp32": "bf16", "bf16": "fp32"}[precision]
     assert composition.resolve_hardware(Config(device="cpu", precision=asked)).precision == asked
