@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from pipelines import flux, flux2
 from torch import nn
 
-from fewstep import cli, models
+from fewstep import cli, composition, flags, models, needs
 
 SIZE = (8, 16)
 SIZED = {"height": SIZE[0], "width": SIZE[1]}
@@ -65,6 +65,21 @@ def test_guidance_of_a_step_distilled_teacher_is_refused(backbone, prompt_file, 
         backbone.roles(guidance=2.5)
     code = cli.main(["distill", "--teacher", backbone.source, "--prompts", str(prompt_file), "--output", str(tmp_path / "out")])
     assert code == 2 and "teacher: " in (said := capsys.readouterr().err) and "set matching.guidance to 1" in said
+
+
+@pytest.mark.parametrize("backbone", ["dev"], indirect=True)
+def test_a_teacher_that_is_told_its_guidance_is_not_guided_from_outside_too(backbone):
+    """One pass of it a sample, in the run as in what a dry run reckons."""
+    told = ("--groups", "1", "--group-size", "2", "--lora-rank", "2", "--steps", "2", "--size", "8x16", "--precision", "fp32")
+
+    def config(guidance):
+        return flags.parse_config([*told, "--teacher", backbone.source, "--matching.guidance", guidance])
+
+    run = composition.build(config("3.5"), PROMPTS, backbone.source)
+    run.trainer.step()
+    assert run.roles.teacher.forwards == 2
+    plain, guided = (needs.measure(backbone.source, composition.resolve_hardware(config(w)), 2) for w in ("1", "3.5"))
+    assert guided.flops == plain.flops
 
 
 @pytest.mark.parametrize("backbone", ["klein base"], indirect=True)
