@@ -24,7 +24,7 @@ from fewstep import cli, export, models, world
 from fewstep.errors import UserError
 from fewstep.evaluate import configs, drawing, evaluation, features, protocol, samples, store, tables
 from fewstep.evaluate import measure as measuring
-from fewstep.evaluate.command import load_judges
+from fewstep.evaluate.command import load_judges, measure_student, source_of
 from fewstep.evaluate.distances import bootstrap, frechet, jackknife, kernel_distance, polynomial, precision_recall
 from fewstep.evaluate.features import Extractor
 from fewstep.evaluate.measure import measure
@@ -141,6 +141,13 @@ def test_the_teachers_prompts_are_left_out_with_the_students(monkeypatch):
         found = [measuring.jackknifed_frechet(mine, theirs, rows, paired=paired, seed=s) for s in range(8)]
         widths.append(np.mean([entry["high"] - entry["value"] for entry in found]))
     assert widths[0] < 0.5 * widths[1]
+
+
+def test_a_block_is_of_prompts_from_everywhere():
+    """Published sets are sorted by subject: of neighbours, or of every twentieth, a block would leave out one."""
+    block = measuring.blocks_of(110, 3)
+    assert sorted(block.bincount().tolist()) == [5] * 10 + [6] * 10
+    assert torch.equal(block, measuring.blocks_of(110, 3)) and not torch.equal(block, measuring.blocks_of(110, 4))
 
 
 @pytest.mark.parametrize("paired", [True, False])
@@ -603,6 +610,16 @@ def test_names_that_collide_are_refused_before_anything_is_drawn(tmp_path, chang
     with pytest.raises(ValueError, match=f"'{name}' would name two things"):
         evaluated(pipe, tmp_path, **changes)
     assert pipe.calls == 0
+
+
+def test_the_embedded_worlds_neighbours_are_of_its_own_pictures(monkeypatch, tmp_path):
+    """Of which it has several copies each."""
+    told = []
+    monkeypatch.setattr("fewstep.evaluate.command.world_instruments", lambda device: {"scorers": {}, "data": "its own", "neighbours": 7})
+    monkeypatch.setattr(evaluation, "evaluate", lambda student, **given: told.append(given))
+    for more in ({}, {"data": "mine"}):
+        measure_student("student", str(world.TEACHER), None, output=tmp_path / "report.json", device="cpu", **more)
+    assert [(given["data"], given.get("neighbours")) for given in told] == [("its own", 7), ("mine", None)]
 
 
 def test_two_extractors_of_one_distance_are_both_measured(tmp_path):
@@ -1171,6 +1188,16 @@ def test_the_command_measures_any_model(command, student, tmp_path, capsys):
     assert "seeds.rows: 3 / 0" in capsys.readouterr().out
     assert cli.main(command) == 0
     assert "student, 2 steps: read from" in capsys.readouterr().out
+
+
+def test_pictures_are_drawn_in_the_arithmetic_and_with_the_seed_that_are_asked_for(command, monkeypatch):
+    told = []
+    monkeypatch.setattr("fewstep.evaluate.command.measure_student", lambda student, teacher, size, **given: told.append(given))
+    assert cli.main([*command, "--precision", "bf16", "--seed", "3", "--teacher-steps", "7"]) == 0
+    assert [told[0][name] for name in ("precision", "seed", "teacher_steps", "batch")] == ["bf16", 3, 7, 3]
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        pipe = source_of(command[1], None, device="cpu", precision=precision, student=True)().pipe
+        assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {dtype}
 
 
 def test_two_shares_of_the_command_are_one(command, student, tmp_path, capsys):
