@@ -28,14 +28,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import fewstep
-from fewstep import checkpoint, cli, composition, disk, flags, models
+from fewstep import checkpoint, cli, composition, disk, flags, models, needs
 from fewstep.config import Config
 from fewstep.errors import UserError
 from fewstep.evaluate import drawing
 from fewstep.launch import torchrun_limit
 from fewstep.ranks import Ranks
 from fewstep.rewards.base import RewardError
-from fewstep.run import check_init, check_output, distill, noting_what_is_kept, run_of, train
+from fewstep.run import check_init, check_output, distill, heard, noting_what_is_kept, run_of, train
 from fewstep.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("small_grid")
@@ -434,6 +434,18 @@ def test_what_a_run_leaves_behind(finished):
     assert scheduler["original_inference_steps"] == 4 and scheduler["rescale_betas_zero_snr"]
 
 
+def test_a_dry_run_knows_the_disk_that_a_run_takes(finished):
+    config = composition.resolve_hardware(flags.saved_config(finished))
+    found = needs.measure(config.teacher, config, 5)
+
+    def held(folder):
+        return sum(tensor.nbytes for path in folder.rglob("*.safetensors") for tensor in load_file(path).values())
+
+    checkpoints = held(finished / "checkpoints")
+    assert found.student_folder == held(finished) - checkpoints
+    assert found.checkpoints <= checkpoints < 1.2 * found.checkpoints  # the last rollout is in them too
+
+
 STOCK = textwrap.dedent("""
     import sys
     sys.modules["fewstep"] = None
@@ -659,6 +671,8 @@ def test_a_run_is_replaced_once_the_new_one_can_begin(capsys, finished, teacher_
     assert held() == before
     assert cli.main([*told, *own, "--updates", "1"]) == 0
     assert not (out / "export").exists() and [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000001"]
+    config = flags.parse_config(["--resume", "--output", str(out)])  # goes on, and overwrites nothing again
+    assert config.resume and not config.overwrite
 
 
 @pytest.mark.parametrize(
@@ -669,6 +683,7 @@ def test_a_run_is_replaced_once_the_new_one_can_begin(capsys, finished, teacher_
         (["--memory.micro-groups=1", "--memory.checkpointing=true", "--compile=true"], None),
         (["--memory.optimizer=adamw8bit"], "memory.micro_groups, memory.checkpointing, compile may change"),
         (["--matching.shift=2"], "matching.shift is 2.0, the run in OUT has 3.0; only updates,"),
+        (["--seed=5"], "seed is 5, the run in OUT has 0; only"),
         (["--matching.gamma=0.5", "--student.lr=1"], "student.lr is 1.0, the run in OUT has 0.0002; only"),
         (["--reward.clip=0.5"], "reward.clip is 0.5, the run in OUT has 0.3; only"),
         (["--fake.updates=9"], "may change; with others a new run may begin from it, --init OUT --output NEW"),
@@ -704,6 +719,13 @@ def test_a_run_goes_on_from_its_own_config_however_it_is_told_to(tmp_path, told)
     assert (config.resume, config.lora_rank, config.output) == (True, 64, str(out))
 
 
+def test_a_run_keeps_no_code_that_it_would_be_refused_for(tmp_path):
+    given = ["--output", str(tmp_path), "--reward.mine=a.py:f", "--judge.own=b.py:f", "--judge.far=http://127.0.0.1:1"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(flags.as_plain(flags.parse_config(given))))
+    config = flags.parse_config(["--output", str(tmp_path), "--resume", "--scorer.mine=a.py:f"])
+    assert (config.scorer, config.judge) == ({"mine": "a.py:f"}, {"far": "http://127.0.0.1:1"})
+
+
 def test_a_checkpoint_of_another_version_is_refused_by_what_it_lacks(finished, tmp_path, capsys):
     out = shutil.copytree(finished, tmp_path / "out")
     newest = max((out / "checkpoints").iterdir())
@@ -718,8 +740,10 @@ def test_resume_takes_the_saved_config_and_goes_further(finished, tmp_path, caps
     assert "is at update 3 already; give that many or more, got 2" in refused(
         capsys, "distill", "--output", str(out), "--resume", "--updates", "2"
     )
+    (out / "evaluation.json").write_text("{}")  # of the student of update 3
     assert cli.main(["distill", "--output", str(out), "--resume", "--updates", "4"]) == 0
     assert "going on from step-00000003" in capsys.readouterr().out
+    assert not (out / "evaluation.json").exists()
     lines = [json.loads(line)["update"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert lines == [1, 2, 3, 4]
     newest = max((out / "checkpoints").iterdir())
@@ -947,6 +971,16 @@ def test_a_signal_ends_a_run_in_its_last_update_too(tmp_path, capsys, last):
     assert not train(SimpleNamespace(trainer=trainer, config=Config(updates=last, sample_every=0)), tmp_path, [])
     said = capsys.readouterr().out
     assert f"stopped at update 1 of {last}; saved. Go on with" in said and "torchrun" not in said
+
+
+def test_signals_are_whose_they_were_once_a_run_has_ended():
+    """As a notebook's, which goes on."""
+    numbers, told = (signal.SIGINT, signal.SIGTERM), []
+    before = [signal.getsignal(number) for number in numbers]
+    with pytest.raises(ZeroDivisionError), heard(lambda number, frame: told.append(number)):
+        signal.raise_signal(signal.SIGTERM)
+        _ = 1 / 0
+    assert told == [signal.SIGTERM] and [signal.getsignal(number) for number in numbers] == before
 
 
 def test_what_torchrun_leaves_to_a_run_that_stops_is_said(monkeypatch):
