@@ -185,7 +185,8 @@ def test_what_is_turned_changes_what_is_needed(teachers):
     assert with_memory(micro_groups=1).activations == pytest.approx(plain.activations / 2, rel=0.02)
     assert with_memory(checkpointing=True).activations < 0.8 * plain.activations
     assert with_memory(optimizer="adamw8bit").optimizer < 0.6 * plain.optimizer
-    assert with_memory(frozen="bf16").decoder == plain.decoder / 2
+    halved = with_memory(frozen="bf16")
+    assert (halved.decoder, halved.student_folder) == (plain.decoder / 2, plain.student_folder / 2)
     assert with_memory(teacher="int8").networks < plain.networks
     assert needs.measure(source, dataclasses.replace(config, lora_rank=2), 7).device < plain.device
     rewarded = dataclasses.replace(config, reward={"clip": 1.0})
