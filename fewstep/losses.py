@@ -31,13 +31,16 @@ def policy(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, *, clip: f
 
     log_prob, old_log_prob (B, K-1), each summed over dimensions; rho is their ratio transition by transition, and the sample's
     advantage (B,) belongs to each of its transitions. Samples without an advantage (NaN) are left out of the mean; a batch
-    with none left gives 0. Raises ValueError for shapes that do not belong together and for a negative clip.
+    with none left gives 0. A log-probability that is NaN makes the loss NaN. Raises ValueError for shapes that do not belong together,
+    for a one-step student's, which has no transition, and for a clip that is not positive.
     """
     if log_prob.ndim != 2 or log_prob.shape != old_log_prob.shape or advantage.shape != log_prob.shape[:1]:
         raise ValueError(
             f"log_prob and old_log_prob must be (B, K-1) and advantage (B,), got {tuple(log_prob.shape)}, "
             f"{tuple(old_log_prob.shape)} and {tuple(advantage.shape)}"
         )
+    if log_prob.shape[1] == 0:
+        raise ValueError("a one-step student is deterministic: it has no transition, hence no policy gradient")
     if not clip > 0:
         raise ValueError(f"clip must be positive, got {clip}")
     known = ~torch.isnan(advantage)
@@ -55,7 +58,8 @@ def policy(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, *, clip: f
 def inside_clip(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """Where the clipped policy gradient still moves: the ratio has not yet gone past its bound in the direction the advantage asks for."""
     ratio = log_ratio.detach().exp()
-    return torch.where(advantage > 0, ratio <= 1 + clip, ratio >= 1 - clip)
+    # asked the other way round, a ratio that is NaN would be held back, and the loss hide it
+    return ~torch.where(advantage > 0, ratio > 1 + clip, ratio < 1 - clip)
 
 
 def clip_fraction(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, *, clip: float) -> float:

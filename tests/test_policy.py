@@ -120,6 +120,13 @@ def test_samples_without_an_advantage_are_left_out():
     assert losses.policy(torch.zeros(4, 3), torch.zeros(4, 3), torch.full((4,), float("nan")), clip=0.2) == 0
 
 
+@pytest.mark.parametrize("bad", [[[0.1, float("nan")], [0.0, 0.05]], [[0.1, 0.0], [float("nan"), 0.05]]])
+def test_a_log_probability_that_is_nan_is_not_taken_for_a_clipped_one(bad):
+    advantage = torch.tensor([1.0, -1.0])
+    assert torch.isnan(losses.policy(torch.tensor(bad), torch.zeros(2, 2), advantage, clip=0.2))
+    assert losses.clip_fraction(torch.tensor(bad), torch.zeros(2, 2), advantage, clip=0.2) == 0
+
+
 def test_only_todays_log_probability_is_trained():
     """The old policy made the samples and the advantage is a score of them: neither is a way to lower the loss."""
     log_prob, old, advantage = (value.detach().requires_grad_(True) for value in case())
@@ -132,5 +139,7 @@ def test_shapes_that_do_not_belong_together_are_refused():
     for arguments in ((a, a[:, :2], torch.zeros(4)), (a, a, torch.zeros(3)), (a[:, 0], a[:, 0], torch.zeros(4))):
         with pytest.raises(ValueError, match=r"\(B, K-1\)"):
             losses.policy(*arguments, clip=0.2)
+    with pytest.raises(ValueError, match="one-step student"):
+        losses.policy(a[:, :0], a[:, :0], torch.zeros(4), clip=0.2)
     with pytest.raises(ValueError, match="clip"):
         losses.policy(a, a, torch.zeros(4), clip=0.0)
