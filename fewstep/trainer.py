@@ -496,7 +496,7 @@ class Trainer:
             valid, logs[f"{name}/masked"] = self.scored(name, signal, len(k))
             logs[f"{name}/score"] = float(signal.score[valid].mean())
             logs |= {f"{name}/{key}": value for key, value in spread_of(signal.score, rollout.group).items()}
-            self.advantages[name] = advantages(widened(signal.score), rollout.group)
+            self.advantages[name] = advantages(signal.score, rollout.group)
         return logs
 
     def online_updates(self, rollout: Rollout, times: int) -> dict[str, float]:

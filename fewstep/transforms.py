@@ -63,13 +63,16 @@ def advantages(score: Tensor, group: Tensor, *, eps: float = 1e-4) -> Tensor:
     """(r - mean_g) / (std_g + eps), score (B,) -> (B,); std over the group's members, not the sample estimate (section 5.1).
 
     A group with one member, or whose scores are all the same, gives exactly 0. A sample whose score is not finite has no
-    advantage: it gets NaN, to be masked and counted, and mean and std are those of the others.
+    advantage: it gets NaN, to be masked and counted, and mean and std are those of the others. No finite score overflows.
     """
     valid = torch.isfinite(score)
     _, index = torch.unique(group, return_inverse=True)
     groups = int(index.max()) + 1
-    low = torch.full((groups,), float("inf"), dtype=score.dtype, device=score.device)
-    low = low.scatter_reduce(0, index[valid], score[valid], "amin")
+    # at a scale of the group's own no square is inf; a power of two, so that it rounds nothing
+    largest = torch.zeros(groups, dtype=score.dtype, device=score.device).scatter_reduce(0, index[valid], score[valid].abs(), "amax")
+    scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
+    score = score / scale[index]
+    low = torch.full_like(largest, float("inf")).scatter_reduce(0, index[valid], score[valid], "amin")
     # relative to the group's smallest: large scores keep their digits, and equal ones are exactly zero
     above = torch.where(valid, score - low[index], torch.zeros_like(score))
     total, count, square = (torch.zeros(groups, dtype=score.dtype, device=score.device) for _ in range(3))
@@ -77,8 +80,8 @@ def advantages(score: Tensor, group: Tensor, *, eps: float = 1e-4) -> Tensor:
     count.clamp_(min=1)
     mean = total.index_add_(0, index, above) / count
     centred = torch.where(valid, above - mean[index], torch.zeros_like(above))
-    std = (square.index_add_(0, index, centred**2) / count).sqrt()
-    value = centred / (std + eps)[index]
+    wide = (square.index_add_(0, index, centred**2) / count).sqrt() + eps / scale
+    value = centred / torch.where(wide == 0, torch.ones_like(wide), wide)[index]  # eps of a large scale may underflow
     return torch.where(valid, value, torch.full_like(value, float("nan")))
 
 

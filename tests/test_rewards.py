@@ -154,6 +154,13 @@ def test_a_reward_that_breaks_its_contract_is_named(returned, message):
     assert "'mine'" in str(error.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_score_is_heard_in_float32_or_more(dtype):
+    score = torch.tensor([0.3, 0.301, 300.0, 60000.0], dtype=dtype)
+    heard = asked("mine", as_reward(lambda images, prompts: score, "mine"), sample_of()).score
+    assert torch.equal(heard, score.to(heard)) and heard.dtype == torch.promote_types(dtype, torch.float32)
+
+
 def test_an_exception_inside_a_reward_says_which():
     def f(images, prompts):
         raise RuntimeError("boom")

@@ -53,6 +53,19 @@ def test_a_score_that_is_not_finite_touches_its_own_sample_alone(bad):
     assert bool(torch.isnan(advantages(torch.full((6,), bad), GROUP)).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_no_size_of_score_overflows(dtype):
+    """As of a black box that says of a picture which it cannot read the smallest number there is: its squares are inf."""
+    most, group = torch.finfo(dtype).max, torch.zeros(4, dtype=torch.long)
+    for low in (-most, -(most**0.8)):
+        score = torch.tensor([low, 0.2, 0.5, 0.9], dtype=dtype)
+        expected = torch.tensor([-(3**0.5), *[3**-0.5] * 3], dtype=dtype)
+        torch.testing.assert_close(advantages(score, group), expected, rtol=4e-3 if dtype == torch.float16 else 1e-6, atol=0)
+    ends = torch.tensor([-most, most, -most, most], dtype=dtype)
+    torch.testing.assert_close(advantages(ends, group), torch.tensor([-1.0, 1.0, -1.0, 1.0], dtype=dtype))
+    assert torch.equal(advantages(torch.full((4,), -most, dtype=dtype), group), torch.zeros(4, dtype=dtype))
+
+
 def test_group_rms_is_over_the_group_and_all_elements():
     direction = random()
     for one in (direction, direction[:, :1, :1, :1]):  # a sample of one element too

@@ -122,7 +122,7 @@ def asked(name: str, reward: Reward, sample: Sample, **told: Tensor) -> Signal:
 
 
 def checked(name: str, signal: Any, sample: Sample) -> Signal:
-    """What a reward said, as it is. Raises RewardError when it is no Signal of the sample's shapes and device.
+    """What a reward said, its score in float32 or more. Raises RewardError when it is no Signal of the sample's shapes and device.
 
     A direction that broadcasts (B, 1, 1, 1) is one of those: it would push every pixel alike, and nobody would see it.
     """
@@ -137,7 +137,10 @@ def checked(name: str, signal: Any, sample: Sample) -> Signal:
             raise RewardError(f"reward {name!r} returned a {part} of shape {tuple(value.shape)}; it must be {tuple(wanted)}")
         if value.device != sample.x0.device:
             raise RewardError(f"reward {name!r} returned a {part} on {value.device}; the samples are on {sample.x0.device}")
-    return signal
+    if signal.score is None:
+        return signal
+    # ranks and logs are made of scores: in half precision squares overflow, and two digits are no difference inside a group
+    return signal._replace(score=signal.score.to(torch.promote_types(signal.score.dtype, torch.float32)))
 
 
 def as_reward(value: Any, name: str) -> Reward:
