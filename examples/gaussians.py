@@ -26,9 +26,9 @@ from fewstep.prompts import Batches
 from fewstep.rewards.distribution import DistributionMatching
 from fewstep.schedule import Flow
 from fewstep.student import Student
-from fewstep.trainer import Term, Trainer
+from fewstep.trainer import Trainer
 from fewstep.transforms import group_mean
-from fewstep.types import Sample, Signal
+from fewstep.types import Sample, Signal, Term
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

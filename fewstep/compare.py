@@ -414,7 +414,7 @@ def flops_of_a_pass(run: Any) -> dict[str, int]:
     one, k = latent.new_full((1,), 0.5), torch.zeros(1, dtype=torch.long, device=trainer.device)
     cond = trainer.encode(prompt) | {"step": k}
     picture = run.backbone.decode(latent).detach()
-    seen = Sample(picture, one, k, cond, prompt, k, lambda x: x)  # a reward sees a picture; decoding it is counted apart
+    seen = Sample(picture, one, cond, prompt, k, k=k, decode=lambda x: x)  # a reward sees a picture; decoding it is counted apart
     calls = {name: lambda name=name: getattr(run.roles, name).network(latent, one * 999, cond) for name in NETWORKS}
     calls["decoder"] = lambda: run.backbone.decode(latent)
     for name, counted in trainer.counted.items():

@@ -256,7 +256,7 @@ def make_terms(config: Config, roles: Any, functions: dict[str, Any], real: Real
     from fewstep.cost import Counted
     from fewstep.rewards import sources
     from fewstep.rewards.base import as_reward
-    from fewstep.trainer import Term
+    from fewstep.types import Term
 
     terms = {}
     for name in config.reward:
@@ -367,7 +367,8 @@ def build(
     from fewstep.rewards.distribution import DistributionMatching
     from fewstep.rewards.remote import server_of
     from fewstep.student import Student
-    from fewstep.trainer import Term, Trainer
+    from fewstep.trainer import Trainer
+    from fewstep.types import Term
     from fewstep.weights import Adaptive, Fixed
 
     config = resolve_hardware(config)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -26,29 +26,11 @@ from fewstep.rewards.base import OnlineReward, Reward, RewardError, asked, check
 from fewstep.rewards.heldout import HeldOut, Parting
 from fewstep.student import Student
 from fewstep.transforms import advantages, group_mean, modulate, pull
-from fewstep.types import Rollout, Sample, Signal
+from fewstep.types import Rollout, Sample, Signal, Term
 from fewstep.weights import Adaptive, Fixed
 
 Parameters = dict[str, nn.Parameter]
 NEVER_REUSED = 20  # evaluations refused a second use, and not one allowed, after which a run says so
-
-
-@dataclass
-class Term:
-    """A reward as the trainer holds it; an online one brings the parameters it trains and their optimizer's settings.
-
-    The anchor's direction is followed as it is (R_dm, dimensionless by eq. (5)); every other term joins it by its weight.
-    """
-
-    reward: Reward
-    parameters: Parameters | None = None
-    lr: float = 0.0
-    decay: float = 0.0  # share of the run, at its end, over which lr falls to zero
-    betas: tuple[float, float] = (0.9, 0.99)
-    updates: int = 1  # per student update
-    max_norm: float = 1.0
-    anchor: bool = False
-    via: Literal["pathwise", "policy"] = "pathwise"
 
 
 @dataclass
@@ -158,7 +140,7 @@ class Trainer:
         unweighted = [name for name, term in terms.items() if not term.anchor and name not in self.weights.now()]
         if unweighted:
             raise ValueError(f"no weight for the term {', '.join(unweighted)}: a term other than the anchor joins it by one of `weights`")
-        self.counted = counted or {"student": student.denoiser}
+        self.counted = counted or ({"student": student.denoiser} if isinstance(student.denoiser, Denoiser) else {})
         self.news = news or {}
         self.rollout: Rollout | None = None
         self.earlier: dict[int, Rollout] = {}  # the last of each other size, by its place in `latent_shapes`
@@ -227,7 +209,8 @@ class Trainer:
         rows = torch.arange(len(k), device=k.device)
         x0 = rollout.x0[k, rows] if x0 is None else x0
         group = rollout.group * self.student.steps + k
-        return Sample(x0, self.student.t(k, len(k), self.device), k, rollout.cond, rollout.prompts, group, self.decode)
+        t_k = self.student.t(k, len(k), self.device)
+        return Sample(x0, t_k, rollout.cond, rollout.prompts, group, k=k, decode=self.decode)
 
     def parts(self, size: int) -> list[slice]:
         """Rows of a batch of `size` that pass through this process's networks together, whole groups each (memory.micro_groups)."""

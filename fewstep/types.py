@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Rollout(NamedTuple):
@@ -30,24 +31,38 @@ class Sample:
     """What a reward sees: predictions of the student at one state each.
 
     x0 (B, C, H, W), requiring grad when pathwise directions are wanted; t_k (B,) time of the state each was predicted from;
-    k (B,) int64 its index; cond; prompts; group (B,).
+    cond; prompts; group (B,). k (B,) int64: that state's index, which a fake may be told; decode: latents -> pictures, for `image`.
     """
 
     def __init__(
-        self, x0: Tensor, t_k: Tensor, k: Tensor, cond: Any, prompts: list[str], group: Tensor, decode: Callable[[Tensor], Tensor]
+        self,
+        x0: Tensor,
+        t_k: Tensor,
+        cond: Any,
+        prompts: list[str],
+        group: Tensor,
+        *,
+        k: Tensor | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
     ):
-        self.x0, self.t_k, self.k, self.cond, self.prompts, self.group = x0, t_k, k, cond, prompts, group
+        self.x0, self.t_k, self.cond, self.prompts, self.group, self.k = x0, t_k, cond, prompts, group, k
         self._decode = decode
 
     def rows(self, rows: slice) -> Sample:
         """Some of the samples, with a picture of their own. Their x0 is a leaf where this one's is."""
         x0 = self.x0[rows].detach().requires_grad_(self.x0.requires_grad) if self.x0.is_leaf else self.x0[rows]
         cond = {key: value[rows] for key, value in self.cond.items()}
-        return Sample(x0, self.t_k[rows], self.k[rows], cond, self.prompts[rows], self.group[rows], self._decode)
+        k = None if self.k is None else self.k[rows]
+        return Sample(x0, self.t_k[rows], cond, self.prompts[rows], self.group[rows], k=k, decode=self._decode)
 
     @cached_property
     def image(self) -> Tensor:
-        """(B, 3, H, W) in [0, 1], decoded once, differentiable in x0; in float32 or more, whatever the autoencoder is in."""
+        """(B, 3, H, W) in [0, 1], decoded once, differentiable in x0; in float32 or more, whatever the autoencoder is in.
+
+        Raises ValueError for a sample that was given no `decode`.
+        """
+        if self._decode is None:
+            raise ValueError("this sample has no picture: give Sample its `decode`, a function of latents")
         decoded = self._decode(self.x0)  # of a scorer, bf16 would hide the differences inside a group, and NumPy has none
         return decoded.to(torch.promote_types(decoded.dtype, torch.float32))
 
@@ -82,3 +97,21 @@ class Evaluation(NamedTuple):
     score: Tensor  # (B,), one draw of eq. (4)
     magnitude: Tensor  # (B,), n_i = mean |x0_i - D_teacher(xt_i)|
     moments: Moments
+
+
+@dataclass
+class Term:
+    """A reward as the trainer holds it; an online one brings the parameters it trains and their optimizer's settings.
+
+    The anchor's direction is followed as it is (R_dm, dimensionless by eq. (5)); every other term joins it by its weight.
+    """
+
+    reward: Callable[[Sample], Signal]  # rewards.base.Reward
+    parameters: dict[str, nn.Parameter] | None = None
+    lr: float = 0.0
+    decay: float = 0.0  # share of the run, at its end, over which lr falls to zero
+    betas: tuple[float, float] = (0.9, 0.99)
+    updates: int = 1  # per student update
+    max_norm: float = 1.0
+    anchor: bool = False
+    via: Literal["pathwise", "policy"] = "pathwise"

@@ -11,7 +11,8 @@ from fewstep.rewards.discriminator import Discriminator
 from fewstep.rewards.distribution import DistributionMatching
 from fewstep.schedule import Flow
 from fewstep.student import Student
-from fewstep.trainer import Term, Trainer
+from fewstep.trainer import Trainer
+from fewstep.types import Term
 from fewstep.weights import Adaptive, Fixed
 
 PROMPTS = ["a cat", "a dog", "a fish", "a bird", "a hat", "a bat", "a fox"]

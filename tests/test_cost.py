@@ -16,7 +16,7 @@ def test_passes_are_counted_in_samples_and_backward_ones_where_a_gradient_is_wan
     assert (double.forwards, double.backwards, double.cost) == (15, 5, 25)
     k = torch.zeros(4, dtype=torch.long)
     reward = Counted(lambda sample: len(sample.prompts))
-    assert reward(Sample(torch.ones(4, 1, 1, 1), torch.ones(4), k, {}, ["a"] * 4, k, lambda x: x)) == 4
+    assert reward(Sample(torch.ones(4, 1, 1, 1), torch.ones(4), {}, ["a"] * 4, k)) == 4
     assert reward.cost == 4
 
 
@@ -29,7 +29,7 @@ def test_a_reward_that_draws_is_counted_with_what_it_has_drawn():
             return noise
 
     k, reward = torch.zeros(4, dtype=torch.long), Counted(Own())
-    sample = Sample(torch.ones(4, 1, 1, 1), torch.ones(4), k, {}, ["a"] * 4, k, lambda x: x)
+    sample = Sample(torch.ones(4, 1, 1, 1), torch.ones(4), {}, ["a"] * 4, k)
     assert torch.equal(reward(sample, **reward.draw_for_call(sample)), 2 * sample.x0) and reward.forwards == 4
     assert not hasattr(Counted(lambda sample: sample), "draw_for_call")
 

@@ -304,7 +304,7 @@ def test_fake_loss_is_smallest_at_the_students_own_density():
     _, _, m, factor, network, teacher, exact = parts(Flow())
     x0 = network(torch.randn(4000, D, 1, 1, dtype=torch.float64), None, None).detach()
     t, noise = 0.02 + 0.96 * torch.rand(4000, dtype=torch.float64), torch.randn(4000, D, 1, 1, dtype=torch.float64)
-    sample = Sample(x0, t, torch.zeros(4000, dtype=torch.long), {}, [], torch.arange(4000), decode=None)
+    sample = Sample(x0, t, {}, [], torch.arange(4000))
 
     def loss(fake):
         return float(DistributionMatching(teacher, fake, Flow()).loss(sample, t=t, noise=noise))
@@ -319,7 +319,7 @@ def test_it_is_an_online_reward_and_carries_no_gradient():
     matching, x0, *_ = random_case("group", torch.zeros(4, dtype=torch.long))
     assert isinstance(matching, OnlineReward)
     x0.requires_grad_(True)
-    signal = matching(Sample(x0, torch.ones(4), torch.zeros(4, dtype=torch.long), {}, [], torch.zeros(4, dtype=torch.long), decode=None))
+    signal = matching(Sample(x0, torch.ones(4), {}, [], torch.zeros(4, dtype=torch.long)))
     assert not signal.direction.requires_grad and not signal.score.requires_grad
     assert signal.direction.shape == x0.shape and signal.score.shape == (4,)
 
@@ -379,7 +379,7 @@ def told_case(kind):
     teacher = Denoiser(lambda xt, timestep, cond: 0.5 * xt, COSINE, "epsilon" if kind == "sample" else "sample")
     fake = Denoiser(network, COSINE, kind)
     matching = DistributionMatching(teacher, fake, COSINE, step_condition=True, score_weight="matching")
-    return matching, network, Sample(x0, t, k, {}, [""] * 4, torch.zeros(4, dtype=torch.long), decode=None), t, noise
+    return matching, network, Sample(x0, t, {}, [""] * 4, torch.zeros(4, dtype=torch.long), k=k), t, noise
 
 
 def error_by_hand(network, sample, t, noise, kind):
@@ -424,7 +424,7 @@ def test_what_the_fakes_loss_is_not_given_it_draws():
 @pytest.mark.parametrize("kind", V_TARGETS)
 def test_the_lag_by_hand(kind):
     matching, network, old, *_ = told_case(kind)
-    new = Sample(old.x0 + 0.5, old.t_k, old.k.flip(0), {}, old.prompts, old.group, None)
+    new = Sample(old.x0 + 0.5, old.t_k, {}, old.prompts, old.group, k=old.k.flip(0))
     torch.manual_seed(7)
     lag = matching.lag(new, old, kl=True)
     torch.manual_seed(7)
@@ -591,7 +591,7 @@ def test_lag_is_zero_on_equal_outputs_and_positive_where_the_fake_is_wrong():
     k = torch.zeros(len(z), dtype=torch.long)
 
     def sample(x0):
-        return Sample(x0, torch.ones(len(z)), k, {}, [""] * len(z), k, lambda x: x)
+        return Sample(x0, torch.ones(len(z)), {}, [""] * len(z), k)
 
     same = matching.lag(sample(known), sample(known), kl=True)
     assert same.loss == 0 and same.kl == 0
@@ -605,3 +605,43 @@ def test_lag_is_zero_on_equal_outputs_and_positive_where_the_fake_is_wrong():
     assert moved.kl == pytest.approx(float(new - old), rel=1e-12)
     # where the teacher is the fake, no lag of the one can be told from the other: the control variate takes it away
     assert DistributionMatching(fake, fake, schedule).lag(sample(known + 2.0), sample(known), kl=True).kl == 0
+
+
+class Plain(torch.nn.Module):
+    """Nothing but a denoiser's call."""
+
+    def __init__(self, gain):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(gain, dtype=torch.float64))
+
+    def forward(self, xt, t, cond, *, guidance=1.0):
+        return (self.gain + 0.1 * (guidance - 1)) * xt
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_any_module_that_is_called_as_a_denoiser_is_one(guidance):
+    """Held to the `Denoiser` of a network that says x0, here in each case the same."""
+
+    def of(gain):
+        return Denoiser(lambda xt, timestep, cond: (gain - cond["empty"].view(-1, 1, 1, 1)) * xt, Flow(), "sample", uncond=EMPTY)
+
+    EMPTY = {"empty": torch.full((1,), 0.1, dtype=torch.float64)}
+    cond = {"empty": torch.zeros(4, dtype=torch.float64)}
+    x0, noise = torch.randn(2, 4, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t, group = torch.tensor([0.2, 0.4, 0.6, 0.8], dtype=torch.float64), torch.tensor([0, 0, 1, 1])
+    plain, own = (DistributionMatching(make(0.5), make(0.3), Flow(), guidance=guidance) for make in (Plain, of))
+    for one, other in zip(*(flat_of(each.evaluate(x0, cond, group, t=t, noise=noise)) for each in (plain, own)), strict=True):
+        torch.testing.assert_close(one, other)
+    sample = Sample(x0=x0, t_k=torch.ones(4), cond=cond, prompts=["a"] * 4, group=group)
+    assert plain(sample).direction.shape == x0.shape
+    loss = plain.loss(sample, t=t, noise=noise)
+    torch.testing.assert_close(loss, own.loss(sample, t=t, noise=noise))
+    loss.backward()
+    assert plain.fake.gain.grad.abs() > 0
+    torch.manual_seed(0)
+    found = plain.lag(sample, sample, kl=True)
+    assert found == (0, 0)
+
+
+def flat_of(evaluation):
+    return [*evaluation[:-1], *evaluation.moments]

@@ -154,7 +154,7 @@ def test_a_scorer_is_a_reward(scorer):
         decoded.append(1)
         return x0 * 1
 
-    sample = Sample(latents, torch.ones(2), torch.zeros(2, dtype=torch.long), None, ["cat", "dog"], torch.tensor([0, 1]), decode)
+    sample = Sample(latents, torch.ones(2), None, ["cat", "dog"], torch.tensor([0, 1]), decode=decode)
     assert isinstance(scorer, Reward)
     with torch.enable_grad():
         signal = scorer(sample)

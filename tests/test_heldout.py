@@ -25,7 +25,7 @@ BLOCK, WINDOW = Parting.BLOCK, Parting.WINDOW
 def sample_of(images):
     n = len(images)
     x0 = images.clone().requires_grad_()
-    return Sample(x0, torch.ones(n), torch.zeros(n, dtype=torch.long), {}, ["p"] * n, torch.arange(n), lambda x: x)
+    return Sample(x0, torch.ones(n), {}, ["p"] * n, torch.arange(n), decode=lambda x: x)
 
 
 def alarm_at(trained, judged):

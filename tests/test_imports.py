@@ -49,8 +49,8 @@ TABLE = {
     "flags": "config errors hub models rewards.address rewards.sources",
     "export": "checkpoint config evaluate hub metrics models world",
     "latents": "disk evaluate",
-    "composition": "config cost device errors evaluate export latents levels launch models prompts ranks student trainer weights world "
-    "rewards rewards.address rewards.base rewards.discriminator rewards.distribution rewards.remote rewards.sources",
+    "composition": "config cost device errors evaluate export latents levels launch models prompts ranks student trainer types weights "
+    "world rewards rewards.address rewards.base rewards.discriminator rewards.distribution rewards.remote rewards.sources",
     "evaluate.command": "composition config disk errors evaluate export flags launch models needs ranks "
     "rewards rewards.address rewards.clip rewards.sources world",
     "run": "checkpoint composition config disk errors evaluate evaluate.command export flags hub launch models needs prompts ranks report "

@@ -39,7 +39,7 @@ def setting():
     def draw():
         x0 = (m + torch.randn(64, D, dtype=torch.float64) @ factor.T).view(64, *SHAPE)
         k = torch.zeros(64, dtype=torch.long)
-        return Sample(x0, torch.ones(64), k, {}, [""] * 64, torch.arange(64), lambda x: x)
+        return Sample(x0, torch.ones(64), {}, [""] * 64, torch.arange(64), k=k)
 
     return lagging, draw, exact, Denoiser(Shifted(mu, cov), schedule, "sample")
 

@@ -61,7 +61,7 @@ def pictures(n, height=9, width=7, seed=0):
 def sample_of(images, prompts):
     x0 = images.clone().requires_grad_()
     k = torch.zeros(len(images), dtype=torch.long)
-    return Sample(x0, torch.ones(len(images)), k, {}, prompts, k, lambda x: x * 1)
+    return Sample(x0, torch.ones(len(images)), {}, prompts, k, k=k, decode=lambda x: x * 1)
 
 
 # A server that fails as it is told to

@@ -25,7 +25,7 @@ def sample_of(batch=4, *, gradient=True):
     torch.manual_seed(0)
     x0 = torch.randn(batch, 2, 3, 3, dtype=torch.float64, requires_grad=gradient)
     k = torch.zeros(batch, dtype=torch.long)
-    return Sample(x0, torch.ones(batch, dtype=torch.float64), k, {}, ["p"] * batch, torch.arange(batch) // 2, decode)
+    return Sample(x0, torch.ones(batch, dtype=torch.float64), {}, ["p"] * batch, torch.arange(batch) // 2, k=k, decode=decode)
 
 
 def test_the_direction_is_the_gradient_through_the_decoder():
@@ -223,3 +223,11 @@ def test_the_discriminator_learns_which_is_real_and_points_there():
 def test_the_discriminator_refuses_a_backbone_without_the_empty_prompt():
     with pytest.raises(ValueError, match="uncond"):
         Discriminator(Denoiser(Middle(), Flow(), "flow"), Mean(), torch.zeros(1, 2, 3, 3))
+
+
+def test_a_sample_needs_neither_a_step_nor_a_decoder_until_one_is_asked_for():
+    x0, group = torch.randn(4, 2, 3, 3), torch.tensor([0, 0, 1, 1])
+    sample = Sample(x0=x0, t_k=torch.ones(4), cond={}, prompts=["a", "b", "c", "d"], group=group)
+    assert sample.k is None and sample.rows(slice(1, 3)).k is None and sample.rows(slice(1, 3)).prompts == ["b", "c"]
+    with pytest.raises(ValueError, match="give Sample its `decode`"):
+        PixelReward(lambda images, prompts: images.mean((1, 2, 3)), "mean")(sample)

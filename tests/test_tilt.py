@@ -14,8 +14,8 @@ from fewstep.prompts import Batches
 from fewstep.rewards.distribution import DistributionMatching
 from fewstep.schedule import Flow
 from fewstep.student import Student
-from fewstep.trainer import Term, Trainer
-from fewstep.types import Signal
+from fewstep.trainer import Trainer
+from fewstep.types import Signal, Term
 from fewstep.weights import Adaptive
 
 SCHEDULE = Flow()

@@ -13,17 +13,22 @@ import pytest
 import small_run
 import torch
 from safetensors.torch import save_file
+from test_distribution import Plain
 
 from fewstep import checkpoint, composition, flags, losses
+from fewstep.config import Config
 from fewstep.errors import UserError
 from fewstep.metrics import MetricsLog
 from fewstep.models import backbone
 from fewstep.prompts import Batches, read
 from fewstep.rewards.base import PixelReward, RewardError, as_reward
+from fewstep.rewards.distribution import DistributionMatching
 from fewstep.run import draw_progress, student_grid
-from fewstep.trainer import Term, Trainer
+from fewstep.schedule import Flow
+from fewstep.student import Student
+from fewstep.trainer import Trainer
 from fewstep.transforms import advantages
-from fewstep.types import Signal
+from fewstep.types import Signal, Term
 from fewstep.weights import Fixed
 
 OPTIONS = [
@@ -996,3 +1001,17 @@ def test_a_black_box_reward_needs_the_policy(teacher_folder, prompt_file):
     run = run_of(teacher_folder, prompt_file, "--reward.contrast", "0.3")
     with pytest.raises(RewardError, match=r"contrast.*--via\.contrast policy"):
         run.trainer.step()
+
+
+def test_a_run_takes_any_module_that_is_called_as_a_denoiser():
+    network, fake = Plain(0.5), Plain(0.3)
+    matching = DistributionMatching(Plain(0.6), fake, Flow(), guidance=2.0, score_weight="matching")
+    trainer = Trainer(
+        Student(network, Flow(), [1.0, 0.5]), dict(network.named_parameters()),
+        {"dm": Term(matching, dict(fake.named_parameters()), lr=1e-3, anchor=True)}, Batches(["a cat"], groups=2, group_size=2, seed=0),
+        encode=lambda prompts: {}, decode=lambda x0: x0, latent_shapes=[(1, 2, 2)], config=Config(steps=2, precision="fp32"),
+    )  # fmt: skip
+    before = [float(each.gain.detach()) for each in (network, fake)]
+    logs = [trainer.step() for _ in range(3)][-1]
+    assert all(float(each.gain.detach()) != gain for each, gain in zip((network, fake), before, strict=True)) and "dm/lag" in logs
+    assert trainer.state()["counted"] == {}

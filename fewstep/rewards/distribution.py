@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser, guide, target, to_x0
+from fewstep.denoiser import Denoiser, Prediction, guide, target, to_x0
 from fewstep.levels import Density, DensityName, Levels, density_named, noise_levels
 from fewstep.losses import denoising
 from fewstep.schedule import Schedule, bcast
@@ -41,6 +41,7 @@ def matching_integral(schedule: Schedule, t_range: tuple[float, float], density:
 class DistributionMatching:
     """An OnlineReward from a frozen teacher and a fake that learns the student's own distribution.
 
+    teacher, fake: each a `Denoiser`, or any module called as one, (xt, t, cond, *, guidance) -> x0.
     guidance: the teacher's scale; None: each sample's own, cond["guidance"] (B,), the same for all of a group.
     direction: d_i = (D_teacher - D_fake)(xt_i) / scale, eq. (5), with D_teacher guided by `guidance` and the scale
         group    mean over the group of n_j = mean |x0_j - D_teacher(xt_j)|   (GNDM)
@@ -129,6 +130,14 @@ class DistributionMatching:
             raise ValueError("a fake conditioned on the step needs k, the index of the step that made each sample")
         return {**cond, "step": k}
 
+    def fake_prediction(self, xt: Tensor, t: Tensor, sample: Sample) -> tuple[Tensor, Prediction]:
+        """(what the fake's network says of a sample renoised to xt (B, C, H, W) at t (B,), which kind that is); x0 where the fake has only
+        a denoiser's call."""
+        cond = self.fake_cond(sample.cond, sample.k)
+        if hasattr(self.fake, "predict"):
+            return self.fake.predict(xt, t, cond), self.fake.prediction
+        return self.fake(xt, t, cond), "sample"
+
     @torch.no_grad()
     def evaluate(
         self, x0: Tensor, cond: Any, group: Tensor, *, k: Tensor | None = None, t: Tensor | None = None, noise: Tensor | None = None
@@ -141,11 +150,14 @@ class DistributionMatching:
         t = self.noise_levels(group, self.levels) if t is None else t
         noise = torch.randn_like(x0) if noise is None else noise
         xt = self.renoise(x0, t, noise)
+        scale = cond["guidance"] if self.guidance is None else self.guidance
         if self.guidance == 1.0:
             conditional = guided = self.teacher(xt, t, cond)
-        else:
+        elif hasattr(self.teacher, "pair"):  # both from one network call
             conditional, unconditional = self.teacher.pair(xt, t, cond)
-            guided = guide(conditional, unconditional, cond["guidance"] if self.guidance is None else self.guidance)
+            guided = guide(conditional, unconditional, scale)
+        else:
+            conditional, guided = self.teacher(xt, t, cond), self.teacher(xt, t, cond, guidance=scale)
         fake = self.fake(xt, t, self.fake_cond(cond, k))
         for name, value in (("teacher", guided), ("fake", fake)):
             if not bool(torch.isfinite(value).all()):
@@ -203,9 +215,8 @@ class DistributionMatching:
         if t is None or noise is None:
             drawn = self.draw(sample)
             t, noise = drawn["t"] if t is None else t, drawn["noise"] if noise is None else noise
-        prediction = self.fake.predict(self.renoise(x0, t, noise), t, self.fake_cond(sample.cond, sample.k))
-        wanted = target(x0, noise, self.schedule.alpha(t), self.schedule.sigma(t), self.fake.prediction)
-        return denoising(prediction, wanted)
+        prediction, kind = self.fake_prediction(self.renoise(x0, t, noise), t, sample)
+        return denoising(prediction, target(x0, noise, self.schedule.alpha(t), self.schedule.sigma(t), kind))
 
     @torch.no_grad()
     def known(self, sample: Sample, xt: Tensor, t: Tensor, noise: Tensor, *, teacher: Tensor | None) -> tuple[float, float | None]:
@@ -214,11 +225,11 @@ class DistributionMatching:
         teacher: its unguided x0 (B, C, H, W) at xt, without which there is no score.
         """
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        prediction = self.fake.predict(xt, t, self.fake_cond(sample.cond, sample.k))
-        loss = float(denoising(prediction, target(sample.x0, noise, alpha, sigma, self.fake.prediction)))
+        prediction, kind = self.fake_prediction(xt, t, sample)
+        loss = float(denoising(prediction, target(sample.x0, noise, alpha, sigma, kind)))
         if teacher is None:
             return loss, None
-        return loss, float(self.score(sample.x0, to_x0(prediction, xt, alpha, sigma, self.fake.prediction), teacher, t).mean())
+        return loss, float(self.score(sample.x0, to_x0(prediction, xt, alpha, sigma, kind), teacher, t).mean())
 
     @torch.no_grad()
     def lag(self, new: Sample, old: Sample, *, kl: bool = False) -> Lag:
