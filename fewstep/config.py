@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from typing import Any, Literal
 
 from fewstep.rewards.address import TIMEOUT
@@ -14,6 +16,26 @@ RESERVED = {
     **dict.fromkeys(("weights", "rewards", "reuse", "policy", "evaluations"), "numbers of the run's own"),
 }  # names that no reward can have, and what metrics.jsonl has under them
 LIMITS = ("student.max_norm", "fake.max_norm", "weights.lag_limit", "weights.clip", "reuse.rho_max")  # infinite: no limit
+POSITIVE, NO_LIMIT = (lambda v: v > 0, "be positive"), (lambda v: v > 0, "be positive (.inf: no limit)")
+AT_LEAST_1, AT_LEAST_0 = (lambda v: v >= 1, "be at least 1"), (lambda v: v >= 0, "be 0 or more")
+SHARE, BELOW_1 = (lambda v: 0 <= v <= 1, "lie in [0, 1]"), (lambda v: 0 <= v < 1, "lie in [0, 1)")
+BETAS = (lambda v: all(0 <= beta < 1 for beta in v), "both lie in [0, 1)")
+# what each number must be by itself; `problems` has what goes with what
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "teacher_guidance": (lambda v: v >= 1, "be 1, which is no guidance, or more"),
+    "seed": (lambda v: 0 <= v < 2**32, "be from 0 to 2^32 - 1"),
+    "steps": AT_LEAST_1, "updates": AT_LEAST_1, "group_size": AT_LEAST_1, "groups": AT_LEAST_1,
+    "lora_rank": (lambda v: v >= 0, "be 0 (full weights) or more"), "save_every": AT_LEAST_1, "sample_every": AT_LEAST_0,
+    "student.lr": POSITIVE, "student.betas": BETAS, "student.max_norm": NO_LIMIT, "student.decay": SHARE,
+    "student.weight_decay": AT_LEAST_0, "student.ema": BELOW_1,
+    "fake.lr": POSITIVE, "fake.betas": BETAS, "fake.max_norm": NO_LIMIT, "fake.decay": SHARE, "fake.updates": AT_LEAST_0,
+    "matching.gamma": SHARE, "matching.shift": POSITIVE, "matching.draws": AT_LEAST_1,
+    "reuse.rollout": AT_LEAST_1, "reuse.evaluation": AT_LEAST_1, "reuse.rho_max": AT_LEAST_1, "reuse.min_ess": SHARE,
+    "weights.eta": POSITIVE, "weights.cap": (lambda v: v > 0.05, "be above 0.05, where the weight starts"),
+    "weights.lag_limit": AT_LEAST_0, "weights.clip": POSITIVE, "weights.max_masked": SHARE,
+    "remote.timeout": (lambda v: 0 < v <= 86400, "be positive and at most a day (86400)"),
+    "memory.micro_groups": (lambda v: v >= 0, "be 0 (all) or more"), "discriminator.lr": POSITIVE,
+}  # fmt: skip
 
 
 @dataclass
@@ -276,39 +298,18 @@ class Config:
         return self.updates * (1 + learning * self.fake.updates if self.reuse.backward_simulation else 1)
 
     def problems(self) -> list[str]:
-        """What is wrong with the values, one line a key."""
+        """What is wrong with the values, one line a key: what is out of its range, then what does not go with the others."""
         low, high = self.matching.t_range
         within = self.matching.guidance_range
         least = self.matching.guidance if within is None else within[0]
         weights, mode, backward = self.weights, self.weights.mode, self.reuse.backward_simulation
         policies = ", ".join(name for name, via in self.via.items() if via == "policy")
         checks = [
-            (self.teacher_guidance >= 1, "teacher_guidance", f"must be 1, which is no guidance, or more, got {self.teacher_guidance}"),
-            (0 <= self.seed < 2**32, "seed", f"must be from 0 to 2^32 - 1, got {self.seed}"),
-            (self.steps >= 1, "steps", f"must be at least 1, got {self.steps}"),
-            (self.updates >= 1, "updates", f"must be at least 1, got {self.updates}"),
-            (self.group_size >= 1, "group_size", f"must be at least 1, got {self.group_size}"),
-            (self.groups >= 1, "groups", f"must be at least 1, got {self.groups}"),
-            (self.lora_rank >= 0, "lora_rank", f"must be 0 (full weights) or more, got {self.lora_rank}"),
-            (self.save_every >= 1, "save_every", f"must be at least 1, got {self.save_every}"),
-            (self.sample_every >= 0, "sample_every", f"must be 0 or more, got {self.sample_every}"),
-            (self.student.lr > 0, "student.lr", f"must be positive, got {self.student.lr}"),
-            (all(0 <= beta < 1 for beta in self.student.betas), "student.betas", f"must both lie in [0, 1), got {self.student.betas}"),
-            (self.student.max_norm > 0, "student.max_norm", f"must be positive (.inf: no limit), got {self.student.max_norm}"),
-            (0 <= self.student.decay <= 1, "student.decay", f"must lie in [0, 1], got {self.student.decay}"),
-            (self.student.weight_decay >= 0, "student.weight_decay", f"must be 0 or more, got {self.student.weight_decay}"),
-            (0 <= self.student.ema < 1, "student.ema", f"must lie in [0, 1), got {self.student.ema}"),
-            (self.fake.lr > 0, "fake.lr", f"must be positive, got {self.fake.lr}"),
-            (all(0 <= beta < 1 for beta in self.fake.betas), "fake.betas", f"must both lie in [0, 1), got {self.fake.betas}"),
-            (self.fake.max_norm > 0, "fake.max_norm", f"must be positive (.inf: no limit), got {self.fake.max_norm}"),
-            (0 <= self.fake.decay <= 1, "fake.decay", f"must lie in [0, 1], got {self.fake.decay}"),
-            (self.fake.updates >= 0, "fake.updates", f"must be 0 or more, got {self.fake.updates}"),
             (least >= 1, "matching.guidance", f"must be 1, which is no guidance, or more, got {self.matching.guidance}"),
             (
                 least < 1 or within is None or within[0] < within[1],
                 "matching.guidance", f"a range runs from a lower scale to a higher one, got {self.matching.guidance}",
             ),
-            (0 <= self.matching.gamma <= 1, "matching.gamma", f"must lie in [0, 1], got {self.matching.gamma}"),
             (0 < low < high <= 1, "matching.t_range", f"must satisfy 0 < low < high <= 1, got {low}, {high}"),
             (not self.matching.leave_one_out or self.group_size > 1, "matching.leave_one_out", "needs group_size of at least 2"),
             (
@@ -316,8 +317,6 @@ class Config:
                 "matching.leave_one_out",
                 f"needs a scale that several samples share, matching.normalize group or batch, not {self.matching.normalize}",
             ),
-            (self.matching.shift > 0, "matching.shift", f"must be positive, got {self.matching.shift}"),
-            (self.matching.draws >= 1, "matching.draws", f"must be at least 1, got {self.matching.draws}"),
             (self.matching.draws == 1 or not self.matching.leave_one_out, "matching.draws", "must be 1 with matching.leave_one_out"),
             (
                 self.matching.draws == 1 or self.reuse.evaluation == 1 or not self.reuse.weighted,
@@ -325,10 +324,6 @@ class Config:
                 "must be 1 where an evaluation is reused with weights: eq. (8) weighs one draw",
             ),
             (not (self.resume and self.overwrite), "resume", "cannot be combined with overwrite"),
-            (self.reuse.rollout >= 1, "reuse.rollout", f"must be at least 1, got {self.reuse.rollout}"),
-            (self.reuse.evaluation >= 1, "reuse.evaluation", f"must be at least 1, got {self.reuse.evaluation}"),
-            (self.reuse.rho_max >= 1, "reuse.rho_max", f"must be at least 1, got {self.reuse.rho_max}"),
-            (0 <= self.reuse.min_ess <= 1, "reuse.min_ess", f"must lie in [0, 1], got {self.reuse.min_ess}"),
             (not backward or self.reuse.rollout == 1, "reuse.rollout", "backward simulation makes fresh rollouts: it cannot reuse one"),
             (not (backward and policies), "via", "a policy gradient needs whole rollouts: not with reuse.backward_simulation"),
             (not backward or mode != "adaptive", "weights.mode", "adaptive needs the lag between rollouts: no backward simulation"),
@@ -362,20 +357,16 @@ class Config:
                 "fake.on", "last leaves the fake untrained at every other step that it is conditioned on: set fake.condition to none",
             ),
             (not weights.project or mode == "fixed", "weights.project", f"is for fixed weights, not {mode}"),
-            (weights.eta > 0, "weights.eta", f"must be positive, got {weights.eta}"),
-            (weights.cap > 0.05, "weights.cap", f"must be above 0.05, where the weight starts, got {weights.cap}"),
-            (weights.lag_limit >= 0, "weights.lag_limit", f"must be 0 or more, got {weights.lag_limit}"),
-            (weights.clip > 0, "weights.clip", f"must be positive, got {weights.clip}"),
-            (0 <= weights.max_masked <= 1, "weights.max_masked", f"must lie in [0, 1], got {weights.max_masked}"),
-            (0 < self.remote.timeout <= 86400, "remote.timeout", f"must be positive and at most a day (86400), got {self.remote.timeout}"),
-            (self.memory.micro_groups >= 0, "memory.micro_groups", f"must be 0 (all) or more, got {self.memory.micro_groups}"),
             (
                 not self.lora_rank or self.memory.teacher == "exact",
                 "memory.teacher", "int8 needs full weights (lora_rank 0): LoRA shares the base",
             ),
             (self.via.get("discriminator") != "policy", "via.discriminator", "its gradient is what it gives: pathwise, not policy"),
-            (self.discriminator.lr > 0, "discriminator.lr", f"must be positive, got {self.discriminator.lr}"),
         ]  # fmt: skip
         infinite = self.not_finite()
         found = [f"{key}: must be a finite number, got {value}" for key, value in infinite.items()]
+        for key, (fine, words) in RANGES.items():
+            value = attrgetter(key)(self)
+            if key not in infinite and not fine(value):
+                found.append(f"{key}: must {words}, got {value}")
         return found + [f"{key}: {message}" for fine, key, message in checks if not fine and key not in infinite]
