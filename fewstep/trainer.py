@@ -68,6 +68,16 @@ def learning_rate(lr: float, progress: float, decay: float) -> float:
     return lr if decay == 0 else lr * min(1.0, max(0.0, 1 - progress) / decay)
 
 
+def at_steps(per_step: Tensor, k: Tensor) -> Tensor:
+    """Of values at every step (K, B, ...) each sample's at its own k (B,), (B, ...)."""
+    return per_step[k, torch.arange(len(k), device=k.device)]
+
+
+def last_step(rollout: Rollout) -> Tensor:
+    """The last step that a rollout has reached, for each sample (B,)."""
+    return torch.full_like(rollout.group, len(rollout.states) - 1)
+
+
 def optimizer_class(name: str) -> Any:
     """AdamW, or its 8-bit version from bitsandbytes. Raises ImportError naming what to install."""
     if name == "adamw":
@@ -206,8 +216,7 @@ class Trainer:
 
     def sample_of(self, rollout: Rollout, k: Tensor, x0: Tensor | None = None) -> Sample:
         """The batch with sample i taken at state k_i; where steps are mixed, a group is (prompt, k)."""
-        rows = torch.arange(len(k), device=k.device)
-        x0 = rollout.x0[k, rows] if x0 is None else x0
+        x0 = at_steps(rollout.x0, k) if x0 is None else x0
         group = rollout.group * self.student.steps + k
         t_k = self.student.t(k, len(k), self.device)
         return Sample(x0, t_k, rollout.cond, rollout.prompts, group, k=k, decode=self.decode)
@@ -232,19 +241,10 @@ class Trainer:
 
     def evaluate(self, rollout: Rollout, lag: float | None) -> tuple[Block, Predicted, dict[str, float]]:
         """Ask every reward about the student's predictions; returns what its updates need, the predictions, and the logs."""
-        if self.config.reuse.backward_simulation:
-            k = torch.full_like(rollout.group, len(rollout.states) - 1)
-        else:
-            # every prompt's group sits at one step; the steps rotate over the evaluations of a rollout: up to K see each state once
-            turn = -(-self.rollouts // len(self.latent_shapes))  # of its size, each of which goes through every step
-            k = (rollout.group + self.used + turn) % self.student.steps
-        xk = rollout.states[k, torch.arange(len(k), device=k.device)]
-        fresh = self.used == 0 or self.config.reuse.backward_simulation
-        if fresh and len(self.parts(len(k))) > 1:
-            # of the same weights: its graph is made part by part
-            x0 = Predicted(widened(rollout.x0[k, torch.arange(len(k), device=k.device)]), None)
-        else:
-            x0 = self.predict(rollout, xk, k)
+        k = self.evaluated_steps(rollout)
+        xk, fresh = at_steps(rollout.states, k), self.used == 0
+        in_parts = fresh and len(self.parts(len(k))) > 1  # the rollout's are of the same weights: their graph is made part by part
+        x0 = Predicted(widened(at_steps(rollout.x0, k)), None) if in_parts else self.predict(rollout, xk, k)
         others = {name: term.reward for name, term in self.terms.items() if term.via == "pathwise" and not term.anchor}
         # R_dm brings its own gradient; the rewards beside it may need one in x0, but for those that only scale R_dm's direction
         wanted = bool(others) and self.config.weights.mode != "advantage"
@@ -254,6 +254,14 @@ class Trainer:
             signals, judged = self.ask_with_judges(others, sample) if fresh else (self.ask_in_parts(others, sample), {})
         anchor, extra, more = self.combine(anchor, signals, sample.group)
         return Block(k, xk, x0.whole, anchor, extra, at.xt, at.t), x0, logs | judged | more
+
+    def evaluated_steps(self, rollout: Rollout) -> Tensor:
+        """The step at which each sample is evaluated, (B,): the last of a simulation, else one for every prompt's group, in turn over a
+        rollout's evaluations: up to K see each state once."""
+        if self.config.reuse.backward_simulation:
+            return last_step(rollout)
+        turn = -(-self.rollouts // len(self.latent_shapes))  # of its size, each of which goes through every step
+        return (rollout.group + self.used + turn) % self.student.steps
 
     def ask_anchor(self, sample: Sample, lag: float | None) -> tuple[Tensor, Signal, dict[str, float]]:
         """(R_dm's direction (B, C, H, W), its whole signal, logs); the weights of the other rewards hear its score."""
@@ -296,14 +304,14 @@ class Trainer:
             for rows in parts:
                 piece = sample if rows == slice(0, size) else sample.rows(rows)
                 for name, reward in rewards.items():
-                    told = {key: value[rows] for key, value in drawn.get(name, {}).items()}
-                    found[name].append(asked(name, reward, piece, **told))
+                    own = {key: value[rows] for key, value in drawn.get(name, {}).items()}
+                    found[name].append(asked(name, reward, piece, **own))
 
         given = {
             name: [all(value is not None for value in values) for values in zip(*signals, strict=True)] for name, signals in found.items()
         }
-        told = self.ranks.told(given)  # decided together: no process gathers alone
-        whole = {name: [all(values) for values in zip(*(one[name] for one in told), strict=True)] for name in found}
+        of_all = self.ranks.told(given)  # decided together: no process gathers alone
+        whole = {name: [all(values) for values in zip(*(one[name] for one in of_all), strict=True)] for name in found}
 
         def joined(values: tuple[Any, ...], there: bool) -> Tensor | None:
             return self.ranks.gather(torch.cat(values)) if there else None
@@ -470,13 +478,12 @@ class Trainer:
         for name, term in self.terms.items():
             if term.via != "policy":
                 continue
-            k = torch.full_like(rollout.group, self.student.steps - 1)
             with self.precision(), torch.no_grad():
-                found, more = self.ask_with_judges({name: term.reward}, self.sample_of(rollout, k))
+                found, more = self.ask_with_judges({name: term.reward}, self.sample_of(rollout, last_step(rollout)))
             signal, logs = found[name], logs | more
             if signal.score is None:
                 raise RewardError(f"reward {name!r} gave no score, which a policy gradient needs")
-            valid, logs[f"{name}/masked"] = self.scored(name, signal, len(k))
+            valid, logs[f"{name}/masked"] = self.scored(name, signal, len(rollout.group))
             logs[f"{name}/score"] = float(signal.score[valid].mean())
             logs |= {f"{name}/{key}": value for key, value in spread_of(signal.score, rollout.group).items()}
             self.advantages[name] = advantages(signal.score, rollout.group)
@@ -490,7 +497,7 @@ class Trainer:
             for _ in range(term.updates * times):
                 if self.config.reuse.backward_simulation:
                     rollout = self.simulate(last=self.config.fake.on == "last")
-                    sample = self.sample_of(rollout, torch.full_like(rollout.group, len(rollout.states) - 1))
+                    sample = self.sample_of(rollout, last_step(rollout))
                 else:
                     sample = self.sample_of(rollout, self.online_step(rollout))
                 optimizer.zero_grad(set_to_none=True)
@@ -510,8 +517,7 @@ class Trainer:
         """The loss of an online reward's own network on this process's rows of a sample; its gradient is added up part by part."""
         size, total = len(sample.group), torch.zeros((), device=self.device)
         parts = self.parts(size)
-        draw = getattr(reward, "draw", None)
-        drawn = {} if draw is None else draw(sample)
+        drawn = reward.draw(sample) if hasattr(reward, "draw") else {}
         with self.ranks.own_random(self.device):
             for rows in parts:
                 piece = sample if rows == slice(0, size) else sample.rows(rows)
@@ -529,25 +535,23 @@ class Trainer:
 
     def online_step(self, rollout: Rollout) -> Tensor:
         """A step for each sample, (B,): every step equally often up to rounding, which sample gets which drawn anew."""
-        size = len(rollout.group)
         if self.config.fake.on == "last":
-            return torch.full_like(rollout.group, self.student.steps - 1)
-        return (torch.randperm(size) % self.student.steps).to(self.device)
+            return last_step(rollout)
+        return (torch.randperm(len(rollout.group)) % self.student.steps).to(self.device)
 
     def lags(self, new: Rollout, old: Rollout) -> tuple[dict[str, float], float | None]:
         """(how much worse each online reward knows the newest outputs than those it was trained on; the anchor's in its score's unit)."""
         logs, kl = {}, None
         for name in self.online:
-            lag = getattr(self.terms[name].reward, "lag", None)
-            if lag is not None:
-                k = self.online_step(new)
-                with self.precision(), self.sharing():
-                    found = lag(
-                        self.sample_of(new, k), self.sample_of(old, k), kl=isinstance(self.weights, Adaptive) and name in self.anchors
-                    )
-                logs[f"{name}/lag"] = found.loss
-                if found.kl is not None:
-                    kl = logs[f"{name}/lag_kl"] = found.kl
+            reward = self.terms[name].reward
+            if not hasattr(reward, "lag"):
+                continue
+            k, wanted = self.online_step(new), isinstance(self.weights, Adaptive) and name in self.anchors
+            with self.precision(), self.sharing():
+                found = reward.lag(self.sample_of(new, k), self.sample_of(old, k), kl=wanted)
+            logs[f"{name}/lag"] = found.loss
+            if found.kl is not None:
+                kl = logs[f"{name}/lag_kl"] = found.kl
         return logs, kl
 
     def step(self) -> dict[str, float]:
@@ -594,7 +598,7 @@ class Trainer:
         """(the student's predictions, logs) of a new block at the next states, those of a new rollout where this one has served."""
         logs, lag = {}, None
         if self.config.reuse.backward_simulation:
-            self.rollout = self.simulate()
+            self.rollout, self.used = self.simulate(), 0
             self.rollouts += 1
         elif self.rollout is None or self.used == self.config.reuse.rollout:
             logs, lag = self.roll_out()

@@ -36,6 +36,8 @@ class OnlineReward(Reward, Protocol):
     Where it also has `draw(sample) -> dict[str, Tensor]`, whatever its loss takes at random, a row a sample, its loss takes that as
     keywords, and a batch that passes through the networks in parts, or in several processes, has the loss that it would have whole.
     Without `draw` each part draws its own.
+    Where it also has `lag(new, old, *, kl) -> Lag`, its held-out `loss` on the newest sample minus that on the one before, which it was
+    trained on, is logged; with `kl`, as an adaptive weight asks of the anchor, also in the unit of its score.
     """
 
     module: nn.Module
