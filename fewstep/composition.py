@@ -389,7 +389,7 @@ def build(
             real = real_latents(config, backbone, latent_shapes, progress=ranks.rank == 0)
     ahead = batches.ahead(config.batches())  # of a large set most are never drawn
     backbone.prepare(ahead[place() :: neighbours()], sharers=neighbours())
-    ranks.wait()
+    ranks.barrier()
     try:
         roles = backbone.roles(
             lora_rank=config.lora_rank, fake_steps=config.steps if conditioned else 0, guidance=guidance,

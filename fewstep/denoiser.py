@@ -135,7 +135,7 @@ class Denoiser(nn.Module):
         if self.ranks is None or torch.is_grad_enabled():
             return self.pass_through(xt, timestep, cond)
         own = self.ranks.rows(len(xt))
-        return self.ranks.gather(self.pass_through(xt[own], timestep[own], {key: value[own] for key, value in cond.items()}))
+        return self.ranks.all_gather(self.pass_through(xt[own], timestep[own], {key: value[own] for key, value in cond.items()}))
 
     def pass_through(self, xt: Tensor, timestep: Tensor, cond: Any) -> Tensor:
         """The network's output (B, C, H, W), part by part where the batch is larger than `largest`."""

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as processes
+import torch.distributed as dist
 from torch import Tensor
 
 from fewstep.errors import UserError
@@ -53,20 +53,20 @@ class Ranks:
         ranks = cls(rank, size)
         if size > 1:
             gpus = device != "cpu" and torch.cuda.is_available()
-            if gpus and not processes.is_nccl_available():
+            if gpus and not dist.is_nccl_available():
                 raise UserError("several processes with GPUs speak by NCCL, and this torch has none, as on Windows: start one process")
             if gpus:
                 torch.cuda.set_device(own_gpu())
-            store, _, _ = next(processes.rendezvous("env://", rank, size, timeout=PATIENCE))
+            store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=PATIENCE))
             # named: unasked, torch has one for the tensors of the machine's accelerator alone, as of a Mac's, which no run takes
-            backend, own = "cpu:gloo,cuda:nccl" if gpus else "cpu:gloo", processes.PrefixStore("run", store)
-            processes.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=PATIENCE)
-            warnings.showwarning = functools.partial(show_once, processes.PrefixStore("warnings", store), Counter(), ranks.show)
+            backend, own = "cpu:gloo,cuda:nccl" if gpus else "cpu:gloo", dist.PrefixStore("run", store)
+            dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=PATIENCE)
+            warnings.showwarning = functools.partial(show_once, dist.PrefixStore("warnings", store), Counter(), ranks.show)
         return ranks
 
     def leave(self) -> None:
         if self.size > 1:
-            processes.destroy_process_group()
+            dist.destroy_process_group()
             warnings.showwarning = self.show
 
     def rows(self, size: int) -> slice:
@@ -74,7 +74,7 @@ class Ranks:
         each = size // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
-    def gather(self, own: Tensor) -> Tensor:
+    def all_gather(self, own: Tensor) -> Tensor:
         """Every process's rows (b, ...) below one another, (b * size, ...), to the bit and without a gradient."""
         if self.size == 1:
             return own
@@ -82,66 +82,66 @@ class Ranks:
         held = own.unsqueeze(-1).view(torch.uint8)  # as bytes: not every backend knows every number format
         parts = [torch.empty_like(held) for _ in range(self.size)]
         with naming_the_lost():
-            processes.all_gather(parts, held)
+            dist.all_gather(parts, held)
         return torch.cat(parts).view(own.dtype).squeeze(-1)
 
-    def add(self, tensors: list[Tensor | None]) -> None:
+    def all_reduce(self, tensors: list[Tensor | None]) -> None:
         """Puts the sum over all processes in the place of each tensor; None stays, as it does in every process."""
         if self.size == 1:
             return
-        in_buckets(processes.all_reduce, [tensor for tensor in tensors if tensor is not None])
+        in_buckets(dist.all_reduce, [tensor for tensor in tensors if tensor is not None])
 
-    def sums(self, values: dict[str, float]) -> dict[str, float]:
+    def sum_by_name(self, values: dict[str, float]) -> dict[str, float]:
         """Sums over all processes, by name; a name that some lack is 0 there."""
         if self.size == 1:
             return values
-        found = self.told(values)
+        found = self.all_gather_object(values)
         return {name: sum(one.get(name, 0) for one in found) for name in dict.fromkeys(name for one in found for name in one)}
 
     def any(self, flag: bool) -> bool:
         """Whether it is true in one of the processes."""
-        return flag if self.size == 1 else any(self.told(flag))
+        return flag if self.size == 1 else any(self.all_gather_object(flag))
 
-    def first(self, flag: bool) -> bool:
+    def of_first(self, flag: bool) -> bool:
         """What the first process says: a decision on whole batches, whose last bits may differ between GPUs, is made once."""
-        return flag if self.size == 1 else self.told(flag)[0]
+        return flag if self.size == 1 else self.all_gather_object(flag)[0]
 
-    def told(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """What every process says: whatever JSON can hold."""
         text = torch.frombuffer(bytearray(json.dumps(value), "ascii"), dtype=torch.uint8)
-        lengths = self.gather(torch.tensor([len(text)])).tolist()
-        padded = self.gather(torch.nn.functional.pad(text, (0, max(lengths) - len(text)))).view(self.size, -1)
+        lengths = self.all_gather(torch.tensor([len(text)])).tolist()
+        padded = self.all_gather(torch.nn.functional.pad(text, (0, max(lengths) - len(text)))).view(self.size, -1)
         return [json.loads(bytes(row[:length].tolist())) for row, length in zip(padded, lengths, strict=True)]
 
-    def begin(self, tensors: list[Tensor]) -> None:
+    def broadcast(self, tensors: list[Tensor]) -> None:
         """Puts the first process's values in the place of each tensor."""
         if self.size == 1:
             return
-        in_buckets(functools.partial(processes.broadcast, src=0), tensors)
+        in_buckets(functools.partial(dist.broadcast, src=0), tensors)
 
     def check_same(self, tensors: list[Tensor], what: str) -> None:
         """Raises RuntimeError naming the processes whose tensors are not those of the first, by their sums."""
         if self.size == 1:
             return
-        found = self.told(torch.stack([tensor.detach().double().sum() for tensor in tensors]).tolist())
+        found = self.all_gather_object(torch.stack([tensor.detach().double().sum() for tensor in tensors]).tolist())
         other = [str(rank) for rank, sums in enumerate(found) if sums != found[0]]
         if other:
             raise RuntimeError(f"{what} of process {', '.join(other)} is no longer that of process 0: their GPUs compute differently")
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until every process has come here."""
         if self.size > 1:
-            self.told(None)
+            self.all_gather_object(None)
 
     @contextmanager
     def first_on_its_machine(self) -> Iterator[None]:
         """The machine's first process goes through what is within, then its others: they find what it has cached."""
         leads = place() == 0
         if not leads:
-            self.wait()
+            self.barrier()
         yield
         if leads:
-            self.wait()
+            self.barrier()
 
     @contextmanager
     def own_random(self, device: torch.device) -> Iterator[None]:
@@ -163,7 +163,7 @@ def own_gpu() -> int:
 
 
 def show_once(
-    store: processes.Store, had: Counter[str], show: Callable[..., None], message: Warning | str, category: type[Warning], *rest: Any
+    store: dist.Store, had: Counter[str], show: Callable[..., None], message: Warning | str, category: type[Warning], *rest: Any
 ) -> None:
     """Show a warning unless another process has shown the same, as often as this one has had it. had: what this process has had."""
     text = f"{category.__name__}: {message}"

@@ -337,7 +337,7 @@ def carry_out(config: Config, prompts: list[str], source: str, functions: dict[s
             return 130
         if first:
             finish(run, output, source, prompts)
-        ranks.wait()  # what is returned is there for all
+        ranks.barrier()  # what is returned is there for all
         return 0
 
 
@@ -373,12 +373,12 @@ def find_checkpoint(root: Path, ranks: Ranks) -> tuple[Path | None, Any]:
 
     if ranks.rank == 0:
         checkpoint.clear(root)
-    ranks.wait()
+    ranks.barrier()
     try:
         found = checkpoint.newest(root)
     except checkpoint.DamagedCheckpoint as error:
         raise UserError(f"resume: {error}") from error
-    seen = ranks.told(found and found[0].name)
+    seen = ranks.all_gather_object(found and found[0].name)
     if len(set(seen)) > 1:
         raise UserError(f"resume: the processes see other checkpoints under {root} ({seen}); it must lie on a disk that all machines share")
     print("no checkpoint was saved yet: starting from update 0" if found is None else f"going on from {found[0].name}")

@@ -128,10 +128,10 @@ class Trainer:
         self.ranks = ranks or Ranks()
         if batches.groups % self.ranks.size:
             raise ValueError(f"{batches.groups} groups cannot be shared evenly by {self.ranks.size} processes")
-        self.ranks.begin([*parameters.values(), *(p for term in terms.values() for p in (term.parameters or {}).values())])
+        self.ranks.broadcast([*parameters.values(), *(p for term in terms.values() for p in (term.parameters or {}).values())])
         if self.ranks.size > 1:  # what the processes drew until now need not be the same
             started = checkpoint.rng_state(self.device)
-            self.ranks.begin(list(started.values()))
+            self.ranks.broadcast(list(started.values()))
             checkpoint.set_rng_state(started, self.device)
         own = config.student
         adamw = optimizer_class(config.memory.optimizer)
@@ -231,7 +231,7 @@ class Trainer:
         """The student's x0 of a batch xk (B, C, H, W), each process's rows by its own networks."""
         rows = self.ranks.rows(len(k))
         own = self.predict_rows(rollout.rows(rows), xk[rows], k[rows], grad=len(self.parts(len(k))) == 1)
-        whole = self.ranks.gather(own.detach())
+        whole = self.ranks.all_gather(own.detach())
         finite_or_stop(whole, "the student's prediction", self.update)
         return Predicted(whole, own if own.requires_grad else None)
 
@@ -310,11 +310,11 @@ class Trainer:
         given = {
             name: [all(value is not None for value in values) for values in zip(*signals, strict=True)] for name, signals in found.items()
         }
-        of_all = self.ranks.told(given)  # decided together: no process gathers alone
+        of_all = self.ranks.all_gather_object(given)  # decided together: no process gathers alone
         whole = {name: [all(values) for values in zip(*(one[name] for one in of_all), strict=True)] for name in found}
 
         def joined(values: tuple[Any, ...], there: bool) -> Tensor | None:
-            return self.ranks.gather(torch.cat(values)) if there else None
+            return self.ranks.all_gather(torch.cat(values)) if there else None
 
         return {name: Signal(*map(joined, zip(*signals, strict=True), whole[name])) for name, signals in found.items()}
 
@@ -419,7 +419,7 @@ class Trainer:
         if self.advantages:
             policy_loss, logs = self.policy_updates(rollout)
             loss = loss + policy_loss
-        self.ranks.add([loss, *(parameter.grad for parameter in self.parameters.values())])
+        self.ranks.all_reduce([loss, *(parameter.grad for parameter in self.parameters.values())])
         finite_or_stop(loss, "the student's loss", self.update)
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.student.max_norm)
         finite_or_stop(norm, "the student's gradient norm", self.update)
@@ -464,7 +464,7 @@ class Trainer:
             loss.backward()
             total += loss.detach()
             log_probs[-1] = log_probs[-1].detach()
-        log_prob = self.ranks.gather(torch.cat(log_probs))
+        log_prob = self.ranks.all_gather(torch.cat(log_probs))
         self.old_log_prob = log_prob if self.old_log_prob is None else self.old_log_prob
         logs |= {f"policy/{key}": value for key, value in ratios_of(log_prob - self.old_log_prob).items()}
         for name, advantage in self.advantages.items():
@@ -502,7 +502,7 @@ class Trainer:
                     sample = self.sample_of(rollout, self.online_step(rollout))
                 optimizer.zero_grad(set_to_none=True)
                 loss = self.online_loss(term.reward, sample)
-                self.ranks.add([loss, *(parameter.grad for parameter in term.parameters.values())])
+                self.ranks.all_reduce([loss, *(parameter.grad for parameter in term.parameters.values())])
                 finite_or_stop(loss, f"the loss of {name}'s own network", self.update)
                 for settings in optimizer.param_groups:
                     settings["lr"] = learning_rate(term.lr, self.progress(), term.decay)
@@ -574,12 +574,12 @@ class Trainer:
         for key, value in logs.items():
             self.running[key] = value if key not in self.running else self.running[key] + 0.1 * (value - self.running[key])
         # not averaged: there is none where nothing happened
-        return logs | self.ranks.sums({f"{name}/{key}": value for name, ask in self.news.items() for key, value in ask().items()})
+        return logs | self.ranks.sum_by_name({f"{name}/{key}": value for name, ask in self.news.items() for key, value in ask().items()})
 
     def passes(self) -> dict[str, list[int]]:
         """[forward, backward] passes so far, in samples, of all processes, by what makes them."""
         counts = torch.tensor([[one.forwards, one.backwards] for one in self.counted.values()])
-        self.ranks.add([counts])
+        self.ranks.all_reduce([counts])
         return dict(zip(self.counted, counts.tolist(), strict=True))
 
     def serve_again(self, block: Block) -> tuple[Predicted, Tensor | None, dict[str, float]]:
@@ -634,7 +634,7 @@ class Trainer:
         # by quarters of the noise levels: the low ones lose their weight long before the batch as a whole does
         quarters = block.t.argsort().chunk(4)
         ess = min(importance.expected_sample_size(moves[rows]) for rows in quarters)
-        refused = self.ranks.first(not ess >= reuse.min_ess)
+        refused = self.ranks.of_first(not ess >= reuse.min_ess)
         logs = {
             "reuse/ess": ess,
             "reuse/ess_of_all": float(importance.effective_sample_size((log_ratio - log_ratio.max()).exp())),

@@ -157,7 +157,7 @@ def test_a_warning_that_several_processes_have_is_shown_once(tmp_path):
         ranks = Ranks.join()
         for text in ("of both", f"of {rank} alone", "of both"):
             warnings.warn(text, stacklevel=1)
-        ranks.wait()
+        ranks.barrier()
         ranks.leave()
         assert warnings.showwarning is own
 

@@ -128,7 +128,7 @@ def test_a_run_goes_on_with_another_number_of_processes(in_float64, tmp_path):
         if found:
             trainer.load_state(found[1])
         if ranks:
-            ranks.wait()  # the first one's save removes older checkpoints
+            ranks.barrier()  # the first one's save removes older checkpoints
         go_on(trainer, 2, tmp_path)
 
     in_processes(2, resumed, tmp_path)
@@ -156,18 +156,18 @@ def test_what_processes_tell_each_other(tmp_path):
     def told(ranks):
         own = torch.tensor([[ranks.rank, 0.5]], dtype=torch.bfloat16)
         total = torch.tensor([1.0, ranks.rank])
-        ranks.add([None, total])
+        ranks.all_reduce([None, total])
         begun = torch.tensor([float(ranks.rank)])
-        ranks.begin([begun])
+        ranks.broadcast([begun])
         torch.manual_seed(3)
         with ranks.own_random(torch.device("cpu")):
             here = float(torch.rand(()))
         after = float(torch.rand(()))
         return {
-            "rows": str(ranks.rows(6)), "gathered": ranks.gather(own).tolist(),
-            "flags": ranks.gather(torch.tensor([ranks.rank == 1])).tolist(),
-            "total": total.tolist(), "sums": ranks.sums({"both": 1, f"only {ranks.rank}": 2.5}), "any": ranks.any(ranks.rank == 2),
-            "first": ranks.first(ranks.rank == 0), "told": ranks.told(["ä", None, ranks.rank]), "begun": float(begun),
+            "rows": str(ranks.rows(6)), "gathered": ranks.all_gather(own).tolist(),
+            "flags": ranks.all_gather(torch.tensor([ranks.rank == 1])).tolist(),
+            "total": total.tolist(), "sums": ranks.sum_by_name({"both": 1, f"only {ranks.rank}": 2.5}), "any": ranks.any(ranks.rank == 2),
+            "first": ranks.of_first(ranks.rank == 0), "told": ranks.all_gather_object(["ä", None, ranks.rank]), "begun": float(begun),
             "here": here, "after": after,
         }  # fmt: skip
 
@@ -191,7 +191,7 @@ def test_tensors_travel_in_buckets_and_come_back_in_their_shapes(tmp_path, monke
         turned = torch.arange(6.0).view(2, 3).t()  # not contiguous
         whole = torch.tensor([2**40])  # no float32 holds it beside one
         mixed = [*floats[:3], whole, None, turned, *floats[3:]]
-        ranks.add(mixed)
+        ranks.all_reduce(mixed)
         alone = [len(bucket) for bucket in buckets(floats)]
         return {"floats": [each.tolist() for each in floats], "turned": turned.tolist(), "whole": whole.tolist(), "buckets": alone}
 
@@ -242,7 +242,7 @@ def test_a_process_that_ended_is_missed_at_once(tmp_path):
             return None
         with pytest.raises(LostProcess, match="another process of this run has ended"):
             for _ in range(2):
-                ranks.wait()
+                ranks.barrier()
 
     in_processes(2, lost, tmp_path)
 
@@ -250,7 +250,7 @@ def test_a_process_that_ended_is_missed_at_once(tmp_path):
 def test_what_a_collective_died_of_is_said(monkeypatch):
     def failing(name, error):
         monkeypatch.setattr(name, mock.Mock(side_effect=error))
-        Ranks(0, 2).add([torch.ones(2)])
+        Ranks(0, 2).all_reduce([torch.ones(2)])
 
     with pytest.raises(LostProcess, match="or else this: NCCL error Last error: Duplicate GPU detected"):
         failing("torch.distributed.all_reduce", RuntimeError("NCCL error\nLast error:\nDuplicate GPU detected"))

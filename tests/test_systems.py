@@ -298,7 +298,7 @@ def test_processes_on_a_mac_meet_on_its_cpu(tmp_path):
             os.environ.update(meeting, RANK=str(rank))
             torch._C._get_accelerator = lambda *_: torch.device("mps")
             ranks = Ranks.join()
-            (tmp_path / str(rank)).write_text(json.dumps(ranks.told(rank)))
+            (tmp_path / str(rank)).write_text(json.dumps(ranks.all_gather_object(rank)))
             ranks.leave()
 
         return work

@@ -355,7 +355,7 @@ def command(arguments: list[str]) -> int:
         )
         if launched and share[1] > 1:
             ranks = Ranks.join(device)
-            ranks.wait()  # until every share is drawn
+            ranks.barrier()  # until every share is drawn
             ranks.leave()
             if share[0] == 0:
                 report = measure_student(source, teacher, size, scale=scale, output=output, **told)
