@@ -644,17 +644,22 @@ class Trainer:
         if block.used == 1:
             least = max(reuse.min_ess, 1e-3)
             logs["reuse/permitted"] = min(importance.permitted_updates(moves[rows], min_ess=least) for rows in quarters)
-            # refused each time, every evaluation has served one update, so the updates count them
-            never = self.update == NEVER_REUSED and self.running["reuse/refused"] == refused == 1
-            to_come = isinstance(self.weights, Adaptive) and self.weights.b is None  # other rewards, which may be served again
-            if never and block.extra is None and not to_come:
-                warnings.warn(
-                    f"reuse.evaluation {reuse.evaluation}: none of the first {NEVER_REUSED} evaluations could serve a second update, since "
-                    f"the student moves too far in one (the last move permits {logs['reuse/permitted']:.3g}); what "
-                    "this costs, a pass of the student an update, buys nothing. Set reuse.evaluation to 1, or lower student.lr",
-                    stacklevel=2,
-                )
+            if refused and block.extra is None:
+                self.warn_if_never_reused(logs["reuse/permitted"])
         return x0, None if refused else importance.weights(log_ratio, rho_max=reuse.rho_max), refused, logs
+
+    def warn_if_never_reused(self, permitted: float) -> None:
+        """An evaluation with nothing in it but R_dm's part has been refused: says so once if all have been. permitted: by its last move."""
+        # refused each time, every evaluation has served one update, so the updates count them
+        never = self.update == NEVER_REUSED and self.running["reuse/refused"] == 1
+        to_come = isinstance(self.weights, Adaptive) and self.weights.b is None  # other rewards, which may be served again
+        if never and not to_come:
+            warnings.warn(
+                f"reuse.evaluation {self.config.reuse.evaluation}: none of the first {NEVER_REUSED} evaluations could serve a second "
+                f"update, since the student moves too far in one (the last move permits {permitted:.3g}); what this costs, a pass of the "
+                "student an update, buys nothing. Set reuse.evaluation to 1, or lower student.lr",
+                stacklevel=2,
+            )
 
     def run(self, output: Path, *, stop: Callable[[], bool]) -> Iterator[dict[str, float]]:
         """Update until `config.updates`, logging to metrics.jsonl and saving as the config says; yields after each update.
