@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.compare import DISTANCES, MAIN_SEEDS, number
-from fewstep.export import markdown_table
+from fewstep.evaluate.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {"**student, 4 steps**": "distill.json", "student, 4 steps, 2050 updates": "distill-2050.json"}

@@ -619,8 +619,6 @@ def number(mean: float, half: float) -> str:
 
 def markdown(summary: list[dict[str, Any]], plan: Plan) -> str:
     """The table as Markdown, with what it was made with."""
-    from fewstep.export import markdown_table
-
     heads = [
         "",
         "seeds",
@@ -677,7 +675,7 @@ def markdown(summary: list[dict[str, Any]], plan: Plan) -> str:
             f"\n\nHypervolume of preference against FD to teacher, from the best few-step teacher's distance and the "
             f"{drawing.TEACHER_STEPS}-step teacher's preference: {areas}."
         )
-    return f"{markdown_table(heads, body)}\n\n{note}\n"
+    return f"{tables.markdown_table(heads, body)}\n\n{note}\n"
 
 
 def hypervolume(points: list[tuple[float, float]], reference: tuple[float, float]) -> float:

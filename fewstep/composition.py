@@ -25,9 +25,9 @@ ROUNDING = 0.0017  # root mean square of what rounding to bf16 takes from or add
 
 def resolve_teacher(name: str) -> str:
     """Folder of a teacher, or hub id with its commit; `world` is the embedded one. Raises UserError, before torch is imported."""
-    from fewstep import export, models
+    from fewstep import models, world
 
-    source = export.teacher_source(name)
+    source = world.source(name)
     try:
         models.pipeline_class(source)
         return models.pinned(source)
@@ -38,9 +38,9 @@ def resolve_teacher(name: str) -> str:
 def check_range(config: Config, source: str) -> None:
     """Raises UserError, before any weight is read, for a range of guidance where students cannot have one, and for a teacher that is itself
     a student with one."""
-    from fewstep import export, models
+    from fewstep import models
 
-    if export.keeps_guidance(Path(source)):
+    if models.folder_keeps_guidance(Path(source)):
         raise UserError(f"teacher: {models.KEPT_GUIDANCE.format(source)}")
     if config.matching.guidance_range is not None:
         models.quiet_libraries()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,9 +67,9 @@ def read(folder: Path, config: Config) -> tuple[Averaged, bool]:
     """(the student of a run's newest checkpoint, or of its finished folder where the checkpoints are gone; whether what the run
     measured was measured on it). Says which update it is. Raises CannotExport.
     """
-    from fewstep import checkpoint, models
+    from fewstep import checkpoint, models, world
 
-    teacher = teacher_source(config.teacher)
+    teacher = world.source(config.teacher)
     finished = (folder / "model_index.json").is_file()
     try:
         found = checkpoint.newest(folder / "checkpoints", only=("update", "student", "ema"))
@@ -167,19 +166,6 @@ def outside_lora(config: Config, family: Any) -> bool:
     return config.matching.guidance_range is not None and family.scale_input == "added"
 
 
-def keeps_guidance(student: Path) -> bool:
-    """Whether the student in a folder is told its guidance scale in each call: its UNet has the input, or the run there trained a range."""
-    import yaml
-
-    unet, run = student / "unet" / "config.json", student / "config.yaml"
-    try:
-        if unet.is_file():
-            return json.loads(unet.read_text(encoding="utf-8")).get("time_cond_proj_dim") is not None
-        return run.is_file() and isinstance(yaml.safe_load(run.read_text(encoding="utf-8"))["matching"]["guidance"], list)
-    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):  # whoever reads the folder as what it is says what is wrong
-        return False
-
-
 def check_form(config: Config, family: Any, to: str) -> None:
     """Raises CannotExport for a form that this student does not have."""
     if to == "diffusers":
@@ -212,7 +198,8 @@ def export(
     """
     from safetensors import SafetensorError
 
-    from fewstep import models
+    from fewstep import models, world
+    from fewstep.evaluate import tables
 
     if private and repository is None:
         raise CannotExport("--private is for --push ORG/NAME")
@@ -223,7 +210,7 @@ def export(
     try:
         check_form(config, models.family(family_source(folder, config)), to)
     except models.UnsupportedTeacher as error:
-        raise CannotExport(no_teacher(folder, teacher_source(config.teacher), error)) from error
+        raise CannotExport(no_teacher(folder, world.source(config.teacher), error)) from error
     student, measured = read(folder, config)
     if to != "diffusers" and not student.weights:
         raise CannotExport(f"{folder}: neither a checkpoint nor pytorch_lora_weights.safetensors there: the LoRA is gone")
@@ -232,7 +219,7 @@ def export(
         write(student, to, output, name=own_name(folder))
         results = None
         if measured and (folder / "evaluation.json").is_file():
-            results = results_markdown(json.loads((folder / "evaluation.json").read_text(encoding="utf-8")))
+            results = tables.as_markdown(json.loads((folder / "evaluation.json").read_text(encoding="utf-8")))
             shutil.copy(folder / "evaluation.json", output)
         if measured and (folder / "samples.png").is_file():
             shutil.copy(folder / "samples.png", output)
@@ -263,14 +250,9 @@ def write(student: Averaged, to: str, folder: Path, *, name: str) -> None:
 
 def family_source(folder: Path, config: Config) -> str:
     """Where the student's family is written: in the run's folder once it is finished, else with the teacher."""
-    return str(folder) if (folder / "model_index.json").is_file() else teacher_source(config.teacher)
-
-
-def teacher_source(teacher: str) -> str:
-    """Folder or hub id of a teacher; `world` is the embedded one."""
     from fewstep import world
 
-    return str(world.TEACHER) if teacher == "world" else teacher
+    return str(folder) if (folder / "model_index.json").is_file() else world.source(config.teacher)
 
 
 # -- the hub -----------------------------------------------------------------------------------------------------------
@@ -390,29 +372,6 @@ def rewards_in_words(config: Config, weights: dict[str, float]) -> str:
         notes = ", ".join(known + ["by policy gradient"] * (config.via.get(name) == "policy"))
         parts.append(f"`{name}`{f' ({notes})' if notes else ''}")
     return f"other rewards with {config.weights.mode} weights (at the end): {', '.join(parts)}"
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def results_markdown(report: dict[str, Any]) -> str:
-    """An evaluation's report as a Markdown table with what it was measured on."""
-
-    from fewstep.evaluate import tables
-
-    stamp = report["protocol"]
-    table = markdown_table(["", *tables.columns(report)], [[name, *cells] for name, cells in tables.as_rows(report)])
-    seeds = ", ".join(f"{name} {seed}" for name, seed in stamp["seeds"].items())
-    prompts = f"prompt of {stamp['set']}" if stamp.get("set") else "held-out prompt"
-    features = f"features of `{stamp['extractor']}`, " if stamp["extractor"] else ""
-    said = "".join(f"{note[0].upper()}{note[1:]}. " for note in tables.notes(report))
-    return (
-        f"{table}\n\nMeasured on {stamp['n']} pictures a column ({stamp['images_per_prompt']} for each {prompts}, seeds: {seeds}), "
-        f"{report['interval']['level']:.0%} bootstrap intervals over prompts, {features}on {stamp['device']}. {said}"
-        "FD-clip is a Frechet distance of CLIP features, not an FID. Full protocol: `evaluation.json`."
-    )
 
 
 def draws_from_pictures(pipeline: type) -> bool:
@@ -539,23 +498,3 @@ def with_pictures(card: ModelCard, folder: Path) -> ModelCard:
     if (folder / "curves.png").is_file():
         card.content += "\n## Training\n\n![what the updates logged: means of equally many, on their range](curves.png)\n"
     return card
-
-
-LCM_GRID = 50  # timesteps of which a stock LCMScheduler takes some, in any number; it says so where nobody said otherwise
-
-
-def steps_in(scheduler: Mapping[str, Any]) -> int | None:
-    """K where a scheduler's configuration is that of a K-step grid as students are exported with; None for any other scheduler."""
-    kind = scheduler.get("_class_name")  # one that was not read from a file need not say it
-    if scheduler.get("stochastic_sampling") and kind in (None, "FlowMatchEulerDiscreteScheduler"):
-        return round(1 / (scheduler["shift_terminal"] or 1.0))  # the K-step grid ends at 1/K
-    if scheduler.get("timestep_spacing") == "trailing" and kind in (None, "LCMScheduler"):  # other LCMs space them otherwise
-        steps = scheduler.get("original_inference_steps")
-        return None if steps == LCM_GRID else steps
-    return None
-
-
-def steps_of(student: Path) -> int | None:
-    """Steps that a student's scheduler was made for; None when it does not say."""
-    scheduler = json.loads((student / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    return steps_in(scheduler)

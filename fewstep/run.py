@@ -522,13 +522,13 @@ def teacher_grids(run: Run, prompts: list[str], best: str) -> dict[str, Any]:
     """Grids of the teacher by column title: at its many steps and, with the named solver, at the student's; of a teacher that is itself
     a student of K steps, at those alone, without guidance.
     """
-    from fewstep import export, world
+    from fewstep import models, world
     from fewstep.evaluate.drawing import solver
 
     backbone, steps = run.backbone, run.config.steps
     call = backbone.teacher_call(run.config.shown_guidance()) | backbone.told_size(run.config.sizes()[0])
     own = backbone.pipe.scheduler
-    made_for = export.steps_in(own.config)
+    made_for = models.steps_in(own.config)
     if made_for is not None:
         call = backbone.student_call | backbone.told_size(run.config.sizes()[0])
         columns = {f"teacher, {made_for} steps": (made_for, own)}
@@ -556,6 +556,7 @@ def draw_progress(run: Run, output: Path, prompts: list[str]) -> None:
 def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
     """Export the averaged student, measure it, write its card, draw its run's curves and it beside its teacher."""
     from fewstep import export
+    from fewstep.evaluate import tables
     from fewstep.report import curves, grid
 
     for name in ("evaluation.json", "samples.png", "curves.png", "README.md"):  # of an earlier student
@@ -572,7 +573,7 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
             guidance=config.shown_guidance(),
         )  # fmt: skip
         assert report is not None
-        results, best = export.results_markdown(report), next(r["solver"] for r in report["rows"] if r["name"] == report["best_solver"])
+        results, best = tables.as_markdown(report), next(r["solver"] for r in report["rows"] if r["name"] == report["best_solver"])
     elif config.evaluate:
         print(f"not measured: fewstep evaluate {output} --prompts FILE, with --extractor.NAME and --judge.NAME")
     card = export.model_card(student, "diffusers", output, results=results)

@@ -22,12 +22,11 @@ def command(arguments: list[str]) -> int:
     from fewstep import models
     from fewstep.config import Config
     from fewstep.evaluate.command import evaluation_device, on_hub, student_scale, student_steps
-    from fewstep.export import steps_of
     from fewstep.flags import check_student, saved_config
 
     own = check_student(options.folder)
     folder = options.folder if own else on_hub(options.folder.as_posix(), weights=True)[1]
-    steps = student_steps(options.steps, steps_of(folder))
+    steps = student_steps(options.steps, models.steps_of(folder))
     models.quiet_libraries()
     trained = saved_config(folder) if (folder / "config.yaml").is_file() else None
     scale, config = student_scale(folder, trained, options.guidance, name=options.folder), trained or Config()

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fewstep import compare, world
 from fewstep.evaluate import drawing
-from fewstep.export import markdown_table
+from fewstep.evaluate.tables import markdown_table
 from fewstep.rewards import rows
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,7 +20,7 @@ from test_evaluate import MEAN, PREPROCESS, STD, tiny_clip, tiny_tokenizer
 from test_evaluate import tiny_pipeline as other_pipeline
 from test_remote import Faulty, served
 
-from fewstep import cli, export, models, world
+from fewstep import cli, models, world
 from fewstep.errors import UserError
 from fewstep.evaluate import configs, drawing, evaluation, features, protocol, samples, store, tables
 from fewstep.evaluate import measure as measuring
@@ -1328,10 +1328,10 @@ def test_a_stock_consistency_model_says_no_steps(student, tmp_path):
     """diffusers writes the 50 timesteps of its distillation into every LCM's scheduler, of which any number is taken."""
     from diffusers import LCMScheduler
 
-    assert export.steps_of(student) == 2
+    assert models.steps_of(student) == 2
     for spacing in ("leading", "trailing"):  # the latter from a Turbo's or a Lightning's configuration
         LCMScheduler(timestep_spacing=spacing).save_pretrained(tmp_path / "scheduler")
-        assert export.steps_of(tmp_path) is None
+        assert models.steps_of(tmp_path) is None
 
 
 def test_pictures_of_two_sizes_are_not_compared(command, student, teacher_folder, tmp_path, capsys):

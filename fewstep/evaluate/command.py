@@ -38,10 +38,10 @@ def student_scale(folder: Path, config: Config | None, given: float | None, *, n
     folder: with its configurations; name: what it was called. Raises UserError for a scale outside of the range that the student was
     trained in, and where nothing says which to take.
     """
-    from fewstep.export import keeps_guidance
+    from fewstep.models import folder_keeps_guidance
 
     within = config.matching.guidance_range if config else None
-    if within is None and not keeps_guidance(folder):
+    if within is None and not folder_keeps_guidance(folder):
         return None
     if within is None and given is None:
         raise UserError(f"--guidance: missing; {name} is told its scale, and no config.yaml there says in which range it was trained")
@@ -85,11 +85,10 @@ def source_of(name: str, size: tuple[int, int] | None, *, device: str, precision
 
         from fewstep import models
         from fewstep.evaluate.drawing import Source
-        from fewstep.export import steps_in
 
         backbone = models.load(name, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
         told = backbone.told_size(size)
-        unguided = student or steps_in(backbone.pipe.scheduler.config) is not None
+        unguided = student or models.steps_in(backbone.pipe.scheduler.config) is not None
 
         def call(guidance: float) -> dict[str, Any]:
             return (backbone.student_told(scale) if unguided else backbone.teacher_call(guidance)) | told
@@ -280,7 +279,7 @@ def size_of(text: str | None, config: Config | None, sources: dict[str, str]) ->
 
 def check_teacher(teacher: str, options: Any) -> None:
     """Raises UserError for flags that a teacher which is itself a student of K steps does not take."""
-    from fewstep.export import steps_in
+    from fewstep.models import steps_in
 
     scheduler = Path(teacher) / "scheduler" / "scheduler_config.json"
     made_for = steps_in(json.loads(scheduler.read_text(encoding="utf-8"))) if scheduler.is_file() else None
@@ -295,7 +294,7 @@ def check_teacher(teacher: str, options: Any) -> None:
 
 def command(arguments: list[str]) -> int:
     from fewstep.config import Config, RemoteConfig
-    from fewstep.export import steps_of
+    from fewstep.models import steps_of
 
     options = read_options(arguments)
     folder, own = options.folder, check_student(options.folder)

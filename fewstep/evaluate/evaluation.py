@@ -72,7 +72,7 @@ from fewstep.evaluate.samples import (
 )
 from fewstep.evaluate.sets import PromptSet
 from fewstep.evaluate.store import fingerprint, read, sha256
-from fewstep.export import steps_in
+from fewstep.models import steps_in
 from fewstep.rewards.clip import CLIPScore
 
 TIMED = 4  # batches drawn to time a teacher whose sample came with it

@@ -197,3 +197,23 @@ def beside(reports: Mapping[str, dict[str, Any]]) -> Table:
     timed = {f"{name}: {row}": own for name, report in reports.items() for row, own in timings(report).items()}
     rows = written_rows({title: metrics for title, (metrics, _) in samples.items()}, timed_otherwise(timed))
     return as_written([title + mark for title, (_, mark) in samples.items()], rows, said=[*said, *seconds_note(timed)])
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """An evaluation's report as a Markdown table with what it was measured on."""
+    stamp = report["protocol"]
+    table = markdown_table(["", *columns(report)], [[name, *cells] for name, cells in as_rows(report)])
+    seeds = ", ".join(f"{name} {seed}" for name, seed in stamp["seeds"].items())
+    prompts = f"prompt of {stamp['set']}" if stamp.get("set") else "held-out prompt"
+    features = f"features of `{stamp['extractor']}`, " if stamp["extractor"] else ""
+    said = "".join(f"{note[0].upper()}{note[1:]}. " for note in notes(report))
+    return (
+        f"{table}\n\nMeasured on {stamp['n']} pictures a column ({stamp['images_per_prompt']} for each {prompts}, seeds: {seeds}), "
+        f"{report['interval']['level']:.0%} bootstrap intervals over prompts, {features}on {stamp['device']}. {said}"
+        "FD-clip is a Frechet distance of CLIP features, not an FID. Full protocol: `evaluation.json`."
+    )

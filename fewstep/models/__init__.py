@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -273,6 +273,40 @@ def stored_dtype(folder: Path) -> torch.dtype:
             if kind in ("BF16", "F16", "F32"):  # FLUX.2's has a count before its weights
                 return torch.bfloat16 if kind == "BF16" else torch.float32
     return torch.float32
+
+
+LCM_GRID = 50  # timesteps of which a stock LCMScheduler takes some, in any number; it says so where nobody said otherwise
+
+
+def steps_in(scheduler: Mapping[str, Any]) -> int | None:
+    """K where a scheduler's configuration is that of a K-step grid, as `lcm_scheduler` and `flow_scheduler` make a student's; None for any
+    other scheduler."""
+    kind = scheduler.get("_class_name")  # one that was not read from a file need not say it
+    if scheduler.get("stochastic_sampling") and kind in (None, "FlowMatchEulerDiscreteScheduler"):
+        return round(1 / (scheduler["shift_terminal"] or 1.0))  # the K-step grid ends at 1/K
+    if scheduler.get("timestep_spacing") == "trailing" and kind in (None, "LCMScheduler"):  # other LCMs space them otherwise
+        steps = scheduler.get("original_inference_steps")
+        return None if steps == LCM_GRID else steps
+    return None
+
+
+def steps_of(student: Path) -> int | None:
+    """Steps that a student's scheduler was made for; None when it does not say."""
+    scheduler = json.loads((student / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    return steps_in(scheduler)
+
+
+def folder_keeps_guidance(student: Path) -> bool:
+    """Whether the student in a folder is told its guidance scale in each call: its UNet has the input, or the run there trained a range."""
+    import yaml
+
+    unet, run = student / "unet" / "config.json", student / "config.yaml"
+    try:
+        if unet.is_file():
+            return json.loads(unet.read_text(encoding="utf-8")).get("time_cond_proj_dim") is not None
+        return run.is_file() and isinstance(yaml.safe_load(run.read_text(encoding="utf-8"))["matching"]["guidance"], list)
+    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):  # whoever reads the folder as what it is says what is wrong
+        return False
 
 
 def family_name(pipeline: str) -> str:

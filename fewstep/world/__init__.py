@@ -17,6 +17,11 @@ TWINS = {"clip": ASSETS / "clip-heldout", "preference": Path(__file__).parent / 
 NEIGHBOURS = 3 * VARIANTS  # k of precision and recall: a copy's nearest neighbours are the other copies of its picture
 
 
+def source(teacher: str) -> str:
+    """Folder or hub id of a teacher; `world` is the embedded one."""
+    return str(TEACHER) if teacher == "world" else teacher
+
+
 def prompts(split: str) -> list[str]:
     """`train` to distil with, `evaluate` to measure with (captions of held-out pictures), `grid` to look at."""
     return json.loads((ASSETS / "prompts.json").read_text(encoding="utf-8"))[split]
