@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
 from fewstep import hub
+from fewstep.folder import TEACHER_FILES, changed_since
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +76,7 @@ def read(folder: Path, config: Config) -> tuple[Averaged, bool]:
         found = checkpoint.newest(folder / "checkpoints", only=("update", "student", "ema"))
         if found is None and not finished:
             raise CannotExport(f"{folder}: no checkpoint was saved yet; let the run go on (save_every {config.save_every})")
-        changed = models.changed_since(teacher, folder) if found is not None else None
+        changed = changed_since(teacher, folder) if found is not None else None
         if changed:
             raise CannotExport(f"teacher: {changed} of {teacher} has changed since the run began: the student would be merged into another")
         kept_in = models.stored_dtype(folder) if finished else models.frozen_dtype(config)
@@ -107,9 +108,7 @@ def read(folder: Path, config: Config) -> tuple[Averaged, bool]:
 
 def no_teacher(folder: Path, teacher: str, error: Exception) -> str:
     """What is said of a teacher that a run's export cannot read: one that has moved is looked for where the run's config says."""
-    from fewstep import models
-
-    moved = not Path(teacher).exists() and (hub.parts(teacher) is None or (folder / models.TEACHER_FILES).is_file())
+    moved = not Path(teacher).exists() and (hub.parts(teacher) is None or (folder / TEACHER_FILES).is_file())
     return f"teacher: {error}" + f". If it has moved, write where it is now into {folder / 'config.yaml'}" * moved
 
 

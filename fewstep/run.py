@@ -23,175 +23,16 @@ from fewstep.composition import (
     resolve_hardware,
     resolve_teacher,
 )
-from fewstep.disk import alone, check_cache, check_writable, is_one, naming, replace_text
+from fewstep.disk import alone, check_cache, naming, replace_text
 from fewstep.errors import UserError
 from fewstep.evaluate.command import measure_student
-from fewstep.flags import as_plain, as_values
+from fewstep.flags import as_plain
+from fewstep.folder import GIVEN, TEACHER_FILES, changed_since, check_init, check_output, is_checkpoint, is_given, keeps_prompts, remove_run
 from fewstep.launch import launched, torchrun_limit
-from fewstep.models import TEACHER_FILES
 
 if TYPE_CHECKING:
     from fewstep.config import Config
     from fewstep.ranks import Ranks
-
-
-GIVEN = "prompts.json"  # prompts that were given as a list
-RUN_FILES = (
-    "checkpoints", "samples", "tensorboard", "config.yaml", GIVEN, TEACHER_FILES, "rewards.json", "metrics.jsonl", "samples.png",
-    "curves.png", "evaluation.json", "evaluation", "README.md", "export", "model_index.json", "unet", "transformer", "vae", "text_encoder",
-    "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler", "feature_extractor",
-    "image_encoder", "pytorch_lora_weights.safetensors", "pictures",
-)  # fmt: skip
-# what may differ between a run and its continuation
-FREE_ON_RESUME = ("updates", "teacher_guidance", "save_every", "sample_every", "evaluate", "device", "judge", "remote",
-                  "memory.micro_groups", "memory.checkpointing", "compile")  # fmt: skip
-OF_A_CALL = ("resume", "overwrite", "dry_run", "output")  # and not of the run
-SAME_FOR_INIT = ("teacher", "steps", "lora_rank", "fake.condition")  # the networks that a run hands on hang on them
-
-
-def check_output(config: Config) -> None:
-    """An output folder that may be written. Raises UserError."""
-    output = Path(config.output)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output: {output} is a file; name a folder")
-    if config.init is not None:
-        init = Path(config.init)
-        if not config.resume and is_one(run_of(init), output):
-            raise UserError(f"init: {output} is the output folder itself; name another --output, or go on with --resume")
-    held = sorted(path.name for path in output.glob("[!.]*"))
-    is_run = holds_run(output)
-    if config.resume and not is_run:
-        raise UserError(f"resume: {output} holds no run to go on with")
-    if held and not is_run:
-        raise UserError(f"output: {output} is not empty and holds no run (it has {held[0]!r}); name another folder")
-    if is_run and not (config.resume or config.overwrite):
-        raise UserError(f"output: {output} already holds a run; add --resume to go on, --overwrite to start anew, or name another --output")
-    if config.resume:
-        check_same_run(config, output / "config.yaml")
-    if config.overwrite:
-        check_spared(config)
-    check_writable("output", output)
-
-
-def check_init(config: Config, source: str) -> None:
-    """Raises UserError where there is no run to begin with, or it is known to be of another teacher or another number of steps, and says so
-    where that is not known: the networks' shapes tell neither. source: the teacher's folder, or its hub id with its commit."""
-    import yaml
-
-    from fewstep import models
-
-    init = Path(str(config.init))
-    if not (is_checkpoint(init) or (init / "checkpoints").is_dir()):
-        raise UserError(
-            f"init: {init} holds no checkpoints of a run and is none; name a run's folder or RUN/checkpoints/step-XXXXXXXX (what "
-            "`fewstep export` writes has none)"
-        )
-    folder = run_of(init)
-    if not holds_run(folder):
-        print(f"init: {folder} has no config.yaml of a run: whether its student is of this teacher, in {config.steps} steps, is not known")
-        return
-    saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    if saved.get("steps", config.steps) != config.steps:
-        raise UserError(f"init: the student of {folder} has {saved['steps']} steps, this run {config.steps}; set --steps {saved['steps']}")
-    teacher, hashed = str(saved.get("teacher")), (folder / TEACHER_FILES).is_file()
-    changed = models.changed_since(source, folder)
-    named, began = hub.parts(source), hub.parts(teacher)
-    # one of the hub has no hashes; an earlier version did not write its commit
-    other = named is not None and not hashed and began is not None and hub.COMMIT.fullmatch(began[1] or "") and teacher != source
-    if changed or other:
-        told = f"its {changed} is not that of {source}" if changed else f"not {source}"
-        way = f"give --teacher {teacher}, that commit of it" if other and began[0] == named[0] else "begin with one of this teacher"
-        raise UserError(f"init: the student of {folder} is of another teacher, {teacher}: {told}; {way}")
-    if teacher != config.teacher and not (hashed and Path(source).is_dir()):
-        print(f"init: the student of {folder} is of the teacher {teacher}: whether that is {source} is not known")
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a checkpoint itself, and not that of a run."""
-    return (folder / "manifest.json").is_file()
-
-
-def run_of(init: Path) -> Path:
-    """The folder of the run that `init` names, or whose checkpoint it names; of one that lies elsewhere, that one's own."""
-    path = init.absolute()
-    return path.parent.parent if is_checkpoint(init) and path.parent.name == "checkpoints" else init
-
-
-def holds_run(output: Path) -> bool:
-    """Whether a folder holds a run of fewstep: other programs write a config.yaml too."""
-    import yaml
-
-    try:
-        saved = yaml.safe_load((output / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return False
-    return isinstance(saved, dict) and {"student", "fake", "matching"} <= saved.keys()
-
-
-def check_spared(config: Config) -> None:
-    """Raises UserError naming the first field that reads from what `--overwrite` deletes."""
-    output = Path(config.output)
-    held = [output / name for name in RUN_FILES if (output / name).exists()]
-    read = {"teacher": config.teacher, "discriminator.latents": config.discriminator.latents}
-    read |= {f"{kind}.{name}": source for kind in ("scorer", "judge") for name, source in getattr(config, kind).items()}
-    if not keeps_prompts(config):
-        read["prompts"] = config.prompts
-    for field, source in read.items():
-        path = Path(str(source)).resolve()
-        deleted = any(is_one(at, each) for at in (path, *path.parents) for each in held)
-        if path.exists() and (deleted or (is_one(path, output) and field == "teacher" and source != "world")):
-            raise UserError(f"overwrite: {field} is {source}, among what --overwrite deletes in {config.output}; name another --output")
-
-
-def keeps_prompts(config: Config) -> bool:
-    """Whether the prompts are those that lie in the run's own folder: a run writes them there again."""
-    return config.prompts is not None and Path(config.prompts).resolve() == (Path(config.output) / GIVEN).resolve()
-
-
-def remove_run(output: Path) -> None:
-    """Deletes what fewstep wrote into a run's folder, nothing else."""
-    import shutil
-
-    for name in RUN_FILES:
-        path = output / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def check_same_run(config: Config, path: Path) -> None:
-    """Raises UserError naming the first field, dotted, in which the config differs from the saved one and may not."""
-    import yaml
-
-    from fewstep.config import Config
-    from fewstep.rewards.address import is_remote
-
-    def values(plain: dict[str, Any]) -> dict[str, Any]:
-        # a server may have moved; its version is what counts, and `rewards.json` has it
-        scorers = {name: "a server" if is_remote(value) else value for name, value in (plain.get("scorer") or {}).items()}
-        # so may the file of prompts; the checkpoint knows which they were
-        prompts = plain.get("prompts") and "a file"
-        return as_values(plain | {"scorer": scorers, "prompts": prompts})
-
-    # a field that an earlier version did not have is as it is by default
-    before, now = values(as_plain(Config())) | values(yaml.safe_load(path.read_text(encoding="utf-8"))), values(as_plain(config))
-    if before["teacher"] == hub.split(config.teacher)[0]:  # an earlier version did not write the commit
-        before["teacher"] = now["teacher"]
-    if (path.parent / TEACHER_FILES).is_file() and "world" not in (before["teacher"], config.teacher) and Path(config.teacher).is_dir():
-        before["teacher"] = now["teacher"]  # a folder may have moved: its weights are looked at (`carry_out`)
-    for name in before | now:
-        if {name, name.partition(".")[0]}.isdisjoint((*FREE_ON_RESUME, *OF_A_CALL)) and (
-            name not in before or name not in now or before[name] != now[name]
-        ):
-            was, is_now = (repr(held[name]) if name in held else "not given" for held in (before, now))
-            free = ", ".join(FREE_ON_RESUME)
-            ranges = [isinstance(held.get("matching.guidance"), list) for held in (before, now)]  # which adds to the networks
-            same = name in SAME_FOR_INIT or (name == "matching.guidance" and len(set(ranges)) > 1)
-            other = "" if same else f"; with others a new run may begin from it, --init {path.parent} --output NEW"
-            raise UserError(f"resume: {name} is {is_now}, the run in {path.parent} has {was}; only {free} may change{other}")
-
-
-def is_given(prompts: str | None) -> bool:
-    """Whether these are a list that was given to a run, which lies in its folder."""
-    return prompts is not None and Path(prompts).name == GIVEN
 
 
 def read_prompts(config: Config) -> list[str]:
@@ -287,7 +128,7 @@ def carry_out(config: Config, prompts: list[str], source: str, functions: dict[s
     from fewstep.rewards import sources
 
     models.quiet_libraries()
-    changed = models.changed_since(source, output) if config.resume else None
+    changed = changed_since(source, output) if config.resume else None
     if changed:
         raise UserError(
             f"resume: {source} is not the teacher that this run began with, for its {changed} has changed; give that one back, or begin "

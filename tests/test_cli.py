@@ -32,10 +32,11 @@ from fewstep import checkpoint, cli, composition, disk, flags, models, needs
 from fewstep.config import Config
 from fewstep.errors import UserError
 from fewstep.evaluate import drawing
+from fewstep.folder import TEACHER_FILES, check_init, check_output, run_of
 from fewstep.launch import torchrun_limit
 from fewstep.ranks import Ranks
 from fewstep.rewards.base import RewardError
-from fewstep.run import check_init, check_output, distill, heard, noting_what_is_kept, run_of, train
+from fewstep.run import distill, heard, noting_what_is_kept, train
 from fewstep.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("small_grid")
@@ -514,10 +515,10 @@ def test_a_run_may_begin_with_another_runs_student(capsys, finished, teacher_fol
     assert "another network than this run's" in refused(capsys, *told, "--output", str(out), "--init", str(first), "--lora-rank", "2")
     two_steps = refused(capsys, *told, "--output", str(out), "--init", str(first), "--steps", "2", "--fake.condition", "none")
     assert f"init: the student of {first} has 4 steps, this run 2; set --steps 4" in two_steps
-    hashes = (first / models.TEACHER_FILES).read_text()
-    (first / models.TEACHER_FILES).write_text(hashes.replace("unet/", "unet/other-"))
+    hashes = (first / TEACHER_FILES).read_text()
+    (first / TEACHER_FILES).write_text(hashes.replace("unet/", "unet/other-"))
     assert "is of another teacher" in refused(capsys, *told, "--output", str(out), "--init", str(first))
-    (first / models.TEACHER_FILES).write_text(hashes)
+    (first / TEACHER_FILES).write_text(hashes)
     capsys.readouterr()
     assert cli.main([*told, "--output", str(out), "--init", str(first), "--updates", "1", "--student.lr", "1e-9"]) == 0
     said = capsys.readouterr().out
@@ -544,9 +545,9 @@ def test_a_run_begins_with_a_student_of_its_own_teacher_alone(teacher_folder, tm
     def check(before, now, hashes=None):
         saved = flags.as_plain(Config(teacher=before))
         (first / "config.yaml").write_text(yaml.safe_dump(saved))
-        (first / models.TEACHER_FILES).unlink(missing_ok=True)
+        (first / TEACHER_FILES).unlink(missing_ok=True)
         if hashes is not None:
-            (first / models.TEACHER_FILES).write_text(json.dumps(hashes))
+            (first / TEACHER_FILES).write_text(json.dumps(hashes))
         check_init(Config(teacher=now, init=str(first)), now)
         return capsys.readouterr().out
 
@@ -619,8 +620,8 @@ def test_a_run_goes_on_with_the_teacher_that_it_began_with_alone(capsys, teacher
     assert "prompts: these 1 prompts are not" in refused(capsys, *again, "--teacher", str(moved), "--prompts", str(other))
     again += ["--teacher", f"{moved}/", "--prompts", str(same)]
     assert cli.main(again) == 0 and cli.main(["export", str(out), "--to", "diffusers"]) == 0
-    (out / models.TEACHER_FILES).unlink()  # as of an earlier version
-    assert cli.main(again) == 0 and (out / models.TEACHER_FILES).is_file()
+    (out / TEACHER_FILES).unlink()  # as of an earlier version
+    assert cli.main(again) == 0 and (out / TEACHER_FILES).is_file()
 
 
 @pytest.mark.parametrize("size", [1, 1000, 2**16, 10 * models.STRETCHES * models.STRETCH])

@@ -32,10 +32,11 @@ from fewstep import checkpoint, cli, composition, export, models, needs, run
 from fewstep.config import Config, MatchingConfig
 from fewstep.denoiser import guide, to_x0
 from fewstep.errors import UserError
+from fewstep.folder import RUN_FILES
 from fewstep.models import embeddings
 from fewstep.models.backbone import AddedLinear, repeated_blocks
 from fewstep.report.grid import save
-from fewstep.run import RUN_FILES, sample_grid
+from fewstep.run import sample_grid
 from fewstep.student import Student
 
 PROMPTS = ["a cat", "two red hats"]  # copied for each call: some stock pipelines write into the list they are given

@@ -47,14 +47,15 @@ TABLE = {
     "rewards.base rewards.clip rewards.distribution rewards.files rewards.remote rewards.sources",
     "needs": "config cost launch models",
     "flags": "config errors hub models rewards.address rewards.sources",
-    "export": "checkpoint config evaluate hub metrics models world",
+    "folder": "config disk errors flags hub models rewards.address",
+    "export": "checkpoint config evaluate folder hub metrics models world",
     "latents": "disk evaluate",
     "composition": "config cost device errors evaluate latents levels launch models prompts ranks student trainer types weights world "
     "rewards rewards.address rewards.base rewards.discriminator rewards.distribution rewards.remote rewards.sources",
     "evaluate.command": "composition config disk errors evaluate flags launch models needs ranks "
     "rewards rewards.address rewards.clip rewards.sources world",
-    "run": "checkpoint composition config disk errors evaluate evaluate.command export flags hub launch models needs prompts ranks report "
-    "rewards.address rewards.base rewards.sources world",
+    "run": "checkpoint composition config disk errors evaluate evaluate.command export flags folder hub launch models needs prompts ranks "
+    "report rewards.base rewards.sources world",
     "sample": "config disk errors evaluate evaluate.command flags models prompts",
     "compare": "composition config cost disk evaluate flags models rewards.clip rewards.serve types weights world",
     "cli": "compare composition config disk errors evaluate.command export flags launch models run sample world "

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from small_run import SEVERAL, trainer_of
 
 import fewstep
-from fewstep import checkpoint, cli, composition, disk, flags, launch, needs, run
+from fewstep import checkpoint, cli, composition, disk, flags, folder, launch, needs, run
 from fewstep.config import Config
 from fewstep.device import check_device
 from fewstep.errors import UserError
@@ -228,11 +228,11 @@ def test_a_run_in_capitals_is_the_same_on_a_mac(monkeypatch, tmp_path):
     output = ["--output", str(tmp_path / "out"), "--overwrite"]
     for teacher in ("OUT", "OUT/export", "OUT/export/diffusers"):
         with pytest.raises(UserError, match=r"overwrite: teacher is .* among what --overwrite deletes"):
-            run.check_spared(flags.parse_config([*output, "--teacher", str(tmp_path / teacher)]))
+            folder.check_spared(flags.parse_config([*output, "--teacher", str(tmp_path / teacher)]))
     with pytest.raises(UserError, match=r"init: .*out is the output folder itself"):
-        run.check_output(flags.parse_config([*output, "--init", str(tmp_path / "OUT")]))
+        folder.check_output(flags.parse_config([*output, "--init", str(tmp_path / "OUT")]))
     (tmp_path / "OUT" / "mine").mkdir()
-    run.check_spared(flags.parse_config([*output, "--teacher", str(tmp_path / "OUT" / "mine")]))
+    folder.check_spared(flags.parse_config([*output, "--teacher", str(tmp_path / "OUT" / "mine")]))
 
 
 def test_paths_of_windows_come_through_the_flags():

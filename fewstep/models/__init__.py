@@ -59,7 +59,6 @@ KEPT_GUIDANCE = (
 )
 
 
-TEACHER_FILES = "teacher.json"  # in a run's folder: what its teacher's weights are
 STRETCHES, STRETCH = 64, 2**16  # of a file that are looked at, and their bytes
 
 
@@ -163,16 +162,6 @@ def weights_in(folder: Path) -> dict[str, str]:
                 digest.update(file.read(STRETCH))
         found[path.relative_to(folder).as_posix()] = digest.hexdigest()
     return found
-
-
-def changed_since(source: str, run: Path) -> str | None:
-    """The first weights file of a teacher's folder that is not what it was when the run began; None where all are, or it is not known:
-    the run is of an earlier version, or its teacher of the hub, at a commit."""
-    kept, folder = run / TEACHER_FILES, Path(source)
-    if not kept.is_file() or not folder.is_dir():
-        return None
-    before, now = json.loads(kept.read_text(encoding="utf-8")), weights_in(folder)
-    return next((name for name in sorted(before | now) if before.get(name) != now.get(name)), None)
 
 
 def pipeline_class(source: str) -> str:
