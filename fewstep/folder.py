@@ -83,6 +83,16 @@ def check_init(config: Config, source: str) -> None:
         print(f"init: the student of {folder} is of the teacher {teacher}: whether that is {source} is not known")
 
 
+def check_same_teacher(source: str, run: Path) -> None:
+    """Raises UserError for a teacher whose weights are not those that the run in a folder began with, where it is known."""
+    changed = changed_since(source, run)
+    if changed:
+        raise UserError(
+            f"resume: {source} is not the teacher that this run began with, for its {changed} has changed; give that one back, or begin "
+            "anew with another --output"
+        )
+
+
 def changed_since(source: str, run: Path) -> str | None:
     """The first weights file of a teacher's folder that is not what it was when the run began; None where all are, or it is not known:
     the run is of an earlier version, or its teacher of the hub, at a commit."""

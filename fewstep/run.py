@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -27,7 +28,17 @@ from fewstep.disk import alone, check_cache, naming, replace_text
 from fewstep.errors import UserError
 from fewstep.evaluate.command import measure_student
 from fewstep.flags import as_plain
-from fewstep.folder import GIVEN, TEACHER_FILES, changed_since, check_init, check_output, is_checkpoint, is_given, keeps_prompts, remove_run
+from fewstep.folder import (
+    GIVEN,
+    TEACHER_FILES,
+    check_init,
+    check_output,
+    check_same_teacher,
+    is_checkpoint,
+    is_given,
+    keeps_prompts,
+    remove_run,
+)
 from fewstep.launch import launched, torchrun_limit
 
 if TYPE_CHECKING:
@@ -95,8 +106,6 @@ def distill(
     if hub.parts(source):
         config.teacher = source  # with its commit: a run that goes on has the same teacher
     check_range(config, source)
-    from fewstep.ranks import Ranks
-
     rank, size = launched()
     check_processes(config, size)
     if rank == 0 and config.init is not None and not config.resume:
@@ -104,6 +113,8 @@ def distill(
     if config.dry_run:
         return dry_run(config, source, len(prompts)) if rank == 0 else 0
     check_cache("embeddings", "conditions of prompts")
+    from fewstep.ranks import Ranks  # not before: torch takes seconds, and a mistake is told at once
+
     with ExitStack() as held:
         if rank == 0:
             check_output(config)
@@ -118,22 +129,12 @@ def distill(
 
 def carry_out(config: Config, prompts: list[str], source: str, functions: dict[str, Any], judges: dict[str, Any], ranks: Ranks) -> int:
     """Build, train, export, measure what has been checked. Returns the exit code."""
-    import json
-
-    import yaml
+    from fewstep import models
 
     output, first = Path(config.output), ranks.rank == 0
-    from fewstep import checkpoint, models
-    from fewstep.prompts import BadPrompts
-    from fewstep.rewards import sources
-
     models.quiet_libraries()
-    changed = changed_since(source, output) if config.resume else None
-    if changed:
-        raise UserError(
-            f"resume: {source} is not the teacher that this run began with, for its {changed} has changed; give that one back, or begin "
-            "anew with another --output"
-        )
+    if config.resume:
+        check_same_teacher(source, output)
     folder, state = find_checkpoint(output / "checkpoints", ranks) if config.resume else (None, None)
     if state is not None and state["update"] > config.updates:
         at = state["update"]
@@ -145,16 +146,7 @@ def carry_out(config: Config, prompts: list[str], source: str, functions: dict[s
     if cut:
         print(f"{len(cut)} of {len(prompts)} prompts are longer than the text encoder reads and are cut, the first: {cut[0]!r}")
     if state is not None:
-        try:
-            run.trainer.load_state(state)
-        except checkpoint.DamagedCheckpoint as error:
-            raise UserError(f"resume: {error}") from error
-        except BadPrompts as error:
-            raise UserError(f"prompts: {error}; give them back, or begin anew with --overwrite or another --output") from error
-        except KeyError as error:
-            raise UserError(
-                f"resume: {folder} holds no {error}: another version of fewstep saved it. Go on with that one, or anew with --overwrite"
-            ) from error
+        load_state(run, state, folder)
     elif config.init is not None:
         start_from(run, Path(config.init))
     del state  # a checkpoint that is in use cannot be removed (`checkpoint.load`)
@@ -162,18 +154,7 @@ def carry_out(config: Config, prompts: list[str], source: str, functions: dict[s
         if first:
             if config.overwrite:  # not before: all that can fail at the start has not, and the earlier run was there until now
                 remove_run(output)
-            kept = as_plain(config) | {"resume": False, "overwrite": False}  # of this call, not of the run
-            replace_text(output / "config.yaml", yaml.safe_dump(kept, sort_keys=False))
-            if keeps_prompts(config):  # again where --overwrite has deleted what was read
-                replace_text(output / GIVEN, json.dumps(prompts, indent=0, ensure_ascii=False))
-            if Path(source).is_dir() and not (output / TEACHER_FILES).is_file():
-                replace_text(output / TEACHER_FILES, json.dumps(models.weights_in(Path(source)), indent=1))
-            told = sources.records(config.reward, config.scorer, functions, assets=assets(config))
-            told |= {f"judge.{name}": record for name, record in judge_records(config, judges).items()}
-            if run.real is not None:
-                told["discriminator"] = {"source": config.discriminator.latents or "the embedded world's", "version": run.real.version}
-            for line in sources.write_records(output / "rewards.json", told, run.trainer.update):
-                print(line)
+            write_record(run, prompts, source, functions, judges)
         if not train(run, output, prompts):
             return 130
         if first:
@@ -226,6 +207,24 @@ def find_checkpoint(root: Path, ranks: Ranks) -> tuple[Path | None, Any]:
     return found or (None, None)
 
 
+def load_state(run: Run, state: dict[str, Any], folder: Path | None) -> None:
+    """Set a run to the state of the checkpoint in `folder`. Raises UserError for one that is damaged, of other prompts, or of another
+    version of fewstep."""
+    from fewstep import checkpoint
+    from fewstep.prompts import BadPrompts
+
+    try:
+        run.trainer.load_state(state)
+    except checkpoint.DamagedCheckpoint as error:
+        raise UserError(f"resume: {error}") from error
+    except BadPrompts as error:
+        raise UserError(f"prompts: {error}; give them back, or begin anew with --overwrite or another --output") from error
+    except KeyError as error:
+        raise UserError(
+            f"resume: {folder} holds no {error}: another version of fewstep saved it. Go on with that one, or anew with --overwrite"
+        ) from error
+
+
 def start_from(run: Run, folder: Path) -> None:
     """Give a run the averaged student and the fake of the run in another folder, or of the checkpoint there. Raises UserError."""
     from fewstep import checkpoint
@@ -242,6 +241,29 @@ def start_from(run: Run, folder: Path) -> None:
     except (checkpoint.DamagedCheckpoint, KeyError) as error:
         raise UserError(f"init: {folder}: {error}") from error
     print(f"starting from the student of {folder} at update {found[1]['update']}")
+
+
+def write_record(run: Run, prompts: list[str], source: str, functions: dict[str, Any], judges: dict[str, Any]) -> None:
+    """Write into a run's folder what it is: its config, prompts that were given, hashes of its teacher's weights, and the versions of its
+    rewards and judges; says which versions have changed."""
+    import yaml
+
+    from fewstep import models
+    from fewstep.rewards import sources
+
+    config, output = run.config, Path(run.config.output)
+    kept = as_plain(config) | {"resume": False, "overwrite": False}  # of this call, not of the run
+    replace_text(output / "config.yaml", yaml.safe_dump(kept, sort_keys=False))
+    if keeps_prompts(config):  # again where --overwrite has deleted what was read
+        replace_text(output / GIVEN, json.dumps(prompts, indent=0, ensure_ascii=False))
+    if Path(source).is_dir() and not (output / TEACHER_FILES).is_file():
+        replace_text(output / TEACHER_FILES, json.dumps(models.weights_in(Path(source)), indent=1))
+    records = sources.records(config.reward, config.scorer, functions, assets=assets(config))
+    records |= {f"judge.{name}": record for name, record in judge_records(config, judges).items()}
+    if run.real is not None:
+        records["discriminator"] = {"source": config.discriminator.latents or "the embedded world's", "version": run.real.version}
+    for line in sources.write_records(output / "rewards.json", records, run.trainer.update):
+        print(line)
 
 
 def judge_records(config: Config, functions: dict[str, Any]) -> dict[str, dict[str, str]]:
@@ -261,7 +283,7 @@ def dry_run(config: Config, source: str, prompts: int) -> int:
     from fewstep import models
 
     models.quiet_libraries()
-    from fewstep import needs
+    from fewstep import needs  # not before: it imports what is to be quiet
 
     config = resolve_hardware(config)
     try:
