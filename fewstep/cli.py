@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from fewstep.disk import DISK  # the rest is each command's own: a reward's server needs little of it
-from fewstep.errors import UserError, nearest
+from fewstep.errors import LostProcess, RewardError, UserError, nearest
 from fewstep.launch import anything_prints, first_alone_prints, launched
 
 HELP = """usage: fewstep COMMAND [OPTIONS]
@@ -53,9 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
             return commands[arguments[0]](arguments[1:])
     except UserError as error:
         return complain(str(error))
-    except ValueError as error:
-        if type(error).__name__ != "RewardError":  # its module imports torch, which --help must not
-            raise
+    except RewardError as error:
         return complain(f"{error}. Nothing was updated with it. {kept(arguments[0], error)}".strip(), code=1)
     except KeyboardInterrupt as error:
         return complain(f"stopped. {kept(arguments[0], error)}".strip(), code=130)
@@ -65,9 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
         if error.errno not in DISK or error.filename is None:
             raise
         return complain(f"{error.filename}: {error.strerror}. {kept(arguments[0], error)}".strip(), code=1)
-    except RuntimeError as error:
-        if type(error).__name__ == "LostProcess":
-            return complain(f"{error}. {kept(arguments[0], error)}".strip(), code=1)
+    except LostProcess as error:
+        return complain(f"{error}. {kept(arguments[0], error)}".strip(), code=1)
+    except RuntimeError as error:  # torch's by name: --help must not import it
         if any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):
             why = str(error).strip().splitlines()[0]
             return complain(
@@ -75,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "Install what is missing, or leave the flag out: the updates are the same, and slower",
                 code=1,
             )
-        if type(error).__name__ != "OutOfMemoryError":  # torch's
+        if type(error).__name__ != "OutOfMemoryError":
             raise
         first = ". ".join(str(error).split(". ")[:2])  # what was asked for; torch goes on about its allocator
         return complain(f"{first}. {SMALLER.get(arguments[0], '')} {noted(error)}".strip(), code=1)

@@ -1,4 +1,4 @@
-"""Mistakes of the person who runs fewstep, in words for them."""
+"""What ends a command with its message and no traceback."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from typing import Any
 
 class UserError(Exception):
     """A mistake in what the user gave; its message is all they need to see. Exit code 2."""
+
+
+class RewardError(ValueError):
+    """A reward that does not keep its contract; the message names it and says what it must return."""
+
+
+class LostProcess(RuntimeError):
+    """Another process of the run has ended."""
 
 
 def nearest(word: str, known: Any) -> str:

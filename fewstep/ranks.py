@@ -20,15 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fewstep.errors import UserError
+from fewstep.errors import LostProcess, UserError
 from fewstep.launch import launched, place
 
 BUCKET = 2**24  # numbers that travel together
 PATIENCE = datetime.timedelta(days=30)  # the others wait while one saves, draws or encodes prompts; one that has died is seen at once
-
-
-class LostProcess(RuntimeError):
-    """Another process of the run has ended."""
 
 
 class Ranks:

@@ -25,7 +25,7 @@ from fewstep.composition import (
     resolve_teacher,
 )
 from fewstep.disk import alone, check_cache, naming, replace_text
-from fewstep.errors import UserError
+from fewstep.errors import RewardError, UserError
 from fewstep.evaluate.command import measure_student
 from fewstep.flags import as_plain
 from fewstep.folder import (
@@ -166,8 +166,6 @@ def carry_out(config: Config, prompts: list[str], source: str, functions: dict[s
 @contextmanager
 def noting_what_is_kept(output: Path) -> Iterator[None]:
     """What ends a run early gets a note of what there is to go on from."""
-    from fewstep.rewards.base import RewardError
-
     try:
         yield
     except BaseException as error:

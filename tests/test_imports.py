@@ -25,7 +25,7 @@ TABLE = {
     "config": "rewards.address",
     "metrics": "disk transforms types",
     "rewards": "",
-    "rewards.base": "types",
+    "rewards.base": "errors types",
     "rewards.address": "",
     "rewards.files": "hub",
     "rewards.pixels": "",
@@ -55,7 +55,7 @@ TABLE = {
     "evaluate.command": "composition config disk errors evaluate flags launch models needs ranks "
     "rewards rewards.address rewards.clip rewards.sources world",
     "run": "checkpoint composition config disk errors evaluate evaluate.command export flags folder hub launch models needs prompts ranks "
-    "report rewards.base rewards.sources world",
+    "report rewards.sources world",
     "sample": "config disk errors evaluate evaluate.command flags models prompts",
     "compare": "composition config cost disk evaluate flags models rewards.clip rewards.serve types weights world",
     "cli": "compare composition config disk errors evaluate.command export flags launch models run sample world "

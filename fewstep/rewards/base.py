@@ -10,11 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from fewstep.errors import RewardError
 from fewstep.types import Sample, Signal
-
-
-class RewardError(ValueError):
-    """A reward that does not keep its contract; the message names it and says what it must return."""
 
 
 @runtime_checkable
