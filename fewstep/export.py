@@ -26,13 +26,13 @@ USAGE = {
     "diffusers": """```python
 {imports}from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{folder}"{told})
+pipe = DiffusionPipeline.from_pretrained("{folder}"{options})
 image = pipe(prompt="your prompt", num_inference_steps={steps}, {call}).images[0]
 ```""",
     "lora": """```python
 {imports}from diffusers import DiffusionPipeline, {scheduler}
 
-pipe = DiffusionPipeline.from_pretrained("{teacher}"{revision}{told})
+pipe = DiffusionPipeline.from_pretrained("{teacher}"{options})
 pipe.load_lora_weights("{folder}", adapter_name="student")
 pipe.scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")
 image = pipe(prompt="your prompt", num_inference_steps={steps}, {call}).images[0]
@@ -109,7 +109,7 @@ def read(folder: Path, config: Config) -> tuple[Averaged, bool]:
 def no_teacher(folder: Path, teacher: str, error: Exception) -> str:
     """What is said of a teacher that a run's export cannot read: one that has moved is looked for where the run's config says."""
     moved = not Path(teacher).exists() and (hub.parts(teacher) is None or (folder / TEACHER_FILES).is_file())
-    return f"teacher: {error}" + f". If it has moved, write where it is now into {folder / 'config.yaml'}" * moved
+    return f"teacher: {error}" + (f". If it has moved, write where it is now into {folder / 'config.yaml'}" if moved else "")
 
 
 def read_lora(folder: Path, part: str) -> dict[str, Tensor]:
@@ -308,6 +308,20 @@ KNOB = (
     "outside of these it was not trained. Above it stands as the pictures here were drawn: `{1}`. The pipeline tells the student the scale "
     "and adds no guidance of its own: a picture takes one evaluation a step at any scale, and a negative prompt has no effect."
 )
+NAMED_DTYPE = (
+    "`torch_dtype={}` is what {}. Without it one part may be read in another number format than the next, and such parts do not run "
+    "together."
+)
+ABSENT = "{} comes without these parts, which diffusers has to be told: `{}`."
+ONE_STEP = "One step is not possible: this scheduler's times for it are not a number, so pictures are NaN or the call ends in an error."
+OWN_NOISE = (
+    "This pipeline hands its scheduler no generator: the noise between steps is drawn from torch's own, so for the same picture again "
+    "call `torch.manual_seed(0)` before it, beside any `generator=`."
+)
+FROM_PICTURE = (
+    "In image-to-image pipelines `strength=j/{0}` runs the last j of these timesteps; a strength between two such values is rounded to "
+    "one of them."
+)
 
 
 def teacher_licence(teacher: str) -> tuple[dict[str, Any], str]:
@@ -395,19 +409,62 @@ def guidance_in_words(config: Config, backbone: Any) -> str:
     return said if own == config.matching.guidance else f"{said} (`guidance_scale={own:g}` of its pipeline)"
 
 
+def as_keywords(values: dict[str, Any]) -> str:
+    """What a pipeline is told, as its call is written."""
+    return ", ".join(f"{key}={value!r}" for key, value in values.items())
+
+
+def usage(student: Averaged, to: str, folder: Path, *, name: str | None) -> str:
+    """How pictures are drawn with what `folder` holds, as Markdown; to, name: as of `model_card`."""
+    import torch
+
+    config, backbone = student.config, student.backbone
+    place = "path/to/fewstep/world/assets/teacher" if config.teacher == "world" else f"path/to/{teacher_in_words(config.teacher)}"
+    teacher, revision = hub.parts(config.teacher) or (place, None)
+    # a folder in float32 is read so unasked; how a teacher is stored is not known here, and its parts may not be stored alike
+    named_dtype = to == "lora" or backbone.dtype != torch.float32
+    absent = [f"{part}=None" for part in backbone.lacks()]
+    options = [f'revision="{revision}"'] if to == "lora" and revision is not None else []
+    options += [f"torch_dtype={backbone.dtype}"] if named_dtype else []
+    call = backbone.student_told(config.student_guidance()) | backbone.told_size(config.sizes()[0])
+    text = USAGE[to].format(
+        imports="import torch\n" if named_dtype else "", options="".join(f", {option}" for option in [*options, *absent]),
+        folder=name or own_name(folder), teacher=teacher, scheduler=type(backbone.scheduler(config.steps)).__name__,
+        steps=config.steps, call=as_keywords(call), file=", ".join(path.name for path in folder.glob("*.safetensors")),
+    )  # fmt: skip
+    if to == "kohya":
+        return text
+    if named_dtype:
+        held = "the teacher was held in while the student was trained" if to == "lora" else "this folder is saved in"
+        text += f"\n\n{NAMED_DTYPE.format(backbone.dtype, held)}"
+    if absent:
+        text += f"\n\n{ABSENT.format('The teacher' if to == 'lora' else 'This folder', ', '.join(absent))}"
+    return text
+
+
+def notes_on_grid(backbone: Any, steps: int, to: str) -> str:
+    """What else has to be known of the timesteps that a student was trained on, each sentence after a blank."""
+    notes = []
+    if backbone.flow and steps > 1 and to != "kohya":
+        notes.append(ONE_STEP)
+    if steps > 1 and not hands_on_generator(backbone.pipeline):
+        notes.append(OWN_NOISE)
+    if draws_from_pictures(backbone.pipeline):
+        notes.append(FROM_PICTURE.format(steps))
+    return "".join(f" {note}" for note in notes)
+
+
 def model_card(student: Averaged, to: str, folder: Path, *, name: str | None = None, results: str | None = None) -> ModelCard:
     """The card that goes into `folder`, which holds one of FORMS and the pictures that the card shows, where there are any.
 
     name: of the folder where others find it (default: its own); results: measured numbers and their protocol, as Markdown.
     """
-    import torch
-
     config, backbone, steps = student.config, student.backbone, student.config.steps
     fields, why = teacher_licence(config.teacher)
     licence = licence_in_words(fields, why)
     if not fields:
         print(licence)
-    base, revision = hub.parts(config.teacher) or (None, None)
+    base, _ = hub.parts(config.teacher) or (None, None)
     relation = {"base_model": base, "base_model_relation": "finetune" if to == "diffusers" else "adapter"}
     data = ModelCardData(
         library_name="diffusers",
@@ -416,70 +473,36 @@ def model_card(student: Averaged, to: str, folder: Path, *, name: str | None = N
         **fields,
         **(relation if base else {}),
     )
-    normalize, within = config.matching.normalize, config.matching.guidance_range
-    guidance = guidance_in_words(config, backbone)
+    guidance, normalize = guidance_in_words(config, backbone), config.matching.normalize
     method = {"group": "GNDM (group-normalised distribution matching)", "sample": "DMD"}.get(
         normalize, f"distribution matching, scale `{normalize}`"
     )
-    scheduler = backbone.scheduler(steps)
-    grid = f"[{', '.join(f'{round(float(t), 3):g}' for t in scheduler.timesteps)}]"
-    guided = ", ".join(f"{key}={value!r}" for key, value in backbone.student_told(config.student_guidance()).items())
-    size = ", ".join(f"{key}={value}" for key, value in backbone.told_size(config.sizes()[0]).items())
-    place = {"world": "path/to/fewstep/world/assets/teacher"}.get(config.teacher, f"path/to/{teacher_in_words(config.teacher)}")
-    # a folder in float32 is read so unasked; how a teacher is stored is not known here, and its parts may not be stored alike
-    told = to == "lora" or backbone.dtype != torch.float32
-    absent = [f"{name}=None" for name in backbone.lacks()]
-    usage = USAGE[to].format(
-        imports="import torch\n" * told, told=f", torch_dtype={backbone.dtype}" * told + "".join(f", {part}" for part in absent),
-        folder=name or own_name(folder), teacher=base or place, scheduler=type(scheduler).__name__,
-        revision=f', revision="{revision}"' * (revision is not None),
-        steps=steps, call=f"{guided}, {size}", file=", ".join(path.name for path in folder.glob("*.safetensors")),
-    )  # fmt: skip
-    if told and to != "kohya":
-        whose = "the teacher was held in while the student was trained" if to == "lora" else "this folder is saved in"
-        usage += (
-            f"\n\n`torch_dtype={backbone.dtype}` is what {whose}. Without it one part may be read in another number format than the next, "
-            "and such parts do not run together."
-        )
-    if absent and to != "kohya":
-        whose = "The teacher" if to == "lora" else "This folder"
-        usage += f"\n\n{whose} comes without these parts, which diffusers has to be told: `{', '.join(absent)}`."
-    from_picture = (
-        f" In image-to-image pipelines `strength=j/{steps}` runs the last j of these timesteps; a strength between two such values is "
-        "rounded to one of them."
-    )
-    from_picture *= draws_from_pictures(backbone.pipeline)
-    one_step = (
-        " One step is not possible: this scheduler's times for it are not a number, so pictures are NaN or the call ends in an error."
-    )
-    one_step *= backbone.flow and steps > 1 and to != "kohya"
-    noise = (
-        " This pipeline hands its scheduler no generator: the noise between steps is drawn from torch's own, so for the same picture again "
-        "call `torch.manual_seed(0)` before it, beside any `generator=`."
-    )
-    noise *= steps > 1 and not hands_on_generator(backbone.pipeline)
-    began = ", from the student of an earlier run" * (config.init is not None)
+    grid = f"[{', '.join(f'{round(float(t), 3):g}' for t in backbone.scheduler(steps).timesteps)}]"
+    guided = as_keywords(backbone.student_told(config.student_guidance()))
+    of_all = f" of {config.updates}" if student.update < config.updates else ""
+    began = "" if config.init is None else ", from the student of an earlier run"
+    on_guidance = FIXED_GUIDANCE if config.matching.guidance_range is None else KNOB
     text = f"""---
 {data.to_yaml()}
 ---
 
 # {title(config)}
 
-Distilled with fewstep by {method}: {student.update} updates{f" of {config.updates}" * (student.update < config.updates)}, \
+Distilled with fewstep by {method}: {student.update} updates{of_all}, \
 teacher guidance {guidance}, {rewards_in_words(config, student.rewards)}{began}.
 
 {licence}
 
 ## Use
 
-{usage}
+{usage(student, to, folder, name=name)}
 
 {"This is" if to == "kohya" else "The scheduler in this folder carries"} the grid the student was trained on, timesteps {grid}; \
-with another number of steps or another scheduler it is no longer the model that was trained.{one_step}{noise}{from_picture}
+with another number of steps or another scheduler it is no longer the model that was trained.{notes_on_grid(backbone, steps, to)}
 
 ## Guidance
 
-{FIXED_GUIDANCE.format(guidance, guided) if within is None else KNOB.format(guidance, guided)}
+{on_guidance.format(guidance, guided)}
 
 ## Numbers
 

@@ -380,7 +380,7 @@ def command_parser(name: str, description: str) -> Any:
 def student_parser(name: str, description: str, *, on_hub: bool = False) -> Any:
     """The parser of a command about one student. on_hub: it may be there."""
     parser = command_parser(name, description)
-    parser.add_argument("folder", type=Path, help="a student's folder" + ", or its hub id (owner/name[@revision])" * on_hub)
+    parser.add_argument("folder", type=Path, help="a student's folder" + (", or its hub id (owner/name[@revision])" if on_hub else ""))
     return parser
 
 

@@ -57,7 +57,8 @@ def read_prompts(config: Config) -> list[str]:
         try:
             found = sets.load(str(own) if config.resume and is_given(config.prompts) and own.is_file() else config.prompts)
         except BadPrompts as error:
-            raise UserError(f"prompts: {error}" + "; if the file has moved, --prompts NEW" * config.resume) from error
+            moved = "; if the file has moved, --prompts NEW" if config.resume else ""
+            raise UserError(f"prompts: {error}{moved}") from error
         if "/" in found.name:  # of the hub, with its commit
             config.prompts = found.name
         return list(dict.fromkeys(found.prompts))
@@ -183,7 +184,7 @@ def way_on(output: Path, *, anew: bool) -> str:
     if not checkpoint.checkpoints(output / "checkpoints"):
         return "No checkpoint was saved yet: " + ("begin anew with --overwrite" if anew else "--resume begins at update 0")
     on = f"The last checkpoint is whole: go on with fewstep distill --output {output} --resume"
-    return on + f", or with other settings in a new run, --init {output} --output NEW" * anew
+    return on + (f", or with other settings in a new run, --init {output} --output NEW" if anew else "")
 
 
 def find_checkpoint(root: Path, ranks: Ranks) -> tuple[Path | None, Any]:
