@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from fewstep.device import check_device
+from fewstep.device import resolve_device
 from fewstep.errors import UserError, nearest
 from fewstep.launch import neighbours, place
 
@@ -55,7 +55,7 @@ def resolve_hardware(config: Config) -> Config:
     import torch
 
     try:
-        device, precision = check_device("device", config.device), config.precision
+        device, precision = resolve_device("device", config.device), config.precision
     except ValueError as error:
         raise UserError(str(error)) from error
     if precision == "auto":
@@ -93,7 +93,7 @@ def assets(config: Config) -> Path | None:
     return world.ASSETS if config.teacher == "world" else None
 
 
-def check_rewards(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
+def resolve_rewards(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
     """The caller's functions with those that flags name and with the servers, which are asked who they are.
 
     Raises UserError, before anything slow, for a reward that nobody can make; hub ids in `config.scorer` get their commit.
@@ -166,16 +166,16 @@ def real_latents(config: Config, backbone: Any, shapes: list[tuple[int, int, int
     return found
 
 
-def check_judges(config: Config, functions: dict[str, Any], rewards: dict[str, Any]) -> dict[str, Any]:
+def resolve_judges(config: Config, functions: dict[str, Any], rewards: dict[str, Any]) -> dict[str, Any]:
     """The caller's own judges with those that flags name, as functions of pictures and prompts; the named ones are built with the run.
 
-    rewards: as `check_rewards` found them. Raises UserError, before anything slow, for one that nobody can make, and for a judge that is
+    rewards: as `resolve_rewards` found them. Raises UserError, before anything slow, for one that nobody can make, and for a judge that is
     what the student is trained on, under whatever name.
     """
     from fewstep.rewards import REWARDS, sources
     from fewstep.rewards.address import check_url, is_remote
 
-    def held_out(judge: Any, what: str) -> Any:
+    def not_trained_on(judge: Any, what: str) -> Any:
         reward = next((name for name, other in trained.items() if is_same(judge, other)), None)
         if reward is not None:
             raise ValueError(f"{what} is what the student is trained on, as the reward {reward!r}; a judge is held out")
@@ -192,12 +192,12 @@ def check_judges(config: Config, functions: dict[str, Any], rewards: dict[str, A
     for name, source in (dict.fromkeys(functions) | config.judge).items():
         try:
             if name in functions:
-                held_out(functions[name], "it")
+                not_trained_on(functions[name], "it")
             elif is_remote(source):
-                held_out(check_url(str(source)), str(source))
+                not_trained_on(check_url(str(source)), str(source))
                 found[name] = sources.open_judge(name, source, timeout=config.remote.timeout)
             elif sources.is_code(source):
-                found[name] = held_out(sources.open_judge(name, source), str(source))
+                found[name] = not_trained_on(sources.open_judge(name, source), str(source))
             elif source == HELD_OUT:
                 from fewstep import world
 
@@ -208,7 +208,7 @@ def check_judges(config: Config, functions: dict[str, Any], rewards: dict[str, A
                 world.held_out(name)
             elif name in REWARDS:
                 located = sources.locate(name, source, assets=assets(config), flag=f"--judge.{name}")
-                held_out(place_of(located), located)
+                not_trained_on(place_of(located), located)
                 if source is not None:
                     config.judge[name] = located
             else:
@@ -288,12 +288,8 @@ def make_terms(config: Config, roles: Any, functions: dict[str, Any], real: Real
     return terms
 
 
-def check_backbone(backbone: Any, config: Config) -> tuple[Any, list[tuple[int, int, int]]]:
-    """(times, latent shapes) of a run; says in a line of a teacher that looks distilled to few steps that it is guided, and in one of a
-    student whose first prediction bf16 is too coarse for.
-
-    Raises UserError naming the key that this teacher, or what is installed, cannot do.
-    """
+def training_grid(backbone: Any, config: Config) -> tuple[Any, list[tuple[int, int, int]]]:
+    """(times, latent shapes) of a run. Raises UserError naming the key that this teacher, or what is installed, cannot do."""
     from fewstep.levels import density_named
     from fewstep.rewards.distribution import matching_integral
     from fewstep.trainer import optimizer_class
@@ -314,6 +310,12 @@ def check_backbone(backbone: Any, config: Config) -> tuple[Any, list[tuple[int, 
         optimizer_class(config.memory.optimizer)
     except ImportError as error:
         raise UserError(str(error)) from error
+    return times, latent_shapes
+
+
+def say_what_looks_wrong(backbone: Any, config: Config, times: Any) -> None:
+    """A line on a teacher that looks distilled to few steps and is guided, and one on a student whose first prediction bf16 is too coarse
+    for. times: of the student's steps (K,), the noisiest first."""
     few = backbone.few_step_scheduler()
     if few and config.matching.guidance != 1:
         print(
@@ -328,7 +330,6 @@ def check_backbone(backbone: Any, config: Config) -> tuple[Any, list[tuple[int, 
             f"noise level, {signal:.2g}: rounding to bf16 alone makes an error of {ROUNDING / signal:.2g} of a latent's standard deviation "
             "there, in training and in a student that is saved in bf16. --precision fp32 is slower and without it"
         )
-    return times, latent_shapes
 
 
 def check_processes(config: Config, size: int) -> None:
@@ -380,7 +381,8 @@ def build(
         backbone = models.load(source, device=device, dtype=models.frozen_dtype(config))
     except models.UnsupportedTeacher as error:
         raise UserError(f"teacher: {error}") from error
-    times, latent_shapes = check_backbone(backbone, config)  # before the prompts are encoded, which may take hours
+    times, latent_shapes = training_grid(backbone, config)  # before the prompts are encoded, which may take hours
+    say_what_looks_wrong(backbone, config, times)
     conditioned = config.fake.condition == "step" and config.steps > 1
     guidance = config.matching.guidance
     batches, real = Batches(prompts, config.groups, config.group_size, seed=config.seed), None
@@ -414,8 +416,8 @@ def build(
     if own.mode == "adaptive":
         weights = Adaptive(config.reward, own.budget, own.warmup, eta=own.eta, cap=own.cap, lag_limit=own.lag_limit)
     others, decoder = make_terms(config, roles, functions or {}, real), Counted(backbone.decode)
-    held_out = make_judges(config, judges or {})
-    asked = {**(functions or {}), **{f"judge.{name}": judge for name, judge in held_out.items()}}
+    built_judges = make_judges(config, judges or {})
+    asked = {**(functions or {}), **{f"judge.{name}": judge for name, judge in built_judges.items()}}
     counted = {"student": roles.student, "teacher": roles.teacher, "fake": roles.fake, "decoder": decoder}
     trainer = Trainer(
         Student(roles.student, schedule, times),
@@ -429,7 +431,7 @@ def build(
         device=device,
         weights=weights,
         counted=counted | {name: other.reward for name, other in others.items() if isinstance(other.reward, Counted)},
-        judges=held_out,
+        judges=built_judges,
         news={name: server.news for name, function in asked.items() if (server := server_of(function)) is not None},
         ranks=ranks,
     )

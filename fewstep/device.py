@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 
-def check_device(name: str, text: str) -> str:
+def resolve_device(name: str, text: str) -> str:
     """`auto` as what this machine has, anything else as it is. name: of the flag or field that gave it.
 
     Raises ValueError for what torch does not find here.

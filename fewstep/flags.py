@@ -384,7 +384,7 @@ def student_parser(name: str, description: str, *, on_hub: bool = False) -> Any:
     return parser
 
 
-def check_student(folder: Path) -> bool:
+def is_student_folder(folder: Path) -> bool:
     """Whether it is a folder, which holds a finished student, or else a hub id. Raises UserError for what is neither."""
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():

@@ -16,13 +16,14 @@ from fewstep.composition import (
     Run,
     assets,
     build,
-    check_backbone,
-    check_judges,
     check_processes,
     check_range,
-    check_rewards,
     resolve_hardware,
+    resolve_judges,
+    resolve_rewards,
     resolve_teacher,
+    say_what_looks_wrong,
+    training_grid,
 )
 from fewstep.disk import alone, check_cache, naming, replace_text
 from fewstep.errors import RewardError, UserError
@@ -77,7 +78,7 @@ def teacher_of(config: Config) -> str:
         raise UserError(f"{error}; if its folder has moved, --teacher NEW") from error
 
 
-def check_prompts(given: list[str]) -> list[str]:
+def own_prompts(given: list[str]) -> list[str]:
     """Each prompt of a caller's own list once. Raises UserError."""
     from fewstep.evaluate.sets import as_set
     from fewstep.prompts import BadPrompts
@@ -100,9 +101,9 @@ def distill(
     """
     if given is not None:  # kept with the run, for one that goes on
         config.prompts = str(Path(config.output) / GIVEN)
-    prompts = read_prompts(config) if given is None else check_prompts(given)
-    functions = check_rewards(config, functions or {})
-    judges = check_judges(config, judges or {}, functions)
+    prompts = read_prompts(config) if given is None else own_prompts(given)
+    functions = resolve_rewards(config, functions or {})
+    judges = resolve_judges(config, judges or {}, functions)
     source = teacher_of(config)
     if hub.parts(source):
         config.teacher = source  # with its commit: a run that goes on has the same teacher
@@ -286,7 +287,9 @@ def dry_run(config: Config, source: str, prompts: int) -> int:
 
     config = resolve_hardware(config)
     try:
-        check_backbone(needs.skeleton(source, models.frozen_dtype(config)), config)
+        backbone = needs.skeleton(source, models.frozen_dtype(config))
+        times, _ = training_grid(backbone, config)
+        say_what_looks_wrong(backbone, config, times)
         print(needs.report(source, config, prompts))
     except ValueError as error:
         raise UserError(f"teacher: {error}") from error

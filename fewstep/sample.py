@@ -22,9 +22,9 @@ def command(arguments: list[str]) -> int:
     from fewstep import models
     from fewstep.config import Config
     from fewstep.evaluate.command import evaluation_device, on_hub, student_scale, student_steps
-    from fewstep.flags import check_student, saved_config
+    from fewstep.flags import is_student_folder, saved_config
 
-    own = check_student(options.folder)
+    own = is_student_folder(options.folder)
     folder = options.folder if own else on_hub(options.folder.as_posix(), weights=True)[1]
     steps = student_steps(options.steps, models.steps_of(folder))
     models.quiet_libraries()

@@ -200,9 +200,9 @@ def test_every_recipe_is_read_and_is_what_its_name_says(tmp_path):
         assert "NOT MEASURED" in text and "hours of one H100" in text
     four = configs.pop("gndmr-4")  # of real teachers: two of its rewards are converted first
     with pytest.raises(UserError, match="fewstep convert-reward hps"):
-        composition.check_rewards(four, {})
+        composition.resolve_rewards(four, {})
     for config in configs.values():
-        composition.check_rewards(config, {})
+        composition.resolve_rewards(config, {})
     assert [len(c.reward) for c in (configs["gndmr-1"], configs["gndmr"], four)] == [1, 2, 4]
     assert four.weights == configs["gndmr"].weights == configs["gndmr-1"].weights and set(four.reward.values()) == {1.0}
     assert configs["gndmr"].weights.mode == "adaptive"

@@ -168,7 +168,7 @@ def test_every_row_can_be_built_and_names_a_baseline_before_it():
     for row in compare.EVERY_ROW.values():
         config = compare.cell_config(ROWS, row, 3)
         assert config.seed == 3
-        composition.check_rewards(config, compare.functions_of(config))
+        composition.resolve_rewards(config, compare.functions_of(config))
         assert row.baseline is None or row.baseline in names
         names.append(row.name)
     paths = [compare.cell_path(ROWS, name, 0) for name in names]

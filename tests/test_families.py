@@ -133,7 +133,7 @@ def test_a_size_without_positions_is_refused_before_the_network_is_called(teache
     for size in ((height + step, step), (step, width + step)):
         config = Config(size=["x".join(map(str, size))])
         with pytest.raises(UserError, match=f"size: .* up to {height} x {width} pixels, got {size[0]} x {size[1]}"):
-            composition.check_backbone(backbone, config)
+            composition.training_grid(backbone, config)
         with mock.patch.object(type(backbone), "size_limit", lambda self: None), pytest.raises((ValueError, IndexError)):
             predict(*size)
 
@@ -821,7 +821,9 @@ def test_a_teacher_that_looks_distilled_to_few_steps_is_said_to_be_guided(teache
     backbone = models.family(str(teachers / name))(pipe, "here", device="meta")
     scales = {4.0: "guidance 4:", 1.0: None} | ({(4.0, 8.0): "guidance from 4 to 8:"} if backbone.scale_input else {})
     for guidance, told in scales.items():
-        composition.check_backbone(backbone, Config(teacher="here", matching=MatchingConfig(guidance=guidance)))
+        config = Config(teacher="here", matching=MatchingConfig(guidance=guidance))
+        times, _ = composition.training_grid(backbone, config)
+        composition.say_what_looks_wrong(backbone, config, times)
         said = capsys.readouterr().out
         assert (f"its scheduler, {words}, is one of" in said and told in said) if told and words else said == ""
 
@@ -834,7 +836,9 @@ def test_a_teacher_that_looks_distilled_to_few_steps_is_said_to_be_guided(teache
 def test_a_first_step_that_bf16_is_too_coarse_for_is_told_of(teachers, capsys, name, precision, share):
     """By as much as it is: a network that is right but for its rounding, at the first time of a student."""
     backbone = needs.skeleton(str(teachers / name), torch.float32)
-    times, _ = composition.check_backbone(backbone, Config(precision=precision, matching=MatchingConfig(guidance=1.0)))
+    config = Config(precision=precision, matching=MatchingConfig(guidance=1.0))
+    times, _ = composition.training_grid(backbone, config)
+    composition.say_what_looks_wrong(backbone, config, times)
     said = capsys.readouterr().out
     assert (f"an error of {share} of a latent" in said and "--precision fp32" in said) if share else said == ""
     if share:

@@ -260,14 +260,14 @@ def test_no_judge_is_what_the_student_is_trained_on(tmp_path, monkeypatch, rewar
 
     told = (f"--reward.{reward[0]}=1", f"--scorer.{reward[0]}={spelt(reward[1])}", f"--judge.{judge[0]}={spelt(judge[1])}")
     config = flags.parse_config(list(told))
-    trained = composition.check_rewards(config, {})
+    trained = composition.resolve_rewards(config, {})
     with pytest.raises(UserError, match=re.escape(f"judge.{judge[0]}: ")) as refused:
-        composition.check_judges(config, {}, trained)
+        composition.resolve_judges(config, {}, trained)
     assert spelt(words).replace("/../clip", "") in str(refused.value).replace("/../clip", "") and "a judge is held out" in str(
         refused.value
     )
     config.judge = {judge[0]: spelt("FILE:bright")}  # another function of the same file is another judge
-    assert composition.check_judges(config, {}, trained).keys() == config.judge.keys()
+    assert composition.resolve_judges(config, {}, trained).keys() == config.judge.keys()
 
 
 @pytest.mark.parametrize("given", [redness, Scorer().score], ids=["function", "method"])
@@ -277,11 +277,11 @@ def test_no_judge_from_python_is_what_the_student_is_trained_on(given):
     again = given if given is redness else given.__self__.score
     for name in ("red", "other"):
         with pytest.raises(UserError, match=rf"judge.{name}: it is what the student is trained on, as the reward 'red'"):
-            composition.check_judges(config, {name: again}, rewards)
+            composition.resolve_judges(config, {name: again}, rewards)
     for another in (brightness, Scorer().score):
-        assert composition.check_judges(config, {"red": another}, rewards) == {"red": another}
+        assert composition.resolve_judges(config, {"red": another}, rewards) == {"red": another}
     named = flags.parse_config(["--reward.hps", "1", "--judge.clip"])  # a function with a named reward's name comes from nowhere
-    assert composition.check_judges(named, {}, {"hps": given}) == {}
+    assert composition.resolve_judges(named, {}, {"hps": given}) == {}
 
 
 def test_the_worlds_own_twins_are_other_models(teacher_folder):
@@ -293,7 +293,7 @@ def test_the_worlds_own_twins_are_other_models(teacher_folder):
     assert not torch.allclose(clip(images, ["a cat", "a dog"]), trained["clip"].score(images, ["a cat", "a dog"]), atol=0.1)
     assert torch.equal(gold(images, ["a cat", "a dog"]), gold(images, ["", ""]))  # it reads no prompt
     config = flags.parse_config(["gndmr", "--judge.clip", "held-out", "--judge.preference", "held-out"])
-    assert composition.check_judges(config, {}, {}) == {}
+    assert composition.resolve_judges(config, {}, {}) == {}
     assert set(composition.make_judges(composition.resolve_hardware(config), {})) == {"clip", "preference"}
     told = judge_records(config, {})
     assert told["clip"]["version"] == sources.version(str(world.ASSETS / "clip-heldout")) != told["preference"]["version"]

@@ -215,9 +215,9 @@ class WindowsPath(PureWindowsPath):
 
 
 def test_a_students_hub_id_is_one_where_paths_have_backslashes():
-    assert flags.check_student(WindowsPath("owner/name@main")) is False
+    assert flags.is_student_folder(WindowsPath("owner/name@main")) is False
     with pytest.raises(UserError, match="no such folder, and not a hub id"):
-        flags.check_student(WindowsPath(r"C:\students\name"))
+        flags.is_student_folder(WindowsPath(r"C:\students\name"))
 
 
 def test_a_run_in_capitals_is_the_same_on_a_mac(monkeypatch, tmp_path):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fewstep.composition import OWN_JUDGE, resolve_teacher
 from fewstep.disk import cache_folder, check_cache, check_writable
 from fewstep.errors import UserError, nearest
-from fewstep.flags import check_student, saved_config, student_parser, table_flags
+from fewstep.flags import is_student_folder, saved_config, student_parser, table_flags
 from fewstep.launch import launched
 
 if TYPE_CHECKING:
@@ -297,7 +297,7 @@ def command(arguments: list[str]) -> int:
     from fewstep.models import steps_of
 
     options = read_options(arguments)
-    folder, own = options.folder, check_student(options.folder)
+    folder, own = options.folder, is_student_folder(options.folder)
     source, described = (str(folder), folder) if own else on_hub(folder.as_posix())
     config: Config | None = saved_config(folder) if (folder / "config.yaml").is_file() else None
     remote = (config or Config()).remote if options.timeout is None else RemoteConfig(options.timeout)

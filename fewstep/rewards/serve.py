@@ -22,7 +22,7 @@ from contextlib import suppress
 from multiprocessing.connection import wait
 from typing import Any
 
-from fewstep.device import check_device
+from fewstep.device import resolve_device
 from fewstep.rewards import REWARDS, sources
 
 PROTOCOL = 1
@@ -330,7 +330,7 @@ def command(arguments: list[str]) -> int:
         import uvicorn
     except ImportError as error:
         raise ValueError(f"the server needs {error.name}: pip install 'fewstep[serve]'") from error
-    options.device = check_device("--device", options.device)
+    options.device = resolve_device("--device", options.device)
     with claim(options.port) as held:  # before the model is loaded, which may take minutes
         try:
             name, version, score = load(options.what, options.scorer, options.device)
