@@ -1,4 +1,4 @@
-"""The composition root: `build(config)` makes every object of a run."""
+"""The composition root: what a config names is found and checked before anything slow, then `build` makes every object of a run."""
 
 from __future__ import annotations
 

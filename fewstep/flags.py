@@ -1,4 +1,4 @@
-"""Recipes and flags, as the config that they spell."""
+"""Recipes and flags, as the config that they spell; what the commands about a student read of theirs."""
 
 from __future__ import annotations
 
@@ -118,8 +118,8 @@ def recipe_path(argument: str) -> str:
 
 
 def check_recipe(path: Path, names: dict[str, type]) -> None:
-    """Keys of a YAML recipe that are unknown, come twice or have no value, and code in it, by file and key, before anything else is
-    parsed."""
+    """Raises UserError, naming file and key, for a key of a YAML recipe that is unknown, comes twice or has no value, and for code: a file
+    runs none."""
     import yaml
 
     from fewstep.rewards.sources import is_code

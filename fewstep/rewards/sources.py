@@ -123,11 +123,10 @@ def build(name: str, source: str, *, device: Any = "cpu") -> Any:
 
 
 def open_judge(name: str, source: str | None, *, assets: Path | None = None, device: Any = "cpu", timeout: float = TIMEOUT) -> Any:
-    """A reward to score with and never to train on: a named one from a folder or the hub, a function in a file, a server.
+    """A reward to score with and never to train on: a function of (images (B, 3, H, W), prompts) -> (B,), from a file or behind a server,
+    or a named reward, from a folder or the hub, whose `score` is one.
 
-    timeout: seconds for one try of a server.
-
-    A function of (images (B, 3, H, W), prompts) -> (B,), or an object whose `score` is one. Raises ValueError or OSError.
+    timeout: seconds for one try of a server. Raises ValueError or OSError.
     """
     if is_code(source):
         return load_function(str(source))
