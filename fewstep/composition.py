@@ -242,8 +242,7 @@ def make_judges(config: Config, functions: dict[str, Any]) -> dict[str, Any]:
             if source == HELD_OUT:
                 judges[name] = world.held_out(name, device=config.device)
             else:
-                judge = sources.open_judge(name, source, assets=assets(config), device=config.device)
-                judges[name] = getattr(judge, "score", judge)
+                judges[name] = sources.open_judge(name, source, assets=assets(config), device=config.device)
         except (OSError, ValueError) as error:
             raise UserError(f"judge.{name}: {error}") from error
     return judges

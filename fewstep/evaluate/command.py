@@ -159,10 +159,11 @@ def load_judges(named: dict[str, str | None], *, device: str, in_world: bool, ti
             judge = sources.open_judge(name, source, assets=world.ASSETS if in_world else None, device=device, timeout=timeout)
         except (OSError, ValueError) as error:
             raise UserError(f"judge.{name}: {error}") from error
-        if isinstance(judge, CLIPScore):
-            scorers[name] = judge
+        reward = getattr(judge, "__self__", None)  # of a named one
+        if isinstance(reward, CLIPScore):
+            scorers[name] = reward
         else:
-            others[name] = getattr(judge, "score", judge)
+            others[name] = judge
     return scorers, others
 
 

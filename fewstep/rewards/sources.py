@@ -123,8 +123,8 @@ def build(name: str, source: str, *, device: Any = "cpu") -> Any:
 
 
 def open_judge(name: str, source: str | None, *, assets: Path | None = None, device: Any = "cpu", timeout: float = TIMEOUT) -> Any:
-    """A reward to score with and never to train on: a function of (images (B, 3, H, W), prompts) -> (B,), from a file or behind a server,
-    or a named reward, from a folder or the hub, whose `score` is one.
+    """A reward to score with and never to train on, as a function of (images (B, 3, H, W), prompts) -> (B,): one in a file, a server's
+    `ask`, or the `score` of a named reward from a folder or the hub.
 
     timeout: seconds for one try of a server. Raises ValueError or OSError.
     """
@@ -134,7 +134,7 @@ def open_judge(name: str, source: str | None, *, assets: Path | None = None, dev
         from fewstep.rewards.remote import Remote
 
         return Remote(str(source), name, timeout=timeout).connect().ask
-    return build(name, locate(name, source, assets=assets, flag=f"--judge.{name}"), device=device)
+    return build(name, locate(name, source, assets=assets, flag=f"--judge.{name}"), device=device).score
 
 
 def function_version(source: str) -> str:
