@@ -1,6 +1,7 @@
 """The remote reward: a real server on loopback, and every way in which one may fail. Each fault asserts that it was met."""
 
 import argparse
+import asyncio
 import http.client
 import json
 import math
@@ -518,7 +519,8 @@ def test_the_server_refuses_what_is_not_a_request(server, body, status, words):
 
 
 def test_the_server_takes_no_more_than_it_can_hold(server):
-    for headers, status in (({"Content-Length": str(serve.MAX_BODY + 1)}, 413), ({"Transfer-Encoding": "chunked"}, 411)):
+    chunked = {"Transfer-Encoding": "chunked"}
+    for headers, status in (({"Content-Length": str(serve.MAX_BODY + 1)}, 413), (chunked, 411), ({"Content-Length": "10"} | chunked, 411)):
         connection = http.client.HTTPConnection(server.removeprefix("http://"), timeout=20)
         connection.putrequest("POST", "/score")
         for key, value in headers.items():
@@ -526,6 +528,49 @@ def test_the_server_takes_no_more_than_it_can_hold(server):
         connection.endheaders()  # and not a byte of it
         assert connection.getresponse().status == status
         connection.close()
+
+
+def test_who_waits_is_not_decoded_yet_and_who_has_hung_up_is_not_scored(monkeypatch):
+    """Three clients of one worker: the first is scored until the other two have been taken in, and the second hangs up meanwhile."""
+    decoded, scored, answers, taken = [], [], {}, threading.Barrier(2, timeout=20)
+    read_images = serve.read_images
+    monkeypatch.setattr(serve, "read_images", lambda *given: decoded.append(1) or read_images(*given))
+
+    def score(images, prompts):
+        if not scored:
+            taken.wait()
+        scored.extend(prompts)
+        return [0.5] * len(prompts)
+
+    app = serve.application("mine", "v1", score)
+
+    async def ask(prompt, hangs_up=False):
+        body = multipart(("prompts", "", json.dumps([prompt]).encode()), ("shape", "", b"[1, 2]"), ("images", RAW, b"123456"))
+        headers = {"content-type": "multipart/form-data; boundary=x", "content-length": str(len(body))}
+        messages = [{"type": "http.request", "body": body}, *[{"type": "http.disconnect"}] * hangs_up]
+
+        async def receive():
+            return messages.pop(0) if messages else await asyncio.Event().wait()
+
+        async def send(message):
+            if message["type"] == "http.response.start":
+                answers[prompt] = message["status"]
+
+        raw = [(key.encode(), value.encode()) for key, value in headers.items()]
+        await app({"type": "http", "method": "POST", "path": "/score", "query_string": b"", "headers": raw}, receive, send)
+
+    async def three():
+        asked = []
+        for prompt, hangs_up in (("a", False), ("b", True), ("c", False)):
+            asked.append(asyncio.create_task(ask(prompt, hangs_up)))
+            await asyncio.sleep(0.1)
+        held = len(decoded)
+        await asyncio.to_thread(taken.wait)
+        await asyncio.gather(*asked)
+        return held
+
+    assert asyncio.run(three()) == 1  # while the first was scored
+    assert scored == ["a", "c"] and answers == {"a": 200, "b": 499, "c": 200} and len(decoded) == 2
 
 
 def test_pictures_of_two_sizes_and_bombs_are_refused(monkeypatch):

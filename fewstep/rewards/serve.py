@@ -7,6 +7,7 @@ their own are imported only where they are served. The protocol is described in 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import io
 import json
 import math
@@ -93,7 +94,10 @@ class Refused(Exception):
 
 
 def application(name: str, version: str, score: Score, *, batch: int = 16, workers: int = 1, device: str = "cpu") -> Any:
-    """The ASGI application. One request, of at most `batch` pictures, is scored at a time in each worker, without gradients."""
+    """The ASGI application. One request, of at most `batch` pictures, is decoded and scored at a time in each worker, without gradients.
+
+    The others wait in the order in which they came, in starlette's temporary files; one whose client has hung up by then is not scored.
+    """
     import torch
     from python_multipart.exceptions import FormParserError  # which starlette passes on as it is before 1.7
     from starlette.applications import Starlette
@@ -103,10 +107,10 @@ def application(name: str, version: str, score: Score, *, batch: int = 16, worke
     from starlette.responses import JSONResponse
     from starlette.routing import Route
 
-    one_at_a_time = threading.Lock()
+    one_at_a_time = asyncio.Lock()
 
     def scored(images: Any, prompts: list[str]) -> list[float | None]:
-        with one_at_a_time, torch.inference_mode():  # of this thread alone, so here
+        with torch.inference_mode():  # of this thread alone, so here
             return as_numbers(score(images.to(device), prompts), len(prompts))
 
     async def health(request: Request) -> JSONResponse:
@@ -114,25 +118,27 @@ def application(name: str, version: str, score: Score, *, batch: int = 16, worke
 
     async def answer(request: Request) -> JSONResponse:
         length = request.headers.get("content-length", "")
-        if not length.isdecimal():
-            raise Refused("the request must state its Content-Length", 411)
+        if not length.isdecimal() or "transfer-encoding" in request.headers:  # which says how long a body is where there are both
+            raise Refused("the request must state its Content-Length, without a Transfer-Encoding", 411)
         if int(length) > MAX_BODY:
             raise Refused(f"the request is longer than {MAX_BODY} bytes: send fewer pictures at a time", 413)
         async with request.form(max_files=batch, max_fields=8) as form:
             uploads = form.getlist("images")
             if any(isinstance(upload, str) for upload in uploads):
                 raise Refused("images: must be files")
-            held = [(await upload.read(), upload.content_type) for upload in uploads]  # type: ignore[union-attr]
-            texts = {key: form.get(key) for key in ("prompts", "shape")}
-        prompts = read_list(texts["prompts"], "prompts", str)
-        if len(prompts) != len(held) or not held:
-            raise Refused(f"{len(prompts)} prompts for {len(held)} images")
-        images = await run_in_threadpool(read_images, held, texts["shape"])
-        try:
-            scores = await run_in_threadpool(scored, images, prompts)
-        except Exception as error:
-            traceback.print_exc()
-            return JSONResponse({"error": f"{type(error).__name__}: {error}"[:500], "version": version}, status_code=500)
+            prompts = read_list(form.get("prompts"), "prompts", str)
+            if len(prompts) != len(uploads) or not uploads:
+                raise Refused(f"{len(prompts)} prompts for {len(uploads)} images")
+            async with one_at_a_time:
+                if await request.is_disconnected():  # it waited too long, and has sent its pictures again by now
+                    raise Refused("the client has hung up", 499)
+                held = [(await upload.read(), upload.content_type) for upload in uploads]  # type: ignore[union-attr]
+                images = await run_in_threadpool(read_images, held, form.get("shape"))
+                try:
+                    scores = await run_in_threadpool(scored, images, prompts)
+                except Exception as error:
+                    traceback.print_exc()
+                    return JSONResponse({"error": f"{type(error).__name__}: {error}"[:500], "version": version}, status_code=500)
         return JSONResponse({"scores": scores, "name": name, "version": version})
 
     async def refuse(request: Request, error: Exception) -> JSONResponse:
