@@ -15,7 +15,7 @@ from fewstep.errors import UserError
 from fewstep.metrics import ratios_of, rms, spread_of
 from fewstep.prompts import read
 from fewstep.rewards import sources
-from fewstep.rewards.heldout import HeldOut, Parting, parting
+from fewstep.rewards.heldout import HeldOut, Parted, Parting
 from fewstep.run import judge_records
 from fewstep.types import Sample
 
@@ -70,6 +70,76 @@ def test_the_alarm_comes_when_the_judge_turns():
     assert min(delays) >= 40 and sum(delays) / len(delays) < 65 and max(delays) < 90
 
 
+def parting(blocks, window=WINDOW, errors=Parting.ERRORS):
+    """As `Parting` says, from all blocks (n, 2), means of (reward, judge), at once; evaluation counts blocks here."""
+    if len(blocks) < 2 * window:
+        return None
+    means = blocks.unfold(0, window, 1).mean(-1)  # (n - window + 1, 2)
+    now, before = means[-1], means[:-window]
+    best = int(before[:, 1].argmax())
+    then = before[best]
+    noise = (blocks.diff(dim=0).square().mean(0) / 2).sqrt()  # of one block
+    rise = (now - then) * torch.tensor([1.0, -1.0], dtype=blocks.dtype)  # the judge's is a fall
+    if not bool((rise > errors * noise * (2 / window) ** 0.5).all()):
+        return None
+    return Parted(best + window, (float(then[0]), float(now[0])), (float(then[1]), float(now[1])))
+
+
+def taken(blocks):
+    watch = Parting()
+    for a, b in blocks.tolist():
+        watch.take((a, b))
+    return watch
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_kept_of_the_history_decides_as_all_of_it_would(seed):
+    n = 120
+    t, turn = torch.arange(n), torch.randint(20, 80, (), generator=torch.Generator().manual_seed(seed))
+    rising, turning = (0.4 * t + noise(n, 2 * seed)).double(), (0.4 * (turn - (t - turn).abs()) + noise(n, 2 * seed + 1)).double()
+    blocks, watch, told = torch.stack([rising, turning], 1), Parting(), 0
+    for i in range(n):
+        watch.take(tuple(blocks[i].tolist()))
+        found, expected = watch.compare(), parting(blocks[: i + 1])
+        assert (found is None) == (expected is None)
+        if found is not None:
+            told += 1
+            assert found.evaluation == expected.evaluation * BLOCK
+            assert [*found.trained, *found.judged] == pytest.approx([*expected.trained, *expected.judged], abs=1e-12)
+    assert told > 10
+
+
+def test_its_state_does_not_grow_and_nothing_is_kept_once_they_have_parted():
+    watch, sizes = Parting(), []
+    for i in range(4000):
+        watch.observe(float(i), float(i % 7))
+        if i in (2 * BLOCK * WINDOW, 3999):
+            sizes.append(len(json.dumps(watch.state())))
+    assert not watch.parted and len(watch.blocks) == 2 * WINDOW and sizes[1] < 2 * sizes[0]
+    for i in range(1000):
+        watch.observe(float(4000 + i), float(-i))
+    assert watch.parted
+    state = watch.state()
+    watch.observe(0.0, 0.0)
+    assert watch.state() == state
+
+
+@pytest.mark.parametrize("kept", [0, 7, 30], ids=["none yet", "few", "many"])
+def test_the_whole_history_of_an_earlier_version_is_read(kept):
+    """Its checkpoints hold every block."""
+    blocks = [[float(i) + 0.3 * (i % 3), float(-abs(i - 20))] for i in range(30 + kept)]
+    straight, resumed = Parting(), Parting()
+    for block in blocks[:kept]:
+        straight.take(tuple(block))
+    straight.running = [(1.0, 2.0)]
+    resumed.load_state({"blocks": blocks[:kept], "running": [[1.0, 2.0]], "parted": False})
+    assert resumed == straight
+    said = [[watch.observe(*pair) for pair in blocks[kept:] for _ in range(BLOCK)] for watch in (straight, resumed)]
+    assert said[0] == said[1] and resumed == straight and resumed.parted
+    resumed.load_state({"blocks": blocks, "running": [], "parted": True})
+    assert resumed.parted and resumed.observe(0.0, 0.0) is None
+
+
 def test_it_needs_both_to_move_and_names_the_window_of_the_best_judge():
     n = 4 * WINDOW
     up = torch.linspace(0, 10, n)
@@ -77,12 +147,13 @@ def test_it_needs_both_to_move_and_names_the_window_of_the_best_judge():
     wiggle = torch.tensor([0.05, -0.05]).repeat(n // 2)
 
     def found(a, b, blocks=n):
-        return parting(torch.stack([a, b], 1).double()[:blocks], WINDOW, 5.0)
+        return taken(torch.stack([a, b], 1).double()[:blocks]).compare()
 
     told = found(up + wiggle, down + wiggle)
-    assert abs(told.evaluation - WINDOW / 2 - n / 2) < WINDOW / 2  # the window around the turn
+    at = told.evaluation // BLOCK
+    assert abs(at - WINDOW / 2 - n / 2) < WINDOW / 2  # the window around the turn
     assert told.trained[1] > told.trained[0] and told.judged[1] < told.judged[0]
-    assert told.judged[0] == pytest.approx(float((down + wiggle)[told.evaluation - WINDOW : told.evaluation].mean()), abs=1e-6)
+    assert told.judged[0] == pytest.approx(float((down + wiggle)[at - WINDOW : at].mean()), abs=1e-6)
     assert found(up, up) is None and found(-up, -up) is None and found(-up, up) is None
     assert found(up, -up, 2 * WINDOW) is not None and found(up, -up, 2 * WINDOW - 1) is None
 
@@ -152,7 +223,8 @@ def test_a_judge_sees_the_pictures_that_its_reward_sees_once_a_rollout(teacher_f
 def test_the_alarm_names_the_reward_and_says_what_to_do(teacher_folder, prompt_file):
     trainer = run_of(teacher_folder, prompt_file, "--reward.redness", "0.3").trainer
     watch = trainer.partings["redness", "redness"]
-    watch.blocks = [(float(i) + 0.1 * (i % 2), float(-i)) for i in range(2 * WINDOW - 1)]
+    for i in range(2 * WINDOW - 1):
+        watch.take((float(i) + 0.1 * (i % 2), float(-i)))
     watch.running = [(2.0 * WINDOW, -2.0 * WINDOW)] * (BLOCK - 1)
     with pytest.warns(
         UserWarning, match="reward 'redness' has risen from .* while its held-out judge 'redness' has fallen .* weights.budget"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -40,41 +41,68 @@ class Parting:
 
     BLOCK, WINDOW, ERRORS = 5, 8, 5.0
 
-    blocks: list[tuple[float, float]] = field(default_factory=list)  # means of (reward, judge)
+    blocks: list[tuple[float, float]] = field(default_factory=list)  # means of (reward, judge): those of the last two windows
     running: list[tuple[float, float]] = field(default_factory=list)  # of the block that is not full yet
+    count: int = 0  # of all blocks there were
+    moved: tuple[float, float] = (0.0, 0.0)  # sums of the squared differences of neighbouring blocks
+    best: tuple[int, float, float] | None = None  # block at its end and means of the earlier window in which the judge was highest
     parted: bool = False
 
     def observe(self, trained: float, judged: float) -> Parted | None:
-        """Take in one evaluation's mean scores; says so, once, when the two have parted."""
+        """Take in one evaluation's mean scores; says so, once, when the two have parted: then they are watched no longer."""
+        if self.parted:
+            return None
         self.running.append((trained, judged))
         if len(self.running) < self.BLOCK:
             return None
-        self.blocks.append((sum(a for a, _ in self.running) / self.BLOCK, sum(b for _, b in self.running) / self.BLOCK))
+        self.take(mean(self.running))
         self.running = []
-        found = None if self.parted else parting(torch.tensor(self.blocks, dtype=torch.float64), self.WINDOW, self.ERRORS)
-        if found is None:
+        found = self.compare()
+        self.parted = found is not None
+        return found
+
+    def take(self, block: tuple[float, float]) -> None:
+        """Take in one block; every number is kept that `compare` needs, and no history."""
+        if self.blocks:
+            before = self.blocks[-1]
+            self.moved = (self.moved[0] + square(block[0] - before[0]), self.moved[1] + square(block[1] - before[1]))
+        self.blocks = [*self.blocks, block][-2 * self.WINDOW :]
+        self.count += 1
+        if len(self.blocks) == 2 * self.WINDOW:
+            trained, judged = mean(self.blocks[: self.WINDOW])  # the newest window that has nothing in common with the last one
+            if self.best is None or judged > self.best[2]:
+                self.best = (self.count - self.WINDOW, trained, judged)
+
+    def compare(self) -> Parted | None:
+        """The newest window and the best earlier one, or None while they have not parted."""
+        if self.best is None:
             return None
-        self.parted = True
-        return found._replace(evaluation=found.evaluation * self.BLOCK)
+        end, *then = self.best
+        now = mean(self.blocks[-self.WINDOW :])
+        # of a difference of two windows, from the variance of one block
+        trained, judged = (self.ERRORS * math.sqrt(moved / (2 * (self.count - 1)) * 2 / self.WINDOW) for moved in self.moved)
+        if not (now[0] - then[0] > trained and then[1] - now[1] > judged):
+            return None
+        return Parted(end * self.BLOCK, (then[0], now[0]), (then[1], now[1]))
 
     def state(self) -> dict[str, Any]:
-        return {"blocks": self.blocks, "running": self.running, "parted": self.parted}
+        return asdict(self)
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.blocks, self.running = ([(float(a), float(b)) for a, b in state[key]] for key in ("blocks", "running"))
+        blocks, self.running = ([(float(a), float(b)) for a, b in state[key]] for key in ("blocks", "running"))
         self.parted = state["parted"]
+        if "count" in state:
+            self.blocks, self.count, self.moved = blocks, state["count"], tuple(state["moved"])
+            self.best = tuple(state["best"]) if state["best"] else None
+        else:  # an earlier version kept every block
+            self.blocks, self.count, self.moved, self.best = [], 0, (0.0, 0.0), None
+            for block in blocks:
+                self.take(block)
 
 
-def parting(blocks: torch.Tensor, window: int, errors: float) -> Parted | None:
-    """The two columns of `blocks` (n, 2), means of (reward, judge), compared as `Parting` says; evaluation counts blocks here."""
-    if len(blocks) < 2 * window:
-        return None
-    means = blocks.unfold(0, window, 1).mean(-1)  # (n - window + 1, 2)
-    now, before = means[-1], means[:-window]
-    best = int(before[:, 1].argmax())
-    then = before[best]
-    noise = (blocks.diff(dim=0).square().mean(0) / 2).sqrt()  # of one block
-    rise = (now - then) * torch.tensor([1.0, -1.0], dtype=blocks.dtype)  # the judge's is a fall
-    if not bool((rise > errors * noise * (2 / window) ** 0.5).all()):
-        return None
-    return Parted(best + window, (float(then[0]), float(now[0])), (float(then[1]), float(now[1])))
+def mean(pairs: list[tuple[float, float]]) -> tuple[float, float]:
+    return sum(a for a, _ in pairs) / len(pairs), sum(b for _, b in pairs) / len(pairs)
+
+
+def square(value: float) -> float:
+    return value * value  # `**` raises where it overflows
