@@ -22,7 +22,7 @@ CELLS = {
 def drawn(name: str) -> Image.Image:
     """The picture of that name."""
     trace = json.loads((DOCS / "results" / "compare" / "cells" / CELLS[name]).read_text())["trace"]
-    return curves.draw(curves.panels({"update": update, **logs} for update, logs in enumerate(trace, 1)))
+    return curves.draw(curves.panels(curves.add({}, ({"update": update, **logs} for update, logs in enumerate(trace, 1)))))
 
 
 if __name__ == "__main__":

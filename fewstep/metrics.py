@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +64,17 @@ def known(logs: dict[str, float]) -> dict[str, float]:
     return {key: value for key, value in logs.items() if math.isfinite(value)}
 
 
-def logged(path: Path) -> list[dict[str, Any]]:
-    """What the updates of a metrics.jsonl logged; a line that was cut, as by a kill, is left out."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
+def logged(path: Path) -> Iterator[dict[str, Any]]:
+    """What the updates of a metrics.jsonl logged, one after another."""
+    with path.open("rb") as file:
+        yield from parsed(file)
+
+
+def parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """What lines of a metrics.jsonl hold; one that was cut, as by a kill, is left out."""
+    for line in lines:
+        with suppress(ValueError):
+            yield json.loads(line)
 
 
 class MetricsLog:

@@ -45,6 +45,7 @@ from fewstep.launch import launched, torchrun_limit
 if TYPE_CHECKING:
     from fewstep.config import Config
     from fewstep.ranks import Ranks
+    from fewstep.report.curves import Curves
 
 
 def read_prompts(config: Config) -> list[str]:
@@ -321,6 +322,9 @@ def train(run: Run, output: Path, prompts: list[str]) -> bool:
     """Run the trainer behind a progress bar. False when it was stopped, be it in the last update."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+    from fewstep.report.curves import Curves
+
+    curves = Curves(output / "metrics.jsonl")
     stopping: list[int] = []
     ranks = run.trainer.ranks
 
@@ -353,7 +357,7 @@ def train(run: Run, output: Path, prompts: list[str]) -> bool:
                 )
             due = config.sample_every and trainer.update % config.sample_every == 0 and trainer.update < config.updates
             if due and ranks.rank == 0:
-                draw_progress(run, output, grid_prompts(config, prompts))
+                draw_progress(run, output, grid_prompts(config, prompts), curves)
     if ranks.any(bool(stopping)):
         print(f"stopped at update {trainer.update} of {config.updates}; saved. Go on with: fewstep distill --output {output} --resume")
         return False
@@ -407,15 +411,15 @@ def teacher_grids(run: Run, prompts: list[str], best: str) -> dict[str, Any]:
     return grids
 
 
-def draw_progress(run: Run, output: Path, prompts: list[str]) -> None:
+def draw_progress(run: Run, output: Path, prompts: list[str], curves: Curves) -> None:
     """A grid of the averaged student with fixed prompts and seeds, and the run's curves; no random number of the training is drawn."""
-    from fewstep.report import curves, grid
+    from fewstep.report import grid
 
     trainer, steps = run.trainer, run.config.steps
     title = f"student, {steps} steps, update {trainer.update}"
     images = student_grid(run, prompts, trainer.averaged())
     grid.save({title: images}, prompts, output / "samples" / f"update-{trainer.update:08d}.png")
-    curves.save(output / "metrics.jsonl", output / "curves.png")
+    curves.save(output / "curves.png")
 
 
 def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
@@ -446,6 +450,6 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
     shown = grid_prompts(config, prompts)
     columns = teacher_grids(run, shown, best) | {f"student, {config.steps} steps": student_grid(run, shown, weights)}
     grid.save(columns, shown, output / "samples.png")
-    curves.save(output / "metrics.jsonl", output / "curves.png")
+    curves.Curves(output / "metrics.jsonl").save(output / "curves.png")
     export.with_pictures(card, output).save(output / "README.md")
     print(f"student in {output}; look at {output / 'samples.png'}")

@@ -2,6 +2,8 @@
 
 import json
 import math
+from array import array
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -9,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageColor
 
-from fewstep.metrics import logged
 from fewstep.report import curves
 
 LOGS = [
@@ -19,20 +20,28 @@ LOGS = [
 ]
 
 
+def curve(*points):
+    return array("d", [number for point in points for number in point])
+
+
+def panels(logs):
+    return curves.panels(curves.add({}, logs))
+
+
 def test_what_updates_log_is_sorted_into_panels_in_the_order_of_the_table():
-    found = curves.panels(LOGS)
+    found = panels(LOGS)
     assert list(found) == [
         "KL to the teacher, nats", "clip: score", "dm: score", "clip: held-out judge a", "weight of the other rewards",
         "effective sample size of reused evaluations", "gradient norm of the student",
     ]  # fmt: skip
-    assert found["KL to the teacher, nats"] == {"KL": [(2, 3.0), (3, 2.0)], "budget": [(3, 4.5)]}
-    assert found["dm: score"] == {"score": [(1, -1.0), (2, -2.0), (3, -3.0)]}
-    assert found["weight of the other rewards"] == {"all": [(2, 0.1)], "clip": [(2, 0.1)]}
+    assert found["KL to the teacher, nats"] == {"KL": curve((2, 3.0), (3, 2.0)), "budget": curve((3, 4.5))}
+    assert found["dm: score"] == {"score": curve((1, -1.0), (2, -2.0), (3, -3.0))}
+    assert found["weight of the other rewards"] == {"all": curve((2, 0.1)), "clip": curve((2, 0.1))}
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=130))
 def test_stretches_of_a_curve_are_all_of_it(values):
-    found = curves.binned(list(enumerate(values, 1)), bins=7)
+    found = curves.binned(curve(*enumerate(values, 1)), bins=7)
     sizes = []
     for middle, *_ in found:  # of updates that follow one another, which begin where the last stretch ended
         sizes.append(2 * (middle - sum(sizes)) - 1)
@@ -65,8 +74,8 @@ def test_ticks_are_round():
 
 def test_a_curve_stands_where_its_numbers_are():
     """From 0 to 1 over the run, and a second one that stays at 1: in the middle of the picture the first is half way up."""
-    rising = [(update, update / 100) for update in range(1, 101)]
-    drawn = np.asarray(curves.draw_panel("a title", {"a": rising, "b": [(50, 1.0), (100, 1.0)]}, 100)).astype(int)
+    rising = curve(*((update, update / 100) for update in range(1, 101)))
+    drawn = np.asarray(curves.draw_panel("a title", {"a": rising, "b": curve((50, 1.0), (100, 1.0))}, 100)).astype(int)
     zoom, wide, high = curves.SMOOTH, curves.WIDTH - curves.LEFT - curves.RIGHT, curves.HEIGHT - curves.TOP - curves.BOTTOM
 
     def rows_of(colour, update):
@@ -87,18 +96,57 @@ def test_a_curve_stands_where_its_numbers_are():
 def test_a_picture_has_room_for_every_panel(logs, tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in logs) + '{"update": 9, "dm/sco')  # a kill cut the last line
-    found = curves.panels(logged(path))
-    assert found == curves.panels(logs)
+    found = panels(logs)
     rows = -(-len(found) // curves.COLUMNS)
     assert curves.draw(found).size == (curves.COLUMNS * curves.WIDTH, rows * curves.HEIGHT)
-    curves.save(path, tmp_path / "curves.png")
+    curves.Curves(path).save(tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size == (curves.COLUMNS * curves.WIDTH, rows * curves.HEIGHT)
 
 
 def test_a_run_that_logged_nothing_has_no_curves(tmp_path):
     with pytest.raises(ValueError, match="no curves"):
-        curves.draw(curves.panels([{"update": 1, "unknown": 1.0}]))
+        curves.draw(panels([{"update": 1, "unknown": 1.0}]))
     (tmp_path / "metrics.jsonl").write_text("")
-    curves.save(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    curves.Curves(tmp_path / "metrics.jsonl").save(tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
+
+
+def test_each_line_is_read_once_and_no_more_is_kept_than_what_has_a_curve(monkeypatch, tmp_path):
+    path, read = tmp_path / "metrics.jsonl", []
+    monkeypatch.setattr(curves, "parsed", lambda lines: [read.append(line) or json.loads(line) for line in lines])
+    growing = curves.Curves(path)
+    for one in LOGS:
+        with path.open("a") as file:
+            file.write(json.dumps(one) + "\n")
+        growing.save(tmp_path / "curves.png")
+    assert [json.loads(line) for line in read] == LOGS
+    assert curves.panels(growing.points) == panels(LOGS) and growing.points.keys().isdisjoint(("update", "unknown"))
+    whole = tmp_path / "whole.png"
+    curves.Curves(path).save(whole)
+    assert whole.read_bytes() == (tmp_path / "curves.png").read_bytes()
+
+
+def test_curves_of_many_rewards_are_told_apart():
+    """Names that take more than a line make the panel higher, none leaves it, and no two lines look alike."""
+    logs = [{"update": u, "dm/share": 0.5} | {f"reward_{i}/share": 0.1 * i for i in range(13)} for u in (1, 100)]
+    (title, found), *_ = panels(logs).items()
+    names, drawn = list(found), np.asarray(curves.draw_panel(title, found, 100)).astype(int)
+    heads = curves.heads(names)
+    assert heads[0] == (curves.LEFT, 0) and len(set(heads)) == 14 and heads[-1][1] > 1
+    zoom, grown = curves.SMOOTH, heads[-1][1] * curves.LINE
+    assert drawn.shape[:2] == ((curves.HEIGHT + grown) * zoom, curves.WIDTH * zoom)
+    assert (drawn[:, -8 * zoom :] == 255).all()  # none runs over the edge
+    seen = set()
+    for (x, line), colour in zip(heads, cycle(curves.COLOURS), strict=False):
+        row = drawn[(24 + curves.LINE * line + 8) * zoom, x * zoom : (x + curves.MARK - 6) * zoom]
+        seen.add((colour, tuple((row == ImageColor.getrgb(colour)).all(1))))
+    assert len(seen) == 14
+    assert curves.draw(panels(logs)).size == (curves.COLUMNS * curves.WIDTH, curves.HEIGHT + grown)
+
+
+def test_a_broken_line_follows_its_points():
+    found = curves.dashes([(0.0, 0.0), (4.0, 0.0), (4.0, 3.0)], 3, 2)
+    assert found == [[(0, 0), (3, 0)], [(4, 1), (4, 3)]]
+    assert curves.dashes([(0.0, 0.0), (4.0, 0.0), (4.0, 3.0)], 5, 3) == [[(0, 0), (4, 0), (4, 1)]]
+    assert curves.dashes([(1.0, 1.0)], 5, 3) == []
