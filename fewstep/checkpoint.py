@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fewstep.disk import errno_of, rename
+from fewstep.disk import errno_of, rename, replace, sync
 
 FILES = ("state.safetensors", "state.json")
 TENSOR = "__tensor__"
@@ -73,17 +73,6 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync(path: Path) -> None:
-    """Force a file or a folder's entries to disk."""
-    if path.is_dir() and os.name == "nt":  # which opens no folder, and has no call for its entries
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs no file that is open for reading alone
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def save(root: str | Path, step: int, tree: Any, *, keep: int = 2) -> Path:
     """Write `root/step-XXXXXXXX` atomically and keep the newest `keep` checkpoints. Returns the folder.
 
@@ -98,7 +87,7 @@ def save(root: str | Path, step: int, tree: Any, *, keep: int = 2) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         clear(root)
         temporary.mkdir()
-        save_file(tensors, temporary / FILES[0])
+        replace(temporary / FILES[0], lambda path: save_file(tensors, path))
         (temporary / FILES[1]).write_text(json.dumps(value), encoding="utf-8")
         manifest = {name: {"bytes": (temporary / name).stat().st_size, "sha256": digest(temporary / name)} for name in FILES}
         (temporary / "manifest.json").write_text(json.dumps({"step": step, "files": manifest}, indent=1), encoding="utf-8")

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import secrets
+import stat
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -104,22 +105,59 @@ def rename(path: Path, target: Path) -> None:
     path.replace(target)
 
 
+def sync(path: Path) -> None:
+    """Force a file or a folder's entries to disk."""
+    if path.is_dir() and os.name == "nt":  # which opens no folder, and has no call for its entries
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs no file that is open for reading alone
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def give_usual_mode(path: Path) -> None:
+    """The mode that the umask gives to any new file: safetensors writes its own for nobody but their owner."""
+    fresh = beside(path)
+    try:
+        fresh.touch()  # the umask itself can only be read by setting it, for all threads
+        usual = stat.S_IMODE(fresh.stat().st_mode)
+    finally:
+        fresh.unlink(missing_ok=True)
+    if stat.S_IMODE(path.stat().st_mode) != usual:  # not every disk lets modes be set
+        path.chmod(usual)
+
+
+def beside(path: Path) -> Path:
+    """A temporary name in the same folder."""
+    # two machines that share the disk may have given their processes one number, as containers do
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+
+
 def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under a temporary name beside its own, then rename: a reader sees the old or the new, never a half.
+    """Write a file under a temporary name beside its own, then rename: a reader sees the old or the new, never a half. It has the usual
+    mode, whatever wrote it.
 
     Raises OSError that names the folder where the disk takes no more.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # two machines that share the disk may have given their processes one number, as containers do
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    temporary = beside(path)
     with naming(path.parent):
         try:
             write(temporary)
+            give_usual_mode(temporary)
             rename(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """`replace` of a whole text, UTF-8."""
-    replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """`replace` of a whole text, UTF-8, forced to disk before its name is: not even a machine that loses its power leaves it empty."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+
+    replace(path, write)
+    with naming(path.parent):
+        sync(path.parent)

@@ -181,6 +181,14 @@ def test_stock_diffusers_reads_kohyas_file_as_the_student(teachers, runs, export
     assert written.get("ss_base_model_version") == {"StableDiffusionXLPipeline": "sdxl_base_v1-0"}.get(name)
 
 
+@pytest.mark.parametrize("to", ["diffusers", "lora", "kohya"])
+def test_others_may_read_the_weights_as_the_card(exported, to):
+    """safetensors writes files for their owner alone."""
+    output = exported("StableDiffusionPipeline", to)
+    files = [*output.rglob("*.safetensors"), output / "README.md"]
+    assert len(files) == {"diffusers": 5, "lora": 2, "kohya": 2}[to] and len({path.stat().st_mode for path in files}) == 1
+
+
 @pytest.mark.parametrize(
     "width, prediction, version", [(768, "epsilon", "sd_v1"), (1024, "v_prediction", "sd_v2_v"), (16, "epsilon", None)]
 )

@@ -359,6 +359,9 @@ def hps_folder(tmp_path_factory):
     (root / "clip" / "earlier.json").mkdir()  # a folder, which is no part of it
     torch.save({"state_dict": open_clip_state(), "epoch": 3}, root / "HPS_tiny.pt")
     assert cli.main(["convert-reward", "hps", str(root / "HPS_tiny.pt"), "--output", str(root / "made"), "--clip", str(root / "clip")]) == 0
+    assert (
+        len({(root / "made" / name).stat().st_mode for name in ("model.safetensors", "config.json")}) == 1
+    )  # others may read both or none
     return root / "made"
 
 
@@ -466,6 +469,8 @@ def test_the_aesthetic_score_is_the_published_head_on_unit_features(tmp_path, op
     torch.save(tiny_head(), tmp_path / "head.pth")
     arguments = ["convert-reward", "aesthetic", str(tmp_path / "head.pth"), "--output", str(tmp_path / "made"), "--clip", str(clip)]
     assert cli.main(arguments) == 0
+    modes = {(tmp_path / name).stat().st_mode for name in ("made/model.safetensors", "made/reward.json")}
+    assert len(modes) == 1  # others may read both or none
     scorer, images = Aesthetic.load(tmp_path / "made"), noise(5, 20, 20)
     assert scorer.preprocess == CLIPScore.load(clip).preprocess._replace(halves="even")
     published = torch.nn.Sequential(

@@ -62,7 +62,7 @@ def strict_sync(monkeypatch):
             raise PermissionError(13, "Permission denied")
         return opened(path, mode, *rest, **told)
 
-    monkeypatch.setattr(checkpoint, "os", Windows("os"))
+    monkeypatch.setattr(disk, "os", Windows("os"))
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "open", open_one)
 
@@ -86,6 +86,43 @@ def test_a_rename_waits_for_whoever_reads(monkeypatch, tmp_path):
     with pytest.raises(PermissionError):
         disk.replace_text(tmp_path / "a", "never")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "step-00000001"]
+
+
+def test_a_text_is_on_the_disk_before_its_name_is(monkeypatch, tmp_path):
+    """Or a machine that loses its power keeps the name of an empty file, beside checkpoints that are whole."""
+    fcntl = pytest.importorskip("fcntl")
+    seen, synced, replace = [], os.fsync, os.replace
+
+    def fsync(handle):
+        seen.append("file" if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_RDWR else "folder")
+        synced(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", lambda *names: seen.append("name") or replace(*names))
+    disk.replace_text(tmp_path / "a", "whole")
+    assert seen == ["file", "name", "folder"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="it has no such modes")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_what_safetensors_writes_has_the_mode_of_any_new_file(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        disk.replace(tmp_path / "a", lambda path: save_file({"a": torch.ones(2)}, path))
+        disk.replace_text(tmp_path / "b", "text")
+        folder = checkpoint.save(tmp_path / "checkpoints", 1, {"a": torch.ones(2)})
+    finally:
+        os.umask(before)
+    made = [tmp_path / "a", tmp_path / "b", *folder.iterdir()]
+    assert {path.name: path.stat().st_mode & 0o777 for path in made} == {path.name: 0o666 & ~umask for path in made}
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "checkpoints"} and len(made) == 5
+
+
+def test_a_mode_that_is_the_usual_one_is_left_alone(monkeypatch, tmp_path):
+    """Some disks let none be set."""
+    monkeypatch.setattr(os, "chmod", refused)
+    disk.replace_text(tmp_path / "a", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_checkpoint_that_another_process_reads_goes_with_a_later_save(monkeypatch, tmp_path):

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fewstep import hub
 from fewstep.denoiser import SCALE, Cond, Denoiser, Prediction, join
-from fewstep.disk import is_one
+from fewstep.disk import give_usual_mode, is_one
 from fewstep.models import (
     KEPT_GUIDANCE,
     PICKLES,
@@ -882,6 +882,7 @@ class Backbone:
         self.pipeline.save_lora_weights(
             folder, **{f"{self.part}_lora_layers": self.lora_layers(weights), f"{self.part}_lora_adapter_metadata": adapter}
         )
+        give_usual_mode(folder / "pytorch_lora_weights.safetensors")
 
     def own_files(self, name: str, part: Any) -> Path | None:
         """The folder with the teacher's own files of a part that a student has from it as they are, where they are still there.
@@ -904,6 +905,9 @@ class Backbone:
             for index in (folder / name).glob("*.safetensors.index.json"):
                 index.unlink()
         whole.save_pretrained(folder, safe_serialization=True)
+        for name in pipe.components.keys() - kept.keys():
+            for path in (folder / name).glob("*.safetensors"):
+                give_usual_mode(path)
         for name, own in kept.items():
             if not is_one(own, folder / name):
                 shutil.rmtree(folder / name, ignore_errors=True)

@@ -14,6 +14,8 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya, conver
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fewstep.disk import replace
+
 OUTSIDE_BLOCKS = {
     "conv_in": "input_blocks.0.0",
     "conv_out": "out.2",
@@ -95,4 +97,5 @@ def save(backbone: Any, weights: dict[str, Tensor], path: Path, *, rank: int, ti
     lost = [name for name in layers if name not in back or not torch.equal(layers[name], back[name])]
     if lost or len(back) != len(layers):
         raise ValueError(f"diffusers does not read {len(lost)} of {len(layers)} weights back from kohya's format, the first: {lost[:1]}")
-    save_file({name: value.contiguous() for name, value in keys.items()}, path, metadata(rank, backbone.kohya_version(), title))
+    made, told = {name: value.contiguous() for name, value in keys.items()}, metadata(rank, backbone.kohya_version(), title)
+    replace(path, lambda temporary: save_file(made, temporary, told))

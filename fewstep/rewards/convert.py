@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fewstep.disk import rename
+from fewstep.disk import give_usual_mode, rename, replace
 from fewstep.rewards import REWARDS, files, sources
 
 # argv: pickle, safetensors. weights_only refuses everything but tensors and plain containers; nothing of fewstep is imported.
@@ -86,7 +86,8 @@ def write_aesthetic(name: str, state: dict[str, Any], source: str, folder: Path)
 
     from fewstep.rewards.aesthetic import check_head
 
-    save_file(check_head(state), folder / "model.safetensors")
+    head = check_head(state)
+    replace(folder / "model.safetensors", lambda path: save_file(head, path))
     local = Path(source).expanduser()
     named = {"clip": str(local.resolve()) if local.is_dir() else source}
     (folder / "reward.json").write_text(json.dumps(named) + "\n", encoding="utf-8")
@@ -110,6 +111,8 @@ def write_clip(name: str, state: dict[str, Any], source: str, folder: Path) -> N
         odd = ", ".join([*report.missing_keys, *unknown][:4])
         raise ValueError(f"not weights of the model in {source}: missing or unknown {odd}")
     model.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        give_usual_mode(path)
     for pattern in files.WORDS:
         for path in words.glob(pattern):
             if path.is_file() and not (folder / path.name).exists() and path.name != "model.safetensors.index.json":
