@@ -34,7 +34,8 @@ from fewstep.denoiser import guide, to_x0
 from fewstep.errors import UserError
 from fewstep.folder import RUN_FILES
 from fewstep.models import embeddings
-from fewstep.models.backbone import AddedLinear, repeated_blocks
+from fewstep.models.backbone import repeated_blocks
+from fewstep.models.lora import AddedLinear
 from fewstep.report.grid import save
 from fewstep.run import sample_grid
 from fewstep.student import Student

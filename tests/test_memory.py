@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep import checkpoint, composition, flags, models, trainer
 from fewstep.errors import UserError
-from fewstep.models.backbone import Adapters, AddedLinear
+from fewstep.models.lora import Adapters, AddedLinear
 from fewstep.rewards.base import OnlineReward
 from fewstep.types import Signal
 

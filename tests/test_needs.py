@@ -114,7 +114,7 @@ def test_operations_of_an_adapter_are_those_of_both_its_products(teachers, name,
     source = str(teachers / name)
     config = config_of("--teacher", source, "--lora-rank", "2", "--size", "[16x16]")
     found = needs.measure(source, config, 7)
-    monkeypatch.setattr("fewstep.models.backbone.AddedLinear.forward", LoraLinear.forward)
+    monkeypatch.setattr("fewstep.models.lora.AddedLinear.forward", LoraLinear.forward)
     assert found.flops == needs.measure(source, config, 7).flops
 
 

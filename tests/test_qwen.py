@@ -7,8 +7,8 @@ from pipelines import PIPELINES
 
 from fewstep import models
 from fewstep.denoiser import repeat
-from fewstep.models.backbone import flow_scheduler
 from fewstep.models.embeddings import fingerprint
+from fewstep.models.schedulers import flow_scheduler
 
 SIZE = (8, 16)
 NAMES = ["ZImagePipeline", "QwenImagePipeline"]

@@ -17,11 +17,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler, SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -42,6 +39,8 @@ from fewstep.models import (
     with_range,
 )
 from fewstep.models.embeddings import Embeddings
+from fewstep.models.lora import Adapters, AddedLinear, merged
+from fewstep.models.schedulers import check_betas, flow_scheduler, lcm_scheduler
 from fewstep.schedule import DDPM, Flow, Schedule
 
 TRACES = 64  # of one block's function that torch may keep
@@ -58,50 +57,6 @@ class Roles(NamedTuple):
     fake: Denoiser
     student_parameters: dict[str, nn.Parameter]
     fake_parameters: dict[str, nn.Parameter]
-
-
-class AddedLinear(LoraLinear):
-    """peft's LoRA of a linear layer, W x + b + s B A x, with the last product adding itself to the output.
-
-    peft makes the product, scales it and adds it: three passes over a tensor of the output's size, in the backward pass two, and
-    copies of it for the graph.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.disable_adapters:
-            return self.base_layer(x)
-        (adapter,) = self.active_adapters
-        rows = x.reshape(-1, x.shape[-1])  # one product of two matrices adds in place, a batch of them would not
-        output, inner = self.base_layer(rows), F.linear(rows, self.lora_A[adapter].weight)
-        # in place: the backward pass of W x does not look at W x
-        output.addmm_(inner, self.lora_B[adapter].weight.to(inner.dtype).T, alpha=self.scaling[adapter])
-        return output.view(*x.shape[:-1], -1)
-
-
-class Adapters:
-    """The LoRA layers of one base, and which role's are switched on ("" none)."""
-
-    def __init__(self, model: nn.Module):
-        # found once: the walk over all modules costs more than the switch
-        self.layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-        for layer in self.layers:
-            # autocast makes the adapter's weights what its input is; peft would make the input float32 first, and autocast undo it
-            layer.cast_input_dtype_enabled = False
-        self.parameters = [p for name, p in model.named_parameters() if ".lora_" in name]
-        self.on: str | None = None
-
-    def switch(self, adapter: str) -> None:
-        if adapter == self.on:
-            return
-        for layer in self.layers:
-            if layer.disable_adapters == bool(adapter):  # both calls walk over the layer's weights
-                layer.enable_adapters(bool(adapter))
-            if adapter:
-                layer.set_adapter(adapter)
-        # switching changes requires_grad, and autograd drops the gradient of a leaf that lost it: both adapters stay trainable
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)
-        self.on = adapter
 
 
 def attention_backends() -> list[SDPBackend]:
@@ -232,19 +187,6 @@ class Network(nn.Module):
             handle.remove()
 
 
-def merged(model: nn.Module, adapter: str) -> nn.Module:
-    """The model with one LoRA adapter added into its weights and every adapter layer gone; changes the model it is given."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
-            layer.enable_adapters(True)
-            layer.merge(adapter_names=[adapter])
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
-    for mark in ("peft_config", "_hf_peft_config_loaded"):
-        model.__dict__.pop(mark, None)
-    return model
-
-
 def in_eight_bits(model: nn.Module) -> None:
     """The model's linear layers with 8-bit weights (torchao), in place. Raises ImportError naming what to install."""
     try:
@@ -252,53 +194,6 @@ def in_eight_bits(model: nn.Module) -> None:
     except ImportError as error:
         raise ImportError("memory.teacher int8 needs torchao: pip install 'fewstep[lowmem]'") from error
     quantize_(model, Int8WeightOnlyConfig())
-
-
-def lcm_scheduler(config: dict[str, Any], steps: int) -> LCMScheduler:
-    """The K-step grid of a DDPM teacher: predict x0, renoise to the next of K evenly spaced timesteps.
-
-    Raises ValueError when K does not divide the schedule's timesteps.
-    """
-    total = config["num_train_timesteps"]
-    if total % steps:
-        raise ValueError(f"steps must divide the schedule's {total} timesteps evenly, got {steps}")
-    keep = (
-        "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "rescale_betas_zero_snr",
-    )  # fmt: skip
-    scheduler = LCMScheduler(
-        **{key: config[key] for key in keep if key in config},
-        original_inference_steps=steps,
-        timestep_spacing="trailing",
-        clip_sample=False,
-        set_alpha_to_one=True,
-        steps_offset=1,  # of no effect in LCM's grid; stock pipelines warn without it
-    )
-    scheduler.set_timesteps(steps)
-    return scheduler
-
-
-def check_betas(scheduler: Any, source: str) -> None:
-    """Raises UnsupportedTeacher for a scheduler without betas: LCM's defaults would stand in their place."""
-    if scheduler.config.get("beta_schedule") is None and scheduler.config.get("trained_betas") is None:
-        raise UnsupportedTeacher(
-            f"{source}: its {type(scheduler).__name__} has no betas, and no student can be trained on its noise levels; supported are "
-            "the schedulers with a beta_schedule or trained_betas in scheduler_config.json (DDPM, DDIM, PNDM, Euler, DPM-Solver, UniPC)"
-        )
-
-
-def flow_scheduler(config: dict[str, Any], steps: int) -> FlowMatchEulerDiscreteScheduler:
-    """The K-step grid of a flow teacher, t = 1, (K-1)/K, .. 1/K: predict x0, renoise to the next.
-
-    Without a shift, and ending at 1/K: with one, stock pipelines spend the last step at t = 0.009.
-    """
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        num_train_timesteps=config.get("num_train_timesteps", 1000),
-        shift=1.0,
-        shift_terminal=1 / steps if steps > 1 else None,
-        stochastic_sampling=True,
-    )
-    scheduler.set_timesteps(steps)
-    return scheduler
 
 
 def unpadded(text: Tensor, mask: Tensor) -> Cond:
@@ -393,8 +288,8 @@ class Backbone:
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
-            if isinstance(part, nn.Module) and part not in (*self.text_modules(), pipe.vae):  # those rest on the CPU until they are needed
-                part.to(self.device)
+                if part not in (*self.text_modules(), pipe.vae):  # those rest on the CPU until they are needed
+                    part.to(self.device)
         self.embeddings = Embeddings(self.encode_on_device, self.text_fingerprint, cache)
 
     @classmethod
