@@ -683,6 +683,35 @@ def test_a_students_tokenizers_are_its_teachers_files(teachers, tmp_path):
     assert (student / "tokenizer_2" / "spiece.model").read_bytes() == b"as published too"
 
 
+def test_a_part_is_written_over_where_its_folder_cannot_be_removed(teachers, tmp_path, monkeypatch):
+    """As on Windows, where another program stands in it; nor can a read-only file be removed there, so that none is made."""
+    folder, student = shutil.copytree(teachers / "StableDiffusionPipeline", tmp_path / "teacher"), tmp_path / "student"
+    for path in (folder / "tokenizer").iterdir():
+        path.chmod(0o444)
+    backbone = models.load(str(folder))
+    backbone.save(backbone.pipe, student)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+    backbone.save(backbone.pipe, student)
+    for path in (student / "tokenizer").iterdir():
+        assert path.stat().st_mode & 0o200 and path.read_bytes() == (folder / "tokenizer" / path.name).read_bytes()
+    assert models.load(str(student)).pipe.tokenizer("a cat").input_ids
+
+
+@pytest.mark.parametrize("at", ["shutil.copytree", "fewstep.models.backbone.replace_text"])
+def test_a_save_that_fails_leaves_the_index_of_the_student_before(teachers, tmp_path, monkeypatch, at):
+    backbone, student = models.load(str(teachers / "StableDiffusionPipeline")), tmp_path / "student"
+    backbone.save(backbone.pipe, student)
+    before = (student / "model_index.json").read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(at, full)
+    with pytest.raises(OSError, match="No space"):
+        backbone.save(backbone.pipe, student)
+    assert (student / "model_index.json").read_bytes() == before and b'"tokenizer"' in before
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_text_encoder_that_lies_in_few_bits_goes_with_the_student_as_it_is(bits, tmp_path):
     """transformers cannot write it again; and a check that reads no values may not unpack four bits, which bitsandbytes itself packs anew

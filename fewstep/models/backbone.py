@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fewstep import hub
 from fewstep.denoiser import SCALE, Cond, Denoiser, Prediction, join
-from fewstep.disk import give_usual_mode, is_one
+from fewstep.disk import give_usual_mode, is_one, replace_text
 from fewstep.models import (
     KEPT_GUIDANCE,
     PICKLES,
@@ -799,17 +799,20 @@ class Backbone:
         for name in pipe.components:  # of an earlier save in more files: diffusers leaves it, and then looks for those
             for index in (folder / name).glob("*.safetensors.index.json"):
                 index.unlink()
+        for name, own in kept.items():
+            if not is_one(own, folder / name):
+                shutil.rmtree(folder / name, ignore_errors=True)  # Windows keeps what a program holds: the files are then written over
+                shutil.copytree(
+                    own, folder / name, dirs_exist_ok=True,
+                    ignore=lambda _, files: [file for file in files if Path(file).suffix not in KEPT],
+                    copy_function=shutil.copyfile,  # without the mode: Windows removes no read-only file
+                )  # fmt: skip
+        whole.save_config = lambda *_: None  # model_index.json comes last: diffusers' has null for what was copied
         whole.save_pretrained(folder, safe_serialization=True)
         for name in pipe.components.keys() - kept.keys():
             for path in (folder / name).glob("*.safetensors"):
                 give_usual_mode(path)
-        for name, own in kept.items():
-            if not is_one(own, folder / name):
-                shutil.rmtree(folder / name, ignore_errors=True)
-                shutil.copytree(own, folder / name, ignore=lambda _, files: [file for file in files if Path(file).suffix not in KEPT])
-        for path in (folder / "model_index.json", *(folder / part / "config.json" for part in pipe.components)):
-            if path.is_file():
-                config = json.loads(path.read_text(encoding="utf-8"), object_hook=without_path)
-                if path.parent == folder:
-                    config |= entries
-                path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        texts = {path: path.read_text(encoding="utf-8") for part in pipe.components if (path := folder / part / "config.json").is_file()}
+        for path, text in (texts | {folder / "model_index.json": whole.to_json_string()}).items():
+            config = json.loads(text, object_hook=without_path) | (entries if path.parent == folder else {})
+            replace_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
