@@ -1,9 +1,10 @@
 """A plain trainer to measure fewstep beside: DMD2 (arXiv 2405.14867) as its trainers are written, without a discriminator.
 
-Three separate copies of the network; for every student update and every fake update fresh prompts are simulated backwards to one state,
-drawn for the whole batch, and only that state is kept. The networks are called as fewstep calls them, with the same
-trainable parameters, numbers, optimizer, parts of the batch and checkpointing, so that the difference is what the trainer does.
-Neither runs a text encoder. Left out here, and paid for by fewstep: the EMA, the fake's step, the lag, checks for NaN, logs.
+Three separate copies of the network. For a student update fresh prompts are simulated backwards to one state, drawn for the whole batch,
+and only that state is kept; the first fake update after it learns the predictions that it made there, every further one those of a
+simulation of its own. The networks are called as fewstep calls them, with the same trainable parameters, numbers, optimizer, parts of the
+batch and checkpointing, so that the difference is what the trainer does. Neither runs a text encoder. Left out here, and paid for by
+fewstep: the EMA, the fake's step, the lag, checks for NaN, logs.
 """
 
 from __future__ import annotations
@@ -117,12 +118,12 @@ class Reference:
             real = unconditional + self.guidance * (conditional - unconditional)
         return (self.roles.fake(xt, t, cond) - real) / (x0 - real).abs().mean((1, 2, 3), keepdim=True)
 
-    def student_loss(self, x: Tensor, k: int, cond: Cond, t: Tensor, noise: Tensor) -> Tensor:
-        """Mean over elements of 0.5 (x0 - sg(x0 - gradient))^2 for the prediction x0 at state x of step k."""
+    def student_loss(self, x: Tensor, k: int, cond: Cond, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean over elements of 0.5 (x0 - sg(x0 - gradient))^2 for the prediction x0 at state x of step k, x0 detached)."""
         with self.precision():
             x0 = self.roles.student(x, self.time(k, len(x)), cond).float()
             gradient = self.gradient(x0.detach(), cond, t, noise)
-        return 0.5 * nn.functional.mse_loss(x0, (x0 - gradient).detach())
+        return 0.5 * nn.functional.mse_loss(x0, (x0 - gradient).detach()), x0.detach()
 
     def fake_loss(self, x0: Tensor, cond: Cond, t: Tensor, noise: Tensor) -> Tensor:
         """Denoising loss of the fake on samples x0, in its own parametrisation."""
@@ -131,27 +132,36 @@ class Reference:
         wanted = target(x0, noise, self.schedule.alpha(t), self.schedule.sigma(t), self.roles.fake.prediction)
         return nn.functional.mse_loss(prediction.float(), wanted)
 
-    def student_update(self) -> None:
+    def student_update(self) -> tuple[Tensor, Cond]:
+        """Returns the predictions x0 (B, C, H, W) that it was made of, detached, and their conditions."""
         x, k, cond = self.simulate()
-        t, noise = self.levels(len(x)), torch.randn_like(x)
+        t, noise, made = self.levels(len(x)), torch.randn_like(x), []
         for rows in self.parts(len(x)):
-            loss = self.student_loss(x[rows], k, some(cond, rows), t[rows], noise[rows])
+            loss, x0 = self.student_loss(x[rows], k, some(cond, rows), t[rows], noise[rows])
             (loss * (len(x[rows]) / len(x))).backward()
+            made.append(x0)
         nn.utils.clip_grad_norm_(list(self.roles.student_parameters.values()), self.config.student.max_norm)
         self.student_optimizer.step()
         self.student_optimizer.zero_grad()
+        return torch.cat(made), cond
 
-    def fake_update(self) -> None:
-        x, k, cond = self.simulate()
-        with torch.no_grad(), self.precision():
-            x0 = self.roles.student(x, self.time(k, len(x)), cond).float()
-        t, noise = self.levels(len(x)), torch.randn_like(x)
-        for rows in self.parts(len(x)):
+    def fake_update(self, made: tuple[Tensor, Cond] | None = None) -> None:
+        """made: the samples to learn, as a student update returns them; None: the student's of a fresh simulation."""
+        x0, cond = made or self.samples()
+        t, noise = self.levels(len(x0)), torch.randn_like(x0)
+        for rows in self.parts(len(x0)):
             loss = self.fake_loss(x0[rows], some(cond, rows), t[rows], noise[rows])
-            (loss * (len(x[rows]) / len(x))).backward()
+            (loss * (len(x0[rows]) / len(x0))).backward()
         nn.utils.clip_grad_norm_(list(self.roles.fake_parameters.values()), self.config.fake.max_norm)
         self.fake_optimizer.step()
         self.fake_optimizer.zero_grad()
+
+    @torch.no_grad()
+    def samples(self) -> tuple[Tensor, Cond]:
+        """The student's predictions x0 (B, C, H, W) at the states of a fresh simulation, and their conditions."""
+        x, k, cond = self.simulate()
+        with self.precision():
+            return self.roles.student(x, self.time(k, len(x)), cond).float(), cond
 
 
 def some(cond: Cond, rows: slice) -> Cond:

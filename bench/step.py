@@ -15,7 +15,7 @@ memory above what it was before the networks were made. FLOPs are model FLOPs: o
 on the meta device, times the passes that each trainer's denoisers counted; what checkpointing computes again is not in them.
 
 Modes: `full` trains all weights, `lora` adapters; `-u4` uses a rollout four times, `-u2m2` a rollout and an evaluation twice. The
-reference does not reuse anything, so in every mode it is the same. Flags of `fewstep distill` after `--` are for both, in so far as the
+reference has none of that, so in every mode it is the same. Flags of `fewstep distill` after `--` are for both, in so far as the
 reference has what they set: it is never compiled.
 
     python bench/step.py --family flux.1-dev --mode lora -- --compile true --memory.checkpointing false --groups 1
@@ -206,10 +206,10 @@ class Plain:
         fakes = self.config.fake.updates
         for _ in range(updates):
             with meter.phase("student"):
-                self.reference.student_update()
+                made = self.reference.student_update()
             with meter.phase("fake"):
-                for _ in range(fakes):
-                    self.reference.fake_update()
+                for i in range(fakes):
+                    self.reference.fake_update(made if i == 0 else None)
         return updates, updates * fakes
 
     def state(self) -> list[Any]:
@@ -495,7 +495,7 @@ def take_turns(device: str, family: str, mode: str, repeat: int) -> tuple[dict[s
 
 def one_after_the_other(device: str, family: str, modes: list[str], repeat: int) -> tuple[dict[str, Cycles], Cycles, dict[str, Any]]:
     """(ours by mode, the reference's, what ours said of itself), for modes that train the same weights: ours makes `repeat`
-    updates or more of each, and so does the reference, which reuses nothing and is the same in all of them. On a GPU ours says which
+    updates or more of each, and so does the reference, which is the same in all of them. On a GPU ours says which
     kernels a cycle of the first mode runs."""
     ours: dict[str, Cycles] = {}
     first, *_ = modes

@@ -121,7 +121,7 @@ def test_the_reference_makes_the_librarys_updates(pair, monkeypatch, family, opt
 
     theirs = gradients_at_step(reference.student_optimizer, reference.roles.student_parameters)
     torch.manual_seed(3)
-    reference.student_update()
+    made = reference.student_update()
     mine = gradients_at_step(trainer.optimizer, trainer.parameters)
     rollout = Rollout(x.expand(2, *x.shape), torch.zeros(2, *x.shape), trainer.student.times[:2], cond, group, prompts)
     x0 = trainer.predict(rollout, x, k)
@@ -131,13 +131,19 @@ def test_the_reference_makes_the_librarys_updates(pair, monkeypatch, family, opt
 
     for p, q in zip(trainer.parameters.values(), reference.roles.student_parameters.values(), strict=True):
         q.data.copy_(p.data)  # Adam's first step made whole steps of what rounding left of gradients near zero
-    theirs = gradients_at_step(reference.fake_optimizer, reference.roles.fake_parameters)
-    torch.manual_seed(3)
-    reference.fake_update()
+    torch.testing.assert_close(made[0], x0.whole, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
-        x0 = trainer.student.predict(x, k, cond)
-    matching.loss(trainer.sample_of(rollout, k, x0), t=t, noise=noise).backward()
-    assert_same_gradients([p.grad for p in matching_parameters(trainer)], theirs)
+        fresh = trainer.student.predict(x, k, cond)
+    for samples, learnt in ((made, made[0]), (None, fresh)):  # the student update's own, then those of another simulation
+        theirs = gradients_at_step(reference.fake_optimizer, reference.roles.fake_parameters)
+        torch.manual_seed(3)
+        reference.fake_update(samples)
+        matching.loss(trainer.sample_of(rollout, k, learnt), t=t, noise=noise).backward()
+        own = [*matching_parameters(trainer)]
+        assert_same_gradients([p.grad for p in own], theirs)
+        for p, q in zip(own, reference.roles.fake_parameters.values(), strict=True):
+            p.grad = None
+            p.data.copy_(q.data)
 
 
 def matching_parameters(trainer):
@@ -153,6 +159,14 @@ def test_the_reference_holds_three_networks_and_ours_one(pair):
     assert len(frozen["plain"]) == 3 * len(frozen["ours"])
     trained = [sum(p.numel() for p in own.values()) for own in ours.run.roles[3:]]
     assert trained == [sum(p.numel() for p in own.values()) for own in plain.reference.roles[3:]]
+
+
+def test_the_references_passes_are_those_of_the_page(shallow):
+    """docs/performance.md, the floor: four simulations reach each of the four steps once."""
+    plain = step.Plain("sd3.5-medium", [*TINY, *DMD, "--lora-rank", "2"])
+    plain.cycle(step.Meter("cpu"))
+    size = plain.config.groups * plain.config.group_size
+    assert [sum(counts[i] for counts in step.passes(plain.denoisers).values()) / size for i in (0, 1)] == [17, 5]
 
 
 @pytest.mark.parametrize("family", networks.FAMILIES)
@@ -285,9 +299,9 @@ def test_the_script_measures_both_and_says_their_ratio(here, monkeypatch, tmp_pa
     ours, plain = row["ours"], row["reference"]
     assert row["options"][-4:] == ["--groups", "1", "--fake.updates", "1"]
     assert [sum(counts[i] for counts in ours["passes"].values()) for i in (0, 1)] == [11, 2]  # K + 1 + 3 + 1 and the lag's 2; 1 + 1
-    # the two updates' draws of a step are two of 0, 1, 2, 3; student and fake, guided teacher, and the fake's sample and loss
+    # one of 0, 1, 2, 3 to reach a state; student and fake, guided teacher, and the fake's loss on the student's own predictions
     forwards, backwards = ([counts[i] for counts in plain["passes"].values()] for i in (0, 1))
-    assert sum(backwards) == 2 and sum(forwards) in {4 + 2 + n for n in range(1, 6)}
+    assert sum(backwards) == 2 and sum(forwards) in {4 + 1 + n for n in range(4)}
     for key in ("seconds", "processor_seconds", "flops", "real_flops"):
         assert row["ratio"][key] == ours[key] / plain[key] > 0
     assert row["spread"] == {key: [row["ratio"][key]] * 2 for key in ("seconds", "processor_seconds")}  # one turn
