@@ -136,10 +136,10 @@ def test_processes_that_see_other_checkpoints_do_not_go_on(base, tmp_path):
     class Apart:
         rank, size = 1, 2
 
-        def wait(self):
+        def barrier(self):
             pass
 
-        def told(self, value):
+        def all_gather_object(self, value):
             return ["step-00000004", value]
 
     with pytest.raises(UserError, match=r"the processes see other checkpoints .* it must lie on a disk that all machines share"):

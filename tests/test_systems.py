@@ -21,7 +21,7 @@ from small_run import SEVERAL, trainer_of
 import fewstep
 from fewstep import checkpoint, cli, composition, disk, flags, folder, launch, needs, run
 from fewstep.config import Config
-from fewstep.device import check_device
+from fewstep.device import resolve_device
 from fewstep.errors import UserError
 from fewstep.evaluate.command import evaluation_device
 from fewstep.ranks import Ranks
@@ -374,11 +374,11 @@ def test_a_device_is_one_of_those_that_torch_finds(monkeypatch):
     for count, there, not_there in ((2, ["cpu", "cuda", "cuda:1"], ["cuda:2"]), (0, ["cpu"], ["cuda", "cuda:0"])):
         monkeypatch.setattr(torch.cuda, "is_available", lambda count=count: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
-        assert check_device("device", "auto") == ("cuda" if count else "cpu")
-        assert [check_device("device", text) for text in there] == there
+        assert resolve_device("device", "auto") == ("cuda" if count else "cpu")
+        assert [resolve_device("device", text) for text in there] == there
         for text in not_there:
             with pytest.raises(ValueError, match=f"device: there is no {text} here, torch finds {count} CUDA devices"):
-                check_device("device", text)
+                resolve_device("device", text)
 
 
 def test_a_run_on_one_of_several_gpus_is_there_with_all_that_it_calls(monkeypatch):
