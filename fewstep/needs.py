@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from fewstep.models import CONFIGURATIONS, UnsupportedTeacher, family, frozen_dt
 from fewstep.models.backbone import Backbone, Roles, packed_network
 
 GIB = 2**30
+SMALL_GROUP = 2  # samples of a prompt, the fewest whose scale eq. (5) takes
+LOW_RANK = 16  # of LoRA, to which the recipes' may be lowered
 UNUSED = ("FeatureExtractor", "ImageProcessor", "SafetyChecker")  # ends of the classes that no run computes with; some are gone by now
 
 
@@ -55,9 +58,17 @@ class Needs(NamedTuple):
         return 2 * self.writing
 
     @property
+    def phases(self) -> tuple[int, int, int, int]:
+        return self.encoding, self.training, self.drawing, self.saving
+
+    @property
     def device(self) -> int:
         """The largest of the four."""
-        return max(self.encoding, self.training, self.drawing, self.saving)
+        return max(self.phases)
+
+    def beyond(self, room: float) -> float:
+        """Bytes that the phases together lack where there are `room`."""
+        return sum(max(0.0, phase - room) for phase in self.phases)
 
 
 def size(tensors: Iterable[Tensor]) -> int:
@@ -344,16 +355,6 @@ def working(config: Config, gradients: int, activated: int, pictures: int) -> in
     return max(gradients + activated, beside + pictures)
 
 
-# what can be turned, in the order in which it costs least
-SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("--memory.micro-groups 1", {"micro_groups": 1}),
-    ("--memory.frozen bf16", {"frozen": "bf16"}),
-    ("--memory.optimizer adamw8bit", {"optimizer": "adamw8bit"}),
-    ("--memory.checkpointing", {"checkpointing": True}),
-    ("--memory.teacher int8", {"teacher": "int8"}),
-)
-
-
 def share(config: Config) -> int:
     """Groups of a batch that each of the launched processes has."""
     return config.groups // launched()[1]
@@ -363,19 +364,73 @@ def groups_together(config: Config) -> int:
     return min(config.memory.micro_groups or share(config), share(config))
 
 
-def savings(source: str, config: Config, prompts: int) -> list[tuple[str, int]]:
-    """(flag, bytes of the device's memory that a run with it needs) of what is not yet turned on, one at a time, then LoRA."""
-    found = []
-    for flag, change in SAVINGS:
-        memory = dataclasses.replace(config.memory, **change)
-        # frozen bf16 needs bf16 arithmetic, int8 full weights
-        fits = (memory.frozen == "fp32" or config.precision == "bf16") and (memory.teacher == "exact" or not config.lora_rank)
-        if memory != config.memory and fits:
-            found.append((flag, measure(source, dataclasses.replace(config, memory=memory), prompts).device))
-    if not config.lora_rank:
-        memory = dataclasses.replace(config.memory, teacher="exact")
-        found.append(("--lora-rank 64", measure(source, dataclasses.replace(config, lora_rank=64, memory=memory), prompts).device))
-    return found
+def halved(source: str, config: Config) -> list[str]:
+    """The run's sizes with half of each edge, in the steps that the family draws in; none where an edge has no half."""
+    backbone = skeleton(source, torch.float32)
+    step = backbone.size_step()
+    sizes = [tuple(edge // 2 // step * step for edge in size or backbone.default_size()) for size in config.sizes()]
+    return [f"{height}x{width}" for height, width in sizes] if all(min(size) for size in sizes) else []
+
+
+def savings(source: str, config: Config) -> list[dict[str, Any]]:
+    """What can be turned for a run to need less memory, each as dotted names and values, in the order in which it costs least."""
+    found: list[dict[str, Any]] = [{"memory.micro_groups": 1}]
+    if config.precision == "bf16":  # frozen bf16 needs bf16 arithmetic
+        found.append({"memory.frozen": "bf16"})
+    found += [{"memory.optimizer": "adamw8bit"}, {"memory.checkpointing": True}]
+    if config.group_size > SMALL_GROUP:
+        found.append({"group_size": SMALL_GROUP})
+    if not config.lora_rank:  # int8 needs full weights
+        found += [{"memory.teacher": "int8"}, {"lora_rank": 64, "memory.teacher": "exact"}]
+    elif config.lora_rank > LOW_RANK:
+        found.append({"lora_rank": LOW_RANK})
+    sizes = halved(source, config)
+    found += [{"size": sizes}] * bool(sizes)
+    return [change for change in found if turned(config, change) != config]
+
+
+def turned(config: Config, change: dict[str, Any]) -> Config:
+    """The config with what one of `savings`, or several together, sets."""
+    memory = {name.removeprefix("memory."): value for name, value in change.items() if name.startswith("memory.")}
+    own = {name: value for name, value in change.items() if not name.startswith("memory.")}
+    return dataclasses.replace(config, memory=dataclasses.replace(config.memory, **memory), **own)
+
+
+def as_flags(config: Config, change: dict[str, Any]) -> str:
+    """The flags that say what a change sets otherwise than the config has it."""
+    told = {name: ",".join(value) if name == "size" else value for name, value in change.items()}
+    others = [name for name, value in change.items() if operator.attrgetter(name)(config) != value]
+    return " ".join(f"--{name.replace('_', '-')}" + f" {told[name]}" * (told[name] is not True) for name in others)
+
+
+def advice(source: str, config: Config, prompts: int, needs: Needs, room: float) -> list[str]:
+    """What a run that needs more than `room` bytes of the device's memory can do, a line each: what can be turned, alone and, where nothing
+    alone is enough, as many together as it takes."""
+
+    def with_(change: dict[str, Any]) -> Needs:
+        return measure(source, turned(config, change), prompts)
+
+    def line(change: dict[str, Any], found: Needs) -> str:
+        note = " (a teacher draws worse far below its own size)" * ("size" in change)
+        return f"  {found.device / GIB:8.2f} GiB with {as_flags(config, change)}{note}" + ", which fits" * (found.device <= room)
+
+    alone = [(change, with_(change)) for change in savings(source, config)]
+    lines = [line(change, found) for change, found in alone if found.device < needs.device]
+    if any(found.device <= room for _, found in alone):
+        return lines
+    together, least = {}, needs
+    for change, found in alone:
+        # of all phases: what a change saves in one may show once others have made another smaller
+        if found.beyond(room) < needs.beyond(room) and least.device > room:
+            together, least = together | change, with_(together | change) if together else found
+    if len(together) > 1:
+        lines.append(line(together, least))
+    if least.device > room:
+        lines.append(
+            f"  no setting known here makes it fit: {least.networks / GIB:.2f} GiB are teacher, student and fake, {least.text / GIB:.2f} "
+            "GiB the text encoders; give a smaller teacher, or a device with more memory"
+        )
+    return lines
 
 
 def capacity(device: str) -> tuple[int, str]:
@@ -440,7 +495,5 @@ def report(source: str, config: Config, prompts: int) -> str:
         # to launch a pass takes the processor the same time whatever passes: docs/performance.md
         lines.append(f"  room for --memory.micro-groups {larger}: fewer and larger passes, for which a GPU waits less")
     if not fits:
-        for flag, bytes_ in savings(source, config, prompts):
-            if bytes_ < needs.device:
-                lines.append(f"  {gib(bytes_)} with {flag}")
+        lines += advice(source, config, prompts, needs, 0.9 * total)
     return "\n".join(lines)

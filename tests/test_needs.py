@@ -247,6 +247,47 @@ def test_a_gpu_with_room_is_told_of_larger_parts(teachers, monkeypatch):
     assert not told(3 * needed[8], config)
 
 
+def test_what_does_not_fit_is_told_what_to_change(teachers, monkeypatch):
+    """Alone, marked where that is enough, else as many together as it takes, those first that cost least; or that nothing is enough."""
+    source = str(teachers / "StableDiffusion3Pipeline")
+    config = config_of("--teacher", source, "--precision", "bf16", "--group-size", "4", "--lora-rank", "64", "--size", "64x32,32x64")
+    zeros = needs.Needs(**dict.fromkeys(needs.Needs._fields, 0))
+
+    def measure(source, config, prompts):
+        memory, half = config.memory, config.size == ["32x16", "16x32"]
+        networks = 8 if memory.frozen == "bf16" else 16
+        working = 8 * config.group_size // (1 + memory.checkpointing) + config.lora_rank // 16 - (memory.optimizer != "adamw")
+        drawing = 60 if networks == 16 else 12
+        phases = {"training": networks + working - 2 * half, "drawing": drawing - half, "networks": networks, "text": 3}
+        return zeros._replace(**{name: value * needs.GIB for name, value in phases.items()})
+
+    monkeypatch.setattr(needs, "measure", measure)
+
+    def said(room, config=config):
+        return [line.strip() for line in needs.advice(source, config, 7, measure(source, config, 7), room * needs.GIB)]
+
+    # drawing needs the most, so what is saved in training alone is not seen
+    smaller = "(a teacher draws worse far below its own size)"
+    small = f"59.00 GiB with --size 32x16,16x32 {smaller}"
+    assert said(45) == ["44.00 GiB with --memory.frozen bf16, which fits", small]
+    told = ["44.00 GiB with --memory.frozen bf16", small]
+    both = "--memory.frozen bf16 --memory.optimizer adamw8bit --memory.checkpointing"
+    assert said(30) == [*told, f"27.00 GiB with {both}, which fits"]
+    every = f"{both} --group-size 2 --lora-rank 16 --size 32x16,16x32 {smaller}"
+    assert said(14) == [*told, f"14.00 GiB with {every}, which fits"]
+    assert said(11) == [
+        *told,
+        f"14.00 GiB with {every}",
+        "no setting known here makes it fit: 8.00 GiB are teacher, student and fake, 3.00 GiB the text encoders; give a smaller teacher, "
+        "or a device with more memory",
+    ]
+    # full weights: LoRA shares the base, so int8 goes where it comes
+    changes = needs.savings(source, dataclasses.replace(config, lora_rank=0))
+    together = {name: value for change in changes for name, value in change.items()}
+    told = needs.as_flags(config := dataclasses.replace(config, lora_rank=0), together)
+    assert "--lora-rank 64" in told and "int8" not in told and not needs.turned(config, together).problems()
+
+
 def test_a_dry_run_reads_no_weights_and_writes_nothing(teachers, prompt_file, tmp_path, capsys, monkeypatch):
     import shutil
 
@@ -263,12 +304,14 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(teachers, prompt_file, tm
     assert not output.exists()
     monkeypatch.setattr(needs, "capacity", lambda device: (1000, "a very small device"))
     full = ["--lora-rank", "0", "--memory.checkpointing", "false", "--precision", "fp32"]  # in bf16 training is not what needs most
+    full += ["--group-size", "2", "--size", "8x8"]  # as small as they can be
     assert cli.main([*call, *full]) == 0
     told = capsys.readouterr().out
     assert "M parameters; full weights" in told
     assert "DOES NOT FIT: a very small device" in told
     assert all(flag in told for flag in ("--memory.micro-groups 1", "--memory.checkpointing", "adamw8bit"))
     assert "--lora-rank 64" not in told  # more than all of these tiny weights
+    assert "no setting known here makes it fit: 0.00 GiB are teacher" in told.splitlines()[-1]
     assert "less than said" not in told
     from transformers import BitsAndBytesConfig
 
