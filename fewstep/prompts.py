@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-LONGEST = 2000  # characters; text encoders read far fewer, so a longer line is a mistake
+LONGEST = 10_000  # characters; text encoders read up to 512 tokens, some 2500, so a line as long as this is a mistake
 
 
 class BadPrompts(ValueError):

@@ -16,6 +16,10 @@ def test_bom_crlf_blank_lines_and_repeats(tmp_path):
     assert read(path) == ["a cat", "a dog", "naïve"]
 
 
+def test_a_prompt_as_long_as_512_tokens_is_read(tmp_path):
+    assert read(write(tmp_path, b"a cat " * 600)) == [("a cat " * 600).strip()]  # some 3600 characters
+
+
 @pytest.mark.parametrize(
     "data, words",
     [

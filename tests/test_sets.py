@@ -75,7 +75,7 @@ def test_a_folder_of_lists_is_one_set(tmp_path, monkeypatch):
         ("a.json", b"[3]", "not int"),
         ("a.json", b"[", "a.json: Expecting"),
         ("a.jsonl", b'{"prompt": "x"}\n{"prompt"\n', "a.jsonl: line 2"),
-        ("a.json", json.dumps(["x" * 2001]).encode(), "more than 2000"),
+        ("a.json", json.dumps(["x" * 10_001]).encode(), "more than 10000"),
         ("a.csv", b"id,text\n1,A dog\n2,A man, sitting, on a chair\n", "a.csv: line 3: has 4 fields, but the header names 2; put a field"),
         ("a.tsv", b"text\tid\nA man\tsitting\t1\n", "a.tsv: line 2: has 3 fields, but the header names 2; a field holds no tab"),
         ("a.csv", b'text\nx\n"A man\nA dog\n', "a.csv: line 3: unexpected end of data; a quoted field ends with a quote"),
@@ -168,7 +168,7 @@ def test_any_data_set_of_the_hub_with_captions_is_a_set(monkeypatch):
     assert sets.load(found.name) == found
     with pytest.raises(BadPrompts, match="has the splits train, test; name one"):
         sets.load("someone/captions")
-    some = Split([{"text": text} for text in ("a cat", "", None, "x" * 2001, "a\0b", "a dog")])
+    some = Split([{"text": text} for text in ("a cat", "", None, "x" * 10_001, "a\0b", "a dog")])
     fake_datasets(monkeypatch, {"train": some})
     with pytest.warns(UserWarning, match="captions@c0ffee:train: 4 of 6 rows are left out, the first: no text under"):
         assert sets.load("someone/captions").prompts == ["a cat", "a dog"]
