@@ -394,12 +394,6 @@ def draws_from_pictures(pipeline: type) -> bool:
     return hasattr(diffusers, pipeline.__name__.removesuffix("Pipeline") + "Img2ImgPipeline")
 
 
-def hands_on_generator(pipeline: type) -> bool:
-    """Whether a stock pipeline's `generator=` is also its scheduler's, which draws noise between a student's steps; of most flow models'
-    it is not."""
-    return hasattr(pipeline, "prepare_extra_step_kwargs")
-
-
 def guidance_in_words(config: Config, backbone: Any) -> str:
     """The guidance that was distilled in, and what the teacher's pipeline calls it where that counts otherwise (Z-Image)."""
     said = config.matching.guidance_in_words()
@@ -447,7 +441,7 @@ def notes_on_grid(backbone: Any, steps: int, to: str) -> str:
     notes = []
     if backbone.flow and steps > 1 and to != "kohya":
         notes.append(ONE_STEP)
-    if steps > 1 and not hands_on_generator(backbone.pipeline):
+    if steps > 1 and not backbone.hands_on_generator():
         notes.append(OWN_NOISE)
     if draws_from_pictures(backbone.pipeline):
         notes.append(FROM_PICTURE.format(steps))

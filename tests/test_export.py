@@ -419,8 +419,14 @@ def test_the_card_says_what_a_picture_is_drawn_again_with(runs, exported, tmp_pa
         card = (exported(name, "diffusers") / "README.md").read_text()
         assert ("call `torch.manual_seed(0)` before it" in card) is (name == "StableDiffusion3Pipeline")
     _, run = runs("StableDiffusion3Pipeline")
-    config = dataclasses.replace(run.config, steps=1)
-    assert "manual_seed" not in str(export.model_card(export.Averaged(config, run.backbone, None, {}, 3, {}), "lora", tmp_path))
+
+    def card(steps):
+        config = dataclasses.replace(run.config, steps=steps)
+        return str(export.model_card(export.Averaged(config, run.backbone, None, {}, 3, {}), "lora", tmp_path))
+
+    assert "manual_seed" not in card(1) and "manual_seed" in card(2)
+    with mock.patch.object(type(run.backbone), "hands_on_generator", lambda self: True):  # it is the family that knows
+        assert "manual_seed" not in card(2)
 
 
 def test_the_card_has_guidance_as_the_teachers_pipeline_counts_it(runs, tmp_path):

@@ -754,6 +754,12 @@ class Backbone:
                 self.name_scale_input(network.model, False)
 
     @classmethod
+    def hands_on_generator(cls) -> bool:
+        """Whether the stock pipeline's `generator=` is also its scheduler's, which draws noise between a student's steps; of most flow
+        models' it is not."""
+        return hasattr(cls.pipeline, "prepare_extra_step_kwargs")
+
+    @classmethod
     def saves_lora(cls) -> bool:
         """Whether the stock pipeline reads LoRA files."""
         return hasattr(cls.pipeline, "save_lora_weights")
