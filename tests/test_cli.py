@@ -372,7 +372,7 @@ def test_unsupported_and_damaged_teachers(capsys, tmp_path, teacher_folder, prom
     assert "404 Client Error" in line and "from_single_file" in line
     with mock.patch("huggingface_hub.hf_hub_download", side_effect=LocalEntryNotFoundError("no such\nfile")):
         line = refused(capsys, "distill", "--teacher", "me/checkpoint", *options)
-    assert "the hub could not be reached" in line and "no such file" in line and "from_single_file" not in line
+    assert "no such folder, and the hub could not be reached" in line and "no such file" in line and "from_single_file" not in line
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "cannot be read as a StableDiffusionPipeline" in refused(capsys, "distill", "--teacher", str(folder), *options)

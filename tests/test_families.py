@@ -2,8 +2,11 @@
 
 import bisect
 import functools
+import inspect
 import json
+import re
 import shutil
+from pathlib import Path
 from unittest import mock
 
 import fresh
@@ -28,7 +31,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from pipelines import GUIDED, INCOMPLETE, PIPELINES
 from safetensors.torch import load_file, save_file
 
-from fewstep import checkpoint, cli, composition, export, models, needs, run
+from fewstep import checkpoint, cli, composition, models, needs, run
 from fewstep.config import Config, MatchingConfig
 from fewstep.denoiser import guide, to_x0
 from fewstep.errors import UserError
@@ -53,6 +56,19 @@ def test_overwrite_deletes_every_part_of_an_earlier_student(teachers, name):
     pipeline = models.family(str(teachers / name)).pipeline
     parts, _ = pipeline._get_signature_keys(pipeline)
     assert {*parts} - {"safety_checker"} <= {*RUN_FILES}  # which no student has
+
+
+def test_the_command_for_a_new_family_runs_all_of_its_contract():
+    """What has no family as a parameter, and goes over all of them, -k has to name."""
+    import test_tools
+
+    page = (Path(__file__).parent.parent / "docs" / "new-family.md").read_text()
+    files, named = re.search(r'^pytest (.*) -k "StableDiffusion3 or (.*)"$', page, re.MULTILINE).groups()
+    assert files.split() == ["tests/test_families.py", "tests/test_needs.py", "tests/test_tools.py"]
+    tests = {name: test for name, test in (globals() | vars(test_tools)).items() if inspect.isfunction(test) and name.startswith("test_")}
+    whole = [name for name, test in tests.items() if "PIPELINES" in test.__code__.co_names]
+    alone = [name for name in whole if "name" not in inspect.signature(tests[name]).parameters]
+    assert len(alone) == 3 and all(any(words in name for words in named.split(" or ")) for name in alone), alone
 
 
 def size_of(backbone):
@@ -153,7 +169,7 @@ def test_which_pipelines_hand_their_generator_to_the_scheduler(teachers, name):
     generator = torch.Generator()
     with mock.patch.object(pipe.scheduler, "step", step), pytest.raises(Stop):
         pipe(prompt=[*PROMPTS], num_inference_steps=2, generator=generator, **told(backbone) | backbone.student_call)
-    assert (handed == [generator]) is export.hands_on_generator(backbone.pipeline)
+    assert (handed == [generator]) is backbone.hands_on_generator()
 
 
 @every_family
@@ -778,7 +794,11 @@ def test_a_teacher_with_a_lora_merged_in_is_a_teacher(teachers, tmp_path):
     base.save_lora(weights, tmp_path / "lora", rank=2)
     pipe = DiffusionPipeline.from_pretrained(teachers / name)
     pipe.load_lora_weights(tmp_path / "lora")
-    pipe.fuse_lora()
+    for step in (lambda: None, pipe.fuse_lora):
+        step()
+        pipe.save_pretrained(tmp_path / "beside", safe_serialization=True)
+        with pytest.raises(models.UnsupportedTeacher, match=r"unet lack .*: a LoRA was saved beside them and not merged in; load the base"):
+            models.load(str(tmp_path / "beside"))
     pipe.unload_lora_weights()
     pipe.save_pretrained(tmp_path / "merged", safe_serialization=True)
     merged = models.load(str(tmp_path / "merged"))

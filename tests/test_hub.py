@@ -120,7 +120,7 @@ def test_a_run_keeps_the_commits_that_it_began_with(repositories, prompt_file, t
         assert not [path for path in server.asked if new in path or hub.commit(SCORER, 1) in path]
         printed = call(["distill", "--output", str(out), "--resume", "--teacher", TEACHER], code=2)
         assert f"resume: teacher is '{TEACHER}@{new}', the run in {out} has '{TEACHER}@{old}'" in printed
-        assert f"{TEACHER}@v9: cannot read its model_index.json from the hub (RevisionNotFoundError" in call(
+        assert f"{TEACHER}@v9: no such folder, and cannot read its model_index.json from the hub (RevisionNotFoundError" in call(
             ["distill", "--teacher", f"{TEACHER}@v9", "--prompts", str(prompt_file), "--dry-run"], code=2
         )
 

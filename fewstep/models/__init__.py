@@ -59,6 +59,18 @@ KEPT_GUIDANCE = (
 )
 
 
+RENAMED = (
+    "they were damaged, or saved by a version of diffusers or transformers that names them otherwise; get the model anew, or update both "
+    "packages"
+)
+
+
+UNMERGED = (
+    "a LoRA was saved beside them and not merged in; load the base and its LoRA anew, then pipe.fuse_lora(); pipe.unload_lora_weights(); "
+    "pipe.save_pretrained(FOLDER)"
+)
+
+
 STRETCHES, STRETCH = 64, 2**16  # of a file that are looked at, and their bytes
 
 
@@ -108,13 +120,13 @@ def index_on_hub(source: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(repository, "model_index.json", revision=revision))
     except LocalEntryNotFoundError as error:  # a kind of EntryNotFoundError too
         raise UnsupportedTeacher(
-            f"{source}: the hub could not be reached (no network, or HF_HUB_OFFLINE is set), and its model_index.json is not among the "
-            f"files that were downloaded before ({one_line(error)})"
+            f"{source}: no such folder, and the hub could not be reached (no network, or HF_HUB_OFFLINE is set), where its "
+            f"model_index.json is not among the files that were downloaded before ({one_line(error)})"
         ) from error
     except Exception as error:  # the hub's client raises many kinds; each means that this teacher cannot be read
         hint = f"; {SINGLE_FILE}" if isinstance(error, EntryNotFoundError) else ""
         raise UnsupportedTeacher(
-            f"{source}: cannot read its model_index.json from the hub ({type(error).__name__}: {one_line(error)}){hint}"
+            f"{source}: no such folder, and cannot read its model_index.json from the hub ({type(error).__name__}: {one_line(error)}){hint}"
         ) from error
 
 
@@ -207,8 +219,24 @@ def of_variant(part: Any, variant: str | None) -> bool:
     """Whether diffusers read a pipeline's part from files of this variant: where there are none, it reads the plain ones."""
     if variant is None:
         return False
-    folder = Path(getattr(part, "name_or_path", None) or part.config["_name_or_path"])  # of transformers, of diffusers
-    return any(folder.glob(f"*.{variant}*.safetensors"))
+    return any(folder_of(part).glob(f"*.{variant}*.safetensors"))
+
+
+def folder_of(part: Any) -> Path:
+    """Where a pipeline's part was read from."""
+    return Path(getattr(part, "name_or_path", None) or part.config["_name_or_path"])  # of transformers, of diffusers
+
+
+def holds_lora(part: Any) -> bool:
+    """Whether a pipeline's part was saved with the layers of a LoRA in it, under whose names neither library finds its weights."""
+    from safetensors import safe_open
+
+    for path in folder_of(part).glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            keys = " ".join(file.keys())
+        if ".lora_" in keys or ".base_layer." in keys:
+            return True
+    return False
 
 
 def check_weights(pipe: Any, source: str | Path, variant: str | None = None) -> None:
@@ -240,10 +268,8 @@ def check_weights(pipe: Any, source: str | Path, variant: str | None = None) -> 
         else:
             missing = [key for key, p in part.named_parameters() if p.is_meta] if isinstance(part, nn.Module) else []
         if missing:
-            raise UnsupportedTeacher(
-                f"{source}: the files of its {name} lack {len(missing)} of its weights, the first {missing[0]}: they were damaged, or "
-                "saved by a version of diffusers or transformers that names them otherwise; get the model anew, or update both packages"
-            )
+            why = UNMERGED if holds_lora(part) else RENAMED
+            raise UnsupportedTeacher(f"{source}: the files of its {name} lack {len(missing)} of its weights, the first {missing[0]}: {why}")
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
