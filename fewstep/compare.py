@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
 import platform
+import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -691,12 +695,13 @@ def hypervolume(points: list[tuple[float, float]], reference: tuple[float, float
 
 def fronts(summary: list[dict[str, Any]]) -> dict[str, float]:
     """Hypervolume of each Pareto method's mean points (FD to teacher, preference), against the best few-step teacher's distance and
-    the many-step teacher's preference; empty without Pareto rows."""
+    the many-step teacher's preference; empty without Pareto rows, and while one of the teacher's is missing."""
     by_row = {entry["row"]: entry["metrics"] for entry in summary}
     methods = dict.fromkeys(row.name.rpartition(" ")[0] for row in PARETO if row.name in by_row)
-    if not methods:
+    guided = {name: row for name, row in TEACHER_ROWS.items() if row.guidance == world.TEACHER_GUIDANCE}
+    if not methods or not guided.keys() <= by_row.keys():
         return {}
-    few = [by_row[name]["fd_clip_teacher"][0] for name, row in TEACHER_ROWS.items() if row.solver]
+    few = [by_row[name]["fd_clip_teacher"][0] for name, row in guided.items() if row.solver]
     corner = min(few), by_row[f"teacher, {drawing.TEACHER_STEPS} steps"]["preference"][0]
     points = {
         method: [(m["fd_clip_teacher"][0], m["preference"][0]) for name, m in by_row.items() if name.startswith(f"{method} ")]
@@ -779,14 +784,40 @@ class CellsFailed(RuntimeError):
     """Which cells could not be made, and why."""
 
 
+def begin_worker() -> None:
+    """A process that makes cells ends with the one that started it, and at Ctrl-C, which a terminal sends to both, by itself."""
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as an exception it would cost its cell alone, and the next one would begin
+
+
+@contextmanager
+def workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that make cells; what ends the block early ends them too, in the middle of a cell.
+
+    Raises CellsFailed where one was killed.
+    """
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=begin_worker)
+    try:
+        yield pool
+    except BaseException as error:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            why = "a process was killed, as where memory runs out: try fewer --jobs. The finished cells are kept: the same call goes on"
+            raise CellsFailed(why) from error
+        raise
+    pool.shutdown()
+
+
 def compare(plan: Plan, rows: tuple[Row, ...], *, seeds: int | None, first_seed: int, jobs: int) -> list[dict[str, Any]]:
     """Make every missing cell, write compare.json and compare.md of all that the folder holds; returns the summary.
 
     seeds: of every row, instead of its own number. Rows come in the order given, a row's seeds one after the other.
-    Raises CellsFailed when any did, after the others have been made.
+    Raises CellsFailed when any did, after the others have been made, and at once where a process was killed or the teacher's sample,
+    which every cell is compared with, could not be drawn.
     """
-    import multiprocessing
-
     plan.output.mkdir(parents=True, exist_ok=True)
     teacher_seeds = range(first_seed, first_seed + (seeds or max(row.seeds for row in rows)))
     compared = {world.TEACHER_GUIDANCE, *(target_guidance(row.name, row_config(plan, row)) for row in rows)}
@@ -798,17 +829,18 @@ def compare(plan: Plan, rows: tuple[Row, ...], *, seeds: int | None, first_seed:
     os.environ["OMP_NUM_THREADS"] = str(plan.threads)  # of the processes started from here
     if missing:
         began = time.perf_counter()
-        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool:
+        with workers(jobs) as pool:
             targets = sorted({target_guidance(row, config_of(plan, row, seed)) for row, seed in missing})
-            for drawn in [pool.submit(reference, plan, guidance) for guidance in targets]:
-                drawn.result()
+            draw_references(pool, plan, targets)
             pending = {pool.submit(make_cell, plan, *key): key for key in missing}
             for count, future in enumerate(as_completed(pending), 1):
-                key = pending[future]
+                key, error = pending[future], future.exception()
                 left = f"about {(time.perf_counter() - began) / count * (len(missing) - count) / 60:.0f} min left"
-                if future.exception():
-                    failed[key] = future.exception()
-                    print(f"{count}/{len(missing)}  {key[0]}, seed {key[1]}: FAILED, {failed[key]!r}; {left}", flush=True)
+                if isinstance(error, BrokenProcessPool):
+                    raise error
+                if error:
+                    failed[key] = error
+                    print(f"{count}/{len(missing)}  {key[0]}, seed {key[1]}: FAILED, {error!r}; {left}", flush=True)
                     continue
                 cells[key] = future.result()
                 value = cells[key]["metrics"]["fd_clip_teacher"]
@@ -820,6 +852,17 @@ def compare(plan: Plan, rows: tuple[Row, ...], *, seeds: int | None, first_seed:
             f"{len(failed)} of {len(wanted)} cells failed; the others are kept, and a second call makes only these:\n{list_of}"
         )
     return write(plan, cells)
+
+
+def draw_references(pool: Any, plan: Plan, targets: list[float]) -> None:
+    """The teacher's samples, before the cells that are compared with them. Raises CellsFailed."""
+    for drawn in [pool.submit(reference, plan, guidance) for guidance in targets]:
+        try:
+            drawn.result()
+        except BrokenProcessPool:
+            raise
+        except Exception as error:
+            raise CellsFailed(f"the teacher's sample, which cells are compared with, could not be drawn: {error!r}") from error
 
 
 def write(plan: Plan, cells: Cells) -> list[dict[str, Any]]:

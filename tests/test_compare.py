@@ -1,11 +1,13 @@
 """The comparison: its statistics, what it keeps, and that a second call makes only what is missing."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -78,6 +80,7 @@ def test_fronts_start_at_the_few_step_teacher_and_the_many_step_preference():
     teachers.append(entry("teacher, 4 steps, DPM-Solver++", 7.0, 9.0))
     assert compare.fronts(teachers) == {}
     points = [entry("GNDMR, preference 0.1", 1.0, 2.0), entry("GNDMR, preference 0.4", 2.0, 3.0), entry("DMDR, preference 6", 2.0, 2.0)]
+    assert compare.fronts([*teachers[:2], *points]) == {}  # of a comparison under way: there is no corner yet
     assert compare.fronts([*teachers, *points]) == {"GNDMR, preference": 3.0, "DMDR, preference": 1.0}
 
 
@@ -203,10 +206,7 @@ def test_a_kept_cell_is_used_only_if_made_in_the_same_way(tmp_path, capsys):
 def test_a_cell_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
     class Pool:  # in this process
         def __init__(self, *_, **__): ...
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_): ...
+        def shutdown(self, **_): ...
         def submit(self, function, *arguments):
             future = concurrent.futures.Future()
             try:
@@ -337,6 +337,69 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
         time.sleep(0.05)
     os.kill(worker, 9)
     raise AssertionError("the worker outlived its parent by 30 s")
+
+
+SLOW = """
+import os, pathlib, time
+
+def reference(plan, guidance): ...
+
+def make_cell(plan, row, seed):
+    (plan.output / f"begun-{row}-{seed}").touch()
+    time.sleep(600)
+"""
+STOPPED = """
+import sys
+import slow
+from fewstep import cli, compare
+
+if __name__ == "__main__":
+    compare.make_cell, compare.reference = slow.make_cell, slow.reference
+    sys.exit(cli.main(["compare", "--rows", "GNDM", "--jobs", "1", "--output", sys.argv[1]]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize("hears", ["all, as from a terminal", "the first alone"])
+def test_ctrl_c_ends_a_comparison_in_the_middle_of_a_cell(tmp_path, hears):
+    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "script.py").write_text(STOPPED)
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "out")]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True)
+    try:
+        while not list(tmp_path.glob("out/begun-*")):
+            assert first.poll() is None, first.stderr.read()
+            time.sleep(0.05)
+        (os.killpg if hears.startswith("all") else os.kill)(first.pid, signal.SIGINT)
+        _, said = first.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(first.pid, signal.SIGKILL)
+    assert first.returncode == 130 and "Every finished cell is kept: the same call goes on" in said
+    assert len(list(tmp_path.glob("out/begun-*"))) == 1
+
+
+def killed(plan, row, seed):
+    os._exit(9)
+
+
+def no_sample(plan, guidance):
+    raise OSError("no room")
+
+
+def nothing_drawn(plan, guidance): ...
+
+
+@pytest.mark.parametrize(
+    ("function", "stand_in", "words"),
+    [("make_cell", killed, "a process was killed.*fewer --jobs"), ("reference", no_sample, "the teacher's sample.*'no room'")],
+)
+def test_what_ends_every_cell_is_said_once(tmp_path, monkeypatch, capsys, function, stand_in, words):
+    monkeypatch.setattr(compare, "reference", nothing_drawn)
+    monkeypatch.setattr(compare, function, stand_in)
+    with pytest.raises(compare.CellsFailed, match=words):
+        compare.compare(compare.Plan(tmp_path, 100, 2, 4, 1), (compare.EVERY_ROW["GNDM"],), seeds=1, first_seed=7, jobs=1)
+    assert "FAILED" not in capsys.readouterr().out
 
 
 def test_fields_that_came_after_the_first_cells_leave_their_stamps_alone(tmp_path):
