@@ -4,7 +4,8 @@
 
 docs/results/distill.json is the `evaluation.json` of `fewstep distill`, distill-2050.json that of `fewstep distill --updates 2050`,
 gndmr.json and gndmr-remote.json those of the commands in docs/rewards.md;
-docs/results/compare/ is what `fewstep compare --output docs/results/compare` left.
+docs/results/compare/ is what several calls of `fewstep compare --output docs/results/compare` left: with `--rows table`, with
+`--rows pareto --seeds 3`, and with `--rows NAME --seeds N` for rows of other numbers of seeds.
 """
 
 from __future__ import annotations

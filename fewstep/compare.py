@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import signal
 import subprocess
 import time
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fewstep import disk, world
+from fewstep.errors import UserError
 from fewstep.evaluate import drawing, protocol, samples, store, tables
 from fewstep.evaluate.measure import measure as metrics_of
 from fewstep.rewards.serve import end_with_parent
@@ -32,6 +34,7 @@ from fewstep.weights import Adaptive, mean_rate
 REFERENCE_SEED = 10_000  # of the teacher's sample that distances are taken to; cells draw with their own seeds
 METRICS = ("fd_clip_data", "fd_clip_teacher", "clip", "clip-heldout", "preference", "utility", "precision", "recall", "diversity")
 DISTANCES = ("fd_clip_data", "fd_clip_teacher")
+COSTS = ("network_evaluations", "seconds_per_image")  # of drawing a picture
 MAIN_SEEDS, OTHER_SEEDS = 5, 3
 TRACED = ("/score", "/lag", "/ess", "/cosine", "/fake_error", "/inflation")  # of what an update logs, what a cell keeps
 # fields that came after the first cells: in a stamp when not as they are by default
@@ -589,7 +592,8 @@ def summarise(cells: Cells) -> list[dict[str, Any]]:
         of_seeds, first = list(own.values()), next(iter(own.values()))
         metrics = {key: interval([cell["metrics"][key] for cell in of_seeds]) for key in first["metrics"]}
         entry: dict[str, Any] = {"row": name, "seeds": list(own), "metrics": metrics, "baseline": baseline, "paired": {}}
-        entry["machines"] = dict(Counter(cell["machine"] for cell in of_seeds))
+        for what in ("machine", "commit"):
+            entry[f"{what}s"] = dict(Counter(cell[what] for cell in of_seeds))
         if "updates" in first:
             entry["updates"] = interval([cell["updates"] for cell in of_seeds])[0]
             entry["training_seconds"] = interval([cell["training_seconds"] for cell in of_seeds])[0]
@@ -616,9 +620,19 @@ def summarise(cells: Cells) -> list[dict[str, Any]]:
     return out
 
 
+COMMIT = re.compile(r"^([0-9a-f]{7})[0-9a-f]{33}")  # shortened as Git does
+
+
 def number(mean: float, half: float) -> str:
     digits = 3 if abs(mean) < 10 else 1
     return f"{mean:.{digits}f}" + ("" if half != half else f" ± {half:.{digits}f}")
+
+
+def made(summary: list[dict[str, Any]], what: str) -> str:
+    """How many cells are of each machine or commit, most first."""
+    of_each = sum((Counter(entry[what]) for entry in summary), Counter())
+    shortened = ((COMMIT.sub(r"\1", name), count) for name, count in of_each.most_common())
+    return "; ".join(f"{name} ({count} cell{'s' if count > 1 else ''})" for name, count in shortened)
 
 
 def markdown(summary: list[dict[str, Any]], plan: Plan) -> str:
@@ -629,6 +643,7 @@ def markdown(summary: list[dict[str, Any]], plan: Plan) -> str:
         "updates",
         "TFLOP",
         *[tables.LABELS[key].strip() for key in METRICS],
+        *[tables.LABELS[key] for key in COSTS],
         "difference to",
         "FD to data",
         "FD to teacher",
@@ -637,6 +652,7 @@ def markdown(summary: list[dict[str, Any]], plan: Plan) -> str:
     for entry in summary:
         paired = [number(*entry["paired"][key]) if entry["paired"] else "" for key in DISTANCES]
         cells = [number(*entry["metrics"][key]) for key in METRICS]
+        cells += [f"{entry['metrics']['network_evaluations'][0]:g}", number(*entry["metrics"]["seconds_per_image"])]
         updates = f"{entry['updates']:.0f}" if "updates" in entry else ""
         cost = f"{entry['flops'] / 1e12:.1f}" if "flops" in entry else ""
         body.append([entry["row"], str(len(entry["seeds"])), updates, cost, *cells, entry["baseline"] if entry["paired"] else "", *paired])
@@ -644,10 +660,10 @@ def markdown(summary: list[dict[str, Any]], plan: Plan) -> str:
     note = (
         f"Every student, where nothing else is said below: {plan.evaluations} network evaluations of training (a backward counts two), "
         f"measured on {n} pictures of held-out prompts. TFLOP: of the training, decoder and rewards with it. ± is half a 95% t-interval "
-        "over seeds; differences are paired by seed. FD-clip is not an FID."
+        "over seeds; differences are paired by seed. Seconds per image are those of the machine that made the cell. FD-clip is not an FID."
     )
-    machines = sum((Counter(entry["machines"]) for entry in summary), Counter())
-    note += "\n\nMade on: " + "; ".join(f"{machine} ({count} cells)" for machine, count in machines.most_common()) + "."
+    note += f"\n\nMade on: {made(summary, 'machines')}."
+    note += f"\n\nMade at these commits, in which a row and its baseline may differ: {made(summary, 'commits')}."
     costs = {entry["row"]: EVERY_ROW[entry["row"]].cost for entry in summary if entry["row"] in EVERY_ROW}
     others = "; ".join(f"{row}: {round(plan.evaluations * cost)}" for row, cost in costs.items() if cost != 1)
     if others:
@@ -710,7 +726,13 @@ def fronts(summary: list[dict[str, Any]]) -> dict[str, float]:
     return {method: hypervolume(at, corner) for method, at in points.items()}
 
 
-TICKS = [digit * 10.0**power for power in range(-2, 3) for digit in (1, 2, 5)]
+def ticks(low: float, high: float) -> list[float]:
+    """Of a log axis: 1, 2, 5 and their tens, with more between them where fewer than three of these lie on it."""
+    for digits in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
+        found = [tick for power in range(-3, 4) for digit in digits if low <= (tick := digit * 10.0**power) <= high]
+        if len(found) >= 3:
+            break
+    return found
 
 
 def plot(summary: list[dict[str, Any]], path: Path) -> None:
@@ -738,7 +760,7 @@ def plot(summary: list[dict[str, Any]], path: Path) -> None:
         axis.set_xscale("log", nonpositive="clip")  # an interval may reach below zero
         means = [entry["metrics"][key][0] for entry in summary]
         low, high = 0.8 * min(means), 1.25 * max(means)
-        axis.set_xticks([tick for tick in TICKS if low <= tick <= high], minor=False)
+        axis.set_xticks(ticks(low, high), minor=False)
         axis.set_xticks([], minor=True)
         axis.set_xlim(low, high)
         axis.xaxis.set_major_formatter("{x:g}")
@@ -770,8 +792,11 @@ def plot_pareto(summary: list[dict[str, Any]], path: Path) -> None:
     for entry in summary:
         if entry["row"] in ("teacher, 28 steps", "GNDM", "DMD", "GNDMR adaptive"):
             a, b = entry["metrics"]["fd_clip_teacher"][0], entry["metrics"]["preference"][0]
-            axis.plot(a, b, marker="*", markersize=11, color="#333333", linestyle="none")
-            axis.annotate(entry["row"], (a, b), textcoords="offset points", xytext=(6, -10), fontsize=8)
+            # the table's students were trained half as long as the fronts', which alone moves them as far as a reward does
+            student = entry["row"] in EVERY_ROW
+            axis.plot(a, b, marker="*", markersize=11, color="#333333", fillstyle="none" if student else "full", linestyle="none")
+            label = f"{entry['row']}, half the training" if student else entry["row"]
+            axis.annotate(label, (a, b), textcoords="offset points", xytext=(6, -10), fontsize=8)
     axis.set_xlabel("FD-clip to teacher (lower is better)")
     axis.set_ylabel("preference, trained on (higher is better)")
     axis.grid(alpha=0.3)
@@ -811,10 +836,13 @@ def workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
     pool.shutdown()
 
 
-def compare(plan: Plan, rows: tuple[Row, ...], *, seeds: int | None, first_seed: int, jobs: int) -> list[dict[str, Any]]:
+def compare(
+    plan: Plan, rows: tuple[Row, ...], *, seeds: int | None, first_seed: int, jobs: int, overwrite: bool = False
+) -> list[dict[str, Any]]:
     """Make every missing cell, write compare.json and compare.md of all that the folder holds; returns the summary.
 
     seeds: of every row, instead of its own number. Rows come in the order given, a row's seeds one after the other.
+    overwrite: a cell that was made with other settings is replaced; else raises UserError.
     Raises CellsFailed when any did, after the others have been made, and at once where a process was killed or the teacher's sample,
     which every cell is compared with, could not be drawn.
     """
@@ -825,6 +853,12 @@ def compare(plan: Plan, rows: tuple[Row, ...], *, seeds: int | None, first_seed:
     wanted += [(row.name, seed) for row in rows for seed in range(first_seed, first_seed + (seeds or row.seeds))]
     cells, failed = kept(plan), {}
     missing = [key for key in wanted if key not in cells]
+    replaced = [path.name for key in missing if (path := cell_path(plan, *key)).exists()]
+    if replaced and not overwrite:
+        raise UserError(
+            f"--output: {plan.output} holds {len(replaced)} of the cells that are to be made, with other settings ({replaced[0]}); "
+            "name another folder, or add --overwrite to make them anew"
+        )
     print(f"{len(wanted) - len(missing)} of {len(wanted)} cells are there; making {len(missing)}", flush=True)
     os.environ["OMP_NUM_THREADS"] = str(plan.threads)  # of the processes started from here
     if missing:

@@ -124,6 +124,7 @@ def test_every_config_field_is_documented_in_the_help(capsys, asked):
         (["distill", "--reward.clip", "1", "--judge.mine", "nowhere.py:f"], "judge.mine: nowhere.py: no such file"),
         (["compare", "--rows", "GNDN"], "unknown row 'GNDN'; did you mean 'GNDM'"),
         (["compare", "--jobs", "0"], "--jobs"),
+        (["compare", "--quick", "--rows", "GNDMR-1"], "--rows: cannot be combined with --quick"),
         (["distill", "--resume", "--output", "EMPTY"], "holds no run"),
         (["distill", "--resume", "--overwrite"], "cannot be combined"),
         (["sample", "EMPTY", "--prompt", "a cat"], "no finished student"),

@@ -17,6 +17,7 @@ import pytest
 from safetensors.torch import save_file
 
 from fewstep import cli, compare, composition, flags, world
+from fewstep.errors import UserError
 from fewstep.evaluate import drawing, judge, store
 from fewstep.weights import Adaptive
 
@@ -24,7 +25,7 @@ from fewstep.weights import Adaptive
 def cell(row, seed, fd):
     metrics = dict.fromkeys((*compare.METRICS, "network_evaluations", "seconds_per_image"), 1.0) | {"fd_clip_teacher": fd}
     found = {"row": row, "seed": seed, "metrics": metrics, "updates": 10, "training_seconds": 1.0, "flops": {"student": 2}}
-    return found | {"machine": "a machine"}
+    return found | {"machine": "a machine", "commit": "0123456789" * 4 + "+"}
 
 
 ROWS = compare.Plan(Path("compare"), 100, 2, 4, 1)  # for what rows say of themselves: each is parsed once
@@ -60,6 +61,35 @@ def test_the_table_says_which_students_had_another_budget(tmp_path):
     text = compare.markdown(compare.summarise({(c["row"], c["seed"]): c for c in cells}), compare.Plan(tmp_path, 300, 2, 4, 1))
     assert "others: GNDM, half the cost: 150." in text and "Expensive" not in text
     assert "others" not in compare.markdown(compare.summarise({("GNDM", 1): cells[0]}), compare.Plan(tmp_path, 300, 2, 4, 1))
+
+
+def test_the_table_says_what_a_picture_costs_and_which_code_made_it():
+    """Of commits as Git shortens them, with the + of a tree that differed; a version, where there was no repository, stays."""
+    one, two = cell("GNDM", 1, 1.0), cell("GNDM", 2, 1.0) | {"commit": "version 0.1.0"}
+    for made, seconds in ((one, 0.25), (two, 0.75)):
+        made["metrics"] |= {"network_evaluations": 4.0, "seconds_per_image": seconds}
+    text = compare.markdown(compare.summarise({("GNDM", 1): one, ("GNDM", 2): two}), ROWS)
+    assert "network evaluations per image | seconds per image |" in text and " | 4 | 0.500 ± 3.177 | " in text
+    assert "0123456+ (1 cell); version 0.1.0 (1 cell)." in text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "found"),
+    [(0.04, 2, [0.05, 0.1, 0.2, 0.5, 1, 2]), (1.1, 4.8, [1.5, 2, 3, 4]), (11, 48, [15, 20, 30, 40])],
+)
+def test_an_axis_has_three_ticks_at_least(low, high, found):
+    assert compare.ticks(low, high) == pytest.approx(found)
+
+
+def test_the_fronts_picture_tells_of_students_of_half_its_training(tmp_path, monkeypatch):
+    """The ones that stand in it beside the teacher: a reward's effect is not to be read from them."""
+    said = []
+    monkeypatch.setattr("matplotlib.axes.Axes.annotate", lambda axis, text, *told, **how: said.append(text))
+    beside = ("GNDM", "DMD", "GNDMR adaptive")
+    names = ("teacher, 28 steps", *beside, "GNDMR, preference 0.1")
+    compare.plot_pareto(compare.summarise({(name, 1): cell(name, 1, 1.0) for name in names}), tmp_path / "pareto.png")
+    assert {"0.1", "teacher, 28 steps", *(f"{name}, half the training" for name in beside)} == set(said)
+    assert {row.cost for row in compare.PARETO} == {2 * compare.EVERY_ROW[name].cost for name in beside} == {2.0}
 
 
 def test_hypervolume_of_known_fronts():
@@ -201,6 +231,50 @@ def test_a_kept_cell_is_used_only_if_made_in_the_same_way(tmp_path, capsys):
     longer = compare.Plan(tmp_path, 200, 2, 4, 1)  # of a student's training: the teacher's cell stays what it is
     assert compare.kept(longer).keys() == {("teacher, 28 steps", 0)}
     assert "gndm-seed0.json: made with other settings, not used" in capsys.readouterr().out
+
+
+def test_a_cell_of_other_settings_is_replaced_only_where_one_says_so(tmp_path, monkeypatch):
+    plan, row = compare.Plan(tmp_path, 100, 2, 4, 1), compare.EVERY_ROW["GNDM"]
+    path = compare.cell_path(plan, "GNDM", 7)
+    path.parent.mkdir()
+    path.write_text(json.dumps(cell("GNDM", 7, 1.0) | {"stamp": {"evaluations": 200}}))
+
+    def refused(*_):
+        raise Drawn
+
+    monkeypatch.setattr(compare, "workers", refused)
+    how = {"seeds": 1, "first_seed": 7, "jobs": 1}
+    with pytest.raises(UserError, match=r"1 of the cells .* other settings \(gndm-seed7.json\); name another folder, or .*--overwrite"):
+        compare.compare(plan, (row,), **how)
+    for other in ({"overwrite": True}, {"first_seed": 8}):
+        with pytest.raises(Drawn):
+            compare.compare(plan, (row,), **how | other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "output", "names"),
+    [
+        (["--rows", "GNDM", "DMD", "GNDM"], "compare", ["GNDM", "DMD"]),  # a row twice would be made twice, side by side
+        (["--rows", "GNDM", "table"], "compare", ["GNDM", *(row.name for row in compare.ROWS if row.name != "GNDM")]),
+        (["--quick"], "compare-quick", ["DMD", "GNDM"]),
+    ],
+)
+def test_the_command_asks_for_each_row_once_and_keeps_the_quick_cells_apart(monkeypatch, arguments, output, names):
+    def refused(plan, rows, **how):
+        raise compare.CellsFailed(str([str(plan.output), *(row.name for row in rows)]))
+
+    monkeypatch.setattr(compare, "compare", refused)
+    with pytest.raises(UserError) as asked:
+        cli.compare_command(arguments)
+    assert str(asked.value) == str([output, *names])
+
+
+def test_a_picture_of_fronts_goes_with_their_cells(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "compare", lambda *told, **how: [])
+    monkeypatch.setattr(compare, "plot", lambda *told: None)
+    for name in ("pareto.png", "compare.md"):
+        (tmp_path / name).touch()
+    assert cli.compare_command(["--output", str(tmp_path)]) == 0 and not (tmp_path / "pareto.png").exists()
 
 
 def test_a_cell_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):

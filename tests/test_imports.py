@@ -57,7 +57,7 @@ TABLE = {
     "run": "checkpoint composition config disk errors evaluate evaluate.command export flags folder hub launch models needs prompts ranks "
     "report rewards.sources world",
     "sample": "config disk errors evaluate evaluate.command flags models prompts",
-    "compare": "composition config cost disk evaluate flags models rewards.clip rewards.serve types weights world",
+    "compare": "composition config cost disk errors evaluate flags models rewards.clip rewards.serve types weights world",
     "cli": "compare composition config disk errors evaluate.command export flags launch models run sample world "
     "rewards rewards.convert rewards.serve",
     "fewstep": "errors flags launch models run",
