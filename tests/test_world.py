@@ -1,6 +1,8 @@
 """The embedded world: what ships, and the parts of the script that made it."""
 
 import json
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from safetensors.torch import load_file
 from fewstep import world
 from fewstep.evaluate import drawing, samples, store
 from fewstep.evaluate.distances import frechet
-from fewstep.world import teacher, text, training, vae
+from fewstep.world import build, teacher, text, training, vae
 from fewstep.world.pictures import Picture, augment, is_heldout, tidy, to_tensor
 
 
@@ -37,6 +39,40 @@ def test_assets_are_small_and_hold_no_pickle():
     assert sum(sizes) <= 40e6 and max(sizes) < 16e6
     assert {path.suffix for path in files} <= {".safetensors", ".json", ""}
     assert "Twemoji" in (world.ASSETS / "NOTICE").read_text() and "CC-BY 4.0" in (world.ASSETS / "NOTICE").read_text()
+
+
+@pytest.mark.parametrize("scale", [None, "0.5"])
+def test_a_trial_of_the_script_leaves_the_world_and_its_parts_alone(tmp_path, monkeypatch, scale):
+    """The packages alone are shared: a finished part is found by its folder, whatever it was trained with."""
+    read, folders, shipped = [], [], []
+
+    def part(result):
+        def build_part(*told):
+            folders.extend(at for at in told if isinstance(at, Path))
+            return result
+
+        return build_part
+
+    monkeypatch.setattr(build.data, "fetch", read.append)
+    monkeypatch.setattr(build.data, "read", read.append)
+    for name, made in (("vae", None), ("tokenizer", None), ("teacher", types.SimpleNamespace()), ("decoder", None), ("scorers", {})):
+        monkeypatch.setattr(build, f"build_{name}", part(made))
+    monkeypatch.setattr(build, "save_teacher", lambda pipe, folder: None)
+    monkeypatch.setattr(build, "prompt_sets", lambda *told: {"evaluate": []})
+    monkeypatch.setattr(build, "measure", lambda *told: {"samples_seen": told[-1]})
+    monkeypatch.setattr(build.drawing, "open_pipeline", lambda *told: None)
+    monkeypatch.setattr(build.samples, "ship", lambda folder, **how: shipped.append(folder))
+    monkeypatch.setattr(world, "load_scorers", lambda *told, **how: {})
+    monkeypatch.setattr(world, "ASSETS", tmp_path / "package")
+    work = tmp_path / "work"
+    threads = ["--threads", str(torch.get_num_threads())]
+    monkeypatch.setattr("sys.argv", ["build", "--work", str(work), *threads, *(["--scale", scale] if scale else [])])
+    build.main()
+    own, assets = (work / "scale-0.5", work / "scale-0.5" / "assets") if scale else (work, tmp_path / "package")
+    assert read == [work, work] and set(folders) == {own} and shipped == [assets / "samples"]
+    seen = json.loads((assets / "card.json").read_text())["samples_seen"]
+    assert seen["vae"] == (30_000 if scale else 60_000) and seen.keys() == build.SAMPLES.keys()
+    assert (tmp_path / "package").exists() is not bool(scale)
 
 
 def test_teacher_loads_in_stock_diffusers_as_float32():

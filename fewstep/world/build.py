@@ -30,7 +30,8 @@ from fewstep.world.training import device
 from fewstep.world.utility import gold_utility
 
 # pictures seen by each stage (pairs of them for the preference)
-SAMPLES = {"vae": 60_000, "teacher": 448_000, "decoder": 32_000, "clip": 64_000, "clip-heldout": 64_000, "preference": 19_200}
+Seen = dict[str, int]
+SAMPLES: Seen = {"vae": 60_000, "teacher": 448_000, "decoder": 32_000, "clip": 64_000, "clip-heldout": 64_000, "preference": 19_200}
 CLIPS = {
     "clip": {"patch": 8, "width": 128, "layers": 4, "seed": 1},
     "clip-heldout": {"patch": 16, "width": 192, "layers": 3, "seed": 2},
@@ -68,32 +69,32 @@ def prompt_sets(pictures: list[data.Picture], tokenizer: CLIPTokenizer, seed: in
     return {"train": train, "evaluate": list(chosen), "grid": GRID}
 
 
-def build_vae(pictures: list[data.Picture], work: Path, scale: float) -> AutoencoderKL:
+def build_vae(pictures: list[data.Picture], work: Path, seen: Seen) -> AutoencoderKL:
     """The trained VAE with normalised latents; its encoder is final."""
     done = work / "vae-normalised"
     if not done.exists():
-        model = vae.train(pictures, work / "vae", samples=int(SAMPLES["vae"] * scale)).cpu().eval()
+        model = vae.train(pictures, work / "vae", samples=seen["vae"]).cpu().eval()
         teacher.normalise_latents(model, data.to_tensor([p for p in pictures if p.drawn and not p.heldout]))
         finish(model.save_pretrained, done)
     return AutoencoderKL.from_pretrained(done).eval()
 
 
 def build_teacher(
-    pictures: list[data.Picture], autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, scale: float
+    pictures: list[data.Picture], autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, seen: Seen
 ) -> StableDiffusionPipeline:
     done = work / "teacher-pipeline"
     if not done.exists():
-        unet, encoder = teacher.train(pictures, autoencoder, tokenizer, work / "teacher", samples=int(SAMPLES["teacher"] * scale))
+        unet, encoder = teacher.train(pictures, autoencoder, tokenizer, work / "teacher", samples=seen["teacher"])
         finish(teacher.pipeline(autoencoder, unet.cpu(), encoder.cpu(), tokenizer).save_pretrained, done)
     return StableDiffusionPipeline.from_pretrained(done)
 
 
-def build_decoder(pictures: list[data.Picture], autoencoder: AutoencoderKL, work: Path, scale: float) -> AutoencoderKL:
+def build_decoder(pictures: list[data.Picture], autoencoder: AutoencoderKL, work: Path, seen: Seen) -> AutoencoderKL:
     """The decoder trained on with the encoder frozen."""
     done = work / "vae-refined"
     if not done.exists():
         model = autoencoder.to(device()).train()
-        vae.refine(model, pictures, work / "decoder", samples=int(SAMPLES["decoder"] * scale))
+        vae.refine(model, pictures, work / "decoder", samples=seen["decoder"])
         finish(model.cpu().save_pretrained, done)
     return AutoencoderKL.from_pretrained(done).eval()
 
@@ -121,13 +122,13 @@ def save_teacher(pipe: StableDiffusionPipeline, folder: Path) -> None:
         config_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def build_scorers(pictures: list[data.Picture], tokenizer: CLIPTokenizer, work: Path, scale: float) -> dict[str, CLIPModel]:
+def build_scorers(pictures: list[data.Picture], tokenizer: CLIPTokenizer, work: Path, seen: Seen) -> dict[str, CLIPModel]:
     """The two CLIPs and the preference, as they are shipped (float16 weights, read back as float32)."""
     models = {}
     for name in (*CLIPS, "preference"):
         done = work / "scorers" / name
         if not done.exists():
-            samples, folder = int(SAMPLES[name] * scale), work / f"{name}-training"
+            samples, folder = seen[name], work / f"{name}-training"
             if name == "preference":
                 model = scorers.train_preference(models["clip"], pictures, tokenizer, folder, samples=samples, seed=3)
             else:
@@ -146,13 +147,13 @@ def nearest(images: Tensor, others: Tensor) -> float:
     return float(torch.cdist(images.flatten(1), others.flatten(1)).amin(1).median()) / images[0].numel() ** 0.5
 
 
-def measure(pictures: list[data.Picture], pipe: StableDiffusionPipeline, models: dict[str, CLIPModel], assets: Path) -> dict:
+def measure(pictures: list[data.Picture], pipe: StableDiffusionPipeline, models: dict[str, CLIPModel], assets: Path, seen: Seen) -> dict:
     """The card: every part's quality, of the weights as they ship."""
     drawn = [p for p in pictures if p.drawn]
-    seen, hidden = ([p for p in drawn if p.heldout is held] for held in (False, True))
+    shown, hidden = ([p for p in drawn if p.heldout is held] for held in (False, True))
     tokenizer = pipe.tokenizer
     extractor = CLIPScore.load(assets / "clip-heldout")
-    real = {name: (teacher.variants(part, seed=1).flatten(0, 1) + 1) / 2 for name, part in (("train", seen), ("heldout", hidden))}
+    real = {name: (teacher.variants(part, seed=1).flatten(0, 1) + 1) / 2 for name, part in (("train", shown), ("heldout", hidden))}
     features = {name: clip_features(extractor, images) for name, images in real.items()}
     save_file({name: value.half().contiguous() for name, value in features.items()}, assets / "features.safetensors")
     mean, _ = teacher.encode(pipe.vae, data.to_tensor(drawn))
@@ -170,7 +171,7 @@ def measure(pictures: list[data.Picture], pipe: StableDiffusionPipeline, models:
         "vae": {
             "parameters": count(pipe.vae),
             "psnr_heldout_db": vae.psnr(pipe.vae, data.to_tensor(hidden)),
-            "psnr_train_db": vae.psnr(pipe.vae, data.to_tensor(seen)),
+            "psnr_train_db": vae.psnr(pipe.vae, data.to_tensor(shown)),
         },
         "teacher": {
             "parameters": {"unet": count(pipe.unet), "text_encoder": count(pipe.text_encoder)},
@@ -194,7 +195,7 @@ def measure(pictures: list[data.Picture], pipe: StableDiffusionPipeline, models:
             "parameters": count(models["preference"]),
             "saturation_sweep": scorers.saturation_sweep(models["preference"], tokenizer, pictures, SATURATIONS),
         },
-        "samples_seen": SAMPLES,
+        "samples_seen": seen,
     }
 
 
@@ -205,26 +206,32 @@ def count(module: torch.nn.Module) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fewstep.world.build", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("work"), help="folder for packages, checkpoints and finished parts")
-    parser.add_argument("--assets", type=Path, default=world.ASSETS, help="where the finished world goes")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of each stage's training, for trying the script out")
+    parser.add_argument("--assets", type=Path, default=None, help="where the finished world goes (default: the package's own)")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="share of each stage's training, for trying the script out: in WORK/scale-SHARE alone"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    work, assets, scale = options.work, options.assets, options.scale
-    data.fetch(work)
-    pictures = data.read(work)
-    autoencoder = build_vae(pictures, work, scale)
+    data.fetch(options.work)
+    pictures = data.read(options.work)
+    # a finished part is found by its name: a trial's must not be taken for the world's, nor its world replace the package's
+    work = options.work if options.scale == 1 else options.work / f"scale-{options.scale:g}"
+    assets = options.assets or (world.ASSETS if options.scale == 1 else work / "assets")
+    seen = {stage: int(samples * options.scale) for stage, samples in SAMPLES.items()}
+    work.mkdir(parents=True, exist_ok=True)
+    autoencoder = build_vae(pictures, work, seen)
     tokenizer = build_tokenizer(pictures, work)
-    pipe = build_teacher(pictures, autoencoder, tokenizer, work, scale)
-    pipe.vae = build_decoder(pictures, autoencoder, work, scale)
-    models = build_scorers(pictures, tokenizer, work, scale)
+    pipe = build_teacher(pictures, autoencoder, tokenizer, work, seen)
+    pipe.vae = build_decoder(pictures, autoencoder, work, seen)
+    models = build_scorers(pictures, tokenizer, work, seen)
 
     assets.mkdir(parents=True, exist_ok=True)
     for name in models:
         shutil.copytree(work / "scorers" / name, assets / name, dirs_exist_ok=True)
     save_teacher(pipe, assets / "teacher")
     (assets / "prompts.json").write_text(json.dumps(prompt_sets(pictures, tokenizer), indent=0), encoding="utf-8")
-    card = measure(pictures, drawing.open_pipeline(assets / "teacher", "cpu"), models, assets)
+    card = measure(pictures, drawing.open_pipeline(assets / "teacher", "cpu"), models, assets, seen)
     samples.ship(
         assets / "samples",
         teacher=assets / "teacher",
