@@ -693,7 +693,7 @@ def batch_of(options: list[str]) -> str:
 def machine(device: str) -> dict[str, str]:
     import torch
 
-    from fewstep.compare import commit
+    from fewstep.compare.cells import commit
     from fewstep.evaluate.protocol import device_name
 
     lines = Path("/proc/cpuinfo").read_text().splitlines()

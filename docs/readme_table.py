@@ -14,7 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fewstep.compare import DISTANCES, MAIN_SEEDS, number
+from fewstep.compare.render import number
+from fewstep.compare.rows import DISTANCES, MAIN_SEEDS
 from fewstep.evaluate.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent

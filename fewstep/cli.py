@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -171,76 +170,10 @@ def export_command(arguments: list[str]) -> int:
     return 0
 
 
-EVALUATIONS = 180_000  # of a cell of the comparison
-
-
 def compare_command(arguments: list[str]) -> int:
-    from fewstep import compare as table
-    from fewstep import models, world
-    from fewstep.composition import resolve_hardware
-    from fewstep.config import Config
-    from fewstep.flags import command_parser
+    from fewstep.compare import command
 
-    parser = command_parser("compare", "Recipes x seeds on the embedded world, as one table.")
-    parser.add_argument(
-        "--output", type=Path, default=None,
-        help="folder for the cells, the table and the plots; a second call goes on (default: compare, with --quick compare-quick)",
-    )  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="make cells anew that the folder holds with other settings")
-    parser.add_argument(
-        "--rows", nargs="+", default=None, metavar="NAME", help="rows, or sets of rows, to make (list: names them; default: table)"
-    )
-    parser.add_argument("--seeds", type=int, default=None, help="seeds of every row (default: 5 for the main rows, 3 for the rest)")
-    parser.add_argument(
-        "--first-seed", type=int, default=100, help="settings were chosen on seeds below 100, so that none of those is reported"
-    )
-    parser.add_argument(
-        "--evaluations", type=int, default=None, help=f"network evaluations of each student's training (default: {EVALUATIONS})"
-    )
-    parser.add_argument("--jobs", type=int, default=None, help="cells side by side, one thread each (default: 2)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one")
-    parser.add_argument("--quick", action="store_true", help="a smoke version: two rows, one seed, students of two steps, a few updates")
-    options = parser.parse_args(arguments)
-    known, sets = table.EVERY_ROW, {"table": table.ROWS, "pareto": table.PARETO, "grid": table.GRID}
-    if options.rows == ["list"]:
-        print("\n".join(f"{name}: {len(rows)} rows" for name, rows in sets.items()), *known, sep="\n")
-        return 0
-    for name in options.rows or ():
-        if name not in known and name not in sets:
-            raise UserError(f"--rows: unknown row {name!r}{nearest(name, (*sets, *known))}")
-    for name in ("rows", "evaluations", "jobs"):
-        if options.quick and getattr(options, name) is not None:
-            raise UserError(f"--{name}: cannot be combined with --quick, which has its own")
-    for name in ("seeds", "evaluations", "jobs"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise UserError(f"--{name}: must be at least 1, got {value}")
-    output, seeds, jobs = options.output or Path("compare-quick" if options.quick else "compare"), options.seeds, options.jobs or 2
-    rows = tuple(dict.fromkeys(row for name in options.rows or ["table"] for row in sets.get(name, (known.get(name),))))
-    device = resolve_hardware(Config(device=options.device)).device
-    evaluations = options.evaluations or EVALUATIONS
-    plan = table.Plan(output, evaluations, images_per_prompt=world.IMAGES_PER_PROMPT, prompts=128, threads=1, device=device)
-    if options.quick:
-        small = ("--groups", "2", "--group-size", "2", "--steps", "2")
-        plan = dataclasses.replace(plan, evaluations=200, images_per_prompt=3, prompts=24, options=small)
-        rows, seeds, jobs = (known["DMD"], known["GNDM"]), seeds or 1, 1
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError("the plots need matplotlib: pip install 'fewstep[plot]'") from error
-    models.quiet_libraries()
-    world.prompts("evaluate")
-    try:
-        summary = table.compare(plan, rows, seeds=seeds, first_seed=options.first_seed, jobs=jobs, overwrite=options.overwrite)
-    except table.CellsFailed as error:
-        raise UserError(str(error)) from error
-    of_fronts = {row.name for row in table.PARETO}
-    table.plot([entry for entry in summary if entry["row"] not in of_fronts], output / "compare.png")
-    if any(entry["row"] in of_fronts for entry in summary):
-        table.plot_pareto(summary, output / "pareto.png")
-    else:
-        (output / "pareto.png").unlink(missing_ok=True)  # of cells that are gone
-    print((output / "compare.md").read_text(encoding="utf-8"))
-    return 0
+    return command.command(arguments)
 
 
 def rewards_command(arguments: list[str]) -> int:

@@ -16,41 +16,44 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from fewstep import cli, compare, composition, flags, world
+from fewstep import cli, composition, flags, world
+from fewstep.compare import command, making, render, summary
+from fewstep.compare.cells import FIELDS_ADDED_SINCE, Plan, cell_path, config_of, kept, machine, stamp_of, target_guidance
+from fewstep.compare.rows import BY_NAME, EVERY_ROW, METRICS, PARETO, ROWS, TEACHER_ROWS, functions_of
 from fewstep.errors import UserError
 from fewstep.evaluate import drawing, judge, store
 from fewstep.weights import Adaptive
 
 
 def cell(row, seed, fd):
-    metrics = dict.fromkeys((*compare.METRICS, "network_evaluations", "seconds_per_image"), 1.0) | {"fd_clip_teacher": fd}
+    metrics = dict.fromkeys((*METRICS, "network_evaluations", "seconds_per_image"), 1.0) | {"fd_clip_teacher": fd}
     found = {"row": row, "seed": seed, "metrics": metrics, "updates": 10, "training_seconds": 1.0, "flops": {"student": 2}}
     return found | {"machine": "a machine", "commit": "0123456789" * 4 + "+"}
 
 
-ROWS = compare.Plan(Path("compare"), 100, 2, 4, 1)  # for what rows say of themselves: each is parsed once
+PLAN = Plan(Path("compare"), 100, 2, 4, 1)  # for what rows say of themselves: each is parsed once
 QUICK = ("--groups", "2", "--group-size", "2", "--steps", "2")  # as `fewstep compare --quick` has it
 SHORT = (*QUICK, "--fake.updates", "1")  # a third of an update
 
 
 def small(folder, evaluations, options=SHORT, **settings):
     """A plan of small cells, in whose folder the world's own pictures stand for the teacher's sample: that takes half a minute to draw."""
-    plan = compare.Plan(folder, evaluations, 3, 24, 1, options=options, **settings)
-    prompts, _, data = compare.instruments(plan)
+    plan = Plan(folder, evaluations, 3, 24, 1, options=options, **settings)
+    prompts, _, data = making.instruments(plan)
     made = {"prompts": store.sha256(prompts), "n": "72"}
     save_file({"features": data[:72].contiguous()}, folder / "reference.safetensors", metadata=made)
     return plan
 
 
 def test_the_interval_is_students():
-    mean, half = compare.interval([1.0, 2.0, 3.0])
+    mean, half = summary.interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.302652729 / math.sqrt(3), rel=1e-8)  # t(0.975, 2) = 4.3027
-    assert math.isnan(compare.interval([1.0])[1])
+    assert math.isnan(summary.interval([1.0])[1])
 
 
 def test_differences_are_paired_by_seed():
     cells = [cell("DMD", 1, 1.0), cell("DMD", 2, 5.0), cell("GNDM", 1, 0.5), cell("GNDM", 2, 4.5), cell("GNDM", 3, 99.0)]
-    b = compare.summarise({(c["row"], c["seed"]): c for c in cells})[1]
+    b = summary.summarise({(c["row"], c["seed"]): c for c in cells})[1]
     mean, half = b["paired"]["fd_clip_teacher"]
     assert mean == -0.5 and half == 0  # the seed without a partner takes no part
     assert b["metrics"]["fd_clip_teacher"][0] == pytest.approx((0.5 + 4.5 + 99) / 3)
@@ -58,9 +61,9 @@ def test_differences_are_paired_by_seed():
 
 def test_the_table_says_which_students_had_another_budget(tmp_path):
     cells = [cell("GNDM", 1, 1.0), cell("GNDM, half the cost", 1, 2.0)]
-    text = compare.markdown(compare.summarise({(c["row"], c["seed"]): c for c in cells}), compare.Plan(tmp_path, 300, 2, 4, 1))
+    text = render.markdown(summary.summarise({(c["row"], c["seed"]): c for c in cells}), Plan(tmp_path, 300, 2, 4, 1))
     assert "others: GNDM, half the cost: 150." in text and "Expensive" not in text
-    assert "others" not in compare.markdown(compare.summarise({("GNDM", 1): cells[0]}), compare.Plan(tmp_path, 300, 2, 4, 1))
+    assert "others" not in render.markdown(summary.summarise({("GNDM", 1): cells[0]}), Plan(tmp_path, 300, 2, 4, 1))
 
 
 def test_the_table_says_what_a_picture_costs_and_which_code_made_it():
@@ -68,7 +71,7 @@ def test_the_table_says_what_a_picture_costs_and_which_code_made_it():
     one, two = cell("GNDM", 1, 1.0), cell("GNDM", 2, 1.0) | {"commit": "version 0.1.0"}
     for made, seconds in ((one, 0.25), (two, 0.75)):
         made["metrics"] |= {"network_evaluations": 4.0, "seconds_per_image": seconds}
-    text = compare.markdown(compare.summarise({("GNDM", 1): one, ("GNDM", 2): two}), ROWS)
+    text = render.markdown(summary.summarise({("GNDM", 1): one, ("GNDM", 2): two}), PLAN)
     assert "network evaluations per image | seconds per image |" in text and " | 4 | 0.500 ± 3.177 | " in text
     assert "0123456+ (1 cell); version 0.1.0 (1 cell)." in text
 
@@ -78,7 +81,7 @@ def test_the_table_says_what_a_picture_costs_and_which_code_made_it():
     [(0.04, 2, [0.05, 0.1, 0.2, 0.5, 1, 2]), (1.1, 4.8, [1.5, 2, 3, 4]), (11, 48, [15, 20, 30, 40])],
 )
 def test_an_axis_has_three_ticks_at_least(low, high, found):
-    assert compare.ticks(low, high) == pytest.approx(found)
+    assert render.ticks(low, high) == pytest.approx(found)
 
 
 def test_the_fronts_picture_tells_of_students_of_half_its_training(tmp_path, monkeypatch):
@@ -87,16 +90,16 @@ def test_the_fronts_picture_tells_of_students_of_half_its_training(tmp_path, mon
     monkeypatch.setattr("matplotlib.axes.Axes.annotate", lambda axis, text, *told, **how: said.append(text))
     beside = ("GNDM", "DMD", "GNDMR adaptive")
     names = ("teacher, 28 steps", *beside, "GNDMR, preference 0.1")
-    compare.plot_pareto(compare.summarise({(name, 1): cell(name, 1, 1.0) for name in names}), tmp_path / "pareto.png")
+    render.plot_pareto(summary.summarise({(name, 1): cell(name, 1, 1.0) for name in names}), tmp_path / "pareto.png")
     assert {"0.1", "teacher, 28 steps", *(f"{name}, half the training" for name in beside)} == set(said)
-    assert {row.cost for row in compare.PARETO} == {2 * compare.EVERY_ROW[name].cost for name in beside} == {2.0}
+    assert {row.cost for row in PARETO} == {2 * EVERY_ROW[name].cost for name in beside} == {2.0}
 
 
 def test_hypervolume_of_known_fronts():
-    assert compare.hypervolume([(1.0, 2.0)], (3.0, 1.0)) == 2.0
-    assert compare.hypervolume([(1.0, 2.0), (2.0, 3.0)], (3.0, 1.0)) == 1.0 + 2.0
-    assert compare.hypervolume([(1.0, 2.0), (2.0, 1.5)], (3.0, 1.0)) == 2.0  # dominated
-    assert compare.hypervolume([(4.0, 2.0), (1.0, 0.5)], (3.0, 1.0)) == 0.0
+    assert summary.hypervolume([(1.0, 2.0)], (3.0, 1.0)) == 2.0
+    assert summary.hypervolume([(1.0, 2.0), (2.0, 3.0)], (3.0, 1.0)) == 1.0 + 2.0
+    assert summary.hypervolume([(1.0, 2.0), (2.0, 1.5)], (3.0, 1.0)) == 2.0  # dominated
+    assert summary.hypervolume([(4.0, 2.0), (1.0, 0.5)], (3.0, 1.0)) == 0.0
 
 
 def test_fronts_start_at_the_few_step_teacher_and_the_many_step_preference():
@@ -108,18 +111,18 @@ def test_fronts_start_at_the_few_step_teacher_and_the_many_step_preference():
         *(entry(f"teacher, 4 steps, {s}", 3.0 + i, 9.0) for i, s in enumerate(("UniPC", "DDIM"))),
     ]
     teachers.append(entry("teacher, 4 steps, DPM-Solver++", 7.0, 9.0))
-    assert compare.fronts(teachers) == {}
+    assert summary.fronts(teachers) == {}
     points = [entry("GNDMR, preference 0.1", 1.0, 2.0), entry("GNDMR, preference 0.4", 2.0, 3.0), entry("DMDR, preference 6", 2.0, 2.0)]
-    assert compare.fronts([*teachers[:2], *points]) == {}  # of a comparison under way: there is no corner yet
-    assert compare.fronts([*teachers, *points]) == {"GNDMR, preference": 3.0, "DMDR, preference": 1.0}
+    assert summary.fronts([*teachers[:2], *points]) == {}  # of a comparison under way: there is no corner yet
+    assert summary.fronts([*teachers, *points]) == {"GNDMR, preference": 3.0, "DMDR, preference": 1.0}
 
 
 def test_drift_compares_the_last_third_with_the_smoothed_minimum():
-    found = compare.drift([9.0, 5.0, 4.0, 1.0, 4.0, 5.0, 6.0, 8.0, 10.0])
+    found = summary.drift([9.0, 5.0, 4.0, 1.0, 4.0, 5.0, 6.0, 8.0, 10.0])
     assert found.minimum == 3.0 and found.last_third == 8.0  # one low mark is no minimum: (4 + 1 + 4) / 3
     assert found.standard_error == pytest.approx(2 / math.sqrt(3))
     with pytest.raises(ValueError, match="got 5"):
-        compare.drift([1.0] * 5)
+        summary.drift([1.0] * 5)
 
 
 def test_settled_reads_the_last_quarter_after_the_warm_up():
@@ -130,7 +133,7 @@ def test_settled_reads_the_last_quarter_after_the_warm_up():
     for score, lag in zip(scores, lags, strict=True):
         trace.append({"dm/score": score} | {f"weights/{key}": value for key, value in own.observe(score, lag).items()})
         trace.append({"loss": 0.0})  # an update that reused an evaluation heard no KL
-    found = compare.settled(trace)
+    found = summary.settled(trace)
     last = [logs for logs in trace if "weights/budget" in logs][-2:]
     lag = [(0.8**7) * 1.2, (0.8**8) * 1.2]  # of two lags of 1 and 2, the second at a fifth, and the zeros after them
     assert found.kl_over_budget == pytest.approx((24 + sum(lag)) / 2 / own.b)
@@ -142,21 +145,21 @@ def test_settled_reads_the_last_quarter_after_the_warm_up():
 @pytest.fixture
 def no_distances_by_step(monkeypatch):
     """They cost as much as a sample; the quick comparison takes them."""
-    monkeypatch.setattr(compare, "fd_per_step", lambda *told: [])
+    monkeypatch.setattr(making, "fd_per_step", lambda *told: [])
 
 
 @pytest.fixture
 def no_pictures(no_distances_by_step, monkeypatch):
     """For what a cell tells of its training alone: a sample costs as much as three updates."""
-    monkeypatch.setattr(compare, "observe_pipeline", lambda *told, **how: {})
-    monkeypatch.setattr(compare, "measure", lambda *told: {})
+    monkeypatch.setattr(making, "observe_pipeline", lambda *told, **how: {})
+    monkeypatch.setattr(making, "measure", lambda *told: {})
 
 
 @pytest.mark.usefixtures("no_distances_by_step")
 def test_measuring_along_the_training_changes_nothing(tmp_path):
     """Two marks over three updates: after the second, and after the last."""
-    plan, row = small(tmp_path, 120), compare.EVERY_ROW["GNDM"]
-    plain, marked = (compare.run_cell(plan, r, 0) for r in (row, row._replace(marks=2)))
+    plan, row = small(tmp_path, 120), EVERY_ROW["GNDM"]
+    plain, marked = (making.run_cell(plan, r, 0) for r in (row, row._replace(marks=2)))
     timing = {"seconds_per_image"}
     assert {k: v for k, v in plain["metrics"].items() if k not in timing} == {k: v for k, v in marked["metrics"].items() if k not in timing}
     assert "along" not in plain and [m["evaluations"] >= 60 for m in marked["along"]] == [True, True]
@@ -166,112 +169,112 @@ def test_measuring_along_the_training_changes_nothing(tmp_path):
 
 @pytest.mark.usefixtures("no_pictures")
 def test_a_rows_cost_is_a_share_of_the_plans(tmp_path):
-    plan, row = small(tmp_path, 120), compare.EVERY_ROW["GNDM"]
-    half = compare.run_cell(plan, row._replace(cost=0.5), 0)
-    assert 60 <= sum(half["costs"][name] for name in compare.NETWORKS) < 120 and half["updates"] == 2  # of the three of the whole
+    plan, row = small(tmp_path, 120), EVERY_ROW["GNDM"]
+    half = making.run_cell(plan, row._replace(cost=0.5), 0)
+    assert 60 <= sum(half["costs"][name] for name in making.NETWORKS) < 120 and half["updates"] == 2  # of the three of the whole
 
 
 def test_a_teachers_sample_of_another_plan_is_drawn_anew(tmp_path, monkeypatch):
     plan, opened = small(tmp_path, 300), []
     monkeypatch.setattr(world, "TEACHER_STEPS", 1)
     monkeypatch.setattr(drawing, "open_pipeline", lambda *told, own=drawing.open_pipeline: opened.append(told) or own(*told))
-    standing_in = compare.reference(plan, world.TEACHER_GUIDANCE)
+    standing_in = making.reference(plan, world.TEACHER_GUIDANCE)
     assert len(standing_in) == 72 and not opened
     other = dataclasses.replace(plan, prompts=36, images_per_prompt=2)  # as many, of other prompts
     for _ in range(2):
-        drawn = compare.reference(other, world.TEACHER_GUIDANCE)
+        drawn = making.reference(other, world.TEACHER_GUIDANCE)
         assert drawn.shape == standing_in.shape and not bool((drawn == standing_in).all())
     assert len(opened) == 1  # and kept
-    compare.reference(dataclasses.replace(plan, prompts=2), world.TEACHER_GUIDANCE)
+    making.reference(dataclasses.replace(plan, prompts=2), world.TEACHER_GUIDANCE)
     assert len(opened) == 2
 
 
 @pytest.mark.usefixtures("no_pictures")
 def test_a_reward_with_a_price_uses_up_the_budget(tmp_path):
-    plan, row = small(tmp_path, 600), compare.EVERY_ROW["GNDMR, expensive reward"]
-    cell = compare.run_cell(plan, row, 0)
-    spent = sum(cell["costs"][name] for name in compare.NETWORKS) + row.price * cell["costs"]["preference"]
+    plan, row = small(tmp_path, 600), EVERY_ROW["GNDMR, expensive reward"]
+    cell = making.run_cell(plan, row, 0)
+    spent = sum(cell["costs"][name] for name in making.NETWORKS) + row.price * cell["costs"]["preference"]
     an_update = spent / cell["updates"]
     assert 1200 <= spent < 1200 + an_update and row.price * cell["costs"]["preference"] > 0.7 * spent
-    assert compare.stamp_of(plan, row.name, 0)["price"] == row.price and "price" not in compare.stamp_of(plan, "GNDM", 0)
+    assert stamp_of(plan, row.name, 0)["price"] == row.price and "price" not in stamp_of(plan, "GNDM", 0)
 
 
 def test_every_row_can_be_built_and_names_a_baseline_before_it():
     names = []
-    for row in compare.EVERY_ROW.values():
-        config = compare.cell_config(ROWS, row, 3)
+    for row in EVERY_ROW.values():
+        config = config_of(PLAN, row, 3)
         assert config.seed == 3
-        composition.resolve_rewards(config, compare.functions_of(config))
+        composition.resolve_rewards(config, functions_of(config))
         assert row.baseline is None or row.baseline in names
         names.append(row.name)
-    paths = [compare.cell_path(ROWS, name, 0) for name in names]
+    paths = [cell_path(PLAN, name, 0) for name in names]
     assert len(set(paths)) == len(names) and len(set(names)) == len(names)
 
 
 def test_a_student_of_the_unguided_teacher_is_compared_with_it():
     def target(name):
-        return compare.target_guidance(name, compare.config_of(ROWS, name, 0))
+        return target_guidance(PLAN, BY_NAME[name])
 
-    unguided = [name for name in (*compare.TEACHER_ROWS, *compare.EVERY_ROW) if target(name) == 1]
+    unguided = [name for name in BY_NAME if target(name) == 1]
     assert unguided and all("guidance 1" in name for name in unguided)
     assert target("GNDM") == world.TEACHER_GUIDANCE != 1
-    assert compare.stamp_of(ROWS, "GNDM, guidance 1", 0)["target_guidance"] == 1
+    assert stamp_of(PLAN, "GNDM, guidance 1", 0)["target_guidance"] == 1
 
 
 def test_a_kept_cell_is_used_only_if_made_in_the_same_way(tmp_path, capsys):
-    plan = compare.Plan(tmp_path, 100, 2, 4, 1)
-    assert compare.kept(plan) == {}
+    plan = Plan(tmp_path, 100, 2, 4, 1)
+    assert kept(plan) == {}
     for row in ("GNDM", "teacher, 28 steps", "a row of another day"):
-        path = compare.cell_path(plan, row, 0)
+        path = cell_path(plan, row, 0)
         path.parent.mkdir(exist_ok=True)
-        stamp = compare.stamp_of(plan, row, 0) if "day" not in row else {}
+        stamp = stamp_of(plan, row, 0) if "day" not in row else {}
         path.write_text(json.dumps({"stamp": stamp, "row": row, "seed": 0}))
-    assert compare.kept(plan).keys() == {("GNDM", 0), ("teacher, 28 steps", 0)}
+    assert kept(plan).keys() == {("GNDM", 0), ("teacher, 28 steps", 0)}
     assert capsys.readouterr().out == "a-row-of-another-day-seed0.json: of no row that is known, not used\n"
-    longer = compare.Plan(tmp_path, 200, 2, 4, 1)  # of a student's training: the teacher's cell stays what it is
-    assert compare.kept(longer).keys() == {("teacher, 28 steps", 0)}
+    longer = Plan(tmp_path, 200, 2, 4, 1)  # of a student's training: the teacher's cell stays what it is
+    assert kept(longer).keys() == {("teacher, 28 steps", 0)}
     assert "gndm-seed0.json: made with other settings, not used" in capsys.readouterr().out
 
 
 def test_a_cell_of_other_settings_is_replaced_only_where_one_says_so(tmp_path, monkeypatch):
-    plan, row = compare.Plan(tmp_path, 100, 2, 4, 1), compare.EVERY_ROW["GNDM"]
-    path = compare.cell_path(plan, "GNDM", 7)
+    plan, row = Plan(tmp_path, 100, 2, 4, 1), EVERY_ROW["GNDM"]
+    path = cell_path(plan, "GNDM", 7)
     path.parent.mkdir()
     path.write_text(json.dumps(cell("GNDM", 7, 1.0) | {"stamp": {"evaluations": 200}}))
 
     def refused(*_):
         raise Drawn
 
-    monkeypatch.setattr(compare, "workers", refused)
+    monkeypatch.setattr(command, "workers", refused)
     how = {"seeds": 1, "first_seed": 7, "jobs": 1}
     with pytest.raises(UserError, match=r"1 of the cells .* other settings \(gndm-seed7.json\); name another folder, or .*--overwrite"):
-        compare.compare(plan, (row,), **how)
+        command.compare(plan, (row,), **how)
     for other in ({"overwrite": True}, {"first_seed": 8}):
         with pytest.raises(Drawn):
-            compare.compare(plan, (row,), **how | other)
+            command.compare(plan, (row,), **how | other)
 
 
 @pytest.mark.parametrize(
     ("arguments", "output", "names"),
     [
         (["--rows", "GNDM", "DMD", "GNDM"], "compare", ["GNDM", "DMD"]),  # a row twice would be made twice, side by side
-        (["--rows", "GNDM", "table"], "compare", ["GNDM", *(row.name for row in compare.ROWS if row.name != "GNDM")]),
+        (["--rows", "GNDM", "table"], "compare", ["GNDM", *(row.name for row in ROWS if row.name != "GNDM")]),
         (["--quick"], "compare-quick", ["DMD", "GNDM"]),
     ],
 )
 def test_the_command_asks_for_each_row_once_and_keeps_the_quick_cells_apart(monkeypatch, arguments, output, names):
     def refused(plan, rows, **how):
-        raise compare.CellsFailed(str([str(plan.output), *(row.name for row in rows)]))
+        raise command.CellsFailed(str([str(plan.output), *(row.name for row in rows)]))
 
-    monkeypatch.setattr(compare, "compare", refused)
+    monkeypatch.setattr(command, "compare", refused)
     with pytest.raises(UserError) as asked:
         cli.compare_command(arguments)
     assert str(asked.value) == str([output, *names])
 
 
 def test_a_picture_of_fronts_goes_with_their_cells(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "compare", lambda *told, **how: [])
-    monkeypatch.setattr(compare, "plot", lambda *told: None)
+    monkeypatch.setattr(command, "compare", lambda *told, **how: [])
+    monkeypatch.setattr(command, "plot", lambda *told: None)
     for name in ("pareto.png", "compare.md"):
         (tmp_path / name).touch()
     assert cli.compare_command(["--output", str(tmp_path)]) == 0 and not (tmp_path / "pareto.png").exists()
@@ -294,17 +297,17 @@ def test_a_cell_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
             raise FloatingPointError("the loss is nan")
         return cell(row, seed, 1.0)
 
-    monkeypatch.setattr(compare, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(compare, "make_cell", make)
-    monkeypatch.setattr(compare, "reference", lambda plan, guidance: None)
-    plan = compare.Plan(tmp_path, 100, 2, 4, 1)
-    rows = (compare.EVERY_ROW["DMD"], compare.EVERY_ROW["GNDM"])
-    with pytest.raises(compare.CellsFailed, match=r"(?s)1 of 6 cells failed.*DMD, seed 7: FloatingPointError"):
-        compare.compare(plan, rows, seeds=1, first_seed=7, jobs=1)
+    monkeypatch.setattr(command, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(command, "make_cell", make)
+    monkeypatch.setattr(command, "reference", lambda plan, guidance: None)
+    plan = Plan(tmp_path, 100, 2, 4, 1)
+    rows = (EVERY_ROW["DMD"], EVERY_ROW["GNDM"])
+    with pytest.raises(command.CellsFailed, match=r"(?s)1 of 6 cells failed.*DMD, seed 7: FloatingPointError"):
+        command.compare(plan, rows, seeds=1, first_seed=7, jobs=1)
     assert "| GNDM | 1 |" in (tmp_path / "compare.md").read_text() and "FAILED" in (said := capsys.readouterr().out)
     assert "guidance 1" not in said
     # the unguided teacher is drawn where a student is compared with it
-    compare.compare(plan, (compare.EVERY_ROW["GNDM, guidance 1"],), seeds=1, first_seed=7, jobs=1)
+    command.compare(plan, (EVERY_ROW["GNDM, guidance 1"],), seeds=1, first_seed=7, jobs=1)
     assert "teacher, 28 steps, guidance 1, seed 7" in capsys.readouterr().out
 
 
@@ -312,17 +315,17 @@ class Drawn(Exception):
     """Raised where a sample would have been drawn."""
 
 
-@pytest.mark.parametrize("name", compare.TEACHER_ROWS)
+@pytest.mark.parametrize("name", TEACHER_ROWS)
 def test_a_teachers_cell_is_drawn_with_its_rows_solver(tmp_path, monkeypatch, name):
-    plan, row, asked = compare.Plan(tmp_path, 100, 2, 4, 1), compare.TEACHER_ROWS[name], []
+    plan, row, asked = Plan(tmp_path, 100, 2, 4, 1), TEACHER_ROWS[name], []
 
     def observe(plan, pipe, **how):
         asked.append((type(pipe.scheduler).__name__, how))
         raise Drawn
 
-    monkeypatch.setattr(compare, "observe_pipeline", observe)
+    monkeypatch.setattr(making, "observe_pipeline", observe)
     with pytest.raises(Drawn):
-        compare.run_teacher_cell(plan, row, 3)
+        making.run_teacher_cell(plan, row, 3)
     own = type(drawing.open_pipeline(world.TEACHER, "cpu").scheduler).__name__
     kind = drawing.SOLVERS[row.solver] if row.solver else own
     assert asked == [(kind, {"steps": row.steps, "guidance": row.guidance, "seed": 3})]
@@ -340,8 +343,8 @@ def test_a_quick_comparison_from_end_to_end_and_again(tmp_path, capsys):
         "teacher, 4 steps, DDIM",
         "teacher, 4 steps, UniPC",
     ):  # a teacher's row takes as long as a student's
-        made = {"stamp": compare.stamp_of(plan, teacher, 100), "commit": "0"}
-        compare.cell_path(plan, teacher, 100).write_text(json.dumps(cell(teacher, 100, 0.1) | made))
+        made = {"stamp": stamp_of(plan, teacher, 100), "commit": "0"}
+        cell_path(plan, teacher, 100).write_text(json.dumps(cell(teacher, 100, 0.1) | made))
     assert cli.main(["compare", "--quick", "--output", str(folder)]) == 0
     assert "3 of 6 cells are there; making 3" in capsys.readouterr().out
     report = json.loads((folder / "compare.json").read_text())
@@ -349,7 +352,7 @@ def test_a_quick_comparison_from_end_to_end_and_again(tmp_path, capsys):
     students = [c for c in report["cells"] if "costs" in c]
     assert (
         len(students) == 2
-        and all(sum(c["costs"][name] for name in compare.NETWORKS) >= 200 for c in students)
+        and all(sum(c["costs"][name] for name in making.NETWORKS) >= 200 for c in students)
         and all("commit" in c and "machine" in c for c in report["cells"])
     )
     assert all(len(c["fd_clip_teacher_per_step"]) == 2 and min(c["fd_clip_teacher_per_step"]) > 0 for c in students)
@@ -364,11 +367,11 @@ def test_a_quick_comparison_from_end_to_end_and_again(tmp_path, capsys):
 @pytest.mark.usefixtures("no_pictures")
 def test_an_adaptive_cell_is_judged_by_a_fresh_fake(tmp_path, monkeypatch):
     monkeypatch.setattr(judge, "judge", functools.partial(judge.judge, batches=4))  # of sixteen, which take longer than the training
-    plan, row = small(tmp_path, 250, judge_updates=4), compare.EVERY_ROW["GNDMR adaptive"]
+    plan, row = small(tmp_path, 250, judge_updates=4), EVERY_ROW["GNDMR adaptive"]
     plan.output.joinpath("cells").mkdir()
-    cell = compare.run_cell(plan, row._replace(flags=(*row.flags, "--weights.warmup", "3", "--weights.budget", "2")), 0)
+    cell = making.run_cell(plan, row._replace(flags=(*row.flags, "--weights.warmup", "3", "--weights.budget", "2")), 0)
     judged = cell["judge"]
-    stood = compare.settled(cell["trace"])
+    stood = summary.settled(cell["trace"])
     assert 0 < stood.kl_over_budget < 10 and stood.weight > 0
     assert judged["budget"] > 0 and judged["gap"] == pytest.approx(judged["fresh"] - judged["own"])
     assert 2 <= judged["updates"] <= 4 and len(judged["kls"]) == len(judged["heldout"]) == judged["updates"] + 1 and json.dumps(cell)
@@ -425,10 +428,11 @@ def make_cell(plan, row, seed):
 STOPPED = """
 import sys
 import slow
-from fewstep import cli, compare
+from fewstep import cli
+from fewstep.compare import command
 
 if __name__ == "__main__":
-    compare.make_cell, compare.reference = slow.make_cell, slow.reference
+    command.make_cell, command.reference = slow.make_cell, slow.reference
     sys.exit(cli.main(["compare", "--rows", "GNDM", "--jobs", "1", "--output", sys.argv[1]]))
 """
 
@@ -469,30 +473,30 @@ def nothing_drawn(plan, guidance): ...
     [("make_cell", killed, "a process was killed.*fewer --jobs"), ("reference", no_sample, "the teacher's sample.*'no room'")],
 )
 def test_what_ends_every_cell_is_said_once(tmp_path, monkeypatch, capsys, function, stand_in, words):
-    monkeypatch.setattr(compare, "reference", nothing_drawn)
-    monkeypatch.setattr(compare, function, stand_in)
-    with pytest.raises(compare.CellsFailed, match=words):
-        compare.compare(compare.Plan(tmp_path, 100, 2, 4, 1), (compare.EVERY_ROW["GNDM"],), seeds=1, first_seed=7, jobs=1)
+    monkeypatch.setattr(command, "reference", nothing_drawn)
+    monkeypatch.setattr(command, function, stand_in)
+    with pytest.raises(command.CellsFailed, match=words):
+        command.compare(Plan(tmp_path, 100, 2, 4, 1), (EVERY_ROW["GNDM"],), seeds=1, first_seed=7, jobs=1)
     assert "FAILED" not in capsys.readouterr().out
 
 
 def test_fields_that_came_after_the_first_cells_leave_their_stamps_alone(tmp_path):
-    plan = compare.Plan(tmp_path, 100, 2, 4, 1)
+    plan = Plan(tmp_path, 100, 2, 4, 1)
     anywhere = {"output": "", "device": "cpu", "precision": "bf16"}
-    plain = flags.as_plain(compare.cell_config(plan, compare.EVERY_ROW["GNDM"], 100)) | anywhere
-    first = {key: value for key, value in plain.items() if key not in compare.LATER}
-    first["matching"] = {key: value for key, value in first["matching"].items() if f"matching.{key}" not in compare.LATER}
-    assert compare.stamp_of(plan, "GNDM", 100)["config"] == compare.protocol.sha256(first)
+    plain = flags.as_plain(config_of(plan, EVERY_ROW["GNDM"], 100)) | anywhere
+    first = {key: value for key, value in plain.items() if key not in FIELDS_ADDED_SINCE}
+    first["matching"] = {key: value for key, value in first["matching"].items() if f"matching.{key}" not in FIELDS_ADDED_SINCE}
+    assert stamp_of(plan, "GNDM", 100)["config"] == store.sha256(first)
     for turned in ("--memory.checkpointing", "--matching.level-density=shifted"):
         other = dataclasses.replace(plan, options=(*plan.options, turned))
-        assert compare.stamp_of(other, "GNDM", 100)["config"] != compare.protocol.sha256(first)
+        assert stamp_of(other, "GNDM", 100)["config"] != store.sha256(first)
 
 
 def test_a_stamp_is_the_same_on_every_machine(tmp_path):
     """The committed cells are read wherever the table is made; what each was made on is written beside it."""
-    bf16, fp32 = (compare.Plan(tmp_path, 100, 2, 4, 1, options=("--precision", name)) for name in ("bf16", "fp32"))
-    assert compare.stamp_of(bf16, "GNDM", 100) == compare.stamp_of(fp32, "GNDM", 100)
-    machines = [compare.machine(plan, "GNDM", 100) for plan in (bf16, fp32)]
+    bf16, fp32 = (Plan(tmp_path, 100, 2, 4, 1, options=("--precision", name)) for name in ("bf16", "fp32"))
+    assert stamp_of(bf16, "GNDM", 100) == stamp_of(fp32, "GNDM", 100)
+    machines = [machine(plan, "GNDM") for plan in (bf16, fp32)]
     assert ", bf16, torch" in machines[0] and machines[1] == machines[0].replace("bf16", "fp32")
 
 
@@ -500,8 +504,8 @@ def test_a_training_that_ends_within_its_warm_up_has_a_row_all_the_same():
     """Without a budget there is nothing to settle at, and of few marks nothing that drifts."""
     judged = {"judge": {"budget": None, "fresh": 1.0, "gap": 0.0, "updates": 2}, "trace": [{"weights/kl": 1.0, "dm/score": -1.0}]}
     of_few_marks, long = {"along": [{"fd_clip_teacher": 1.0}] * 5}, "GNDM, constant rates, thrice as long"
-    rows = compare.summarise({("GNDMR adaptive", 1): cell("GNDMR adaptive", 1, 0.5) | judged, (long, 1): cell(long, 1, 0.5) | of_few_marks})
+    rows = summary.summarise({("GNDMR adaptive", 1): cell("GNDMR adaptive", 1, 0.5) | judged, (long, 1): cell(long, 1, 0.5) | of_few_marks})
     assert len(rows) == 2 and not any(key in row for row in rows for key in ("settled", "drift"))
-    assert "GNDMR adaptive" in compare.markdown(rows, ROWS)
+    assert "GNDMR adaptive" in render.markdown(rows, PLAN)
     with pytest.raises(ValueError, match="no budget was set"):
-        compare.settled(judged["trace"])
+        summary.settled(judged["trace"])

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep import compare, world
+from fewstep import world
+from fewstep.compare.cells import Plan, kept
 from fewstep.evaluate import drawing
 from fewstep.evaluate.tables import markdown_table
 from fewstep.rewards import rows
@@ -33,8 +34,8 @@ def test_the_tables_are_the_committed_results():
 def test_every_committed_cell_is_in_its_table(folder, capsys):
     """On any machine: what a cell was made on is no setting."""
     output = ROOT / "docs" / "results" / folder
-    plan = compare.Plan(output, evaluations=180_000, images_per_prompt=world.IMAGES_PER_PROMPT, prompts=128, threads=1)
-    cells = compare.kept(plan)
+    plan = Plan(output, evaluations=180_000, images_per_prompt=world.IMAGES_PER_PROMPT, prompts=128, threads=1)
+    cells = kept(plan)
     assert len(cells) == len(list(output.glob("cells/*.json"))) > 20, capsys.readouterr().out
     reported = json.loads((output / "compare.json").read_text())["cells"]
     assert {(cell["row"], cell["seed"]) for cell in reported} == cells.keys()

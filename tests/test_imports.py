@@ -58,8 +58,7 @@ TABLE = {
     "report rewards.sources world",
     "sample": "config disk errors evaluate evaluate.command flags models prompts",
     "compare": "composition config cost disk errors evaluate flags models rewards.clip rewards.serve types weights world",
-    "cli": "compare composition config disk errors evaluate.command export flags launch models run sample world "
-    "rewards rewards.convert rewards.serve",
+    "cli": "compare disk errors evaluate.command export flags launch models run sample rewards rewards.convert rewards.serve",
     "fewstep": "errors flags launch models run",
 }  # fmt: skip
 DIFFUSERS = {"models", "export", "world", "evaluate", "trainer"}
