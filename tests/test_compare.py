@@ -426,12 +426,13 @@ def make_cell(plan, row, seed):
     time.sleep(600)
 """
 STOPPED = """
-import sys
+import signal, sys
 import slow
 from fewstep import cli
 from fewstep.compare import command
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs begin without
     command.make_cell, command.reference = slow.make_cell, slow.reference
     sys.exit(cli.main(["compare", "--rows", "GNDM", "--jobs", "1", "--output", sys.argv[1]]))
 """
