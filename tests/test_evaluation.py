@@ -1,6 +1,7 @@
 """Evaluation of any model: drawn part by part, stopped and gone on with, shared among processes, with a stamp on every number."""
 
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ from fewstep.evaluate.measure import measure
 from fewstep.evaluate.pictures import Pictures
 from fewstep.evaluate.sets import PromptSet
 from fewstep.evaluate.store import Rows
+from fewstep.rewards import sources
 from fewstep.rewards.clip import CLIPScore
 
 # Measuring what lies on disk
@@ -725,6 +727,55 @@ def test_a_judge_is_told_apart_by_what_it_holds(tmp_path):
     assert [protocol.identity_of(server) for server in servers] == ["bright file-0123", "dim file-0123"]
     with pytest.raises(ValueError, match="nothing tells which version"):
         protocol.identity_of(len)
+
+
+DECORATED = "import torch\n@torch.no_grad()\ndef mine(images, prompts):\n    return images.mean((1, 2, 3))\n"
+METHOD = (
+    "import torch\nclass Judge:\n    def __init__(self):\n        self.net = torch.nn.Linear(3, 1).requires_grad_(False)\n"
+    "        self.net.weight.fill_(1.0), self.net.bias.fill_(0.0)\n"
+    "    def score(self, images, prompts):\n        return self.net(images.mean((2, 3)))[:, 0]\nmine = Judge().score\n"
+)
+MADE = "def made(k):\n    def judge(images, prompts):\n        return k * images.mean((1, 2, 3))\n    return judge\nmine = made(1)\n"
+ELSEWHERE = "import functools, operator\nmine = functools.partial(operator.add, 1)\n"
+
+
+@pytest.mark.parametrize("text, edit", [
+    (DECORATED, (".mean((1, 2, 3))", ".amax((1, 2, 3))")), (METHOD, ("[:, 0]", "[:, 0] * 100")), (MADE, ("made(1)", "made(2)")),
+    (ELSEWHERE, ("add, 1", "add, 2")),
+])  # fmt: skip
+def test_a_judge_of_a_file_is_another_one_when_the_file_is(tmp_path, text, edit):
+    def identities(name, text):
+        (tmp_path / name).write_text(text)
+        source = f"{tmp_path / name}:mine"
+        return protocol.identity_of(sources.load_function(source)), protocol.identity_of(sources.load_function(source), source)
+
+    alone, named = identities("one.py", text)
+    assert (alone, named) == identities("one.py", text)
+    edited, edited_named = identities("one.py", text.replace(*edit))
+    assert named != edited_named and named != identities("two.py", text.replace(*edit))[1]
+    assert (alone != edited) == (text != ELSEWHERE)  # such a one tells nothing by itself of where it was made
+
+
+def test_scores_by_a_judge_whose_file_has_changed_are_not_taken(tmp_path):
+    lines = []
+    for text in (DECORATED, DECORATED, DECORATED.replace("images.mean", "100 * images.mean")):
+        (tmp_path / "mine.py").write_text(text)
+        source = f"{tmp_path}/mine.py:mine"
+        judges = {"mine": sources.load_function(source)}
+        report = evaluated(Pipe(), tmp_path / "work", judges=judges, judge_files={"mine": source}, say=lines.append)
+        lines.append(report["rows"][0]["metrics"]["mine"]["value"])
+    first, read, again, said, other = lines
+    assert read.endswith(f"read from {tmp_path / 'work'}") and again == first
+    assert said.endswith("lack mine; drawn again for that alone") and other == pytest.approx(100 * first)
+
+
+def test_a_function_in_a_file_is_known_by_its_file_and_line_alone(tmp_path):
+    """As by the versions before, whose scores are still taken."""
+    file = tmp_path / "mine.py"
+    file.write_text("import torch\n\n\ndef mine(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    judge = sources.load_function(f"{file}:mine")
+    known = hashlib.sha256(file.read_bytes() + b"\0mine 4").hexdigest()
+    assert protocol.identity_of(judge) == protocol.identity_of(judge, f"{file}:mine") == known
 
 
 def test_a_flow_teacher_has_its_own_solver_and_ddpm_teachers_the_others(diffusion_pipe, flow_pipe):

@@ -330,6 +330,7 @@ def command(arguments: list[str]) -> int:
     from fewstep import models
     from fewstep.evaluate import features, pictures, sets
     from fewstep.ranks import Ranks
+    from fewstep.rewards import sources
 
     models.quiet_libraries()
     device = evaluation_device()
@@ -350,6 +351,7 @@ def command(arguments: list[str]) -> int:
             told["data"] = pictures.open_pictures(options.data)
         told["extractors"] = features.make_extractors(options.extractor.items(), resize=options.resize, device=device)
         told["scorers"], told["judges"] = load_judges(options.judge, device=device, in_world=against == "world", timeout=remote.timeout)
+        told["judge_files"] = {name: source for name, source in options.judge.items() if sources.is_code(source)}
         report = measure_student(
             source, teacher, size, scale=scale, output=output, share=share, progress=share[0] == 0 or not launched, **told
         )

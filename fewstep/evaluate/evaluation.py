@@ -132,6 +132,7 @@ def evaluate(
     extractor: str | None = None,
     extractors: Sequence[Extractor] = (),
     judges: Mapping[str, Judge] | None = None,
+    judge_files: Mapping[str, str] | None = None,
     utility: Utility | None = None,
     data: Tensor | Pictures | None = None,
     neighbours: int = NEIGHBOURS,
@@ -159,9 +160,10 @@ def evaluate(
     student, teacher: diffusers folders, hub ids, or functions that open a Source; without a teacher the student stands alone.
     guidance: the teacher's, in all its rows; the student has its source's, 1 where it is told none. prompts: a PromptSet's may come more
     than once.
-    scorers: name -> scorer; judges: name -> any other reward; utility: pictures -> (B,); extractor: the scorer whose features FD-clip
-    uses; extractors: others; data: real pictures, or their FD-clip features (M, d), without which the metrics that need them are left out;
-    neighbours: k of precision and recall. noise: a picture's own, or, as samples that ship were drawn, that of its batch.
+    scorers: name -> scorer; judges: name -> any other reward; judge_files: path/to/file.py:function of those that were named so; utility:
+    pictures -> (B,); extractor: the scorer whose features FD-clip uses; extractors: others; data: real pictures, or their FD-clip features
+    (M, d), without which the metrics that need them are left out; neighbours: k of precision and recall. noise: a picture's own, or, as
+    samples that ship were drawn, that of its batch.
     work, cache: folders that keep what was seen of the student's and of the teacher's pictures, and of real ones, by the content of
     pipeline and protocol, what each scorer, judge and extractor sees apart from the others; their use is said. A sample that is there in
     part is gone on with, and one that lacks a judge is drawn again for that judge alone. shipped: a folder that `ship`
@@ -204,7 +206,7 @@ def evaluate(
         extractor=used[0].name if used else None,
         extractors={e.name: {"weights": e.weights, "resize": e.resize} for e in used},
         scorers={name: fingerprint(scorer.model) for name, scorer in scorers.items()}
-        | {name: identity_of(judge) for name, judge in judges.items()},
+        | {name: identity_of(judge, (judge_files or {}).get(name)) for name, judge in judges.items()},
         configs={name: config for name, config in configs.items() if config is not None},
         preprocess={name: preparation(scorer) for name, scorer in scorers.items()},
         utility=utility_hash(utility),

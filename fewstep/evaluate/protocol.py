@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fewstep.evaluate.configs import config_hash
 from fewstep.evaluate.drawing import Noise
 from fewstep.evaluate.store import add_tensor, fingerprint, sha256
+from fewstep.rewards import sources
 from fewstep.rewards.clip import CLIPScore
 
 Utility = Callable[[Tensor], Tensor]  # (B, 3, H, W) in [0, 1] -> (B,)
@@ -119,38 +120,60 @@ def config_of(judge: Any) -> str | None:
     return config_hash(*(part for _, part in held_by(judge) if isinstance(part, nn.Module) or hasattr(part, "get_vocab")))
 
 
-def identity_of(judge: Any) -> str:
-    """SHA-256 over a judge's weights and preprocessing, or what it says of its name and version, or SHA-256 of a function and its file.
+def identity_of(judge: Any, source: str | None = None) -> str:
+    """SHA-256 over a judge's weights and preprocessing, and over the file of its code unless that is fewstep's own; or what it says of its
+    name and version; or SHA-256 of a function and its file.
 
-    What its networks' configurations and its tokenizers decide is `config_of`'s.
+    source: the path/to/file.py:function that it was named by, which may be another file than its code's. What its networks' configurations
+    and its tokenizers decide is `config_of`'s. Raises ValueError for a judge that nothing tells the version of.
     """
-    digest, found = hashlib.sha256(), False
     holder = getattr(judge, "__self__", judge)
-    for name, part in held_by(judge):
-        if isinstance(part, (nn.Module, Tensor)):
-            found = True
-            digest.update(f"{name} ".encode())
-            digest.update(fingerprint(part).encode()) if isinstance(part, nn.Module) else add_tensor(digest, "", part)
-    called = getattr(judge, "__name__", "score")
-    if found:
+    weights = [(name, part) for name, part in held_by(judge) if isinstance(part, nn.Module | Tensor)]
+    version_of = getattr(holder, "version", None)
+    if not weights and isinstance(version_of, str):  # a server's; its version may be that of a file with several functions
+        return f"{served} {version_of}" if (served := getattr(holder, "served", "")) else version_of
+    digest = hashlib.sha256()
+    for name, part in weights:
+        digest.update(f"{name} ".encode())
+        digest.update(fingerprint(part).encode()) if isinstance(part, nn.Module) else add_tensor(digest, "", part)
+    if weights:
         if callable(preprocess := getattr(holder, "preprocess", None)):
             digest.update(in_words(preprocess).encode())
+        called = getattr(judge, "__name__", "score")
         if called != "score":  # another method of the same weights
             digest.update(called.encode())
+    code = code_of(judge, whole=bool(weights))
+    if weights and code.__module__.startswith("fewstep."):
         return digest.hexdigest()
-    version_of = getattr(holder, "version", None)
-    if isinstance(version_of, str):  # a server's; its version may be that of a file with several functions
-        return f"{served} {version_of}" if (served := getattr(holder, "served", "")) else version_of
-    named = judge if inspect.isroutine(judge) else type(holder)
     try:
-        digest.update(Path(inspect.getfile(named)).read_bytes())
+        digest.update(Path(inspect.getfile(code)).read_bytes())
     except (TypeError, OSError) as error:
-        raise ValueError(
-            f"judge {judge!r}: nothing tells which version it is; give an object with weights or a function in a file"
-        ) from error
-    line = named.__code__.co_firstlineno if inspect.isfunction(named) else 0  # all lambdas have one name
-    digest.update(f"\0{named.__qualname__} {line}".encode())
+        if not weights:
+            raise ValueError(
+                f"judge {judge!r}: nothing tells which version it is; give an object with weights or a function in a file"
+            ) from error
+    line = code.__code__.co_firstlineno if inspect.isfunction(code) else 0  # all lambdas have one name
+    digest.update(f"\0{code.__qualname__} {line}".encode())
+    if source is not None and not (code is judge and is_of_file(judge, source)):
+        digest.update(sources.function_version(source).encode())
     return digest.hexdigest()
+
+
+def code_of(judge: Any, *, whole: bool) -> Any:
+    """The function or method that a judge is, without its decorators, which stand in files of their own; or the class of an object.
+
+    whole: the class of a method's object, too.
+    """
+    holder, function = getattr(judge, "__self__", judge), inspect.unwrap(judge)
+    return type(holder) if not inspect.isroutine(function) or (whole and holder is not judge) else function
+
+
+def is_of_file(judge: Any, source: str) -> bool:
+    """Whether path/to/file.py:function is a function that stands in that file, whose line tells it apart: no method or object, and none
+    that another function made."""
+    if not inspect.isfunction(judge) or "<locals>" in judge.__qualname__:
+        return False
+    return Path(judge.__code__.co_filename).resolve() == Path(source.rpartition(":")[0]).resolve()
 
 
 def differences(stamp: Any, other: Any, prefix: str = "") -> list[str]:
