@@ -225,6 +225,19 @@ def test_a_folders_pictures_are_read_in_order(folder, tmp_path):
     assert pictures.open_pictures(str(folder)).identity["sha256"] != found.identity["sha256"]
 
 
+def test_pictures_of_linked_folders_are_read_once_each(folder, tmp_path):
+    before = pictures.open_pictures(str(folder)).identity
+    (folder / "deep" / "round").symlink_to(folder)
+    (folder / "a").symlink_to(folder / "deep")
+    assert pictures.open_pictures(str(folder)).identity == before
+    (tmp_path / "far").mkdir()
+    image((0, 255, 0)).save(tmp_path / "far" / "d.png")
+    (folder / "train").symlink_to(tmp_path / "far")
+    found = pictures.open_pictures(str(folder))
+    assert found.n == found.identity["n"] == 4
+    assert [found.get(i).getpixel((0, 0)) for i in range(4)] == [(255, 0, 0), (0, 0, 102), (51, 51, 51), (0, 255, 0)]
+
+
 def test_features_of_pictures_are_kept_and_shared(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "SHARD", 1)
     found, options = pictures.open_pictures(str(folder)), {"versions": VERSIONS, "batch": 2, "device": "cpu", "progress": False}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,8 @@ class Pictures(NamedTuple):
 
 
 def open_pictures(source: str) -> Pictures:
-    """A folder's pictures, recursively and in the order of their paths, or those of owner/name[@revision][:split] on the hub.
+    """A folder's pictures, recursively and through links, in the order of their paths, or those of owner/name[@revision][:split] on the
+    hub.
 
     Raises ValueError.
     """
@@ -38,7 +40,7 @@ def open_pictures(source: str) -> Pictures:
 
 
 def of_folder(folder: Path) -> Pictures:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = sorted(path for path in files_below(folder) if path.suffix.lower() in SUFFIXES and path.is_file())
     if not paths:
         raise ValueError(f"{folder}: holds no picture ({', '.join(SUFFIXES)})")
     digest = hashlib.sha256()
@@ -54,6 +56,19 @@ def of_folder(folder: Path) -> Pictures:
         return named(str(paths[i]), opened)
 
     return Pictures({"n": len(paths), "sha256": digest.hexdigest()}, len(paths), get)
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every file in a folder, in those in it and in those that they link to; what links lead to again comes once."""
+    seen = set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        place = os.path.realpath(where)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders.sort(key=lambda name, where=where: (os.path.islink(os.path.join(where, name)), name))
+        yield from (Path(where, name) for name in names)
 
 
 def named(where: str, get: Callable[[], Image.Image]) -> Image.Image:
