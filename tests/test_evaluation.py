@@ -70,11 +70,10 @@ def on_disk(folder, name, tensor, size=17):
 
 
 PROMPTS = [f"p{i // 2}" for i in range(60)]  # every caption twice, as in COCO
-GROUP = torch.arange(60).repeat_interleave(2)
 
 
 def measured(seen, data, teacher, **options):
-    return measure(seen, PROMPTS, GROUP, {}, extractor=[NET, UNIT], data=data, teacher=teacher, draws=20, repeats=True, **options)
+    return measure(seen, PROMPTS, 2, {}, extractors=[NET, UNIT], data=data, teacher=teacher, draws=20, repeats=True, **options).metrics
 
 
 def test_on_disk_is_in_memory(sample, tmp_path, monkeypatch):
@@ -169,9 +168,9 @@ def test_a_kernel_distances_interval_leaves_prompts_out(paired):
 def test_what_cannot_be_measured_is_left_out_and_said(sample):
     seen, data, teacher = sample
     few = {name: values[:12] for name, values in seen.items()} | {"score/bright": torch.tensor([1.0] * 11 + [torch.nan])}
-    said = {}
-    options = {"extractor": [NET, UNIT], "data": data, "draws": 5, "repeats": True, "left_out": said}
-    found = measure(few, PROMPTS[:12], torch.arange(12), {}, **options)
+    options = {"extractors": [NET, UNIT], "data": data, "draws": 5, "repeats": True}
+    whole = measure(few, PROMPTS[:12], 1, {}, **options)
+    found, said = whole.metrics, whole.left_out
     assert said == {
         "fid_data": "12 pictures, but the covariance of 12 features needs more than 12",
         "diversity": "needs at least two pictures of every prompt",
@@ -179,10 +178,10 @@ def test_what_cannot_be_measured_is_left_out_and_said(sample):
     assert {"kid_data", "fd_clip_data", "cmmd_data", "precision", "utility"} <= found.keys() and not said.keys() & found.keys()
     assert found["bright"] == {"value": 1, "low": 1, "high": 1, "masked": 1}  # of the eleven others, never 0
     few["score/bright"][1:] = torch.nan
-    assert "bright" not in measure(few, PROMPTS[:12], torch.arange(12), {}, **options)
-    assert said["bright"] == "11 of 12 pictures got no score"
+    unscored = measure(few, PROMPTS[:12], 1, {}, **options)
+    assert "bright" not in unscored.metrics and unscored.left_out == said | {"bright": "11 of 12 pictures got no score"}
     with pytest.raises(ValueError, match="it has 120 pictures, not 12"):
-        measure(few, PROMPTS[:12], torch.arange(12), {}, **options, teacher=teacher)
+        measure(few, PROMPTS[:12], 1, {}, **options, teacher=teacher)
 
 
 def test_a_mean_and_a_difference_are_of_the_pictures_that_have_a_score():
@@ -210,10 +209,10 @@ def test_two_numbers_never_have_one_name(sample):
             measured(seen | {f"score/{name}": seen["score/bright"]}, data, teacher)
     twin = Extractor("twin", "fid", "kid", False, None, 12)
     seen["features/twin"] = seen["features/net"] * 2
-    both = {"extractor": [NET, twin], "data": data | {"twin": data["net"]}, "draws": 5, "repeats": True}
+    both = {"extractors": [NET, twin], "data": data | {"twin": data["net"]}, "draws": 5, "repeats": True}
     with pytest.raises(ValueError, match="'fid_data' names two numbers"):
-        measure(seen, PROMPTS, GROUP, {}, **both)
-    found = measure(seen, PROMPTS, GROUP, {}, **both | {"extractor": measuring.told_apart([NET, twin])})
+        measure(seen, PROMPTS, 2, {}, **both)
+    found = measure(seen, PROMPTS, 2, {}, **both | {"extractors": measuring.told_apart([NET, twin])}).metrics
     assert found["fid_data"]["value"] == pytest.approx(frechet(data["net"], seen["features/net"]), abs=1e-9)
     assert found["fid.twin_data"]["value"] == pytest.approx(frechet(data["net"], seen["features/twin"]), abs=1e-9)
     assert found["kid.twin_data"]["value"] != found["kid_data"]["value"]

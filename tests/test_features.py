@@ -240,10 +240,10 @@ def test_a_functions_features_are_of_one_width_and_finite(tmp_path):
 def test_features_that_measure_nothing_are_named():
     """Of a function, in Python, that nothing has looked at before."""
     mine = Extractor("mine", "fd_mine", width=2)
-    seen, prompts, group = torch.rand(12, 2) + 0.1, [f"a {i}" for i in range(6)], torch.arange(12) // 2
+    seen, prompts = torch.rand(12, 2) + 0.1, [f"a {i}" for i in range(6)]
 
-    def found(seen, said=None, **options):
-        return measure.measure({"features/mine": seen}, prompts, group, {}, extractor=[mine], draws=5, left_out=said, **options)
+    def found(seen, **options):
+        return measure.measure({"features/mine": seen}, prompts, 2, {}, extractors=[mine], draws=5, **options)
 
     with pytest.raises(ValueError, match=r"'mine' has 2 features of a generated picture and 3 of one of the data's; it needs one width"):
         found(seen, data={"mine": torch.rand(9, 3)})
@@ -254,21 +254,21 @@ def test_features_that_measure_nothing_are_named():
     for options, words in (({"teacher": {"mine": holed}}, "teacher"), ({"data": {"mine": holed}}, "real")):
         with pytest.raises(ValueError, match=f"1 of 12 {words} 'mine' features hold NaN or inf"):
             found(seen, **options)
-    said = {}
-    assert "diversity" not in found(seen.index_fill(0, torch.tensor([4]), 0.0), said)
-    assert said["diversity"] == "1 of 12 pictures have features that are all zero, which have no angle to others"
+    without = found(seen.index_fill(0, torch.tensor([4]), 0.0))
+    assert "diversity" not in without.metrics
+    assert without.left_out["diversity"] == "1 of 12 pictures have features that are all zero, which have no angle to others"
 
 
 def test_too_few_pictures_for_an_extractor_leave_its_distance_out():
     """Nothing else of a long evaluation is lost with it, and a solver is the nearest by whatever distance there is."""
     extractors = [Extractor(f"extractor-{name}", f"fd_{name}", width=width) for name, width in (("wide", 40), ("mine", 2))]
-    generator, said = torch.Generator().manual_seed(0), {}
+    generator = torch.Generator().manual_seed(0)
     seen, other = ({e.name: torch.randn(12, e.width, generator=generator) for e in extractors} for _ in range(2))
     observed = {f"features/{name}": torch.nn.functional.normalize(values) for name, values in seen.items()}
     prompts = [f"a {i}" for i in range(6)]
-    options = {"extractor": extractors, "teacher": other, "draws": 5, "left_out": said}
-    found = measure.measure(observed, prompts, torch.arange(12) // 2, {}, **options)
-    assert said == {"fd_wide_teacher": "12 pictures, but the covariance of 40 features needs more than 40"}
+    whole = measure.measure(observed, prompts, 2, {}, extractors=extractors, teacher=other, draws=5)
+    found = whole.metrics
+    assert whole.left_out == {"fd_wide_teacher": "12 pictures, but the covariance of 40 features needs more than 40"}
     assert list(found) == ["fd_mine_teacher", "diversity"]
     assert evaluation.nearness(found) == found["fd_mine_teacher"]["value"] > 0
 

@@ -11,6 +11,7 @@ from fewstep import disk, world
 from fewstep.compare.cells import REFERENCE_SEED, Plan, cell_path, commit, config_of, machine, stamp_of, target_guidance
 from fewstep.compare.rows import DISTANCES, EVERY_ROW, TEACHER_ROWS, UNGUIDED, Row, TeacherRow, functions_of
 from fewstep.evaluate import drawing, samples, store
+from fewstep.evaluate.features import Extractor
 from fewstep.evaluate.measure import measure as metrics_of
 
 TRACED = ("/score", "/lag", "/ess", "/cosine", "/fake_error", "/inflation")  # of what an update logs, what a cell keeps
@@ -61,23 +62,19 @@ def reference(plan: Plan, guidance: float) -> Any:
 
 def measure(plan: Plan, observed: dict[str, Any], target: float) -> dict[str, float]:
     """Every metric of the table as one number; the interval comes from the seeds."""
-    import torch
-
     prompts, scorers, data = instruments(plan)
-    group = torch.arange(len(prompts)).repeat_interleave(plan.images_per_prompt)
-
     found = metrics_of(
         observed,
         prompts,
-        group,
+        plan.images_per_prompt,
         scorers,
-        extractor="clip-heldout",
-        data=data,
-        teacher=reference(plan, target),
+        extractors=[Extractor("clip-heldout", "fd_clip")],
+        data={"clip-heldout": data},
+        teacher={"clip-heldout": reference(plan, target)},
         neighbours=world.NEIGHBOURS,
         draws=2,
     )
-    values = {name: entry["value"] for name, entry in found.items()}
+    values = {name: entry["value"] for name, entry in found.metrics.items()}
     return values | {"seconds_per_image": float(observed["seconds"].median())}
 
 

@@ -83,9 +83,9 @@ class Moments:
         return mean + self.about, (self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)
 
 
-def running_moments(features: Matrix, about: Tensor | None = None) -> Moments:
-    """Moments of a matrix, read in parts. about: by default the mean of its first rows."""
-    total = Moments(features[:CHUNK].double().mean(0) if about is None else about)
+def running_moments(features: Matrix) -> Moments:
+    """Moments of a matrix, read in parts, about the mean of its first rows."""
+    total = Moments(features[:CHUNK].double().mean(0))
     for _, rows in chunks(features):
         total.add(rows)
     return total

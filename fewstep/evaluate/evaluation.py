@@ -13,14 +13,14 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fewstep.disk import replace_text
 from fewstep.evaluate.configs import pipeline_config
-from fewstep.evaluate.distances import Matrix, bootstrap
+from fewstep.evaluate.distances import bootstrap
 from fewstep.evaluate.drawing import (
     BATCH,
     Noise,
@@ -31,7 +31,7 @@ from fewstep.evaluate.drawing import (
     schedulers_of,
     teacher_rows,
 )
-from fewstep.evaluate.features import PATCH, Extractor, of_scorer, scaled
+from fewstep.evaluate.features import PATCH, Extractor, of_scorer
 from fewstep.evaluate.measure import (
     BLOCKS,
     DRAWS,
@@ -78,12 +78,12 @@ from fewstep.rewards.clip import CLIPScore
 TIMED = 4  # batches drawn to time a teacher whose sample came with it
 
 
-def measure_cost(seconds: Tensor, evaluations: float, *, draws: int = DRAWS, seed: int = 0) -> Measured:
+def measure_cost(seconds: Tensor, evaluations: float, *, draws: int = DRAWS) -> Measured:
     """Network evaluations per image (exact) and seconds per image (median over batches, batches resampled); seconds (batches,)."""
     value = float(seconds.quantile(0.5))
     low, high = value, value
     if len(seconds) > 1:
-        low, high = bootstrap(lambda index: float(seconds[index].quantile(0.5)), len(seconds), draws=draws, seed=seed, level=LEVEL)
+        low, high = bootstrap(lambda index: float(seconds[index].quantile(0.5)), len(seconds), draws=draws, seed=0, level=LEVEL)
     return {
         "network_evaluations": {"value": evaluations, "low": evaluations, "high": evaluations},
         "seconds_per_image": {"value": value, "low": low, "high": high},
@@ -234,39 +234,14 @@ def evaluate(
         del own
         reference: Seen | None = None
         if teacher is not None:
-            original = opened(teacher, device)
-            schedulers = schedulers_of(original.pipe)
-            few_step = [name for name in schedulers if name != "its own"] or ["its own"]
-            made_for = steps_in(original.pipe.scheduler.config)
-            if made_for is not None:
-                if teacher_steps not in (None, made_for):
-                    raise ValueError(
-                        f"teacher_steps: the teacher is itself a student of {made_for} steps and has no other, got {teacher_steps}"
-                    )
-                teacher_steps, guidance, few_step = made_for, 1.0, []
-            *shown, last = teacher_rows(steps, guidance, seed, many=teacher_steps, solvers=few_step)
-            identity["teacher"], pipe_configs["teacher"] = pipeline_fingerprint(original.pipe), pipeline_config(original.pipe)
-            settings = {"config": pipe_configs["teacher"], "steps": last["steps"], "guidance": guidance, "call": original.call(guidance)}
-            protocol = dataclasses.replace(protocol, teacher={"pipeline": identity["teacher"], **settings})
-            content = content_of(original.pipe, texts, images_per_prompt, batch, scorers, utility) if shipped else {}
-
-            def teacher_sample(row: dict[str, Any], sampler: Sampler, *, timed: bool = True) -> tuple[dict[str, Any], Seen | None]:
-                """As `collect`, of a row's solver; a shipped sample is timed here."""
-                original.pipe.scheduler = schedulers[row["solver"]]
-                found = read(shipped_path(shipped, row, content)) if shipped else None
-                if found is None:
-                    return sampler.collect(original, row, {"teacher": identity["teacher"], "config": pipe_configs["teacher"]}, folder)
-                seen = {name: value.float() for name, value in found.items()}
-                if timed:
-                    seen["seconds"] = time_batches(original, row, drawing)
-                belongs = timing([protocol.device], [str(drawing.together())])
-                return row | {"sample": "shipped", "device": protocol.device, "timed": belongs}, seen
-
-            samples += [teacher_sample(row, sampler) for row in shown]
-            if used:  # distances alone are taken to the second sample: no judge is asked about it
-                looked = {name: sampler.decided[name] for name in (COST, *(f"features/{e.name}" for e in used))}
-                _, reference = teacher_sample(last, dataclasses.replace(sampler, decided=looked), timed=False)
-        real = data
+            beside = draw_teacher(
+                teacher, sampler, folder, scorers, utility, steps=steps, many=teacher_steps, guidance=guidance, seed=seed, shipped=shipped,
+                wanted=[f"features/{e.name}" for e in used],
+            )  # fmt: skip
+            samples, reference = samples + beside.samples, beside.reference
+            identity["teacher"], pipe_configs["teacher"] = beside.stamp["pipeline"], beside.stamp["config"]
+            protocol = dataclasses.replace(protocol, teacher=beside.stamp)
+        real = None if data is None else {used[0].name: data}
         if isinstance(data, Pictures):
             # what is kept of real pictures is named by how they were brought to size, which a scorer's own stamp says elsewhere
             by_name = {e.name: e._replace(resize=in_words(scorers[e.name].preprocess)) if e.name in scorers else e for e in used}
@@ -276,9 +251,9 @@ def evaluate(
         if share != (0, 1):
             say(f"share {share[0]} of {share[1]} is drawn. When all are, the same call without a share measures")
             return None
-        against = {"extractor": used, "data": real, "neighbours": neighbours, "repeats": named is not None, "device": device}
+        against = {"extractors": used, "data": real, "neighbours": neighbours, "repeats": named is not None, "device": device}
         if reference is not None:
-            against["teacher"] = {e.name: as_teacher(e, reference) for e in used}
+            against["teacher"] = {e.name: e.for_distances(reference[f"features/{e.name}"]) for e in used}
         rows, singles = measured_rows(samples, drawing, scorers, left_out=left_out, draws=draws, **against)
     differing = paired(*singles[:2], draws=draws) if teacher is not None else {}  # the teacher's sample has the student's seed
     n_real = 0 if data is None else data.n if isinstance(data, Pictures) else len(data)
@@ -306,6 +281,65 @@ def deciding(protocol: Protocol, scorers: Mapping[str, CLIPScore], judges: Seque
     return found | ({"utility": protocol.utility} if protocol.utility is not None else {})
 
 
+class Beside(NamedTuple):
+    """A teacher's samples of an evaluation."""
+
+    samples: list[tuple[dict[str, Any], Seen | None]]
+    reference: Seen | None  # its second sample, which distances are taken to
+    stamp: dict[str, Any]  # as a protocol's `teacher`
+
+
+def draw_teacher(
+    teacher: str | Path | Callable[[], Source],
+    sampler: Sampler,
+    folder: Path,
+    scorers: Mapping[str, CLIPScore],
+    utility: Utility | None,
+    *,
+    steps: int,
+    many: int | None,
+    guidance: float,
+    seed: int,
+    shipped: Path | None,
+    wanted: Sequence[str],
+) -> Beside:
+    """A teacher at `many` steps (None: the default, or its own where it is itself a student) and at the student's with each solver.
+
+    wanted: looks that distances are taken by; without any there is no second sample. Raises ValueError for `many` steps that a teacher
+    which is itself a student does not have.
+    """
+    original, drawing = opened(teacher, sampler.drawing.device), sampler.drawing
+    schedulers = schedulers_of(original.pipe)
+    few_step = [name for name in schedulers if name != "its own"] or ["its own"]
+    made_for = steps_in(original.pipe.scheduler.config)
+    if made_for is not None:
+        if many not in (None, made_for):
+            raise ValueError(f"teacher_steps: the teacher is itself a student of {made_for} steps and has no other, got {many}")
+        many, guidance, few_step = made_for, 1.0, []
+    *shown, last = teacher_rows(steps, guidance, seed, many=many, solvers=few_step)
+    weights, config = pipeline_fingerprint(original.pipe), pipeline_config(original.pipe)
+    stamp = {"pipeline": weights, "config": config, "steps": last["steps"], "guidance": guidance, "call": original.call(guidance)}
+    ships = content_of(original.pipe, drawing.prompts, drawing.images_per_prompt, drawing.batch, scorers, utility) if shipped else {}
+
+    def sample(row: dict[str, Any], sampler: Sampler, *, timed: bool = True) -> tuple[dict[str, Any], Seen | None]:
+        """As `collect`, of a row's solver; a shipped sample is timed here."""
+        original.pipe.scheduler = schedulers[row["solver"]]
+        found = read(shipped_path(shipped, row, ships)) if shipped else None
+        if found is None:
+            return sampler.collect(original, row, {"teacher": weights, "config": config}, folder)
+        seen = {name: value.float() for name, value in found.items()}
+        if timed:
+            seen["seconds"] = time_batches(original, row, drawing)
+        device = device_name(drawing.device)
+        return row | {"sample": "shipped", "device": device, "timed": timing([device], [str(drawing.together())])}, seen
+
+    samples, reference = [sample(row, sampler) for row in shown], None
+    if wanted:  # distances alone are taken to the second sample: no judge is asked about it
+        looked = {name: sampler.decided[name] for name in (COST, *wanted)}
+        _, reference = sample(last, dataclasses.replace(sampler, decided=looked), timed=False)
+    return Beside(samples, reference, stamp)
+
+
 def time_batches(source: Source, row: dict[str, Any], drawing: Drawing) -> Tensor:
     """Seconds per image (batches,) of a few batches of a row whose sample came with its teacher."""
     few = drawing.prompts[: -(-TIMED * drawing.batch // drawing.images_per_prompt)]
@@ -325,32 +359,22 @@ def measured_rows(
     **against: Any,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(each sample's row with its metrics, what `paired` takes of it). left_out is added to; against: as `measure` takes it."""
-    group = torch.arange(len(drawing.prompts)).repeat_interleave(drawing.images_per_prompt)
     rows, singles, lacking = [], [], {}
     for row, seen in samples:
         assert seen is not None
         sights = {name: values for name, values in seen.items() if name.startswith(("features/", "score/", "utility"))}
-        singles.append({})
-        lacks: dict[str, str] = {}
-        metrics = measure(sights, drawing.prompts, group, scorers, **against, draws=draws, left_out=lacks, singles=singles[-1])
-        for name, why in lacks.items():
+        found = measure(sights, drawing.prompts, drawing.images_per_prompt, scorers, **against, draws=draws)
+        singles.append(found.singles)
+        for name, why in found.left_out.items():
             lacking.setdefault(name, {})[row["name"]] = why
         made = float(network_evaluations(row["steps"], row["guidance"]))
         if "evaluations" in seen:  # those of every part, as they were made
             made = float(seen["evaluations"][:].sum()) / drawing.n
-        rows.append(row | {"n": drawing.n, "metrics": metrics | measure_cost(seen["seconds"][:], made, draws=draws)})
+        rows.append(row | {"n": drawing.n, "metrics": found.metrics | measure_cost(seen["seconds"][:], made, draws=draws)})
     for name, whys in lacking.items():  # of every row alike, or of some
         alike = len(whys) == len(rows) and len(set(whys.values())) == 1
         left_out[name] = next(iter(whys.values())) if alike else "; ".join(f"{why} ({row})" for row, why in whys.items())
     return rows, singles
-
-
-def as_teacher(e: Extractor, reference: Seen) -> Matrix:
-    """The reference's features as distances take them."""
-    features: Any = reference[f"features/{e.name}"]
-    if not e.unit:
-        return features
-    return scaled(features) if isinstance(features, Tensor) else features.times(features.shape[1] ** 0.5)
 
 
 NEAREST = ("fid_teacher", "fd_clip_teacher", "kid_teacher", "cmmd_teacher")

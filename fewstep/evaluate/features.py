@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from rich.progress import track
 from torch import Tensor, nn
 
 from fewstep import hub
@@ -39,12 +38,17 @@ class Extractor(NamedTuple):
     resize: str = ""  # how a picture is brought to its size, in words
     config: str | None = None  # SHA-256 of its network's configuration
 
+    def for_distances(self, features: Any) -> Any:
+        """Features, a Tensor (N, d) or `Rows` on disk, as every distance takes them: unit ones times sqrt(d), others as they are."""
+        if not self.unit:
+            return features
+        return scaled(features) if isinstance(features, Tensor) else features.times(features.shape[1] ** 0.5)
+
 
 @torch.no_grad()
-def in_batches(function: Callable[[Tensor], Tensor], images: Tensor, *, batch: int = 64, progress: str | None = None) -> Tensor:
-    """`function` over images (N, 3, H, W), `batch` at a time -> (N, ...) on the CPU. progress: the bar's name (None: no bar)."""
-    chunks = images.split(batch)
-    return torch.cat([function(chunk).cpu() for chunk in track(chunks, progress or "", disable=progress is None)])
+def in_batches(function: Callable[[Tensor], Tensor], images: Tensor, *, batch: int = 64) -> Tensor:
+    """`function` over images (N, 3, H, W), `batch` at a time -> (N, ...) on the CPU."""
+    return torch.cat([function(chunk).cpu() for chunk in images.split(batch)])
 
 
 def scaled(unit: Tensor) -> Tensor:
@@ -52,13 +56,13 @@ def scaled(unit: Tensor) -> Tensor:
     return unit * unit.shape[1] ** 0.5
 
 
-def clip_features(scorer: CLIPScore, images: Tensor, *, batch: int = 64, progress: str | None = None) -> Tensor:
+def clip_features(scorer: CLIPScore, images: Tensor, *, batch: int = 64) -> Tensor:
     """FD-clip features of images (N, 3, H, W) in [0, 1] -> (N, d) on the CPU.
 
     The scorer's unit image features times sqrt(d): the mean square per dimension is 1 whatever d, and every distance of
     the features is d times that of the unit features.
     """
-    return scaled(in_batches(scorer.image_features, images, batch=batch, progress=progress))
+    return scaled(in_batches(scorer.image_features, images, batch=batch))
 
 
 # Pictures on their way to a network

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from fewstep.evaluate.distances import (
     running_moments,
     spread,
 )
-from fewstep.evaluate.features import Extractor, scaled
+from fewstep.evaluate.features import Extractor
 from fewstep.rewards.clip import CLIPScore
 
 Measured = dict[str, dict[str, float]]  # metric -> value, low, high; and masked, the pictures that a mean misses, where it misses any
@@ -101,21 +101,6 @@ def real_pictures(n: int) -> str:
     return f"{n} real picture{'s' if n != 1 else ''}"
 
 
-def put(out: Measured, name: str, found: dict[str, float]) -> None:
-    """Raises ValueError for a name that another number has."""
-    if name in out:
-        raise ValueError(f"{name!r} names two numbers of one report: give the judge, scorer or extractor another name")
-    out[name] = found
-
-
-def members(group: Tensor) -> Tensor:
-    """Row numbers of each group's pictures, (P, G); group (N,) int64. Raises ValueError when groups differ in size."""
-    count = torch.unique(group, return_counts=True)[1]
-    if len(count.unique()) != 1:
-        raise ValueError(f"every prompt needs the same number of pictures; found {int(count.min())} to {int(count.max())}")
-    return torch.argsort(group, stable=True).view(len(count), -1)
-
-
 def text_features(scorer: CLIPScore, prompts: Sequence[str]) -> Tensor:
     """Unit features of all prompts, (P, d) float64 on the CPU, some at a time."""
     parts = [list(prompts[i : i + TEXTS]) for i in range(0, len(prompts), TEXTS)]
@@ -146,100 +131,112 @@ def blocks_of(prompts: int, seed: int) -> Tensor:
     return torch.randperm(prompts, generator=generator) % min(BLOCKS, prompts)
 
 
+@dataclass
+class Measurement:
+    """A sample's metrics with their intervals, as they are found, and why others have no number.
+
+    Prompts are resampled, each with all its pictures.
+    """
+
+    rows: Tensor  # (P, G): the numbers of each prompt's pictures
+    draws: int
+    seed: int
+    metrics: Measured = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)  # metric -> what the sample lacks for it
+    singles: dict[str, Tensor] = field(default_factory=dict)  # what each metric that is a mean is the mean of, (P, G) or (P, 1) float64
+
+    def put(self, name: str, found: dict[str, float]) -> None:
+        """Raises ValueError for a name that another number has."""
+        if name in self.metrics:
+            raise ValueError(f"{name!r} names two numbers of one report: give the judge, scorer or extractor another name")
+        self.metrics[name] = found
+
+    def add(
+        self, name: str, statistic: Callable[[Tensor], float], *, centre: bool = False, bounds: tuple[float, float] = (-np.inf, np.inf)
+    ) -> None:
+        """A statistic of prompts, given by their numbers (n,); centre: as of `bootstrap`; bounds: of the interval."""
+        prompts = len(self.rows)
+        ends = bootstrap(statistic, prompts, draws=self.draws, seed=self.seed, level=LEVEL, centre=centre)
+        low, high = np.clip(ends, *bounds)
+        self.put(name, {"value": statistic(torch.arange(prompts)), "low": float(low), "high": float(high)})
+
+    def add_mean(self, name: str, values: Tensor) -> None:
+        """Of values (N,), or (P,) in the order of the prompts."""
+        values = values.double()
+        self.singles[name] = values[self.rows] if len(values) == self.rows.numel() else values[:, None]
+        self.put(name, mean_of(self.singles[name], self.draws, self.seed))
+
+    def add_mean_of_scores(self, name: str, scores: Tensor) -> None:
+        """Of scores (N,), not finite where a picture got none."""
+        if has_mean(scores[self.rows]):
+            self.add_mean(name, scores)
+        else:
+            self.left_out[name] = f"{int((~torch.isfinite(scores)).sum())} of {len(scores)} pictures got no score"
+
+
 def measure(
     observed: Observed,
     prompts: Sequence[str],
-    group: Tensor,
+    images_per_prompt: int,
     scorers: Mapping[str, CLIPScore],
     *,
-    extractor: str | Sequence[Extractor] = (),
-    data: Matrix | Mapping[str, Matrix] | None = None,
-    teacher: Matrix | Mapping[str, Matrix] | None = None,
+    extractors: Sequence[Extractor] = (),
+    data: Mapping[str, Matrix] | None = None,
+    teacher: Mapping[str, Matrix] | None = None,
     neighbours: int = NEIGHBOURS,
     draws: int = DRAWS,
     seed: int = 0,
     repeats: bool = False,
-    left_out: dict[str, str] | None = None,
-    singles: dict[str, Tensor] | None = None,
     device: str | torch.device = "cpu",
-) -> Measured:
-    """Every metric of a sample with its interval, {name: {value, low, high}}.
+) -> Measurement:
+    """Every metric of a sample with its interval.
 
-    observed: what `observe` saw of N pictures; group (N,) int64: the number of each one's prompt among the P different
-    `prompts` (repeats: they need not differ, as in published sets); extractor: the scorer whose features FD-clip, precision, recall
-    and diversity use, or the extractors, the first of which the last three use; data: features (M, d) of real pictures as distances
-    take them; teacher: those (N, d) of the teacher's pictures of the same prompts, in the same order; both by extractor where there
-    are several. Without them the metrics that need them are left out. left_out: takes the name of a metric that the sample is too
-    small for, and why. singles: takes what each metric that is a mean is the mean of, (P, G) float64, prompts in order, or (P, 1).
-    device: where sums over all pairs of pictures are taken.
+    observed: what `observe` saw of N pictures, those of one prompt side by side, prompts in order; repeats: `prompts` need not differ, as
+    in published sets; extractors: whose features are compared, the first of which precision, recall and diversity use; data, teacher: by
+    extractor, features (M, d) of real pictures and (N, d) of the teacher's of the same prompts in the same order, as distances take them.
+    Without them the metrics that need them are left out. device: where sums over all pairs of pictures are taken.
 
     Prompts are resampled, each with all its pictures, the teacher's too; data are held fixed. Raises ValueError for repeated
-    prompts, groups of unequal size or of one, not more pictures than dimensions, and non-finite features.
+    prompts, not more pictures than dimensions, and non-finite features.
     """
     if (len(set(prompts)) != len(prompts) and not repeats) or len(set(prompts)) < 2:
         raise ValueError(f"at least two prompts are needed, all different; got {len(set(prompts))} different of {len(prompts)}")
-    if group.unique().tolist() != list(range(len(prompts))):
-        raise ValueError(f"group must number the prompts 0 to {len(prompts) - 1}, each with at least one picture")
-    rows = members(group)
-    if not torch.equal(rows.flatten(), torch.arange(len(group))):  # pictures of one prompt side by side, prompts in order
-        order = rows.flatten()
-        observed = {name: values[order] if len(values) == len(order) else values for name, values in observed.items()}
-        teacher = reordered(teacher, order)
-        group, rows = group[order], torch.arange(len(group)).view(rows.shape)
-    every = torch.arange(len(prompts))
-    out: Measured = {}
-    left_out = {} if left_out is None else left_out
-    singles = {} if singles is None else singles
-
-    def add(name: str, statistic: Callable[[Tensor], float], *, centre: bool = False, bounds: tuple[float, float] = (-np.inf, np.inf)):
-        low, high = np.clip(bootstrap(statistic, len(prompts), draws=draws, seed=seed, level=LEVEL, centre=centre), *bounds)
-        put(out, name, {"value": statistic(every), "low": float(low), "high": float(high)})
-
-    def add_mean(name: str, values: Tensor):
-        """values (N,), or (P,) in the order of the prompts."""
-        singles[name] = values.double()[rows] if len(values) == len(group) else values.double()[:, None]
-        put(out, name, mean_of(singles[name], draws, seed))
-
-    def add_mean_of_scores(name: str, scores: Tensor):
-        """scores (N,), not finite where a picture got none."""
-        if has_mean(scores[rows]):
-            add_mean(name, scores)
-        else:
-            left_out[name] = f"{int((~torch.isfinite(scores)).sum())} of {len(scores)} pictures got no score"
-
-    extractors = [Extractor(extractor, "fd_clip")] if isinstance(extractor, str) else list(extractor)
-    real, other = by_extractor(data, extractors), by_extractor(teacher, extractors)
+    rows = torch.arange(len(prompts) * images_per_prompt).view(len(prompts), images_per_prompt)
+    found = Measurement(rows, draws, seed)
     for e in extractors:
-        against = {"data": real.get(e.name), "teacher": other.get(e.name)}
-        for what, features in against.items():
+        for what, features in {"data": (data or {}).get(e.name), "teacher": (teacher or {}).get(e.name)}.items():
             if features is not None:
-                mine = observed[f"features/{e.name}"]
-                distances_of(e, mine, features, what, rows, add, out, left_out, seed=seed, device=device)
+                distances_of(found, e, observed[f"features/{e.name}"], features, what, device=device)
+    group = torch.arange(len(prompts)).repeat_interleave(images_per_prompt)
     for name, scorer in scorers.items():
         own, above = caption_scores(observed[f"features/{name}"], scorer, prompts, group)
-        add_mean_of_scores(name, own)
-        add_mean_of_scores(name + SHUFFLED, above)
+        found.add_mean_of_scores(name, own)
+        found.add_mean_of_scores(name + SHUFFLED, above)
     for name in sorted(observed):
         kind, _, judge = name.partition("/")
         if kind in ("score", "utility"):
-            add_mean_of_scores(judge or kind, observed[name][:])
-    if extractors:
-        first = extractors[0]
-        features = observed[f"features/{first.name}"]
-        if first.name in real:
-            precision_and_recall(first, features, real[first.name], rows, neighbours, add, add_mean, out, left_out, seed=seed)
-        check_finite(features, f"generated {first.name!r}")
-        zero = sum(int((~part.any(1)).sum()) for _, part in chunks(features))
-        if zero:
-            left_out["diversity"] = f"{zero} of {len(features)} pictures have features that are all zero, which have no angle to others"
-        elif rows.shape[1] > 1:
-            size = max(1, SMALL // features.shape[1] // rows.shape[1])
-            parts = [slice(i * rows.shape[1], (i + size) * rows.shape[1]) for i in range(0, len(prompts), size)]
-            within = torch.cat([spread(features[part], group[part]) for part in parts])
-            add_mean("diversity", within)
-        else:
-            left_out["diversity"] = "needs at least two pictures of every prompt"
-    return out
+            found.add_mean_of_scores(judge or kind, observed[name][:])
+    for e in extractors[:1]:
+        features = observed[f"features/{e.name}"]
+        if data and e.name in data:
+            precision_and_recall(found, e, features, data[e.name], neighbours)
+        diversity_of(found, e, features)
+    return found
+
+
+def diversity_of(found: Measurement, e: Extractor, features: Matrix) -> None:
+    """Mean of 1 - cosine of the features (N, d) within a prompt, some prompts at a time."""
+    check_finite(features, f"generated {e.name!r}")
+    zero = sum(int((~part.any(1)).sum()) for _, part in chunks(features))
+    each = found.rows.shape[1]
+    if zero:
+        found.left_out["diversity"] = f"{zero} of {len(features)} pictures have features that are all zero, which have no angle to others"
+    elif each > 1:
+        size = max(1, SMALL // features.shape[1] // each) * each
+        parts = [features[first : first + size] for first in range(0, len(features), size)]
+        found.add_mean("diversity", torch.cat([spread(part, torch.arange(len(part)) // each) for part in parts]))
+    else:
+        found.left_out["diversity"] = "needs at least two pictures of every prompt"
 
 
 def mean_of(values: Tensor, draws: int, seed: int) -> dict[str, float]:
@@ -272,36 +269,19 @@ def paired(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, draws: i
     return {name: mean_of(values, draws, seed) for name, values in differences.items() if has_mean(values)}
 
 
-def by_extractor(features: Matrix | Mapping[str, Matrix] | None, extractors: Sequence[Extractor]) -> dict[str, Matrix]:
-    """Features by the extractor's name; those that come alone are the first extractor's."""
-    if features is None:
-        return {}
-    return dict(features) if isinstance(features, Mapping) else {extractors[0].name: features}
+def in_double(features: Matrix) -> Matrix:
+    """In float64 where they are in memory; what is read from disk becomes so part by part."""
+    return features.double() if isinstance(features, Tensor) else features
 
 
-def reordered(features: Matrix | Mapping[str, Matrix] | None, order: Tensor) -> Any:
-    if isinstance(features, Mapping):
-        return {name: reordered(rows, order) for name, rows in features.items()}
-    return features[order] if features is not None and len(features) == len(order) else features
-
-
-def as_distances_take(e: Extractor, features: Matrix) -> Matrix:
-    """Unit features times sqrt(d), as they are read; others as they are."""
-    if not e.unit:
-        return features
-    return scaled(features.double()) if isinstance(features, Tensor) else features.times(features.shape[1] ** 0.5)  # type: ignore
-
-
-def distances_of(
-    e: Extractor, features: Matrix, other: Matrix, what: str, rows: Tensor, add: Any, out: Measured, left_out: dict[str, str], *,
-    seed: int, device: str | torch.device,
-) -> None:  # fmt: skip
+def distances_of(found: Measurement, e: Extractor, features: Matrix, other: Matrix, what: str, *, device: str | torch.device) -> None:
     """The Frechet and the kernel distance of a sample, features (N, d) as they were kept, to `other`, features as distances take them.
 
     what: "data", which are held fixed, or "teacher", of which the same prompts are drawn or left out: which prompts were drawn is no
     difference.
     """
     n, d = features.shape
+    rows, seed, left_out = found.rows, found.seed, found.left_out
     paired = what == "teacher"
     if paired and len(other) != n:
         raise ValueError(f"the teacher's sample must be of the same prompts: it has {len(other)} pictures, not {n}")
@@ -312,11 +292,11 @@ def distances_of(
         )
     name = f"{e.frechet}_{what}"
     if n * d <= SMALL:
-        mine = scaled(checked(features[:], ours)) if e.unit else checked(features[:], ours)
+        mine = e.for_distances(checked(features[:], ours))
         theirs = checked(other[:], others)
     else:
         check_finite(features, ours)
-        mine, theirs = as_distances_take(e, features), other
+        mine, theirs = e.for_distances(in_double(features)), other
         check_finite(other, others)
     if min(n, len(other)) <= d and (e.kernel or e.frechet != "fd_clip"):  # a scorer's alone was refused before anything was drawn
         least = f"{n} pictures" if paired or n <= len(other) else real_pictures(len(other))
@@ -334,11 +314,11 @@ def distances_of(
             def distance(index: Tensor) -> float:
                 return frechet_distance(*fixed, *moments(mine[rows[index].flatten()]))
 
-        add(name, distance, centre=True, bounds=(0, np.inf))
+        found.add(name, distance, centre=True, bounds=(0, np.inf))
     else:
         if min(n, len(other)) <= d:
             raise ValueError(f"{min(n, len(other))} features of {d} dimensions: their covariance is singular; use more than {d} pictures")
-        put(out, name, jackknifed_frechet(mine, theirs, rows, paired=paired, seed=seed))
+        found.put(name, jackknifed_frechet(mine, theirs, rows, paired=paired, seed=seed))
     if e.kernel:
         kernel, name = e.kernel.partition(".")[0], f"{e.kernel}_{what}"
         unbiased = KERNELS[kernel][1]
@@ -347,7 +327,7 @@ def distances_of(
         elif unbiased and n < 3:
             left_out[name] = f"{n} pictures, but its interval leaves a prompt out, and the mean over pairs needs two pictures of the others"
         else:
-            put(out, name, jackknifed_kernel(kernel, mine, theirs, rows, paired=paired, seed=seed, device=device))
+            found.put(name, jackknifed_kernel(kernel, mine, theirs, rows, paired=paired, seed=seed, device=device))
 
 
 def jackknifed_frechet(mine: Matrix, theirs: Matrix, rows: Tensor, *, paired: bool, seed: int) -> dict[str, float]:
@@ -398,38 +378,35 @@ def jackknifed_kernel(
     return {"value": value, "low": low if unbiased else max(0.0, low), "high": high}  # with the diagonals it is a squared norm
 
 
-def precision_and_recall(
-    e: Extractor, features: Matrix, data: Matrix, rows: Tensor, neighbours: int, add: Any, add_mean: Any, out: Measured,
-    left_out: dict[str, str], *, seed: int,
-) -> None:  # fmt: skip
+def precision_and_recall(found: Measurement, e: Extractor, features: Matrix, data: Matrix, neighbours: int) -> None:
     """Share of the pictures inside the data's balls, and of the data inside the pictures'; the balls keep their radii when resampled."""
-    n, d = features.shape
+    (n, d), rows = features.shape, found.rows
     small = recall_in_memory(n, d, len(rows), len(data))
-    mine = as_distances_take(e, features[:] if small else features)
+    mine = e.for_distances(in_double(features[:] if small else features))
     theirs = checked(data[:], "reference") if small else data
     one = torch.zeros(len(data), dtype=torch.long)
     too_few = f"but a ball reaches to neighbour {neighbours} of its picture and needs more than {neighbours}"
     if len(data) > neighbours:
-        add_mean("precision", covering(mine, theirs, radii(theirs, neighbours), one)[:, 0])
+        found.add_mean("precision", covering(mine, theirs, radii(theirs, neighbours), one)[:, 0])
     else:
-        left_out["precision"] = f"{real_pictures(len(data))}, {too_few}"
+        found.left_out["precision"] = f"{real_pictures(len(data))}, {too_few}"
     if n <= neighbours:
-        left_out["recall"] = f"{n} pictures, {too_few}"
+        found.left_out["recall"] = f"{n} pictures, {too_few}"
         return
-    block = torch.arange(len(rows)) if small else blocks_of(len(rows), seed)
+    block = torch.arange(len(rows)) if small else blocks_of(len(rows), found.seed)
     held = covering(theirs, mine, radii(mine, neighbours), block.repeat_interleave(rows.shape[1]))  # (M, prompts or blocks)
 
     def recall(index: Tensor) -> float:
         return float(held[:, index].any(1).double().mean())
 
     if small:
-        add("recall", recall, centre=True, bounds=(0, 1))
+        found.add("recall", recall, centre=True, bounds=(0, 1))
         return
     groups = range(held.shape[1])
     without = [recall(torch.tensor([other for other in groups if other != g])) for g in groups]
     value = recall(torch.tensor(list(groups)))
     low, high = np.clip(jackknife(value, without, level=LEVEL), 0, 1)
-    put(out, "recall", {"value": value, "low": float(low), "high": float(high)})
+    found.put("recall", {"value": value, "low": float(low), "high": float(high)})
 
 
 def recall_in_memory(n: int, d: int, prompts: int, real: int) -> bool:

@@ -149,7 +149,8 @@ def features(
     share: tuple[int, int] = (0, 1),
     progress: bool = True,
 ) -> dict[str, Rows] | None:
-    """Each extractor's features of all pictures, kept in `folder` part by part; None where only a share of them was looked at.
+    """Each extractor's features of all pictures, as distances take them, kept in `folder` part by part; None where only a share of them was
+    looked at.
 
     versions: of the libraries that read pictures and make features of them. What is kept there from before, of the same pictures by the
     same extractor under the same versions, is not computed again.
@@ -168,5 +169,4 @@ def features(
             kept[name].save(i, {f"features/{name}": torch.cat(parts)})
     if share != (0, 1):
         return None
-    opened = {name: kept[name].open()[f"features/{name}"] for name in extractors}
-    return {name: rows.times(rows.shape[1] ** 0.5) if extractors[name].unit else rows for name, rows in opened.items()}
+    return {name: e.for_distances(kept[name].open()[f"features/{name}"]) for name, e in extractors.items()}
