@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fewstep.composition import OWN_JUDGE, resolve_teacher
 from fewstep.disk import cache_folder, check_cache, check_writable
@@ -293,11 +293,29 @@ def check_teacher(teacher: str, options: Any) -> None:
         raise UserError(f"--guidance: {why}, without guidance; leave the flag out")
 
 
-def command(arguments: list[str]) -> int:
+class Request(NamedTuple):
+    """What an evaluation was asked for, checked before torch is imported."""
+
+    options: Any  # as `read_options` gives them
+    student: str  # a folder, or a hub id with its commit
+    described: Path  # where the student's configurations are
+    config: Config | None  # of the run that made it
+    scale: float | None  # as of `student_scale`
+    steps: int  # the student's
+    against: str  # what the teacher was called: `none`, `world`, a folder or a hub id
+    teacher: str | None  # where it is
+    timeout: float  # of a judge's server
+    share: tuple[int, int]
+    output: Path
+    work: Path  # keeps what was seen of the student's pictures
+    beside: dict[str, dict[str, Any]]  # other reports, by their path
+
+
+def read_request(options: Any) -> Request:
+    """What there is to draw and to measure with. Raises UserError, naming the flag, for what is missing, cannot be or is not taken."""
     from fewstep.config import Config, RemoteConfig
     from fewstep.models import steps_of
 
-    options = read_options(arguments)
     folder, own = options.folder, is_student_folder(options.folder)
     source, described = (str(folder), folder) if own else on_hub(folder.as_posix())
     config: Config | None = saved_config(folder) if (folder / "config.yaml").is_file() else None
@@ -311,10 +329,10 @@ def command(arguments: list[str]) -> int:
         check_teacher(teacher, options)
     check_taken(options, teacher=teacher, scale=scale)
     steps = student_steps(options.steps, config.steps if config else steps_of(described))
-    share, launched = share_of(options.shard), options.shard is None
+    share = share_of(options.shard)
     output = options.output or (folder if own else Path()) / "evaluation.json"
     work = folder / "evaluation" if own else cache_folder("evaluate")
-    others = {str(path): read_report(path) for path in options.beside}
+    beside = {str(path): read_report(path) for path in options.beside}
     if output.resolve() in (path.resolve() for path in options.beside):
         raise UserError(f"--beside: {output} is where this report goes; give it another --output")
     if output.is_dir():
@@ -326,54 +344,70 @@ def command(arguments: list[str]) -> int:
         check_cache("evaluate", "what was seen of a teacher's pictures and of real ones")
     if against != "world":
         check_instruments(options)
+    return Request(options, source, described, config, scale, steps, against, teacher, remote.timeout, share, output, work, beside)
 
+
+def instruments(request: Request, device: str) -> dict[str, Any]:
+    """What `measure_student` is told of the request, with its networks built. Raises UserError or ValueError."""
     from fewstep import models
     from fewstep.evaluate import features, pictures, sets
-    from fewstep.ranks import Ranks
     from fewstep.rewards import sources
 
+    options, config = request.options, request.config
+    found: dict[str, Any] = {"steps": request.steps, "device": device, "work": request.work}
+    found |= {name: getattr(options, name) for name in ("seed", "batch", "precision", "teacher_steps", "keep_images")}
+    if request.teacher is not None:
+        default = config.shown_guidance() if config else models.family(request.teacher).default_guidance
+        found["guidance"] = default if options.guidance is None else options.guidance
+    if options.prompts is not None:
+        found["prompts"] = sets.load(options.prompts)
+        known = sets.SETS.get(found["prompts"].name)
+        found["images_per_prompt"] = known.images_per_prompt if known else 1
+    if options.images_per_prompt is not None:
+        found["images_per_prompt"] = options.images_per_prompt
+    if options.data is not None:
+        found["data"] = pictures.open_pictures(options.data)
+    found["extractors"] = features.make_extractors(options.extractor.items(), resize=options.resize, device=device)
+    judges = load_judges(options.judge, device=device, in_world=request.against == "world", timeout=request.timeout)
+    found["scorers"], found["judges"] = judges
+    found["judge_files"] = {name: source for name, source in options.judge.items() if sources.is_code(source)}
+    return found
+
+
+def command(arguments: list[str]) -> int:
+    """`fewstep evaluate` with these flags, as its exit status. Raises UserError."""
+    request = read_request(options := read_options(arguments))
+
+    from fewstep import models
+    from fewstep.ranks import Ranks
+
     models.quiet_libraries()
-    device = evaluation_device()
-    size = size_of(options.size, config, {folder.as_posix(): str(described)} | ({against: teacher} if teacher is not None else {}))
-    told: dict[str, Any] = {"steps": steps, "device": device, "work": work}
-    told |= {name: getattr(options, name) for name in ("seed", "batch", "precision", "teacher_steps", "keep_images")}
+    device, share, of_torchrun = evaluation_device(), request.share, options.shard is None
+    described = {options.folder.as_posix(): str(request.described)}
+    size = size_of(options.size, request.config, described | ({request.against: request.teacher} if request.teacher is not None else {}))
     try:
-        if teacher is not None:
-            default = config.shown_guidance() if config else models.family(teacher).default_guidance
-            told["guidance"] = default if options.guidance is None else options.guidance
-        if options.prompts is not None:
-            told["prompts"] = sets.load(options.prompts)
-            known = sets.SETS.get(told["prompts"].name)
-            told["images_per_prompt"] = known.images_per_prompt if known else 1
-        if options.images_per_prompt is not None:
-            told["images_per_prompt"] = options.images_per_prompt
-        if options.data is not None:
-            told["data"] = pictures.open_pictures(options.data)
-        told["extractors"] = features.make_extractors(options.extractor.items(), resize=options.resize, device=device)
-        told["scorers"], told["judges"] = load_judges(options.judge, device=device, in_world=against == "world", timeout=remote.timeout)
-        told["judge_files"] = {name: source for name, source in options.judge.items() if sources.is_code(source)}
-        report = measure_student(
-            source, teacher, size, scale=scale, output=output, share=share, progress=share[0] == 0 or not launched, **told
-        )
-        if launched and share[1] > 1:
+        told = instruments(request, device) | {"scale": request.scale, "output": request.output}
+        progress = share[0] == 0 or not of_torchrun
+        report = measure_student(request.student, request.teacher, size, share=share, progress=progress, **told)
+        if of_torchrun and share[1] > 1:
             ranks = Ranks.join(device)
             ranks.barrier()  # until every share is drawn
             ranks.leave()
             if share[0] == 0:
-                report = measure_student(source, teacher, size, scale=scale, output=output, **told)
+                report = measure_student(request.student, request.teacher, size, **told)
     except (ValueError, FloatingPointError) as error:
         raise UserError(str(error)) from error
     except OSError as error:  # a full disk, a hub out of reach
         raise UserError(f"{error}. Every part that was whole is kept") from error
     if report is None:
         return 0
-    if others:
+    if request.beside:
         from rich.console import Console
 
         from fewstep.evaluate import tables
 
-        Console(width=None if sys.stdout.isatty() else 200).print(tables.beside({str(output): report} | others))
-    print(f"saved {output}")
+        Console(width=None if sys.stdout.isatty() else 200).print(tables.beside({str(request.output): report} | request.beside))
+    print(f"saved {request.output}")
     return 0
 
 

@@ -107,7 +107,8 @@ def batches(
     """Pictures (B, 3, H, W) in [0, 1] on the CPU, batch by batch, each with its seconds per image.
 
     Encoding the prompts and decoding the latents are in the time. Picture i belongs to prompt i // images_per_prompt, and takes its
-    noise from its batch's generator. progress: the bar's name (None: no bar). call: what the pipeline is told instead of guidance_scale.
+    noise from its batch's generator. progress: the bar's name (None: no bar). call: what the pipeline is told; without it guidance_scale
+    alone, and with it `guidance` is not looked at.
     """
     pipe.set_progress_bar_config(disable=True)
     rows = [prompt for prompt in prompts for _ in range(images_per_prompt)]
