@@ -21,7 +21,7 @@ from fewstep.compare import command, making, render, summary
 from fewstep.compare.cells import FIELDS_ADDED_SINCE, Plan, cell_path, config_of, kept, machine, stamp_of, target_guidance
 from fewstep.compare.rows import BY_NAME, EVERY_ROW, METRICS, PARETO, ROWS, TEACHER_ROWS, functions_of
 from fewstep.errors import UserError
-from fewstep.evaluate import drawing, judge, store
+from fewstep.evaluate import drawing, fresh_fake, store
 from fewstep.weights import Adaptive
 
 
@@ -366,7 +366,8 @@ def test_a_quick_comparison_from_end_to_end_and_again(tmp_path, capsys):
 
 @pytest.mark.usefixtures("no_pictures")
 def test_an_adaptive_cell_is_judged_by_a_fresh_fake(tmp_path, monkeypatch):
-    monkeypatch.setattr(judge, "judge", functools.partial(judge.judge, batches=4))  # of sixteen, which take longer than the training
+    quick = functools.partial(fresh_fake.fresh_kl, batches=4)  # of sixteen, which take longer than the training
+    monkeypatch.setattr(fresh_fake, "fresh_kl", quick)
     plan, row = small(tmp_path, 250, judge_updates=4), EVERY_ROW["GNDMR adaptive"]
     plan.output.joinpath("cells").mkdir()
     cell = making.run_cell(plan, row._replace(flags=(*row.flags, "--weights.warmup", "3", "--weights.budget", "2")), 0)

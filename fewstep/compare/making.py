@@ -170,7 +170,7 @@ def judged_kl(run: Any, most: int) -> dict[str, Any]:
 
     most: updates of the fresh one.
     """
-    from fewstep.evaluate.judge import judge
+    from fewstep.evaluate.fresh_fake import fresh_kl
 
     trainer, config, left = run.trainer, run.config, []
 
@@ -184,7 +184,7 @@ def judged_kl(run: Any, most: int) -> dict[str, Any]:
 
     matching = trainer.terms["dm"].reward
     fake = run.backbone.roles(fake_steps=config.steps if matching.step_condition else 0).fake
-    verdict = judge(matching, fake, draw, most=most, lr=config.fake.lr, precision=trainer.precision)
+    verdict = fresh_kl(matching, fake, draw, most=most, lr=config.fake.lr, precision=trainer.precision)
     return verdict._asdict() | {
         "budget": trainer.weights.b,
         "kl_of_run": trainer.weights.kl,

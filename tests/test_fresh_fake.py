@@ -1,4 +1,4 @@
-"""The judge on Gaussians, where the KL and the lag of a shifted fake are known."""
+"""The KL that a fresh fake finds, on Gaussians, where the KL and the lag of a shifted fake are known."""
 
 from contextlib import nullcontext
 
@@ -7,7 +7,7 @@ from gaussians import SHAPE, D, gaussian_denoiser, spd, vector
 from torch import nn
 
 from fewstep.denoiser import Denoiser
-from fewstep.evaluate.judge import judge
+from fewstep.evaluate.fresh_fake import fresh_kl
 from fewstep.rewards.distribution import DistributionMatching
 from fewstep.schedule import Flow
 from fewstep.types import Sample
@@ -47,7 +47,7 @@ def setting():
 def test_a_fresh_fake_finds_the_kl_that_a_lagging_one_hides():
     matching, draw, exact, fresh = setting()
     lagging = matching.fake
-    verdict = judge(matching, fresh, draw, most=1500, lr=0.03, batches=12, precision=nullcontext)
+    verdict = fresh_kl(matching, fresh, draw, most=1500, lr=0.03, batches=12, precision=nullcontext)
     wanted = -torch.stack([exact.evaluate(s.x0, s.cond, s.group).score.mean() for s in (draw() for _ in range(40))]).mean()
     # eq. (4): the KL of a fake that is a half behind is smaller by KL(q || q_fake), which for equal covariances is (1/2)^2 of the whole
     assert abs(verdict.fresh - wanted) < 0.1 * wanted
@@ -59,9 +59,9 @@ def test_a_fresh_fake_finds_the_kl_that_a_lagging_one_hides():
     assert lagging is matching.fake  # the run's own R_dm is left as it was
 
 
-def test_a_judge_that_had_too_little_time_says_so():
+def test_a_fresh_fake_that_had_too_little_time_says_so():
     """Its rate fell to zero at the end, and its curve with it: that is not taken for convergence."""
     matching, draw, _, fresh = setting()
-    verdict = judge(matching, fresh, draw, most=30, lr=0.003, batches=4, precision=nullcontext)
+    verdict = fresh_kl(matching, fresh, draw, most=30, lr=0.003, batches=4, precision=nullcontext)
     assert not verdict.converged and verdict.updates == 30 and len(verdict.kls) == 31
     assert verdict.fresh < verdict.own  # it knows less than the run's own

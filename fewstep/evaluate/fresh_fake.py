@@ -45,7 +45,7 @@ class Held(NamedTuple):
     teacher: Tensor  # its prediction, unguided
 
 
-def judge(
+def fresh_kl(
     matching: DistributionMatching,
     fake: Denoiser,
     draw: Callable[[], Sample],
