@@ -163,11 +163,10 @@ def test_a_run_shows_its_averaged_student(teacher_folder, prompt_file, tmp_path,
     monkeypatch.setattr("fewstep.run.SAMPLES_PER_PROMPT", 1)
     shown = []
     monkeypatch.setattr("fewstep.report.grid.save", lambda columns, prompts, path: shown.extend(columns.values()))
-    monkeypatch.setattr("fewstep.report.curves.save", lambda *paths: None)
     run = run_of(teacher_folder, prompt_file, "--student.lr", "1e-2", "--steps", "2")
     for _ in range(2):
         run.trainer.step()
-    draw_progress(run, tmp_path, ["a cat"])
+    draw_progress(run, tmp_path, ["a cat"], mock.Mock())
     averaged, raw = (student_grid(run, ["a cat"], weights) for weights in (run.trainer.averaged(), {}))
     assert torch.equal(shown[0], averaged) and not torch.allclose(shown[0], raw, atol=1e-4)
 
