@@ -10,7 +10,7 @@ import stat
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +106,15 @@ def rename(path: Path, target: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Force a file or a folder's entries to disk."""
-    if path.is_dir() and os.name == "nt":  # which opens no folder, and has no call for its entries
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs no file that is open for reading alone
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Force a file to disk, or a folder's entries where its disk can: network and shared disks refuse that (SMB, VirtualBox's, those under
+    WSL), each by another number, and Windows opens no folder. What was written lies in the files."""
+    folder = path.is_dir()
+    with suppress(OSError) if folder else nullcontext():
+        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows syncs no file that is open for reading alone
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def give_usual_mode(path: Path) -> None:
@@ -159,5 +160,4 @@ def replace_text(path: Path, text: str) -> None:
         sync(temporary)
 
     replace(path, write)
-    with naming(path.parent):
-        sync(path.parent)
+    sync(path.parent)

@@ -1,10 +1,12 @@
 """What Windows and macOS answer otherwise than Linux, given by the calls themselves, and what fewstep makes of it."""
 
 import ast
+import errno
 import io
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -71,6 +73,24 @@ def test_a_checkpoint_is_saved_where_no_folder_can_be_opened(strict_sync, monkey
     checkpoint.save(tmp_path, 1, {"a": torch.ones(2)})
     monkeypatch.undo()  # which removes folders here by opening them
     assert torch.equal(checkpoint.load(tmp_path / "step-00000001")["a"], torch.ones(2))
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO, errno.EBADF])  # of SMB and VirtualBox, of SMB under WSL, of others
+def test_what_a_disk_says_of_a_folders_entries_ends_no_run(number, monkeypatch, tmp_path):
+    synced = os.fsync
+
+    def fsync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode) or refuse_all:
+            raise OSError(number, os.strerror(number))
+        synced(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    refuse_all = False
+    assert checkpoint.load(checkpoint.save(tmp_path, 1, {"a": 1})) == {"a": 1}
+    disk.replace_text(tmp_path / "a", "whole")
+    refuse_all = True
+    with pytest.raises(OSError, match="could not write checkpoint"):
+        checkpoint.save(tmp_path, 2, {"a": 2})
 
 
 def test_a_rename_waits_for_whoever_reads(monkeypatch, tmp_path):
