@@ -17,7 +17,8 @@ def resolve_device(name: str, text: str) -> str:
         return "cuda" if count else "cpu"
     found = re.fullmatch(r"cpu|cuda(?::(\d+))?", text)
     if found is None:
-        raise ValueError(f"{name}: must be cpu, cuda, cuda:N or auto, got {text!r}")
+        hint = "; Apple's GPUs are not supported, use cpu" if text.startswith("mps") else ""
+        raise ValueError(f"{name}: must be cpu, cuda, cuda:N or auto, got {text!r}{hint}")
     if text != "cpu" and int(found[1] or 0) >= count:
         raise ValueError(f"{name}: there is no {text} here, torch finds {count} CUDA devices; use --device auto, or cpu")
     return text

@@ -29,7 +29,7 @@ def read(path: str | Path, *, repeats: bool = False) -> list[str]:
         try:
             line = raw.decode("utf-8").strip()
         except UnicodeDecodeError as error:
-            raise BadPrompts(f"{path}, line {number}: not UTF-8 text (byte {error.start + 1})") from error
+            raise BadPrompts(f"{path}, line {number}: not UTF-8 text (byte {error.start + 1}); save the file as UTF-8") from error
         if "\0" in line:
             raise BadPrompts(f"{path}, line {number}: holds a NUL character")
         if len(line) > LONGEST:

@@ -85,7 +85,7 @@ def optimizer_class(name: str) -> Any:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise ImportError("memory.optimizer adamw8bit needs bitsandbytes: pip install 'fewstep[lowmem]'") from error
+        raise ImportError('memory.optimizer adamw8bit needs bitsandbytes: pip install "fewstep[lowmem]"') from error
     return AdamW8bit
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import resource
 import shutil
 from importlib.metadata import version
 from types import SimpleNamespace
@@ -113,6 +112,7 @@ def test_the_empty_prompt_of_sdxl_is_kept_apart_by_what_it_stands_for(teachers, 
 @pytest.fixture
 def small_files():
     """No file may grow past 1000 bytes."""
+    resource = pytest.importorskip("resource")  # of Unix alone
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     yield

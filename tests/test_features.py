@@ -319,5 +319,5 @@ def test_a_model_that_cannot_be_an_extractor_is_refused(tmp_path):
 
 def test_without_torch_fidelity_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(ValueError, match=r"pip install 'fewstep\[eval\]'"):
+    with pytest.raises(ValueError, match=r'pip install "fewstep\[eval\]"'):
         features.read_inception(None)

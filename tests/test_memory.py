@@ -342,7 +342,7 @@ def test_a_missing_package_is_named(teacher_folder, prompt_file, monkeypatch, op
 
     for name in ("bitsandbytes", "bitsandbytes.optim", "torchao", "torchao.quantization"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=rf"{package}: pip install 'fewstep\[lowmem\]'"):
+    with pytest.raises(UserError, match=rf'{package}: pip install "fewstep\[lowmem\]"'):
         run_of(teacher_folder, prompt_file, *option)
 
 

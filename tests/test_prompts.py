@@ -25,7 +25,7 @@ def test_a_prompt_as_long_as_512_tokens_is_read(tmp_path):
     [
         (b"", "holds no prompt"),
         (b"\n \n", "holds no prompt"),
-        (b"fine\n\xff\xfe\n", "line 2: not UTF-8"),
+        (b"fine\n\xff\xfe\n", r"line 2: not UTF-8 text \(byte 1\); save the file as UTF-8"),
         (b"a\n\nb\0c\n", "line 3: holds a NUL"),
         (b"x" * 100_000, "line 1: 100000 characters"),
     ],

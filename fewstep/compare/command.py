@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -76,7 +77,7 @@ def command(arguments: list[str]) -> int:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise UserError("the plots need matplotlib: pip install 'fewstep[plot]'") from error
+        raise UserError('the plots need matplotlib: pip install "fewstep[plot]"') from error
     models.quiet_libraries()
     world.prompts("evaluate")
     try:
@@ -109,6 +110,8 @@ def workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
 
     Raises CellsFailed where one was killed.
     """
+    if sys.platform == "win32":
+        jobs = min(jobs, 61)  # it waits for no more
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=begin_worker)
     try:

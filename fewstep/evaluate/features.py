@@ -240,7 +240,7 @@ def read_inception(path: str | None) -> nn.Module:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
     except ImportError as error:
-        raise ValueError(f"InceptionV3 needs torch-fidelity: pip install 'fewstep[eval]' ({error})") from error
+        raise ValueError(f'InceptionV3 needs torch-fidelity: pip install "fewstep[eval]" ({error})') from error
     state = inception_weights(path, URL_INCEPTION_V3)
     buffer = io.BytesIO()  # the class unpickles whatever file it is given: it gets what was read here as plain tensors
     torch.save(state, buffer)

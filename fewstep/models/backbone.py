@@ -192,7 +192,7 @@ def in_eight_bits(model: nn.Module) -> None:
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
-        raise ImportError("memory.teacher int8 needs torchao: pip install 'fewstep[lowmem]'") from error
+        raise ImportError('memory.teacher int8 needs torchao: pip install "fewstep[lowmem]"') from error
     quantize_(model, Int8WeightOnlyConfig())
 
 

@@ -335,7 +335,7 @@ def command(arguments: list[str]) -> int:
         import torch  # noqa: F401
         import uvicorn
     except ImportError as error:
-        raise ValueError(f"the server needs {error.name}: pip install 'fewstep[serve]'") from error
+        raise ValueError(f'the server needs {error.name}: pip install "fewstep[serve]"') from error
     options.device = resolve_device("--device", options.device)
     with claim(options.port) as held:  # before the model is loaded, which may take minutes
         try:
