@@ -93,6 +93,19 @@ def is_one(path: Path, other: Path) -> bool:
     return path.exists() and other.exists() and path.samefile(other)
 
 
+def visible(folder: str | Path, *patterns: str) -> list[Path]:
+    """What in a folder fits a pattern, sorted by its name there: a Windows path compares without regard to case.
+
+    What is hidden is left out: on a disk that is not its own a Mac lays a `._X` beside each X, which is none of what the name says.
+    """
+
+    def parts(path: Path) -> tuple[str, ...]:
+        return path.relative_to(folder).parts
+
+    found = {path for pattern in patterns for path in Path(folder).glob(pattern)}
+    return sorted((path for path in found if not any(part.startswith(".") for part in parts(path))), key=parts)
+
+
 def rename(path: Path, target: Path) -> None:
     """`Path.replace`, tried for some seconds: on Windows it fails for as long as anything, such as a virus scanner, reads the file, one in
     the folder, or the file whose place it takes."""

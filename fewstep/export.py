@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
 from fewstep import hub
+from fewstep.disk import visible
 from fewstep.folder import TEACHER_FILES, changed_since
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def check_folder(output: Path) -> None:
     """Raises CannotExport unless it is an empty folder or none yet."""
     if output.exists() and not output.is_dir():
         raise CannotExport(f"--output: {output} is a file; name a folder")
-    if output.is_dir() and any(output.iterdir()):
+    if output.is_dir() and visible(output, "*"):  # Finder leaves a .DS_Store in what it shows as empty
         raise CannotExport(f"--output: {output} is not empty; name another folder or empty it")
 
 
@@ -424,7 +425,7 @@ def usage(student: Averaged, to: str, folder: Path, *, name: str | None) -> str:
     text = USAGE[to].format(
         imports="import torch\n" if named_dtype else "", options="".join(f", {option}" for option in [*options, *absent]),
         folder=name or own_name(folder), teacher=teacher, scheduler=type(backbone.scheduler(config.steps)).__name__,
-        steps=config.steps, call=as_keywords(call), file=", ".join(path.name for path in folder.glob("*.safetensors")),
+        steps=config.steps, call=as_keywords(call), file=", ".join(path.name for path in visible(folder, "*.safetensors")),
     )  # fmt: skip
     if to == "kohya":
         return text

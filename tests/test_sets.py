@@ -67,7 +67,7 @@ def test_a_folder_of_lists_is_one_set(tmp_path, monkeypatch):
     "name, held, words",
     [
         ("a.csv", b"title,author\nx,y\n", "a.csv, entry 1: no text under any of the names prompt, prompts, caption"),
-        ("a.csv", b"prompt\n\xff\n", "not UTF-8 text"),
+        ("a.csv", b"prompt\n\xff\n", "a.csv: not UTF-8 text (byte 8); save the file as UTF-8"),
         ("a.csv", b"prompt\n", "holds no prompt"),
         ("a.tsv", b"prompt\tx\nfine\t1\n\t2\n", "a.tsv, entry 2: no text under prompt: it is empty"),
         ("a.json", b'[{"captions": ["x", "y"]}]', "entry 1: one text is needed under captions, not list (['x', 'y'])"),
@@ -123,7 +123,7 @@ def test_what_is_neither_a_file_nor_on_the_hub_is_said_to_be_neither(monkeypatch
 
 def test_sets_come_from_the_hub(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(BadPrompts, match=r"parti: data sets on the hub need the package datasets: pip install 'fewstep\[data\]'"):
+    with pytest.raises(BadPrompts, match=r'parti: data sets on the hub need the package datasets: pip install "fewstep\[data\]"'):
         sets.load("parti")
     fake_datasets(monkeypatch, {"train": [{"Prompt": "bond", "Category": "Abstract"}] * 1632})
     assert sets.load("parti") == ("parti", ["bond"] * 1632, None)

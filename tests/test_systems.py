@@ -5,29 +5,34 @@ import errno
 import io
 import json
 import os
+import shutil
 import socket
 import stat
 import subprocess
 import sys
 import tempfile
 import types
-from pathlib import Path, PureWindowsPath
+from pathlib import Path, PurePath, PureWindowsPath
 from unittest import mock
 
 import pytest
 import torch
 from forked import ended, free_port, start
+from PIL import Image
 from safetensors.torch import save_file
 from small_run import SEVERAL, trainer_of
 
 import fewstep
-from fewstep import checkpoint, cli, composition, disk, flags, folder, launch, needs, run
+from fewstep import checkpoint, cli, composition, disk, export, flags, folder, launch, models, needs, run
+from fewstep.compare.command import workers
 from fewstep.config import Config
 from fewstep.device import resolve_device
 from fewstep.errors import UserError
+from fewstep.evaluate import sets
 from fewstep.evaluate.command import evaluation_device
+from fewstep.evaluate.pictures import open_pictures
 from fewstep.ranks import Ranks
-from fewstep.rewards import serve
+from fewstep.rewards import files, serve, sources
 from fewstep.rewards.convert import convert
 
 ROOT = Path(fewstep.__file__).parent
@@ -91,6 +96,67 @@ def test_what_a_disk_says_of_a_folders_entries_ends_no_run(number, monkeypatch, 
     refuse_all = True
     with pytest.raises(OSError, match="could not write checkpoint"):
         checkpoint.save(tmp_path, 2, {"a": 2})
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """(a folder with weights, a list of prompts and pictures; what is read of it)."""
+    vae = tmp_path / "pipeline" / "vae"
+    (vae / "deep").mkdir(parents=True)
+    save_file({"a": torch.ones(2, dtype=torch.bfloat16)}, vae / "x.safetensors")
+    (vae / "a.json").write_text('["a cat"]')
+    (vae / "B.json").write_text('["a dog"]')
+    for number, name in enumerate(["a.png", "B.png", "deep/c.png"]):
+        Image.new("RGB", (2, 2), (number, 0, 0)).save(vae / name)
+
+    def read():
+        models_say = models.stored_dtype(vae.parent), models.weights_in(vae.parent), models.holds_lora(mock.Mock(name_or_path=str(vae)))
+        files.check_safetensors(vae)
+        return models_say, sources.version(str(vae)), open_pictures(str(vae)).identity, sets.load(str(vae)).prompts
+
+    return vae, read
+
+
+def test_what_a_mac_lays_beside_files_is_none_of_them(mixed):
+    folder, read = mixed
+    before = read()
+    (folder / ".Trashes").mkdir()
+    for path in [path for path in folder.rglob("*.*") if path.is_file()]:
+        (path.parent / f"._{path.name}").write_bytes(b"\0\5\x16\7" + bytes(78))
+    shutil.copy(folder / "a.png", folder / ".Trashes" / "gone.png")
+    assert read() == before and before[0][0] is torch.bfloat16 and before[2]["n"] == 3
+
+
+def test_files_have_one_order_on_every_system(mixed, monkeypatch):
+    """Paths of Windows compare without regard to case."""
+    monkeypatch.setattr(PurePath, "__lt__", lambda *_: pytest.fail("in the system's own order"))
+    assert mixed[1]()[-1] == ["a dog", "a cat"]
+
+
+def test_a_folder_in_which_finder_has_looked_is_empty(tmp_path):
+    (tmp_path / ".DS_Store").touch()
+    export.check_folder(tmp_path)
+    (tmp_path / "a").touch()
+    with pytest.raises(export.CannotExport, match="is not empty"):
+        export.check_folder(tmp_path)
+
+
+def test_a_picture_that_a_viewer_holds_stays_until_it_is_drawn_anew(monkeypatch, tmp_path):
+    for name in ("README.md", "evaluation.json", "curves.png"):
+        (tmp_path / name).touch()
+    unlink = os.unlink
+    monkeypatch.setattr(os, "unlink", lambda path: refused() if Path(path).suffix == ".png" else unlink(path))
+    run.remove_results(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_who_could_not_be_renamed_is_told_by_the_name_that_was_to_be(monkeypatch, capsys):
+    def ended(arguments):
+        raise PermissionError(errno.EACCES, "Permission denied", "out/.curves.png.57.abcd", None, "out/curves.png")
+
+    monkeypatch.setattr(cli, "distill_command", ended)
+    assert cli.main(["distill"]) == 1
+    assert capsys.readouterr().err.strip() == "fewstep: error: out/curves.png: Permission denied."
 
 
 def test_a_rename_waits_for_whoever_reads(monkeypatch, tmp_path):
@@ -339,6 +405,12 @@ def test_a_server_on_windows_is_one_process(monkeypatch, capsys, judge):
     assert "--workers: on Windows a server is one process" in capsys.readouterr().err
 
 
+def test_a_pool_is_no_larger_than_windows_allows(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with workers(62) as pool:
+        assert pool._max_workers == 61
+
+
 def test_a_port_is_shared_with_nobody(monkeypatch):
     """Windows' SO_REUSEADDR is what SO_REUSEPORT is elsewhere; its other option forbids just that."""
     monkeypatch.setattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_KEEPALIVE, raising=False)  # one that can be seen here
@@ -399,6 +471,8 @@ def test_a_device_is_one_of_those_that_torch_finds(monkeypatch):
         for text in not_there:
             with pytest.raises(ValueError, match=f"device: there is no {text} here, torch finds {count} CUDA devices"):
                 resolve_device("device", text)
+    with pytest.raises(ValueError, match="auto, got 'mps'; Apple's GPUs are not supported, use cpu"):
+        resolve_device("device", "mps")
 
 
 def test_a_run_on_one_of_several_gpus_is_there_with_all_that_it_calls(monkeypatch):

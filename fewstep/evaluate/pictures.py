@@ -40,7 +40,8 @@ def open_pictures(source: str) -> Pictures:
 
 
 def of_folder(folder: Path) -> Pictures:
-    paths = sorted(path for path in files_below(folder) if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = (path for path in files_below(folder) if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = sorted(found, key=lambda path: path.relative_to(folder).parts)  # Windows' own order of paths is without regard to case
     if not paths:
         raise ValueError(f"{folder}: holds no picture ({', '.join(SUFFIXES)})")
     digest = hashlib.sha256()
@@ -59,7 +60,7 @@ def of_folder(folder: Path) -> Pictures:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Every file in a folder, in those in it and in those that they link to; what links lead to again comes once."""
+    """Every file in a folder, in those in it and in those that they link to, but hidden ones; what links lead to again comes once."""
     seen = set()
     for where, folders, names in os.walk(folder, followlinks=True):
         place = os.path.realpath(where)
@@ -67,8 +68,9 @@ def files_below(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(place)
-        folders.sort(key=lambda name, where=where: (os.path.islink(os.path.join(where, name)), name))
-        yield from (Path(where, name) for name in names)
+        shown = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(shown, key=lambda name, where=where: (os.path.islink(os.path.join(where, name)), name))
+        yield from (Path(where, name) for name in names if not name.startswith("."))
 
 
 def named(where: str, get: Callable[[], Image.Image]) -> Image.Image:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fewstep import hub, prompts
+from fewstep.disk import visible
 from fewstep.prompts import BadPrompts
 
 CAPTIONS = ("prompt", "prompts", "caption", "captions", "text")  # names of the column, or key, that holds what is drawn
@@ -78,7 +79,7 @@ def load(source: str) -> PromptSet:
 def read(path: Path, *, name: str | None = None) -> PromptSet:
     """A file by its suffix: .tsv and .csv with a header, .json, .jsonl, or text with a prompt a line; a folder of .json files."""
     if path.is_dir():
-        parts = [read(part) for part in sorted(path.glob("*.json"))]
+        parts = [read(part) for part in visible(path, "*.json")]
         if not parts:
             raise BadPrompts(f"{path}: holds no .json file of prompts")
         return PromptSet(name or path.name, [prompt for part in parts for prompt in part.prompts])
@@ -90,7 +91,7 @@ def read(path: Path, *, name: str | None = None) -> PromptSet:
     except OSError as error:
         raise BadPrompts(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise BadPrompts(f"{path}: not UTF-8 text (byte {error.start + 1})") from error
+        raise BadPrompts(f"{path}: not UTF-8 text (byte {error.start + 1}); save the file as UTF-8") from error
     except ValueError as error:
         raise BadPrompts(f"{path}: {error}") from error
     return as_set(entries, name or path.name, str(path))
@@ -283,5 +284,5 @@ def import_datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(f"data sets on the hub need the package datasets: pip install 'fewstep[data]' ({error})") from error
+        raise ImportError(f'data sets on the hub need the package datasets: pip install "fewstep[data]" ({error})') from error
     return datasets

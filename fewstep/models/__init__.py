@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep import hub
+from fewstep.disk import visible
 
 if TYPE_CHECKING:
     import torch
@@ -165,7 +166,7 @@ def weights_in(folder: Path) -> dict[str, str]:
     the file is seen, and one that is spread out, as training makes it and a LoRA that is merged in.
     """
     found = {}
-    for path in sorted(folder.glob("*/*.safetensors")):
+    for path in visible(folder, "*/*.safetensors"):
         size = path.stat().st_size
         digest = hashlib.sha256(str(size).encode())
         with path.open("rb") as file:
@@ -219,7 +220,7 @@ def of_variant(part: Any, variant: str | None) -> bool:
     """Whether diffusers read a pipeline's part from files of this variant: where there are none, it reads the plain ones."""
     if variant is None:
         return False
-    return any(folder_of(part).glob(f"*.{variant}*.safetensors"))
+    return bool(visible(folder_of(part), f"*.{variant}*.safetensors"))
 
 
 def folder_of(part: Any) -> Path:
@@ -231,7 +232,7 @@ def holds_lora(part: Any) -> bool:
     """Whether a pipeline's part was saved with the layers of a LoRA in it, under whose names neither library finds its weights."""
     from safetensors import safe_open
 
-    for path in folder_of(part).glob("*.safetensors"):
+    for path in visible(folder_of(part), "*.safetensors"):
         with safe_open(path, "pt") as file:
             keys = " ".join(file.keys())
         if ".lora_" in keys or ".base_layer." in keys:
@@ -281,7 +282,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
     import torch
     from safetensors import safe_open
 
-    for path in folder.glob("vae/*.safetensors"):
+    for path in visible(folder, "vae/*.safetensors"):
         with safe_open(path, "pt") as file:
             kinds = [tensor.get_dtype() for tensor in map(file.get_slice, file.keys())]
         for kind in kinds:

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fewstep.disk import give_usual_mode, rename, replace
+from fewstep.disk import give_usual_mode, rename, replace, visible
 from fewstep.rewards import REWARDS, files, sources
 
 # argv: pickle, safetensors. weights_only refuses everything but tensors and plain containers; nothing of fewstep is imported.
@@ -111,9 +111,8 @@ def write_clip(name: str, state: dict[str, Any], source: str, folder: Path) -> N
         odd = ", ".join([*report.missing_keys, *unknown][:4])
         raise ValueError(f"not weights of the model in {source}: missing or unknown {odd}")
     model.save_pretrained(folder)
-    for path in folder.glob("*.safetensors"):
+    for path in visible(folder, "*.safetensors"):
         give_usual_mode(path)
-    for pattern in files.WORDS:
-        for path in words.glob(pattern):
-            if path.is_file() and not (folder / path.name).exists() and path.name != "model.safetensors.index.json":
-                shutil.copy(path, folder)
+    for path in visible(words, *files.WORDS):
+        if path.is_file() and not (folder / path.name).exists() and path.name != "model.safetensors.index.json":
+            shutil.copy(path, folder)

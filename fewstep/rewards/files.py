@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep import hub
+from fewstep.disk import visible
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 WORDS = ("*.json", "*.txt", "*.model")  # configs, tokenizers, preprocessing
@@ -57,7 +58,7 @@ def check_headers(folder: str | Path) -> None:
     """Raises ValueError naming a safetensors file of the folder that is cut off or none; no weights are read."""
     from safetensors import SafetensorError, safe_open
 
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in visible(folder, "*.safetensors"):
         try:
             safe_open(path, framework="numpy")  # its header tells how long the file has to be
         except (OSError, SafetensorError) as error:
@@ -67,9 +68,9 @@ def check_headers(folder: str | Path) -> None:
 def check_safetensors(folder: str | Path) -> None:
     """Raises ValueError for a model's folder without whole safetensors, naming the pickle that it holds instead, if any."""
     check_headers(folder)
-    if any(Path(folder).glob("*.safetensors")):
+    if visible(folder, "*.safetensors"):
         return
-    pickles = sorted(path for path in Path(folder).glob("*") if path.suffix in PICKLES)
+    pickles = [path for path in visible(folder, "*") if path.suffix in PICKLES]
     if pickles:
         raise ValueError(convert_hint("NAME", pickles[0]))
     raise ValueError(f"{folder}: holds no weights (*.safetensors)")
@@ -98,10 +99,9 @@ def read_model(kind: Any, folder: str | Path, *, more: bool = False) -> Any:
 
 def digest_of(path: Path) -> Any:
     """SHA-256 over a file, or over a folder's weights, configs, tokenizer and preprocessing, with their names."""
-    patterns = ("*.safetensors", *WORDS)
     digest = hashlib.sha256()
-    files = {file for pattern in patterns for file in path.glob(pattern) if file.is_file()} if path.is_dir() else {path}
-    for file in sorted(files):
+    files = [file for file in visible(path, "*.safetensors", *WORDS) if file.is_file()] if path.is_dir() else [path]
+    for file in files:
         with file.open("rb") as held:
             digest.update(file.name.encode() + b"\0" + hashlib.file_digest(held, "sha256").digest())
     return digest
