@@ -237,8 +237,17 @@ def read_config(arguments: list[str]) -> tuple[Config, list[str], list[str]]:
     output = found[0].output
     saved = Path(output) / "config.yaml"
     if found[0].resume and saved.is_file():  # the folder may have been moved since: where it is now is what was named
+        try:
+            check_recipe(saved, names)
+        except UserError as error:
+            raise UserError(f"{error}; {without_config(output)}") from error
         found = parse(["--config", str(saved), *arguments, "--output", output], names)
     return found
+
+
+def without_config(output: str | Path) -> str:
+    """What to do about a run whose config is lost or damaged."""
+    return f"put its config.yaml back as it was, or begin a new run with its student, --init {output} --output NEW"
 
 
 def parse(arguments: list[str], names: dict[str, type]) -> tuple[Config, list[str], list[str]]:

@@ -9,9 +9,10 @@ from typing import Any
 
 from fewstep import hub, models
 from fewstep.config import Config
-from fewstep.disk import check_writable, is_one
+from fewstep.disk import check_writable, is_one, visible
 from fewstep.errors import UserError
-from fewstep.flags import as_plain, as_values
+from fewstep.flags import as_plain, as_values, without_config
+from fewstep.rewards import sources
 from fewstep.rewards.address import is_remote
 
 GIVEN = "prompts.json"  # prompts that were given as a list
@@ -38,18 +39,21 @@ def check_output(config: Config) -> None:
         init = Path(config.init)
         if not config.resume and is_one(run_of(init), output):
             raise UserError(f"init: {output} is the output folder itself; name another --output, or go on with --resume")
-    held = sorted(path.name for path in output.glob("[!.]*"))
+    held = visible(output, "*")
     is_run = holds_run(output)
     if config.resume and not is_run:
-        raise UserError(f"resume: {output} holds no run to go on with")
+        cut = (output / "checkpoints").is_dir()
+        raise UserError(f"resume: {output} holds no run to go on with" + (f": {without_config(output)}" if cut else ""))
     if held and not is_run:
-        raise UserError(f"output: {output} is not empty and holds no run (it has {held[0]!r}); name another folder")
+        raise UserError(f"output: {output} is not empty and holds no run (it has {held[0].name!r}); name another folder")
     if is_run and not (config.resume or config.overwrite):
         raise UserError(f"output: {output} already holds a run; add --resume to go on, --overwrite to start anew, or name another --output")
     if config.resume:
         check_same_run(config, output / "config.yaml")
+        check_record(output / "rewards.json")
     if config.overwrite:
         check_spared(config)
+        check_links(output)
     check_writable("output", output)
 
 
@@ -95,12 +99,30 @@ def check_same_teacher(source: str, run: Path) -> None:
 
 def changed_since(source: str, run: Path) -> str | None:
     """The first weights file of a teacher's folder that is not what it was when the run began; None where all are, or it is not known:
-    the run is of an earlier version, or its teacher of the hub, at a commit."""
+    the run is of an earlier version, or its teacher of the hub, at a commit. Raises UserError for hashes that cannot be read."""
     kept, folder = run / TEACHER_FILES, Path(source)
     if not kept.is_file() or not folder.is_dir():
         return None
-    before, now = json.loads(kept.read_text(encoding="utf-8")), models.weights_in(folder)
+    try:
+        before = json.loads(kept.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{kept}: cut off, or no hashes of a teacher's weights ({error}); put it back as it was. Without it nobody knows whether "
+            f"{source} is the teacher that the run began with: if you do, delete it"
+        ) from error
+    now = models.weights_in(folder)
     return next((name for name in sorted(before | now) if before.get(name) != now.get(name)), None)
+
+
+def check_record(path: Path) -> None:
+    """Raises UserError for a run's record of its rewards' versions that cannot be read."""
+    try:
+        sources.told_so_far(path)
+    except ValueError as error:
+        raise UserError(
+            f"{path}: cut off, or no record of rewards ({error}); put it back as it was, or move it away: a new one is begun, and whether "
+            "a reward has changed until now is not known"
+        ) from error
 
 
 def is_another_commit(teacher: str, source: str) -> bool:
@@ -159,10 +181,26 @@ def keeps_prompts(config: Config) -> bool:
     return config.prompts is not None and Path(config.prompts).resolve() == (Path(config.output) / GIVEN).resolve()
 
 
+def is_linked(path: Path) -> bool:
+    """Whether it is a link to a folder, as to one on a larger disk."""
+    return path.is_symlink() and path.is_dir()
+
+
+def check_links(output: Path) -> None:
+    """Raises UserError naming a part of a run that is a link to a folder which is not empty: it may hold what fewstep did not write."""
+    for path in (output / name for name in RUN_FILES):
+        if is_linked(path) and any(path.iterdir()):
+            raise UserError(
+                f"overwrite: {path} is a link to {path.resolve()}, and nothing outside of {output} is deleted; empty that folder, or "
+                "remove the link"
+            )
+
+
 def remove_run(output: Path) -> None:
-    """Deletes what fewstep wrote into a run's folder, nothing else."""
-    for name in RUN_FILES:
-        path = output / name
+    """Deletes what fewstep wrote into a run's folder, nothing else; a link to a folder, empty by now, is where the next run writes."""
+    for path in (output / name for name in RUN_FILES):
+        if is_linked(path):
+            continue
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

@@ -5,7 +5,7 @@ import errno
 import functools
 import json
 import os
-import resource
+import re
 import shutil
 import signal
 import subprocess
@@ -32,7 +32,7 @@ from fewstep import checkpoint, cli, composition, disk, flags, models, needs
 from fewstep.config import Config
 from fewstep.errors import UserError
 from fewstep.evaluate import drawing
-from fewstep.folder import TEACHER_FILES, check_init, check_output, run_of
+from fewstep.folder import TEACHER_FILES, check_init, check_output, remove_run, run_of
 from fewstep.launch import torchrun_limit
 from fewstep.ranks import Ranks
 from fewstep.rewards.base import RewardError
@@ -582,6 +582,42 @@ def test_an_existing_run_is_not_touched_unless_asked(capsys, finished, teacher_f
     assert (tmp_path / "mine" / "README.md").read_text() == "precious"
 
 
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("rewards.json", '[{"from', "{}/rewards.json: cut off, or no record of rewards (.*); put it back as it was, or move it away"),
+        ("teacher.json", "", "{}/teacher.json: cut off, or no hashes of a teacher's weights (.*); put it back as it was"),
+        ("config.yaml", "", "{}/config.yaml: .* this holds nothing; put its config.yaml back as it was, or begin"),
+        ("config.yaml", "teacher: world\n", "resume: {} holds no run to go on with: put its config.yaml back as it was, or begin"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named_with_what_to_do(capsys, finished, tmp_path, monkeypatch, name, text, said):
+    """Before anything is built."""
+    out = shutil.copytree(finished, tmp_path / "out")
+    (out / name).write_text(text)
+    monkeypatch.setattr("fewstep.run.build", lambda *_, **__: pytest.fail("built"))
+    assert re.search(said.format(re.escape(str(out))), refused(capsys, "distill", "--output", str(out), "--resume"))
+
+
+def test_what_a_link_of_a_run_leads_to_is_not_deleted(capsys, finished, teacher_folder, prompt_file, tmp_path):
+    """As where the checkpoints lie on a larger disk; once that is empty, the next run's lie there too."""
+    out, other = shutil.copytree(finished, tmp_path / "out"), tmp_path / "other"
+    (out / "checkpoints").rename(other)
+    (out / "checkpoints").symlink_to(other)
+    (out / "samples.png").unlink(missing_ok=True)
+    (out / "samples.png").symlink_to(tmp_path / "mine.png")
+    (tmp_path / "mine.png").touch()
+    arguments = ["distill", "--teacher", str(teacher_folder), "--prompts", str(prompt_file), *SMALL, "--output", str(out), "--overwrite"]
+    assert f"overwrite: {out / 'checkpoints'} is a link to {other}, and nothing outside of {out}" in refused(capsys, *arguments)
+    assert any(other.iterdir()) and (out / "config.yaml").is_file()
+    for path in other.iterdir():
+        shutil.rmtree(path)
+    check_output(flags.parse_config(arguments[1:]))
+    remove_run(out)
+    assert (out / "checkpoints").is_dir() and not (out / "config.yaml").exists()
+    assert (tmp_path / "mine.png").exists() and not (out / "samples.png").is_symlink()
+
+
 def test_a_run_is_gone_on_with_by_one_process_at_a_time(finished, tmp_path):
     out = shutil.copytree(finished, tmp_path / "out")
     before = (out / "metrics.jsonl").read_bytes()
@@ -1027,6 +1063,7 @@ def test_what_is_stopped_before_there_is_a_run_names_none(monkeypatch, capsys):
 def test_a_full_disk_ends_the_run_with_one_line(teacher_folder, prompt_file, tmp_path, most, file):
     """No file may grow past `most` bytes: the config does not fit, or the first checkpoint."""
     options = ["--teacher", str(teacher_folder), "--prompts", str(prompt_file), "--output", str(tmp_path / "out"), *SMALL]
+    resource = pytest.importorskip("resource")  # of Unix alone
     limited = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most))
     status, output = command("distill", *options, "--updates", "4", before=limited)
     last = output.strip().splitlines()[-1]
@@ -1042,6 +1079,7 @@ def test_a_full_disk_takes_nothing_from_a_run_that_goes_on(finished, tmp_path, n
     out = shutil.copytree(finished, tmp_path / "out")
     before = (out / name).read_bytes()
     most = int(share * len(before))
+    resource = pytest.importorskip("resource")  # of Unix alone
     limited = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most))
     status, output = command("distill", "--output", str(out), "--resume", before=limited)
     assert status == 1 and "File too large" in output, output

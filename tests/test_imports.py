@@ -14,7 +14,7 @@ ROOT = Path(fewstep.__file__).parent
 TABLE = {
     "errors": "", "disk": "errors", "hub": "", "launch": "", "types": "", "schedule": "", "transforms": "", "levels": "", "cost": "",
     "device": "", "prompts": "",
-    "report": "metrics", "alarms": "",
+    "report": "disk metrics", "alarms": "",
     "weights": "alarms",
     "checkpoint": "disk",
     "ranks": "errors launch",
@@ -27,7 +27,7 @@ TABLE = {
     "rewards": "",
     "rewards.base": "errors types",
     "rewards.address": "",
-    "rewards.files": "hub",
+    "rewards.files": "disk hub",
     "rewards.pixels": "",
     "rewards.heldout": "rewards.base types",
     "rewards.distribution": "denoiser levels losses schedule transforms types",
@@ -47,8 +47,8 @@ TABLE = {
     "rewards.base rewards.clip rewards.distribution rewards.files rewards.remote rewards.sources",
     "needs": "config cost launch models",
     "flags": "config errors hub models rewards.address rewards.sources",
-    "folder": "config disk errors flags hub models rewards.address",
-    "export": "checkpoint config evaluate folder hub metrics models world",
+    "folder": "config disk errors flags hub models rewards.address rewards.sources",
+    "export": "checkpoint config disk evaluate folder hub metrics models world",
     "latents": "disk evaluate",
     "composition": "config cost device errors evaluate latents levels launch models prompts ranks student trainer types weights world "
     "rewards rewards.address rewards.base rewards.discriminator rewards.distribution rewards.remote rewards.sources",

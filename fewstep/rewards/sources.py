@@ -179,10 +179,15 @@ def records(
     return told
 
 
+def told_so_far(path: Path) -> list[dict[str, Any]]:
+    """What a run's `rewards.json` holds, from its first start on, if there is one. Raises ValueError for one that is cut off."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
 def write_records(path: Path, told: dict[str, dict[str, str]], update: int) -> list[str]:
     """Append what changed since the last start of the run; returns a line for each reward that is not what it was, and for each judge that
     is not there any more."""
-    kept: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    kept = told_so_far(path)
     before = kept[-1]["rewards"] if kept else {}
     lines = [
         f"reward {name!r} is version {now['version']} now; until update {update} it was {before[name]['version']}"
