@@ -61,7 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in DISK or error.filename is None:
             raise
-        return complain(f"{error.filename}: {error.strerror}. {kept(arguments[0], error)}".strip(), code=1)
+        path = error.filename2 or error.filename  # what a renamed file was to be
+        return complain(f"{path}: {error.strerror}. {kept(arguments[0], error)}".strip(), code=1)
     except LostProcess as error:
         return complain(f"{error}. {kept(arguments[0], error)}".strip(), code=1)
     except RuntimeError as error:  # torch's by name: --help must not import it

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,9 +146,8 @@ def carry_out(config: Config, prompts: list[str], source: str, functions: dict[s
     run = build(config, prompts, source, functions, judges, ranks=ranks)
     config = run.config
     print(f"training on {config.device} in {config.precision}" + (f", {ranks.size} processes" if ranks.size > 1 else ""))
-    cut = run.backbone.cut(prompts)
-    if cut:
-        print(f"{len(cut)} of {len(prompts)} prompts are longer than the text encoder reads and are cut, the first: {cut[0]!r}")
+    if first:
+        say_what_is_cut(run)
     if state is not None:
         load_state(run, state, folder)
     elif config.init is not None:
@@ -164,6 +164,14 @@ def carry_out(config: Config, prompts: list[str], source: str, functions: dict[s
             finish(run, output, source, prompts)
         ranks.barrier()  # what is returned is there for all
         return 0
+
+
+def say_what_is_cut(run: Run) -> None:
+    """A line on the prompts that are longer than the text encoder reads: of a large set on those alone that the run draws."""
+    drawn = run.trainer.batches.ahead(run.config.batches())
+    cut = run.backbone.cut(drawn)
+    if cut:
+        print(f"{len(cut)} of {len(drawn)} prompts are longer than the text encoder reads and are cut, the first: {cut[0]!r}")
 
 
 @contextmanager
@@ -412,14 +420,29 @@ def teacher_grids(run: Run, prompts: list[str], best: str) -> dict[str, Any]:
 
 
 def draw_progress(run: Run, output: Path, prompts: list[str], curves: Curves) -> None:
-    """A grid of the averaged student with fixed prompts and seeds, and the run's curves; no random number of the training is drawn."""
+    """A grid of the averaged student with fixed prompts and seeds, and the run's curves; no random number of the training is drawn.
+
+    A disk that takes no picture is warned of and ends no training: on Windows a viewer that holds the last one refuses the next.
+    """
     from fewstep.report import grid
 
     trainer, steps = run.trainer, run.config.steps
     title = f"student, {steps} steps, update {trainer.update}"
     images = student_grid(run, prompts, trainer.averaged())
-    grid.save({title: images}, prompts, output / "samples" / f"update-{trainer.update:08d}.png")
-    curves.save(output / "curves.png")
+    try:
+        grid.save({title: images}, prompts, output / "samples" / f"update-{trainer.update:08d}.png")
+        curves.save(output / "curves.png")
+    except OSError as error:
+        warnings.warn(f"update {trainer.update}: a picture of the run could not be written ({error})", stacklevel=2)
+
+
+def remove_results(output: Path) -> None:
+    """Deletes what tells of an earlier student, but a picture that Windows keeps for the viewer which holds it: it is drawn anew anyway."""
+    for name in ("evaluation.json", "README.md"):
+        (output / name).unlink(missing_ok=True)
+    for name in ("samples.png", "curves.png"):
+        with suppress(PermissionError):
+            (output / name).unlink(missing_ok=True)
 
 
 def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
@@ -428,8 +451,7 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
     from fewstep.evaluate import tables
     from fewstep.report import curves, grid
 
-    for name in ("evaluation.json", "samples.png", "curves.png", "README.md"):  # of an earlier student
-        (output / name).unlink(missing_ok=True)
+    remove_results(output)
     config, backbone, trainer = run.config, run.backbone, run.trainer
     weights = trainer.averaged()
     pipe = backbone.student_pipeline(run.roles, weights, config.steps)

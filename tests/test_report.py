@@ -1,5 +1,6 @@
 """What a run leaves to look at."""
 
+import functools
 import json
 import math
 from array import array
@@ -7,11 +8,12 @@ from itertools import cycle
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageColor
 
-from fewstep.report import curves
+from fewstep.report import curves, grid
 
 LOGS = [
     {"update": 1, "dm/score": -1.0, "grad_norm": 2.0, "unknown": 7.0},
@@ -110,6 +112,19 @@ def test_a_run_that_logged_nothing_has_no_curves(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     curves.Curves(tmp_path / "metrics.jsonl").save(tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
+
+
+def test_a_picture_takes_the_place_of_another_whole(tmp_path):
+    """On Windows none is written into while a viewer holds it."""
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(LOGS[0]) + "\n")
+    tiles = {"student": torch.zeros(1, 1, 3, 2, 2)}
+    for draw in (curves.Curves(tmp_path / "metrics.jsonl").save, functools.partial(grid.save, tiles, [""])):
+        (tmp_path / "drawn.png").write_text("held")
+        (tmp_path / "held").unlink(missing_ok=True)
+        (tmp_path / "held").hardlink_to(tmp_path / "drawn.png")
+        draw(tmp_path / "drawn.png")
+        assert (tmp_path / "held").read_text() == "held" and (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "drawn.png", "held"}
 
 
 def test_each_line_is_read_once_and_no_more_is_kept_than_what_has_a_curve(monkeypatch, tmp_path):

@@ -23,7 +23,7 @@ from fewstep.models import backbone
 from fewstep.prompts import Batches, read
 from fewstep.rewards.base import PixelReward, RewardError, as_reward
 from fewstep.rewards.distribution import DistributionMatching
-from fewstep.run import draw_progress, student_grid
+from fewstep.run import draw_progress, say_what_is_cut, student_grid
 from fewstep.schedule import Flow
 from fewstep.student import Student
 from fewstep.trainer import Trainer
@@ -166,7 +166,9 @@ def test_a_run_shows_its_averaged_student(teacher_folder, prompt_file, tmp_path,
     run = run_of(teacher_folder, prompt_file, "--student.lr", "1e-2", "--steps", "2")
     for _ in range(2):
         run.trainer.step()
-    draw_progress(run, tmp_path, ["a cat"], mock.Mock())
+    held = mock.Mock(**{"save.side_effect": PermissionError(13, "Permission denied", "curves.png")})
+    with pytest.warns(UserWarning, match="update 2: a picture of the run could not be written .*: 'curves.png'"):  # and no more
+        draw_progress(run, tmp_path, ["a cat"], held)
     averaged, raw = (student_grid(run, ["a cat"], weights) for weights in (run.trainer.averaged(), {}))
     assert torch.equal(shown[0], averaged) and not torch.allclose(shown[0], raw, atol=1e-4)
 
@@ -198,6 +200,15 @@ def test_a_run_encodes_ahead_what_it_will_draw(teacher_folder, tmp_path, options
     drawn = {prompt for call in encode.call_args_list for prompt in call.args[0]}
     assert drawn <= set(ahead) and len(ahead) <= 2 * run.config.groups * batches
     assert options == TWICE or drawn == set(ahead)
+
+
+def test_prompts_that_are_cut_are_looked_for_among_those_that_are_drawn(teacher_folder, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("\n".join("a cat " * 20 + str(i) for i in range(100)))
+    run = run_of(teacher_folder, tmp_path / "prompts.txt", "--updates", "2")
+    ahead = run.trainer.batches.ahead(run.config.batches())
+    capsys.readouterr()
+    say_what_is_cut(run)
+    assert len(ahead) < 10 and f"{len(ahead)} of {len(ahead)} prompts are longer than the text encoder reads" in capsys.readouterr().out
 
 
 def test_processes_of_a_machine_share_the_prompts_ahead(teacher_folder, prompt_file, monkeypatch):

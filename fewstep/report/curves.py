@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from fewstep.disk import replace
 from fewstep.metrics import parsed
 
 # (keys of metrics.jsonl, the panel they belong to, what their curve is called there); the first that fits a key counts
@@ -195,4 +196,4 @@ class Curves:
             add(self.points, parsed(file))
             self.read = file.tell()
         if self.points:
-            draw(panels(self.points)).save(path)
+            replace(path, lambda temporary: draw(panels(self.points)).save(temporary, format="PNG"))  # a viewer may hold it

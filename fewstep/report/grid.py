@@ -8,6 +8,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from fewstep.disk import replace
+
 GAP, LABEL, HEAD, ZOOM_TO = 6, 190, 26, 96
 
 
@@ -51,6 +53,5 @@ def draw(columns: dict[str, Tensor], prompts: list[str]) -> Image.Image:
 
 
 def save(columns: dict[str, Tensor], prompts: list[str], path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw(columns, prompts).save(path)
+    replace(path, lambda temporary: draw(columns, prompts).save(temporary, format="PNG"))  # a viewer may hold it
     return path
