@@ -66,6 +66,15 @@ def test_position_is_all_there_is_to_restore():
     assert Batches(list("abcdefg"), 7, 1, seed=4).next()[0] != Batches(list("abcdefg"), 7, 1, seed=3).next()[0]
 
 
+def test_no_order_of_an_epoch_comes_again_under_another_seed():
+    """Else runs that only differ in their seed would see the same batches, some epochs apart."""
+    orders = []
+    for seed in range(5):
+        batches = Batches(list("abcdefghij"), 10, 1, seed=seed)
+        orders += [tuple(batches.next()[0]) for _ in range(5)]
+    assert len(set(orders)) == 25
+
+
 def test_the_prompts_ahead_are_those_that_come():
     batches = Batches([str(i) for i in range(20)], groups=3, group_size=2, seed=1)
     for _ in range(5):  # into the second epoch at the end of what is asked for
