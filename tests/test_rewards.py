@@ -220,6 +220,17 @@ def test_the_discriminator_learns_which_is_real_and_points_there():
     assert bool((signal.score < 0).all())
 
 
+def test_the_discriminator_looks_in_its_range_of_noise_levels_spread_over_what_it_is_asked_about():
+    """A call over each group, its learning over the batch; real and student's latents under noise of their own."""
+    backbone = Denoiser(Middle(), Flow(), "flow", uncond={"e": torch.zeros(1, 1)})
+    discriminator, sample = Discriminator(backbone, Mean(), torch.zeros(1, 2, 3, 3), t_range=(0.4, 0.6)), sample_of(8)
+    called, learnt = discriminator.draw_for_call(sample), discriminator.draw(sample)
+    stratum = {n: ((t - 0.4) / 0.2 * n).floor().tolist() for n, t in ((2, called["t"]), (8, learnt["t"]))}
+    assert stratum[2] == [0, 1] * 4 and sorted(stratum[8]) == list(range(8))
+    assert called["noise"].shape == sample.x0.shape and learnt["noise"].shape == (8, 2, 2, 3, 3)
+    assert len(learnt["noise"].flatten(0, 1).unique(dim=0)) == 16
+
+
 def test_the_discriminator_refuses_a_backbone_without_the_empty_prompt():
     with pytest.raises(ValueError, match="uncond"):
         Discriminator(Denoiser(Middle(), Flow(), "flow"), Mean(), torch.zeros(1, 2, 3, 3))
