@@ -7,6 +7,7 @@ import re
 import warnings
 
 import pytest
+import small_run
 import torch
 from test_trainer import brightness, redness, run_of
 
@@ -15,6 +16,7 @@ from fewstep.errors import UserError
 from fewstep.metrics import ratios_of, rms, spread_of
 from fewstep.prompts import read
 from fewstep.rewards import sources
+from fewstep.rewards.base import as_reward
 from fewstep.rewards.heldout import HeldOut, Parted, Parting
 from fewstep.run import judge_records
 from fewstep.types import Sample
@@ -218,6 +220,18 @@ def test_a_judge_sees_the_pictures_that_its_reward_sees_once_a_rollout(teacher_f
     assert all(log["redness/judge/elsewhere"] == pytest.approx(log["redness/score"], abs=1e-6) for log in told)
     pairs = [any(torch.equal(i, j) and p == q for j, q in seen["reward"]) for i, p in seen["judge"]]
     assert all(pairs)
+
+
+def test_what_a_reward_or_its_judge_could_not_score_is_in_neither_mean():
+    """The alarm compares them over the same pictures, and one NaN would silence it."""
+    trainer = small_run.trainer_of(("--reward.redness", "0.3"))
+    rollout = trainer.new_rollout()
+    sample, count = trainer.sample_of(rollout, torch.zeros_like(rollout.group)), len(rollout.group)
+    reward = as_reward(lambda images, prompts: [0.0, None, *range(2, count)], "redness")
+    trainer.judges["redness"] = HeldOut(lambda images, prompts: [None, 0.0, *range(count - 2)], "judge.redness")
+    _, logs = trainer.ask_with_judges({"redness": reward}, sample)
+    trained, judged = (count + 1) / 2, (count - 3) / 2
+    assert logs["redness/judge/redness"] == judged and trainer.partings["redness", "redness"].running == [(trained, judged)]
 
 
 def test_the_alarm_names_the_reward_and_says_what_to_do(teacher_folder, prompt_file):
