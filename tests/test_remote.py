@@ -3,12 +3,14 @@
 import argparse
 import asyncio
 import http.client
+import io
 import json
 import math
 import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -17,10 +19,12 @@ import warnings
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from forked import ended, free_port, start
+from PIL import Image
 
 import fewstep
 from fewstep import cli, flags
@@ -376,6 +380,54 @@ def test_pauses_grow_and_a_servers_own_are_bounded(faulty, monkeypatch):
     assert pauses[3:] == [remote.LONGEST_WAIT]
 
 
+def test_a_server_that_was_late_when_it_was_asked_who_it_is_has_no_news_of_it(faulty, monkeypatch):
+    """What it took to begin is of no update, whose number the news is logged under."""
+    request, failing = remote.request, [True]
+
+    def late(*told, **more):
+        if failing:
+            raise remote.Fault("timed out: 1 s", wait=failing.pop() * 0.0)
+        return request(*told, **more)
+
+    monkeypatch.setattr(remote, "request", late)
+    reward = faulty.reward()
+    assert reward.faults == {"timed out": 1} and reward.news() == {}
+
+
+def test_a_judge_waits_for_its_server_as_long_as_it_is_told(faulty, monkeypatch):
+    request, waited = remote.request, {}
+
+    def watched(how, *told, timeout, **more):
+        waited[how] = timeout
+        return request(how, *told, timeout=timeout, **more)
+
+    monkeypatch.setattr(remote, "request", watched)
+    assert sources.open_judge("mine", faulty.url, timeout=77.0)(pictures(1), ["p"]).tolist() == [0.0]
+    assert waited == {"GET": remote.HEALTH_TIMEOUT, "POST": 77.0}
+
+
+def test_a_server_elsewhere_has_to_show_its_certificate(monkeypatch):
+    connection = mock.Mock()
+    connection.return_value.connect.side_effect = ConnectionRefusedError
+    monkeypatch.setattr(http.client, "HTTPSConnection", connection)
+    with pytest.raises(remote.Fault, match="connection refused"):
+        remote.request("GET", "https://example.org/health", timeout=1.0)
+    context = connection.call_args.kwargs["context"]
+    assert context.verify_mode is ssl.CERT_REQUIRED and context.check_hostname
+
+
+def test_a_picture_is_sent_as_it_would_be_saved(faulty, monkeypatch):
+    """Clipped and rounded; to another machine as a PNG, which takes a part of the bytes."""
+    images = torch.tensor([-0.2, 0.499 / 255, 0.501 / 255, 1.2]).view(1, 1, 2, 2).expand(1, 3, 2, 2)
+    faulty.reward().ask(images, ["p"])
+    assert b"\r\n\r\n" + bytes([0, 0, 0, 0, 0, 0, 1, 1, 1, 255, 255, 255]) + b"\r\n" in faulty.requests[0][1]
+    monkeypatch.setattr(remote, "is_loopback", lambda host: False)
+    faulty.reward().ask(images, ["p"])
+    (begin,) = (match.start() for match in re.finditer(b"\x89PNG", faulty.requests[1][1]))
+    with Image.open(io.BytesIO(faulty.requests[1][1][begin:])) as picture:
+        assert list(picture.convert("L").tobytes()) == [0, 0, 1, 255]
+
+
 def test_scores_are_read_strictly():
     assert read_scores([1, 2.5], 2) == [1.0, 2.5]
     assert math.isnan(read_scores([None], 1)[0]) and math.isnan(read_scores([math.inf], 1)[0])
@@ -574,10 +626,6 @@ def test_who_waits_is_not_decoded_yet_and_who_has_hung_up_is_not_scored(monkeypa
 
 
 def test_pictures_of_two_sizes_and_bombs_are_refused(monkeypatch):
-    import io
-
-    from PIL import Image
-
     def file(*size):
         held = io.BytesIO()
         Image.new("1", size).save(held, "PNG")
@@ -598,10 +646,6 @@ def test_pictures_of_two_sizes_and_bombs_are_refused(monkeypatch):
 
 
 def test_a_picture_too_large_is_not_decoded(monkeypatch):
-    import io
-
-    from PIL import Image
-
     held = io.BytesIO()
     Image.new("1", (8, 8)).save(held, "PNG")
     monkeypatch.setattr(serve, "MAX_PIXELS", 100)
@@ -676,6 +720,8 @@ def test_rewards_of_other_environments_are_called_as_their_packages_want(monkeyp
     expected = [2 + float(images[0, 0, 0, 0]), 3 + float(images[1, 0, 0, 0])]
     assert serve.as_numbers(score(images, ["ab", "abc"]), 2) == pytest.approx(expected, abs=1e-6)
     assert serve.as_numbers(serve.load("hps3", None, "cpu")[2](images, ["ab", "abc"]), 2) == [2.0, 3.0]
+    (picture,) = serve.to_pil(torch.tensor([-0.2, 0.499 / 255, 0.501 / 255, 1.2]).view(1, 1, 2, 2).expand(1, 3, 2, 2))
+    assert list(picture.tobytes()) == [0, 0, 0, 0, 0, 0, 1, 1, 1, 255, 255, 255]  # as it would be saved
 
 
 def test_the_server_needs_nothing_of_the_rest_of_the_package():
