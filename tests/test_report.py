@@ -165,3 +165,15 @@ def test_a_broken_line_follows_its_points():
     assert found == [[(0, 0), (3, 0)], [(4, 1), (4, 3)]]
     assert curves.dashes([(0.0, 0.0), (4.0, 0.0), (4.0, 3.0)], 5, 3) == [[(0, 0), (4, 0), (4, 1)]]
     assert curves.dashes([(1.0, 1.0)], 5, 3) == []
+
+
+def test_a_grid_has_each_sample_in_the_row_of_its_prompt_under_its_model():
+    """Of 8 x 8 pixels, and enlarged twelve times; clipped and rounded as a picture that is saved."""
+    green = torch.arange(12).view(2, 2, 3) * 20 + 5.4  # of model, prompt and sample
+    colour = torch.stack([torch.full_like(green, 300), green, torch.full_like(green, -40)], -1) / 255
+    images = colour[..., None, None].expand(2, 2, 3, 3, 8, 8)
+    drawn = np.asarray(grid.draw({"teacher": images[0], "student": images[1]}, ["a cat", "a dog"])).astype(int)
+    found = [row[(row[:, 0] == 255) & (row[:, 2] == 0), 1].tolist() for row in drawn]
+    rows = [row for row in found if row]
+    wanted = [[20 * i + 5 for model in (0, 6) for i in range(model + prompt, model + prompt + 3)] for prompt in (0, 3)]
+    assert rows == [[one for one in row for _ in range(96)] for row in wanted for _ in range(96)]
