@@ -45,6 +45,14 @@ def test_a_size_is_a_whole_number_of_patches(backbones, name):
         backbone.latent_shape((step, step + backbone.scale()))
 
 
+def test_the_prompt_of_qwens_guidance_is_a_blank(backbones):
+    """As its card has it and the stock pipeline's words do, in the teacher's pictures and in training."""
+    backbone = backbones["QwenImagePipeline"]
+    assert backbone.teacher_call(4.0) == {"true_cfg_scale": 4.0, "negative_prompt": " "}
+    told = backbone.roles().teacher.uncond
+    assert all(torch.equal(value, backbone.encode_one(" ")[key]) for key, value in told.items())
+
+
 @both
 def test_decoding_has_its_gradient(backbones, name):
     """What rewards on pictures send back through the decoder, against a central difference."""
