@@ -97,6 +97,17 @@ def test_the_stock_pipeline_never_guides_an_exported_klein(backbone, folders, tm
     assert not torch.allclose(*images[folders / "klein base"], atol=1e-2)
 
 
+@pytest.mark.parametrize("backbone", ["klein base"], indirect=True)
+def test_klein_decodes_what_the_stock_pipeline_decodes(backbone):
+    """Where a channel varies little too, so that the batch norm's epsilon counts."""
+    noise, vae, scheduler = noise_of(backbone), backbone.pipe.vae, backbone.pipe.scheduler
+    vae.register_to_config(batch_norm_eps=0.5)
+    call = {"prompt": PROMPTS, "num_inference_steps": 1, "latents": backbone.to_call(noise), "output_type": "pt", **SIZED}
+    with mock.patch.object(scheduler, "step", lambda output, t, sample, **told: (sample,)):
+        stock = backbone.pipe(**call).images
+    torch.testing.assert_close(backbone.decode(noise), stock, rtol=0, atol=1e-5)
+
+
 @two_kinds
 def test_the_middle_is_a_map_of_the_picture(backbone):
     """The block at half of the depth, a single-stream one; its tokens of the text left out, those of the picture row by row."""
