@@ -3,9 +3,12 @@
 import bisect
 import functools
 import inspect
+import itertools
 import json
 import re
+import runpy
 import shutil
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -36,7 +39,7 @@ from fewstep.config import Config, MatchingConfig
 from fewstep.denoiser import guide, to_x0
 from fewstep.errors import UserError
 from fewstep.folder import RUN_FILES
-from fewstep.models import embeddings
+from fewstep.models import embeddings, pixart
 from fewstep.models.backbone import repeated_blocks
 from fewstep.models.lora import AddedLinear
 from fewstep.report.grid import save
@@ -118,6 +121,38 @@ def test_a_step_is_the_stock_pipelines_step(teachers, name):
 
 class Stop(Exception):
     """Raised from inside a stock pipeline that has done what it was run for."""
+
+
+@pytest.mark.parametrize("name", ["PixArtSigmaPipeline", "SanaPipeline"])
+def test_a_prompt_is_cleaned_where_the_stock_pipeline_cleans_it(teachers, name):
+    """With beautifulsoup4 and ftfy: without them it is the same text either way."""
+    backbone, asked = models.load(str(teachers / name)), []
+
+    def clean(text, clean_caption=False):
+        asked.append(clean_caption)
+        raise Stop
+
+    with mock.patch.object(backbone.pipe, "_text_preprocessing", clean):
+        for draws in (lambda: backbone.encode_one("a cat"), lambda: backbone.pipe("a cat", **told(backbone) | backbone.student_call)):
+            with pytest.raises(Stop):
+                draws()
+    assert asked == [name == "PixArtSigmaPipeline"] * 2
+
+
+def test_prompts_that_are_not_cleaned_are_said_and_kept_apart(teachers):
+    """A student is used where the stock pipeline cleans them once it can: both packages have to be there."""
+    for bs4, ftfy in itertools.product((True, False), repeat=2):
+        there = {"is_bs4_available": lambda bs4=bs4: bs4, "is_ftfy_available": lambda ftfy=ftfy: ftfy}
+        with mock.patch.multiple("diffusers.utils", **there):
+            assert runpy.run_path(pixart.__file__)["CLEANS"] is (bs4 and ftfy)
+    kept = set()
+    for cleans in (True, False):
+        with mock.patch.object(pixart, "CLEANS", cleans), warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            backbone = models.load(str(teachers / "PixArtSigmaPipeline"))
+            kept.add(embeddings.fingerprint(backbone.text_fingerprint()))
+        assert any("prompts are not cleaned" in str(each.message) for each in said) is not cleans
+    assert len(kept) == 2
 
 
 @every_family
