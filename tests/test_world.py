@@ -1,8 +1,11 @@
 """The embedded world: what ships, and the parts of the script that made it."""
 
+import dataclasses
 import json
+import math
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -156,6 +159,38 @@ def test_normalised_latents_decode_to_the_same_picture():
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(16), atol=1e-4, rtol=0)
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(16), atol=1e-3, rtol=0)
+
+
+def test_what_is_measured_with_are_captions_of_held_out_pictures_alone():
+    def made(kind, name):
+        return dataclasses.replace(picture(name=f"{kind} {name}"), heldout=kind == "hidden")
+
+    pictures = [made(kind, str(i)) for kind in ("seen", "hidden") for i in range(40)] + [made("seen", "x " * text.MAX_TOKENS)]
+    sets = build.prompt_sets(pictures, lambda caption: SimpleNamespace(input_ids=caption.split()))
+    everything, short = ({c for p in pictures if p.heldout is held for c in p.captions()} for held in (True, False))
+    assert len(set(sets["evaluate"])) == 128 and set(sets["evaluate"]) <= everything
+    assert set(sets["train"]) == {caption for caption in short if len(caption.split()) <= text.MAX_TOKENS} < short
+
+
+def test_the_first_variant_is_the_picture_itself():
+    pictures = [picture(seed=i) for i in range(3)]
+    copies = teacher.variants(pictures, seed=1)
+    assert copies.shape == (world.VARIANTS, 3, 3, 64, 64) and torch.equal(copies[0], to_tensor(pictures))
+    assert len(copies.flatten(1).unique(dim=0)) == world.VARIANTS
+
+
+def test_the_psnr_is_of_pixels_between_zero_and_one():
+    class Off:
+        def encode(self, x):
+            return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: x))
+
+        def decode(self, x):
+            return SimpleNamespace(sample=x + 0.2)
+
+    images = torch.zeros(70, 3, 4, 4)
+    assert vae.psnr(Off(), images) == pytest.approx(20, abs=1e-4)  # a tenth of the range
+    images[:35] = 0.9  # clipped, so half as far off
+    assert vae.psnr(Off(), images) == pytest.approx(20 + 10 * math.log10(2), abs=1e-4)
 
 
 def test_the_training_loop_resumes_to_the_bit(tmp_path):
