@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from fewstep import world
+from fewstep import checkpoint, world
 from fewstep.evaluate import drawing, samples, store
 from fewstep.evaluate.distances import frechet
 from fewstep.world import build, teacher, text, training, vae
@@ -106,6 +106,9 @@ def test_reference_data_and_card_agree():
     card = json.loads((world.ASSETS / "card.json").read_text())
     assert len(rows) == len(latents["latents"]) == card["data"]["pictures"] == 918
     assert int(latents["heldout"].sum()) == card["data"]["heldout"] == sum(row["heldout"] for row in rows)
+    seen = world.latents()  # by a discriminator
+    hidden = {tuple(one.flatten().tolist()) for one in latents["latents"][latents["heldout"]]}
+    assert len(seen) == 918 - card["data"]["heldout"] and not hidden & {tuple(one.flatten().tolist()) for one in seen}
     assert latents["latents"].float().std().item() == pytest.approx(1, abs=0.05)
     heldout, train = features["heldout"].float(), features["train"].float()
     assert len(heldout) == world.VARIANTS * card["data"]["heldout"]
@@ -222,6 +225,9 @@ def test_the_training_loop_resumes_to_the_bit(tmp_path):
     broken = model_after(tmp_path / "broken", [20, 100])
     assert torch.equal(whole, broken)
     torch.testing.assert_close(whole, torch.tensor([[1.0, -2.0, 0.5]]), atol=0.05, rtol=0)
+    _, last = checkpoint.newest(tmp_path / "whole")
+    assert torch.equal(whole, last["ema"]["shadow_params"][0])  # what is left is the average
+    assert not torch.equal(whole, last["module"]["weight"])
 
 
 def test_the_shipped_samples_are_of_this_teacher_and_these_scorers():

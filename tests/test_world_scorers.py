@@ -151,6 +151,31 @@ def test_a_saved_scorer_loads_as_stock_clip_with_the_same_scores(tiny, tokenizer
     torch.testing.assert_close(stock, ours, atol=5e-3, rtol=0)
 
 
+def test_retrieval_counts_what_is_nearer_than_the_truth(monkeypatch):
+    """Six pictures whose own name comes first, second .. sixth; all of one kind, which comes first."""
+    from fewstep.world import scorers
+
+    made = [Picture(disc((9, 9, 9)), str(i), "noto", f"name {i}", "heart", "Smileys & Emotion", True) for i in range(6)]
+    texts = {text: number for number, text in enumerate(["a heart", *(p.name for p in made), *(f"noto {p.name}" for p in made)])}
+
+    def words(model, chosen):
+        return torch.eye(len(texts))[[texts.get(text, -1) for text in chosen]] * torch.tensor([text in texts for text in chosen])[:, None]
+
+    near = torch.zeros(6, len(texts))
+    for i in range(6):
+        order = [j for j in range(6) if j != i]
+        order.insert(i, i)  # its own name stands at place i
+        near[i, 0] = 1
+        for place, j in enumerate(order):
+            near[i, 1 + j] = near[i, 7 + j] = 1 - place / 10
+    monkeypatch.setattr(scorers, "image_features", lambda model, images: near)
+    monkeypatch.setattr(scorers, "tokenize", lambda tokenizer, texts: texts)
+    monkeypatch.setattr(scorers, "text_features", words)
+    found = scorers.retrieval(None, None, made)
+    share = {"name_top1": 1 / 6, "name_top5": 5 / 6, "styled_name_top1": 1 / 6, "styled_name_top5": 5 / 6, "subcategory_top1": 1.0}
+    assert {key: found[key] for key in share} == pytest.approx(share) and found["pictures"] == found["names"] == 6
+
+
 def test_image_features_take_any_size(tiny, images):
     from fewstep.world.scorers import image_features
 
