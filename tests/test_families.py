@@ -42,6 +42,7 @@ from fewstep.folder import RUN_FILES
 from fewstep.models import embeddings, pixart
 from fewstep.models.backbone import repeated_blocks
 from fewstep.models.lora import AddedLinear
+from fewstep.models.schedulers import flow_scheduler, lcm_scheduler
 from fewstep.report.grid import save
 from fewstep.run import sample_grid
 from fewstep.student import Student
@@ -897,6 +898,16 @@ SCHEDULERS = [
     ),
     ("StableDiffusion3Pipeline", FlowMatchEulerDiscreteScheduler(shift=3.0), None),
 ]
+
+
+def test_a_scheduler_says_for_how_many_steps_a_student_was_made():
+    """A latent consistency model's says nothing of it: LCM's own fifty are those of which any number is taken."""
+    flow, ddpm = FlowMatchEulerDiscreteScheduler(shift=3.0), DDIMScheduler(**BETAS)
+    for steps in (1, 2, 4, 8):
+        for scheduler in (flow_scheduler(dict(flow.config), steps), lcm_scheduler(dict(ddpm.config), steps)):
+            assert models.steps_in(scheduler.config) == steps
+    others = LCMScheduler(**BETAS), LCMScheduler(**BETAS, timestep_spacing="trailing"), DDIMScheduler(**BETAS, timestep_spacing="trailing")
+    assert {models.steps_in(scheduler.config) for scheduler in (flow, ddpm, *others)} == {None}
 
 
 @pytest.mark.parametrize("name, scheduler, words", SCHEDULERS)

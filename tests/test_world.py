@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,7 +57,7 @@ def test_a_trial_of_the_script_leaves_the_world_and_its_parts_alone(tmp_path, mo
 
     monkeypatch.setattr(build.data, "fetch", read.append)
     monkeypatch.setattr(build.data, "read", read.append)
-    for name, made in (("vae", None), ("tokenizer", None), ("teacher", types.SimpleNamespace()), ("decoder", None), ("scorers", {})):
+    for name, made in (("vae", None), ("tokenizer", None), ("teacher", SimpleNamespace()), ("decoder", None), ("scorers", {})):
         monkeypatch.setattr(build, f"build_{name}", part(made))
     monkeypatch.setattr(build, "save_teacher", lambda pipe, folder: None)
     monkeypatch.setattr(build, "prompt_sets", lambda *told: {"evaluate": []})
