@@ -197,6 +197,9 @@ def test_kohyas_name_of_the_base_model(teachers, width, prediction, version):
     backbone.model.register_to_config(cross_attention_dim=width)
     backbone.prediction = prediction
     assert backbone.kohya_version() == version
+    told = kohya.metadata(4, version, "title")  # by which other tools sort
+    assert told.get("ss_base_model_version") == version and told.get("ss_v2") == {768: "False", 1024: "True"}.get(width)
+    assert told["ss_network_dim"] == told["ss_network_alpha"] == "4"
 
 
 def sdxl_unet(**changes):
