@@ -293,6 +293,7 @@ def test_a_discriminator_looks_through_a_teacher_that_is_told_its_scale(teachers
     options = ("--size", "8x16", "--reward.discriminator", "0.5", "--discriminator.latents", str(tmp_path / "real.safetensors"))
     run = run_of(teachers / "FluxPipeline", prompt_file, *RANGE, *options)
     assert run.trainer.step()["discriminator/own_loss"] > 0
+    assert run.roles.teacher.uncond["guidance"].tolist() == [(1.5 + 8) / 2]  # in the middle of the range
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
