@@ -158,6 +158,21 @@ def test_a_fake_and_a_discriminator_learn_as_they_are_told(teacher_folder, promp
         assert term.reward.t_range == (0.3, 0.6)
 
 
+@pytest.mark.parametrize("told, share", [(0.3, 0.3), (0.999, 1 - 2**-0.75)], ids=["told", "warming up"])
+def test_a_student_learns_and_is_averaged_as_it_is_told(told, share):
+    """The average forgets the beginning first, as long as it is young: of two updates it is nearer to the second."""
+    options = ("--student.betas", "[0.5,0.8]", "--student.weight-decay", "0.03", "--student.ema", str(told))
+    trainer, weights = small_run.trainer_of(options), []
+    (group,) = trainer.optimizer.param_groups
+    assert (group["betas"], group["weight_decay"]) == ((0.5, 0.8), 0.03)
+    for _ in range(2):
+        trainer.step()
+        weights.append([p.detach().clone() for p in trainer.parameters.values()])
+    for average, first, second in zip(trainer.averaged().values(), *weights, strict=True):
+        torch.testing.assert_close(average, share * first + (1 - share) * second, rtol=0, atol=1e-6)
+    assert any((first - second).abs().max() > 1e-3 for first, second in zip(*weights, strict=True))
+
+
 def test_a_run_shows_its_averaged_student(teacher_folder, prompt_file, tmp_path, monkeypatch):
     """While it trains: the one that is exported."""
     monkeypatch.setattr("fewstep.run.SAMPLES_PER_PROMPT", 1)
