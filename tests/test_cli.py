@@ -1097,11 +1097,14 @@ def test_nan_ends_the_run_with_one_line_and_saves_nothing_of_it(teacher_folder, 
     assert fake and all(bool(torch.isfinite(value).all()) for value in fake.values())
 
 
-def test_prompts_that_are_too_long_are_counted(teacher_folder):
+def test_prompts_that_are_too_long_are_counted(teacher_folder, monkeypatch):
     from fewstep import models
 
     backbone = models.load(str(teacher_folder))
     assert backbone.cut(["a cat", "a very long prompt"]) == ["a very long prompt"]  # eight tokens, one for each letter
+    monkeypatch.setattr("fewstep.models.backbone.TOKENIZED", 2)  # a tokenizer's share of a set
+    long = [f"a very long prompt {i}" for i in range(3)]
+    assert backbone.cut([]) == [] and backbone.cut([long[0], "a cat", "a dog", long[1], long[2]]) == long
 
 
 def test_python_interface(teacher_folder, prompt_file, tmp_path, monkeypatch):
