@@ -381,6 +381,13 @@ def test_bfloat16_where_nothing_is_trained(teacher_folder, prompt_file):
     assert {p.dtype for p in pipe.unet.parameters()} == {torch.bfloat16}
 
 
+def test_full_weights_are_trained_in_float32_beside_frozen_ones_in_bfloat16(teacher_folder):
+    """A step of an optimizer is mostly smaller than bfloat16 tells apart."""
+    roles = models.load(str(teacher_folder), dtype=torch.bfloat16).roles(fake_steps=4)
+    kinds = {name: {p.dtype for p in getattr(roles, name).parameters()} for name in ("teacher", "student", "fake")}
+    assert kinds == {"teacher": {torch.bfloat16}, "student": {torch.float32}, "fake": {torch.float32}}
+
+
 def test_a_discriminator_on_bfloat16_parts_learns_and_resumes(teacher_folder, prompt_file, tmp_path):
     """The recipe dmd2 as a GPU runs it."""
     shape = models.load(str(teacher_folder)).latent_shape()
