@@ -258,6 +258,23 @@ def test_a_ball_holds_its_boundary():
     assert precision_recall(line, torch.tensor([[3.0], [90], [100]]), k=1) == (1 / 3, 1)
 
 
+def test_balls_are_found_by_parts_of_the_centres(monkeypatch):
+    """As of the whole matrix of distances, of which no more than a part is held; a part may hold fewer centres than k."""
+    points, centres, block = normal(40, 6, seed=1), normal(50, 6, seed=2), torch.arange(50) % 3
+    between, own = distances.euclidean(points, centres), distances.euclidean(centres, centres)
+    whole, held = distances.euclidean, []
+    monkeypatch.setattr(distances, "euclidean", lambda a, b: held.append(len(a) * len(b)) or whole(a, b))
+    for size, k in ((7, 3), (7, 9), (3, 5), (1000, 3)):
+        monkeypatch.setattr(distances, "CHUNK", size)
+        radius = distances.radii(centres, k)
+        torch.testing.assert_close(radius, own.kthvalue(k + 1, dim=1).values, rtol=0, atol=1e-9)
+        inside = between <= radius
+        expected = torch.stack([inside[:, block == g].any(1) for g in range(3)], 1)
+        assert torch.equal(distances.covering(points, centres, radius, block), expected) and 0 < expected.sum() < expected.numel()
+        assert max(held) <= size**2
+        held.clear()
+
+
 def test_precision_needs_more_than_k():
     with pytest.raises(ValueError, match="3-th nearest"):
         precision_recall(normal(3, 2), normal(10, 2))

@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
 
 from fewstep.evaluate import drawing, evaluation, measure, protocol, samples, store, tables
-from fewstep.evaluate.distances import diversity, frechet, precision_recall
+from fewstep.evaluate.distances import FeatureSet, diversity, frechet, precision_recall
 from fewstep.evaluate.features import Extractor, clip_features, in_batches, scaled
 from fewstep.evaluate.measure import caption_scores
 from fewstep.evaluate.pictures import Pictures
@@ -341,7 +341,7 @@ def test_a_shipped_sample_is_found_under_other_names_and_not_for_other_weights()
 def test_measure_equals_the_metrics_by_hand(scorer):
     images, group = pictures(18), torch.arange(6).repeat_interleave(3)
     data, teacher = clip_features(scorer, pictures(30, seed=1)), clip_features(scorer, pictures(18, seed=2))
-    others = {"data": {"clip": data}, "teacher": {"clip": teacher}}
+    others = {"data": {"clip": FeatureSet(data)}, "teacher": {"clip": FeatureSet(teacher)}}
     metrics = measure.measure(observed_of(scorer, images), PROMPTS, 3, {"clip": scorer}, extractors=[CLIP], **others, draws=20).metrics
     features = clip_features(scorer, images)
     # the covariances have eigenvalues that are zero but for rounding, 1e-16, and a distance sums their roots
@@ -364,7 +364,7 @@ def test_the_interval_to_the_teacher_is_paired_by_prompt():
     unit = [torch.nn.functional.normalize(subject + 0.3 * torch.randn(80, 8, generator=draw), dim=1) for _ in range(2)]
     options = {"extractors": [CLIP], "draws": 50}
     prompts = [str(i) for i in range(40)]
-    features, others = {"features/clip": unit[0]}, {"clip": scaled(unit[1])}
+    features, others = {"features/clip": unit[0]}, {"clip": FeatureSet(scaled(unit[1]))}
     teacher = measure.measure(features, prompts, 2, {}, teacher=others, **options).metrics["fd_clip_teacher"]
     data = measure.measure(features, prompts, 2, {}, data=others, **options).metrics["fd_clip_data"]
     assert teacher["value"] == pytest.approx(data["value"])
@@ -376,9 +376,9 @@ def test_measure_refuses_what_it_cannot_measure(scorer):
     with pytest.raises(ValueError, match="all different"):
         measure.measure(observed, ["cat"] * 6, 3, {"clip": scorer}, **options)
     with pytest.raises(ValueError, match="singular"):
-        measure.measure(observed, PROMPTS, 3, {"clip": scorer}, data={"clip": torch.randn(8, 8)}, **options)
+        measure.measure(observed, PROMPTS, 3, {"clip": scorer}, data={"clip": FeatureSet(torch.randn(8, 8))}, **options)
     with pytest.raises(ValueError, match="it has 17 pictures, not 18"):
-        measure.measure(observed, PROMPTS, 3, {"clip": scorer}, teacher={"clip": torch.randn(17, 8)}, **options)
+        measure.measure(observed, PROMPTS, 3, {"clip": scorer}, teacher={"clip": FeatureSet(torch.randn(17, 8))}, **options)
     scored = observed | {"features/clip": observed["features/clip"] * torch.nan}
     without = measure.measure(scored, PROMPTS, 3, {"clip": scorer}, draws=5)
     assert "clip" not in without.metrics

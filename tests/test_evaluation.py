@@ -23,10 +23,10 @@ from test_remote import Faulty, served
 
 from fewstep import cli, models, world
 from fewstep.errors import UserError
-from fewstep.evaluate import configs, drawing, evaluation, features, protocol, samples, store, tables
+from fewstep.evaluate import configs, distances, drawing, evaluation, features, protocol, samples, store, tables
 from fewstep.evaluate import measure as measuring
 from fewstep.evaluate.command import load_judges, measure_student, source_of
-from fewstep.evaluate.distances import bootstrap, frechet, jackknife, kernel_distance, polynomial, precision_recall
+from fewstep.evaluate.distances import FeatureSet, bootstrap, frechet, jackknife, kernel_distance, polynomial, precision_recall
 from fewstep.evaluate.features import Extractor
 from fewstep.evaluate.measure import measure
 from fewstep.evaluate.pictures import Pictures
@@ -72,8 +72,13 @@ def on_disk(folder, name, tensor, size=17):
 PROMPTS = [f"p{i // 2}" for i in range(60)]  # every caption twice, as in COCO
 
 
+def sets(features):
+    return {name: FeatureSet(values) for name, values in features.items()}
+
+
 def measured(seen, data, teacher, **options):
-    return measure(seen, PROMPTS, 2, {}, extractors=[NET, UNIT], data=data, teacher=teacher, draws=20, repeats=True, **options).metrics
+    against = {"data": sets(data), "teacher": sets(teacher)}
+    return measure(seen, PROMPTS, 2, {}, extractors=[NET, UNIT], **against, draws=20, repeats=True, **options).metrics
 
 
 def test_on_disk_is_in_memory(sample, tmp_path, monkeypatch):
@@ -100,6 +105,41 @@ def test_on_disk_is_in_memory(sample, tmp_path, monkeypatch):
     assert small["bright"]["value"] == pytest.approx(float(seen["score/bright"].mean()), abs=1e-6)
 
 
+@pytest.mark.parametrize("small", [2**20, 0])
+def test_what_belongs_to_a_set_alone_is_made_once(sample, monkeypatch, small):
+    """Of the data and of the teacher once for all samples, of a sample once for both: its numbers stay what they are."""
+    monkeypatch.setattr(measuring, "SMALL", small)
+    seen, data, teacher = sample
+    samples = [seen, seen | {"features/net": seen["features/net"] * 1.1}]
+    alone = [measured(each, data, teacher) for each in samples]
+    made, fixed = [], {"data": sets(data), "teacher": sets(teacher)}
+    names = {id(x): f"{what} {name}" for what, part in fixed.items() for name, x in ((n, each.features) for n, each in part.items())}
+
+    def counted(module, function, what):
+        inner = getattr(module, function)
+
+        def call(*arguments, **options):
+            made.append(what(*arguments, **options))
+            return inner(*arguments, **options)
+
+        monkeypatch.setattr(module, function, call)
+
+    counted(distances, "root", lambda cov: f"root {len(cov)}")
+    counted(distances, "radii", lambda x, k, device: (f"radii {names.get(id(x))}", device))
+    counted(distances, "block_sums", lambda x, y, *rest, device: f"sums {names.get(id(x))}" if x is y else "between")
+    monkeypatch.setattr(measuring, "frechet_distance", lambda *moments: 0.0)  # of the teacher's prompts that were drawn, which differ
+    options = {"extractors": [NET, UNIT], "draws": 20, "repeats": True, "device": torch.device("cpu")}
+    found = [measure(each, PROMPTS, 2, {}, **fixed, **options).metrics for each in samples]
+    assert [made.count(f"sums {what} {name}") for what in fixed for name in data] == [1] * 4
+    assert made.count("sums None") == 4 and len([each for each in made if each[0] == "radii data net"]) == 1  # two samples, two extractors
+    assert ("radii data net", torch.device("cpu")) in made
+    # in memory the data's alone; by the jackknife the data's and the teacher's, and the teacher's without each of 20 blocks, twice
+    assert [made.count(f"root {d}") for d in (12, 8)] == ([1, 1] if small else [42, 42])
+    for one, other in zip(alone, found, strict=True):
+        same = [name for name in one if small == 0 or name not in ("fid_teacher", "fd_clip_teacher")]
+        assert {name: one[name] for name in same} == {name: other[name] for name in same}
+
+
 def test_which_intervals_are_jackknifed_is_told(monkeypatch):
     metrics = ["fid_data", "kid_data", "kid_teacher", "fd_clip_data", "cmmd_data", "clip", "recall"]
     assert measuring.jackknifed(120, 30, 40, [NET, UNIT], metrics) == ["kid_data", "kid_teacher", "cmmd_data"]
@@ -112,8 +152,9 @@ def test_which_intervals_are_jackknifed_is_told(monkeypatch):
 def test_the_jackknife_interval_covers_the_frechet_distance_of_that_size(monkeypatch):
     """Over samples of one size, 95% intervals hold the mean of their values four times out of five at least."""
     monkeypatch.setattr(measuring, "SMALL", 0)
-    data, rows = normal(400, 6, seed=1), torch.arange(200)[:, None]
-    found = [measuring.jackknifed_frechet(0.2 + 0.9 * normal(200, 6, seed=s), data, rows, paired=False, seed=s) for s in range(10, 70)]
+    data, rows = FeatureSet(normal(400, 6, seed=1)), torch.arange(200)[:, None]
+    drawn = {s: FeatureSet(0.2 + 0.9 * normal(200, 6, seed=s)) for s in range(10, 70)}
+    found = [measuring.jackknifed_frechet(mine, data, rows, paired=False, seed=s) for s, mine in drawn.items()]
     mean = np.mean([entry["value"] for entry in found])
     held = np.mean([entry["low"] < mean < entry["high"] for entry in found])
     widths = np.mean([entry["high"] - entry["low"] for entry in found])
@@ -123,7 +164,7 @@ def test_the_jackknife_interval_covers_the_frechet_distance_of_that_size(monkeyp
 
 def test_an_interval_of_a_squared_norm_ends_at_zero():
     """CMMD, with its diagonals, cannot be negative; KID, unbiased, can."""
-    mine, theirs = (normal(120, 8, seed=seed) for seed in (1, 2))
+    mine, theirs = (FeatureSet(normal(120, 8, seed=seed)) for seed in (1, 2))
     rows = torch.arange(120).view(30, 4)
     found = {
         kernel: measuring.jackknifed_kernel(kernel, mine, theirs, rows, paired=True, seed=0, device="cpu") for kernel in ("cmmd", "kid")
@@ -135,7 +176,7 @@ def test_the_teachers_prompts_are_left_out_with_the_students(monkeypatch):
     """Prompts far apart, student and teacher near each other: which prompts were drawn is no part of the difference."""
     monkeypatch.setattr(measuring, "SMALL", 0)
     subject = 3 * normal(60, 6, seed=1).repeat_interleave(2, 0)
-    mine, theirs = subject + 0.3 * normal(120, 6, seed=2), subject + 0.3 * normal(120, 6, seed=3)
+    mine, theirs = (FeatureSet(subject + 0.3 * normal(120, 6, seed=seed)) for seed in (2, 3))
     rows = torch.arange(120).view(60, 2)
     widths = []
     for paired in (True, False):
@@ -155,7 +196,7 @@ def test_a_block_is_of_prompts_from_everywhere():
 def test_a_kernel_distances_interval_leaves_prompts_out(paired):
     """Of the sample, and of the teacher's with it: as if the pictures had never been there."""
     mine, theirs, rows = normal(80, 4, seed=1), normal(80, 4, seed=2) + 0.3, torch.arange(80).view(40, 2)
-    found = measuring.jackknifed_kernel("kid", mine, theirs, rows, paired=paired, seed=3, device="cpu")
+    found = measuring.jackknifed_kernel("kid", FeatureSet(mine), FeatureSet(theirs), rows, paired=paired, seed=3, device="cpu")
     block, without = measuring.blocks_of(40, 3), []
     assert block.bincount().tolist() == [2] * 20
     for g in range(20):
@@ -168,7 +209,7 @@ def test_a_kernel_distances_interval_leaves_prompts_out(paired):
 def test_what_cannot_be_measured_is_left_out_and_said(sample):
     seen, data, teacher = sample
     few = {name: values[:12] for name, values in seen.items()} | {"score/bright": torch.tensor([1.0] * 11 + [torch.nan])}
-    options = {"extractors": [NET, UNIT], "data": data, "draws": 5, "repeats": True}
+    options = {"extractors": [NET, UNIT], "data": sets(data), "draws": 5, "repeats": True}
     whole = measure(few, PROMPTS[:12], 1, {}, **options)
     found, said = whole.metrics, whole.left_out
     assert said == {
@@ -181,7 +222,7 @@ def test_what_cannot_be_measured_is_left_out_and_said(sample):
     unscored = measure(few, PROMPTS[:12], 1, {}, **options)
     assert "bright" not in unscored.metrics and unscored.left_out == said | {"bright": "11 of 12 pictures got no score"}
     with pytest.raises(ValueError, match="it has 120 pictures, not 12"):
-        measure(few, PROMPTS[:12], 1, {}, **options, teacher=teacher)
+        measure(few, PROMPTS[:12], 1, {}, **options, teacher=sets(teacher))
 
 
 def test_a_mean_and_a_difference_are_of_the_pictures_that_have_a_score():
@@ -209,7 +250,7 @@ def test_two_numbers_never_have_one_name(sample):
             measured(seen | {f"score/{name}": seen["score/bright"]}, data, teacher)
     twin = Extractor("twin", "fid", "kid", False, None, 12)
     seen["features/twin"] = seen["features/net"] * 2
-    both = {"extractors": [NET, twin], "data": data | {"twin": data["net"]}, "draws": 5, "repeats": True}
+    both = {"extractors": [NET, twin], "data": sets(data | {"twin": data["net"]}), "draws": 5, "repeats": True}
     with pytest.raises(ValueError, match="'fid_data' names two numbers"):
         measure(seen, PROMPTS, 2, {}, **both)
     found = measure(seen, PROMPTS, 2, {}, **both | {"extractors": measuring.told_apart([NET, twin])}).metrics

@@ -16,6 +16,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from fewstep.evaluate import evaluation, features, measure, tables
+from fewstep.evaluate.distances import FeatureSet
 from fewstep.evaluate.features import Extractor, crop, make_extractors, square, to_bytes
 from fewstep.rewards.clip import CLIPScore
 
@@ -243,15 +244,16 @@ def test_features_that_measure_nothing_are_named():
     seen, prompts = torch.rand(12, 2) + 0.1, [f"a {i}" for i in range(6)]
 
     def found(seen, **options):
-        return measure.measure({"features/mine": seen}, prompts, 2, {}, extractors=[mine], draws=5, **options)
+        sets = {what: {"mine": FeatureSet(features)} for what, features in options.items()}
+        return measure.measure({"features/mine": seen}, prompts, 2, {}, extractors=[mine], draws=5, **sets)
 
     with pytest.raises(ValueError, match=r"'mine' has 2 features of a generated picture and 3 of one of the data's; it needs one width"):
-        found(seen, data={"mine": torch.rand(9, 3)})
+        found(seen, data=torch.rand(9, 3))
     holed = seen.index_fill(0, torch.tensor([4]), torch.nan)
-    for options, words in (({}, "generated"), ({"teacher": {"mine": seen}}, "generated"), ({"data": {"mine": seen}}, "generated")):
+    for options, words in (({}, "generated"), ({"teacher": seen}, "generated"), ({"data": seen}, "generated")):
         with pytest.raises(ValueError, match=f"1 of 12 {words} 'mine' features hold NaN or inf"):
             found(holed, **options)
-    for options, words in (({"teacher": {"mine": holed}}, "teacher"), ({"data": {"mine": holed}}, "real")):
+    for options, words in (({"teacher": holed}, "teacher"), ({"data": holed}, "real")):
         with pytest.raises(ValueError, match=f"1 of 12 {words} 'mine' features hold NaN or inf"):
             found(seen, **options)
     without = found(seen.index_fill(0, torch.tensor([4]), 0.0))
@@ -266,7 +268,8 @@ def test_too_few_pictures_for_an_extractor_leave_its_distance_out():
     seen, other = ({e.name: torch.randn(12, e.width, generator=generator) for e in extractors} for _ in range(2))
     observed = {f"features/{name}": torch.nn.functional.normalize(values) for name, values in seen.items()}
     prompts = [f"a {i}" for i in range(6)]
-    whole = measure.measure(observed, prompts, 2, {}, extractors=extractors, teacher=other, draws=5)
+    teacher = {name: FeatureSet(features) for name, features in other.items()}
+    whole = measure.measure(observed, prompts, 2, {}, extractors=extractors, teacher=teacher, draws=5)
     found = whole.metrics
     assert whole.left_out == {"fd_wide_teacher": "12 pictures, but the covariance of 40 features needs more than 40"}
     assert list(found) == ["fd_mine_teacher", "diversity"]

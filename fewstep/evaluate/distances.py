@@ -5,15 +5,14 @@ Sets too large for memory come as a `Matrix`, whose rows are read some at a time
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 CHUNK = 1024  # rows of a Matrix that are looked at together
-AT_ONCE = 2**23  # numbers of a matrix of distances or kernels that are held together: 64 MB
 
 
 class Matrix(Protocol):
@@ -97,18 +96,33 @@ def root(matrix: Tensor) -> Tensor:
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
+class Gaussian(NamedTuple):
+    """What a Frechet distance takes of its first set: many sets have their distance to one, whose root is taken once."""
+
+    mean: Tensor  # (d,)
+    trace: Tensor  # of the covariance, ()
+    half: Tensor  # its square root, (d, d)
+
+    @classmethod
+    def of(cls, mean: Tensor, cov: Tensor) -> Gaussian:
+        """Mean (d,), covariance (d, d)."""
+        return cls(mean.double(), cov.double().trace(), root(cov.double()))
+
+    def distance(self, mean: Tensor, cov: Tensor) -> float:
+        """`frechet_distance` to the Gaussian of that mean (d,) and covariance (d, d)."""
+        mean, cov = mean.double(), cov.double()
+        product = self.half @ cov @ self.half
+        cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+        return max(0.0, float((self.mean - mean).square().sum() + self.trace + cov.trace() - 2 * cross))
+
+
 def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
     """|mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^1/2), the squared 2-Wasserstein distance of two Gaussians.
 
     Means (d,), covariances (d, d). cov_a cov_b has the eigenvalues of the symmetric cov_a^1/2 cov_b cov_a^1/2, whose
     square roots are real and exist when either covariance is singular.
     """
-    mean_a, cov_a, mean_b, cov_b = (x.double() for x in (mean_a, cov_a, mean_b, cov_b))
-    half = root(cov_a)
-    product = half @ cov_b @ half
-    cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
-    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
-    return max(0.0, float(distance))
+    return Gaussian.of(mean_a, cov_a).distance(mean_b, cov_b)
 
 
 def frechet(features_a: Tensor, features_b: Tensor) -> float:
@@ -221,29 +235,34 @@ def euclidean(a: Tensor, b: Tensor) -> Tensor:
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist" if exact else "use_mm_for_euclid_dist")
 
 
-def distances(points: Matrix, centres: Matrix) -> Iterator[tuple[int, Tensor]]:
-    """(number of the first point, its and the next points' distances to all centres) of each part of `points`."""
-    size = max(1, min(CHUNK, AT_ONCE // max(1, len(centres))))
-    for first, rows in chunks(points, size):
-        rows = rows.double()
-        yield first, torch.cat([euclidean(rows, others.double()) for _, others in chunks(centres)], 1)
-
-
-def radii(centres: Matrix, k: int) -> Tensor:
+def radii(centres: Matrix, k: int, *, device: str | torch.device = "cpu") -> Tensor:
     """Each centre's distance to its k-th nearest other centre, (C,). Raises ValueError when there are not more than k centres."""
     if len(centres) <= k:
         raise ValueError(f"{len(centres)} features have no {k}-th nearest neighbour; use more than {k}")
-    # the nearest is the centre itself
-    return torch.cat([distance.kthvalue(k + 1, dim=1).values for _, distance in distances(centres, centres)])
+    found = []
+    for _, rows in chunks(centres):
+        rows = rows.to(device).double()
+        nearest = torch.full((len(rows), k + 1), torch.inf, dtype=torch.float64, device=device)  # the first will be the centre itself
+        for _, others in chunks(centres):
+            beside = euclidean(rows, others.to(device).double())
+            nearest = torch.cat([nearest, beside], 1).topk(k + 1, dim=1, largest=False).values
+        found.append(nearest[:, -1].cpu())
+    return torch.cat(found)
 
 
-def covering(points: Matrix, centres: Matrix, radius: Tensor, block: Tensor) -> Tensor:
+def covering(points: Matrix, centres: Matrix, radius: Tensor, block: Tensor, *, device: str | torch.device = "cpu") -> Tensor:
     """Which block has a centre whose ball holds which point, (P, G) bool. radius (C,), block (C,) int64."""
-    found = torch.zeros(len(points), int(block.max()) + 1, dtype=torch.bool)
-    for first, distance in distances(points, centres):
-        point, centre = (distance <= radius).nonzero(as_tuple=True)
-        found[first + point, block[centre]] = True
-    return found
+    blocks, parts = int(block.max()) + 1, []
+    radius, block = radius.to(device), block.to(device)
+    for _, rows in chunks(points):
+        rows = rows.to(device).double()
+        held = torch.zeros(len(rows), blocks, dtype=torch.bool, device=device)
+        for first, others in chunks(centres):
+            beside = euclidean(rows, others.to(device).double())
+            point, centre = (beside <= radius[first : first + len(others)]).nonzero(as_tuple=True)
+            held[point, block[first + centre]] = True
+        parts.append(held.cpu())
+    return torch.cat(parts)
 
 
 def covered(points: Tensor, centres: Tensor, k: int) -> Tensor:
@@ -283,6 +302,52 @@ def spread(features: Tensor, group: Tensor) -> Tensor:
 def diversity(features: Tensor, group: Tensor) -> float:
     """Mean over groups (prompts) of the mean pairwise 1 - cosine within a group. features (N, d), group (N,) int64."""
     return float(spread(features, group).mean())
+
+
+# A set, and what belongs to it alone
+
+
+class FeatureSet:
+    """Features (N, d) as distances take them, and what belongs to them alone, made when it is first asked for and then kept: every sample
+    of an evaluation has its distances to the same sets."""
+
+    def __init__(self, features: Matrix):
+        self.features = features
+        self.made: dict[Hashable, Any] = {}
+
+    def once(self, what: Hashable, make: Callable[[], Any]) -> Any:
+        if what not in self.made:
+            self.made[what] = make()
+        return self.made[what]
+
+    def check(self, name: str) -> None:
+        """Raises ValueError as `check_finite` does."""
+        self.once("finite", lambda: check_finite(self.features, name))
+
+    def moments(self) -> Moments:
+        """Running ones."""
+        return self.once("moments", lambda: running_moments(self.features))
+
+    def gaussian(self, *, at_once: bool) -> Gaussian:
+        """at_once: of all features together, in memory, not of running moments; the two differ by rounding."""
+
+        def make() -> Gaussian:
+            return Gaussian.of(*(moments(self.features[:].double()) if at_once else self.moments().finish()))
+
+        return self.once(("gaussian", at_once), make)
+
+    def kernel_sums(self, kernel: Kernel, block: Tensor, *, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
+        """(`block_sums` with itself, `diagonal_sums`); block (N,) int64."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            sums = block_sums(self.features, self.features, kernel, block, block, device=device)
+            return sums, diagonal_sums(self.features, kernel, block)
+
+        return self.once((kernel, block.numpy().tobytes()), make)
+
+    def radii(self, k: int, *, device: str | torch.device = "cpu") -> Tensor:
+        """As the function of this name."""
+        return self.once(("radii", k), lambda: radii(self.features, k, device=device))
 
 
 # Intervals

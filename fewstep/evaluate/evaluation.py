@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fewstep.disk import replace_text
 from fewstep.evaluate.configs import pipeline_config
-from fewstep.evaluate.distances import bootstrap
+from fewstep.evaluate.distances import FeatureSet, bootstrap
 from fewstep.evaluate.drawing import (
     BATCH,
     Noise,
@@ -251,9 +251,11 @@ def evaluate(
         if share != (0, 1):
             say(f"share {share[0]} of {share[1]} is drawn. When all are, the same call without a share measures")
             return None
-        against = {"extractors": used, "data": real, "neighbours": neighbours, "repeats": named is not None, "device": device}
+        against = {"extractors": used, "neighbours": neighbours, "repeats": named is not None, "device": device}
+        if real is not None:
+            against["data"] = {name: FeatureSet(features) for name, features in real.items()}
         if reference is not None:
-            against["teacher"] = {e.name: e.for_distances(reference[f"features/{e.name}"]) for e in used}
+            against["teacher"] = {e.name: FeatureSet(e.for_distances(reference[f"features/{e.name}"])) for e in used}
         rows, singles = measured_rows(samples, drawing, scorers, left_out=left_out, draws=draws, **against)
     differing = paired(*singles[:2], draws=draws) if teacher is not None else {}  # the teacher's sample has the student's seed
     n_real = 0 if data is None else data.n if isinstance(data, Pictures) else len(data)

@@ -13,17 +13,16 @@ from torch import Tensor
 
 from fewstep.evaluate.distances import (
     CMMD_SCALE,
+    FeatureSet,
+    Gaussian,
     KernelSums,
     Matrix,
     Moments,
     block_sums,
     bootstrap,
     check_finite,
-    checked,
     chunks,
     covering,
-    diagonal_sums,
-    frechet,
     frechet_distance,
     gaussian,
     jackknife,
@@ -31,7 +30,6 @@ from fewstep.evaluate.distances import (
     moments,
     polynomial,
     radii,
-    running_moments,
     spread,
 )
 from fewstep.evaluate.features import Extractor
@@ -181,8 +179,8 @@ def measure(
     scorers: Mapping[str, CLIPScore],
     *,
     extractors: Sequence[Extractor] = (),
-    data: Mapping[str, Matrix] | None = None,
-    teacher: Mapping[str, Matrix] | None = None,
+    data: Mapping[str, FeatureSet] | None = None,
+    teacher: Mapping[str, FeatureSet] | None = None,
     neighbours: int = NEIGHBOURS,
     draws: int = DRAWS,
     seed: int = 0,
@@ -194,7 +192,8 @@ def measure(
     observed: what `observe` saw of N pictures, those of one prompt side by side, prompts in order; repeats: `prompts` need not differ, as
     in published sets; extractors: whose features are compared, the first of which precision, recall and diversity use; data, teacher: by
     extractor, features (M, d) of real pictures and (N, d) of the teacher's of the same prompts in the same order, as distances take them.
-    Without them the metrics that need them are left out. device: where sums over all pairs of pictures are taken.
+    Without them the metrics that need them are left out. What belongs to them alone is made once, for all samples that are measured with
+    the same ones. device: where all pairs of pictures are looked at.
 
     Prompts are resampled, each with all its pictures, the teacher's too; data are held fixed. Raises ValueError for repeated
     prompts, not more pictures than dimensions, and non-finite features.
@@ -204,9 +203,11 @@ def measure(
     rows = torch.arange(len(prompts) * images_per_prompt).view(len(prompts), images_per_prompt)
     found = Measurement(rows, draws, seed)
     for e in extractors:
-        for what, features in {"data": (data or {}).get(e.name), "teacher": (teacher or {}).get(e.name)}.items():
-            if features is not None:
-                distances_of(found, e, observed[f"features/{e.name}"], features, what, device=device)
+        others = {what: sets[e.name] for what, sets in (("data", data), ("teacher", teacher)) if sets and e.name in sets}
+        if others:
+            mine = sample_set(e, observed[f"features/{e.name}"])
+        for what, theirs in others.items():
+            distances_of(found, e, mine, theirs, what, device=device)
     group = torch.arange(len(prompts)).repeat_interleave(images_per_prompt)
     for name, scorer in scorers.items():
         own, above = caption_scores(observed[f"features/{name}"], scorer, prompts, group)
@@ -219,7 +220,7 @@ def measure(
     for e in extractors[:1]:
         features = observed[f"features/{e.name}"]
         if data and e.name in data:
-            precision_and_recall(found, e, features, data[e.name], neighbours)
+            precision_and_recall(found, e, features, data[e.name], neighbours, device=device)
         diversity_of(found, e, features)
     return found
 
@@ -274,74 +275,77 @@ def in_double(features: Matrix) -> Matrix:
     return features.double() if isinstance(features, Tensor) else features
 
 
-def distances_of(found: Measurement, e: Extractor, features: Matrix, other: Matrix, what: str, *, device: str | torch.device) -> None:
-    """The Frechet and the kernel distance of a sample, features (N, d) as they were kept, to `other`, features as distances take them.
+def sample_set(e: Extractor, features: Matrix) -> FeatureSet:
+    """A sample's features (N, d), as they were kept, for its distances. Raises ValueError unless they are finite."""
+    check_finite(features, f"generated {e.name!r}")
+    return FeatureSet(e.for_distances(in_double(features[:] if in_memory(features) else features)))
+
+
+def in_memory(features: Matrix) -> bool:
+    """Whether distances of a sample with these features (N, d) are resampled in memory."""
+    n, d = features.shape
+    return n * d <= SMALL
+
+
+def distances_of(found: Measurement, e: Extractor, mine: FeatureSet, theirs: FeatureSet, what: str, *, device: str | torch.device) -> None:
+    """The Frechet and the kernel distance of a sample (N, d) to another set.
 
     what: "data", which are held fixed, or "teacher", of which the same prompts are drawn or left out: which prompts were drawn is no
     difference.
     """
-    n, d = features.shape
+    (n, d), (m, width) = mine.features.shape, theirs.features.shape
     rows, seed, left_out = found.rows, found.seed, found.left_out
     paired = what == "teacher"
-    if paired and len(other) != n:
-        raise ValueError(f"the teacher's sample must be of the same prompts: it has {len(other)} pictures, not {n}")
-    ours, others = f"generated {e.name!r}", f"{'teacher' if paired else 'real'} {e.name!r}"
-    if other.shape[1] != d:
-        raise ValueError(
-            f"{e.name!r} has {d} features of a generated picture and {other.shape[1]} of one of the {what}'s; it needs one width"
-        )
+    if paired and m != n:
+        raise ValueError(f"the teacher's sample must be of the same prompts: it has {m} pictures, not {n}")
+    if width != d:
+        raise ValueError(f"{e.name!r} has {d} features of a generated picture and {width} of one of the {what}'s; it needs one width")
+    theirs.check(f"{'teacher' if paired else 'real'} {e.name!r}")
     name = f"{e.frechet}_{what}"
-    if n * d <= SMALL:
-        mine = e.for_distances(checked(features[:], ours))
-        theirs = checked(other[:], others)
-    else:
-        check_finite(features, ours)
-        mine, theirs = e.for_distances(in_double(features)), other
-        check_finite(other, others)
-    if min(n, len(other)) <= d and (e.kernel or e.frechet != "fd_clip"):  # a scorer's alone was refused before anything was drawn
-        least = f"{n} pictures" if paired or n <= len(other) else real_pictures(len(other))
+    if min(n, m) <= d:
+        if not e.kernel and e.frechet == "fd_clip":  # a scorer's alone was refused before anything was drawn
+            raise ValueError(f"{min(n, m)} features of {d} dimensions: their covariance is singular; use more than {d} pictures")
+        least = f"{n} pictures" if paired or n <= m else real_pictures(m)
         left_out[name] = f"{least}, but the covariance of {d} features needs more than {d}"
-    elif n * d <= SMALL:
-        frechet(theirs, mine)  # refuses what has no covariance
+    elif in_memory(mine.features):
         if paired:
+            others = theirs.features[:].double()
 
             def distance(index: Tensor) -> float:
                 taken = rows[index].flatten()
-                return frechet_distance(*moments(theirs[taken]), *moments(mine[taken]))
+                return frechet_distance(*moments(others[taken]), *moments(mine.features[taken]))
         else:
-            fixed = moments(theirs)
+            fixed = theirs.gaussian(at_once=True)
 
             def distance(index: Tensor) -> float:
-                return frechet_distance(*fixed, *moments(mine[rows[index].flatten()]))
+                return fixed.distance(*moments(mine.features[rows[index].flatten()]))
 
         found.add(name, distance, centre=True, bounds=(0, np.inf))
     else:
-        if min(n, len(other)) <= d:
-            raise ValueError(f"{min(n, len(other))} features of {d} dimensions: their covariance is singular; use more than {d} pictures")
         found.put(name, jackknifed_frechet(mine, theirs, rows, paired=paired, seed=seed))
     if e.kernel:
         kernel, name = e.kernel.partition(".")[0], f"{e.kernel}_{what}"
         unbiased = KERNELS[kernel][1]
-        if unbiased and len(other) < 2:
-            left_out[name] = f"{real_pictures(len(other))}, but it takes the mean over pairs of different ones"
+        if unbiased and m < 2:
+            left_out[name] = f"{real_pictures(m)}, but it takes the mean over pairs of different ones"
         elif unbiased and n < 3:
             left_out[name] = f"{n} pictures, but its interval leaves a prompt out, and the mean over pairs needs two pictures of the others"
         else:
             found.put(name, jackknifed_kernel(kernel, mine, theirs, rows, paired=paired, seed=seed, device=device))
 
 
-def jackknifed_frechet(mine: Matrix, theirs: Matrix, rows: Tensor, *, paired: bool, seed: int) -> dict[str, float]:
+def jackknifed_frechet(mine: FeatureSet, theirs: FeatureSet, rows: Tensor, *, paired: bool, seed: int) -> dict[str, float]:
     """Frechet distance of features on disk, by running moments; blocks of prompts are left out by subtracting theirs."""
-    own, other = running_moments(mine), running_moments(theirs)
-    reference = other.finish()
+    own, fixed = mine.moments(), theirs.gaussian(at_once=False)
     block = blocks_of(len(rows), seed)
     without = []
     for g in range(int(block.max()) + 1):
-        taken = rows[block == g].flatten()
+        taken, reference = rows[block == g].flatten(), fixed
         if paired:
-            reference = other.without(of_rows(theirs, taken, other.about)).finish()
-        without.append(frechet_distance(*reference, *own.without(of_rows(mine, taken, own.about)).finish()))
-    value = frechet_distance(*other.finish(), *own.finish())
+            other = theirs.moments()
+            reference = Gaussian.of(*other.without(of_rows(theirs.features, taken, other.about)).finish())
+        without.append(reference.distance(*own.without(of_rows(mine.features, taken, own.about)).finish()))
+    value = fixed.distance(*own.finish())
     low, high = jackknife(value, without, level=LEVEL)
     return {"value": value, "low": max(0.0, low), "high": high}
 
@@ -354,19 +358,18 @@ def of_rows(features: Matrix, taken: Tensor, about: Tensor) -> Moments:
 
 
 def jackknifed_kernel(
-    kernel: str, mine: Matrix, theirs: Matrix, rows: Tensor, *, paired: bool, seed: int, device: str | torch.device
+    kernel: str, mine: FeatureSet, theirs: FeatureSet, rows: Tensor, *, paired: bool, seed: int, device: str | torch.device
 ) -> dict[str, float]:
     """Kernel distance over all pairs of pictures; blocks of prompts are left out of the sums."""
     function, unbiased, scale = KERNELS[kernel]
     block = blocks_of(len(rows), seed)
     of_mine = block.repeat_interleave(rows.shape[1])
-    of_theirs = of_mine if paired else torch.zeros(len(theirs), dtype=torch.long)
-    pairs = ((mine, mine, of_mine, of_mine), (mine, theirs, of_mine, of_theirs), (theirs, theirs, of_theirs, of_theirs))
-    xx, xy, yy = (block_sums(a, b, function, i, j, device=device) for a, b, i, j in pairs)
-    sums = KernelSums(
-        xx, xy, yy, diagonal_sums(mine, function, of_mine), diagonal_sums(theirs, function, of_theirs),
-        of_mine.bincount().double(), of_theirs.bincount().double(),
-    )  # fmt: skip
+    of_theirs = of_mine if paired else torch.zeros(len(theirs.features), dtype=torch.long)
+    xy = block_sums(mine.features, theirs.features, function, of_mine, of_theirs, device=device)
+    (xx, diagonal_x), (yy, diagonal_y) = (
+        side.kernel_sums(function, of, device=device) for side, of in ((mine, of_mine), (theirs, of_theirs))
+    )
+    sums = KernelSums(xx, xy, yy, diagonal_x, diagonal_y, of_mine.bincount().double(), of_theirs.bincount().double())
     every, fixed = torch.ones(len(sums.n), dtype=torch.float64), torch.ones(len(sums.m), dtype=torch.float64)
     value = scale * mmd(sums, every, fixed, unbiased=unbiased)
     without = []
@@ -378,23 +381,25 @@ def jackknifed_kernel(
     return {"value": value, "low": low if unbiased else max(0.0, low), "high": high}  # with the diagonals it is a squared norm
 
 
-def precision_and_recall(found: Measurement, e: Extractor, features: Matrix, data: Matrix, neighbours: int) -> None:
+def precision_and_recall(
+    found: Measurement, e: Extractor, features: Matrix, data: FeatureSet, neighbours: int, *, device: str | torch.device
+) -> None:
     """Share of the pictures inside the data's balls, and of the data inside the pictures'; the balls keep their radii when resampled."""
-    (n, d), rows = features.shape, found.rows
-    small = recall_in_memory(n, d, len(rows), len(data))
+    (n, d), rows, theirs = features.shape, found.rows, data.features
+    m = len(theirs)
+    small = recall_in_memory(n, d, len(rows), m)
     mine = e.for_distances(in_double(features[:] if small else features))
-    theirs = checked(data[:], "reference") if small else data
-    one = torch.zeros(len(data), dtype=torch.long)
+    one = torch.zeros(m, dtype=torch.long)
     too_few = f"but a ball reaches to neighbour {neighbours} of its picture and needs more than {neighbours}"
-    if len(data) > neighbours:
-        found.add_mean("precision", covering(mine, theirs, radii(theirs, neighbours), one)[:, 0])
+    if m > neighbours:
+        found.add_mean("precision", covering(mine, theirs, data.radii(neighbours, device=device), one, device=device)[:, 0])
     else:
-        found.left_out["precision"] = f"{real_pictures(len(data))}, {too_few}"
+        found.left_out["precision"] = f"{real_pictures(m)}, {too_few}"
     if n <= neighbours:
         found.left_out["recall"] = f"{n} pictures, {too_few}"
         return
-    block = torch.arange(len(rows)) if small else blocks_of(len(rows), found.seed)
-    held = covering(theirs, mine, radii(mine, neighbours), block.repeat_interleave(rows.shape[1]))  # (M, prompts or blocks)
+    block = (torch.arange(len(rows)) if small else blocks_of(len(rows), found.seed)).repeat_interleave(rows.shape[1])
+    held = covering(theirs, mine, radii(mine, neighbours, device=device), block, device=device)  # (M, prompts or blocks)
 
     def recall(index: Tensor) -> float:
         return float(held[:, index].any(1).double().mean())
