@@ -510,6 +510,7 @@ def check_showing(report, folder):
     ("changes", "message"),
     [
         ({"prompts": ["cat", "dog", "cat"]}, "'cat' is repeated"),
+        ({"prompts": [*"abcde"] * 3}, "all different; 'a' is repeated; 'b' is repeated; 'c' is repeated; and 2 more$"),
         ({"prompts": ["cat"]}, "at least two"),
         ({"images_per_prompt": 0}, "at least 1"),
         ({"prompts": PROMPTS[:2], "images_per_prompt": 4}, "more than 8"),

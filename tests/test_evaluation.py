@@ -482,8 +482,10 @@ def test_shares_are_the_whole_to_the_bit(tmp_path, noise, request):
     pipe = Pipe() if noise == "picture" else request.getfixturevalue("diffusion_pipe")
     options = {"noise": noise} | ({} if noise == "picture" else {"steps": 3, "prompts": PromptSet("few", MANY.prompts[:13])})
     whole = evaluated(pipe, tmp_path / "one", **options)
+    said = []
     for i in (2, 0, 1):
-        assert evaluated(pipe, tmp_path / "three", share=(i, 3), **options) is None
+        assert evaluated(pipe, tmp_path / "three", share=(i, 3), say=said.append, **options) is None
+    assert not any("draw nothing" in line for line in said)
     shared = evaluated(pipe, tmp_path / "three", **options)
     assert shared["rows"][0]["sample"] == "kept"
     assert without_times(shared) == without_times(whole)
@@ -492,6 +494,12 @@ def test_shares_are_the_whole_to_the_bit(tmp_path, noise, request):
         images, _ = drawing.generate(pipe, options["prompts"].prompts, 2, steps=3, seed=0, batch=3)
         found = [value for (_, name), value in kept(tmp_path / "one").items() if name == "features/flat"]
         assert torch.equal(torch.cat(found), FLAT.function(images))
+
+
+def test_more_processes_than_parts_are_told(tmp_path):
+    said = []
+    assert evaluated(Pipe(), tmp_path, prompts=PromptSet("few", MANY.prompts[:8]), share=(3, 4), say=said.append) is None
+    assert said[0] == "16 pictures are 2 parts of up to 10, and a part is drawn by one process: 2 of 4 draw nothing"
 
 
 def test_what_was_drawn_otherwise_is_never_taken(tmp_path):
@@ -1319,8 +1327,15 @@ def test_two_processes_of_a_torchrun_are_one(command, student, tmp_path):
     other = "import sys; from fewstep import cli; from fewstep.evaluate import drawing, samples; "
     other += f"drawing.TEACHER_STEPS = 3; samples.SHARD = 10; sys.exit(cli.main({command!r}))"
     job = fresh.start(other, printed=tmp_path / "printed", environment=together | {"RANK": "1"})
-    code, output = forked.command(*command, before=lambda: os.environ.update(together | {"RANK": "0"}))
+
+    def first():
+        os.environ.update(together | {"RANK": "0"})
+        torch.set_num_threads = lambda n: print(f"{n} threads from here on")  # the last digits would be other ones
+
+    code, output = forked.command(*command, before=first)
     assert [code, fresh.ended(job)] == [0, 0], (output, (tmp_path / "printed").read_text())
+    measuring_on = len(os.sched_getaffinity(0))
+    assert f"{measuring_on} threads from here on\nevery share is drawn: measuring, on {measuring_on} processor" in output
     shared = json.loads((tmp_path / "report.json").read_text())
     parts = kept(student / "evaluation")
     clear(student)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -175,6 +176,11 @@ def share_of(text: str | None) -> tuple[int, int]:
     if not (slash and i.isdecimal() and n.isdecimal() and int(i) < int(n)):
         raise UserError(f"--shard: i/n, the i-th of n shares counted from 0, as 0/4; got {text!r}")
     return int(i), int(n)
+
+
+def processors() -> int:
+    """How many this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def read_options(arguments: list[str]) -> Any:
@@ -378,6 +384,8 @@ def command(arguments: list[str]) -> int:
     """`fewstep evaluate` with these flags, as its exit status. Raises UserError."""
     request = read_request(options := read_options(arguments))
 
+    import torch
+
     from fewstep import models
     from fewstep.ranks import Ranks
 
@@ -394,6 +402,8 @@ def command(arguments: list[str]) -> int:
             ranks.barrier()  # until every share is drawn
             ranks.leave()
             if share[0] == 0:
+                torch.set_num_threads(processors())  # torchrun gives each process one, but the others have done
+                print(f"every share is drawn: measuring, on {processors()} processor{'s' if processors() > 1 else ''}")
                 report = measure_student(request.student, request.teacher, size, **told)
     except (ValueError, FloatingPointError) as error:
         raise UserError(str(error)) from error

@@ -11,11 +11,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.progress import track
 from torch import Tensor
 
 from fewstep.disk import replace_text
@@ -76,6 +78,7 @@ from fewstep.models import steps_in
 from fewstep.rewards.clip import CLIPScore
 
 TIMED = 4  # batches drawn to time a teacher whose sample came with it
+SHOWN = 3  # repeated prompts that an error names
 
 
 def measure_cost(seconds: Tensor, evaluations: float, *, draws: int = DRAWS) -> Measured:
@@ -103,8 +106,10 @@ def check(
     if extractor is not None and extractor not in scorers:
         raise ValueError(f"extractor {extractor!r} is not among the scorers: {', '.join(scorers) or 'none given'}")
     if len(set(prompts)) < 2 or (len(set(prompts)) != len(prompts) and not repeats):
-        repeated = "".join(f"; {prompt!r} is repeated" for prompt in list(dict.fromkeys(prompts)) if prompts.count(prompt) > 1)
-        raise ValueError(f"evaluation needs at least two prompts, all different{repeated}")
+        repeated = [prompt for prompt, times in Counter(prompts).items() if times > 1]
+        told = "".join(f"; {prompt!r} is repeated" for prompt in repeated[:SHOWN])
+        rest = f"; and {len(repeated) - SHOWN} more" if len(repeated) > SHOWN else ""
+        raise ValueError(f"evaluation needs at least two prompts, all different{told}{rest}")
     if images_per_prompt < 1:
         raise ValueError(f"images_per_prompt must be at least 1, got {images_per_prompt}")
     if extractor is None:
@@ -226,6 +231,11 @@ def evaluate(
     common = protocol.stamp() | dict.fromkeys(others) | {"versions": drawn_by}
     sampler = Sampler(drawing, deciding(protocol, scorers, list(judges), seen_by), common, keep_images, share, say)
 
+    size = drawing.part_size()
+    parts = -(-drawing.n // size)
+    if parts < share[1]:
+        held = f"{drawing.n} pictures are {parts} part{'s' if parts > 1 else ''} of up to {size}"
+        say(f"{held}, and a part is drawn by one process: {share[1] - parts} of {share[1]} draw nothing")
     with tempfile.TemporaryDirectory() as scratch:
         own_folder, folder = Path(work or scratch), Path(cache or scratch)
         identity, pipe_configs = {"student": pipeline_fingerprint(own.pipe)}, {"student": pipeline_config(own.pipe)}
@@ -362,7 +372,7 @@ def measured_rows(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(each sample's row with its metrics, what `paired` takes of it). left_out is added to; against: as `measure` takes it."""
     rows, singles, lacking = [], [], {}
-    for row, seen in samples:
+    for row, seen in track(samples, "measuring", disable=not drawing.progress):
         assert seen is not None
         sights = {name: values for name, values in seen.items() if name.startswith(("features/", "score/", "utility"))}
         found = measure(sights, drawing.prompts, drawing.images_per_prompt, scorers, **against, draws=draws)
