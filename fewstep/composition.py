@@ -35,9 +35,9 @@ def resolve_teacher(name: str) -> str:
         raise UserError(f"teacher: {error}") from error
 
 
-def check_range(config: Config, source: str) -> None:
-    """Raises UserError, before any weight is read, for a range of guidance where students cannot have one, and for a teacher that is itself
-    a student with one."""
+def check_guidance(config: Config, source: str) -> None:
+    """Raises UserError, before any weight is read, for a range of guidance where students cannot have one, for a negative prompt where the
+    teacher's pipeline takes none, and for a teacher that is itself a student with a range."""
     from fewstep import models
 
     if models.folder_keeps_guidance(Path(source)):
@@ -48,6 +48,12 @@ def check_range(config: Config, source: str) -> None:
             models.family(source).check_range()
         except ValueError as error:
             raise UserError(f"matching.guidance: {error}") from error
+    if config.matching.negative_prompt:
+        models.quiet_libraries()
+        try:
+            models.family(source).check_negative_prompt()
+        except ValueError as error:
+            raise UserError(f"matching.negative_prompt: {error}; leave it out") from error
 
 
 def resolve_hardware(config: Config) -> Config:
@@ -383,24 +389,26 @@ def build(
     times, latent_shapes = training_grid(backbone, config)  # before the prompts are encoded, which may take hours
     say_what_looks_wrong(backbone, config, times)
     conditioned = config.fake.condition == "step" and config.steps > 1
-    guidance = config.matching.guidance
+    guidance, negative_prompt = config.matching.guidance, config.matching.negative_prompt
     batches, real = Batches(prompts, config.groups, config.group_size, seed=config.seed), None
     with ranks.first_on_its_machine():
         if "discriminator" in config.reward:
             real = real_latents(config, backbone, latent_shapes, progress=ranks.rank == 0)
     ahead = batches.ahead(config.batches())  # of a large set most are never drawn
-    backbone.prepare(ahead[place() :: neighbours()], sharers=neighbours())
+    backbone.prepare(ahead[place() :: neighbours()], negative_prompt=negative_prompt, sharers=neighbours())
     ranks.barrier()
     try:
         roles = backbone.roles(
             lora_rank=config.lora_rank, fake_steps=config.steps if conditioned else 0, guidance=guidance,
-            checkpointing=config.memory.checkpointing, int8_teacher=config.memory.teacher == "int8", compiled=config.compile,
+            negative_prompt=negative_prompt, checkpointing=config.memory.checkpointing,
+            int8_teacher=config.memory.teacher == "int8", compiled=config.compile,
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"teacher: {error}") from error
     except ImportError as error:
         raise UserError(str(error)) from error
     inside = dataclasses.asdict(config.matching) | {"guidance": guidance if config.matching.guidance_range is None else None}
+    del inside["negative_prompt"]  # the teacher has it
     if backbone.embedded_guidance is not None:
         inside["guidance"] = 1.0
     schedule = backbone.schedule()

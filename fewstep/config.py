@@ -79,6 +79,9 @@ class MatchingConfig:
     """Guidance scale of the teacher inside R_dm, 1 for none. It acts on densities at every noise level, which pulls harder than the same
     scale does in a sampler. One scale is distilled in and fixed; a range, as [1.5, 8], stays a knob: each group is drawn a scale of its own
     from it, student and fake are told which, and the student is called with guidance_scale (`fewstep models`: families with a range)."""
+    negative_prompt: str = ""
+    """Prompt that this guidance leads the teacher away from, here and in its own pictures; none: the empty one of its family. It is
+    distilled in with the guidance: a student is sampled without either."""
     normalize: Literal["group", "sample", "batch", "channel", "none"] = "group"
     """What eq. (5) divides by: group is GNDM, sample is DMD."""
     leave_one_out: bool = False
@@ -264,6 +267,10 @@ class Config:
         within = self.matching.guidance_range
         return self.teacher_guidance if within is None else min(max(self.teacher_guidance, within[0]), within[1])
 
+    def shown_negative_prompt(self) -> str:
+        """The prompt that those pictures are guided away from; "" where it is the family's empty one, or they are not guided."""
+        return self.matching.negative_prompt if self.shown_guidance() != 1 else ""
+
     def student_guidance(self) -> float | None:
         """The scale that the student is told in its pictures beside them; None where one is distilled in."""
         return None if self.matching.guidance_range is None else self.shown_guidance()
@@ -309,6 +316,10 @@ class Config:
             (
                 least < 1 or within is None or within[0] < within[1],
                 "matching.guidance", f"a range runs from a lower scale to a higher one, got {self.matching.guidance}",
+            ),
+            (
+                not self.matching.negative_prompt or self.matching.guidance != 1,
+                "matching.negative_prompt", "nothing is guided away from it at guidance 1: set matching.guidance, or leave it out",
             ),
             (0 < low < high <= 1, "matching.t_range", f"must satisfy 0 < low < high <= 1, got {low}, {high}"),
             (not self.matching.leave_one_out or self.group_size > 1, "matching.leave_one_out", "needs group_size of at least 2"),

@@ -97,16 +97,23 @@ class Denoiser(nn.Module):
 
     network: called with xt (B, C, H, W), its native timestep (B,) and cond, a dict of tensors with B rows.
     uncond: the condition of the empty prompt, one row; needed for guidance other than 1.
+    negative: that of the prompt that guidance leads away from, one row; None: the empty one.
     `largest`: samples that pass through the network together (0: all); of a larger batch one part after the other does.
     `ranks`: the processes that share a pass without gradient, each holding the whole batch before it and after it; None: no other has it.
     """
 
     def __init__(
-        self, network: nn.Module | Callable[..., Tensor], schedule: Schedule, prediction: Prediction, *, uncond: Cond | None = None
+        self,
+        network: nn.Module | Callable[..., Tensor],
+        schedule: Schedule,
+        prediction: Prediction,
+        *,
+        uncond: Cond | None = None,
+        negative: Cond | None = None,
     ):
         super().__init__()
         self.network = network
-        self.schedule, self.prediction, self.uncond = schedule, prediction, uncond
+        self.schedule, self.prediction, self.uncond, self.negative = schedule, prediction, uncond, negative
         self.largest = 0
         self.ranks: Ranks | None = None
         self.forwards, self.backwards = 0, 0  # network evaluations so far, in samples
@@ -156,11 +163,12 @@ class Denoiser(nn.Module):
         return guide(*self.pair(xt, t, cond), guidance)
 
     def pair(self, xt: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        """(conditional, unconditional) x0 from one network call on the doubled batch."""
-        if self.uncond is None:
+        """(conditional, unconditional) x0 from one network call on the doubled batch; the latter's prompt is `negative`, if any."""
+        away = self.uncond if self.negative is None else self.negative
+        if away is None:
             raise ValueError("guidance needs the unconditional prompt: give Denoiser its `uncond`")
         # without its prompt a sample is told the same scale as with it
-        empty = repeat(self.uncond, len(xt)) | {key: cond[key] for key in SCALE if key in cond}
-        both = join([cond, empty])
+        other = repeat(away, len(xt)) | {key: cond[key] for key in SCALE if key in cond}
+        both = join([cond, other])
         conditional, unconditional = self(torch.cat([xt, xt]), torch.cat([t, t]), both).chunk(2)
         return conditional, unconditional

@@ -300,13 +300,13 @@ def push(folder: Path, name: str, *, private: bool) -> str:
 # -- the card ----------------------------------------------------------------------------------------------------------
 
 FIXED_GUIDANCE = (
-    "The student was held to its teacher under guidance {}, at every noise level. That is distilled in and fixed: another "
+    "The student was held to its teacher under guidance {}{}, at every noise level. That is distilled in and fixed: another "
     "guidance takes another distillation (`--matching.guidance`). Sample with `{}`: the pipeline then adds no guidance of its own, "
     "and a negative prompt has no effect."
 )
 KNOB = (
-    "The student was held to its teacher under guidance {0}, at every noise level, and told which. `guidance_scale` is any number {0}; "
-    "outside of these it was not trained. Above it stands as the pictures here were drawn: `{1}`. The pipeline tells the student the scale "
+    "The student was held to its teacher under guidance {0}{1}, at every noise level, and told which. `guidance_scale` is any number {0}; "
+    "outside of these it was not trained. Above it stands as the pictures here were drawn: `{2}`. The pipeline tells the student the scale "
     "and adds no guidance of its own: a picture takes one evaluation a step at any scale, and a negative prompt has no effect."
 )
 NAMED_DTYPE = (
@@ -469,6 +469,8 @@ def model_card(student: Averaged, to: str, folder: Path, *, name: str | None = N
         **(relation if base else {}),
     )
     guidance, normalize = guidance_in_words(config, backbone), config.matching.normalize
+    negative = config.matching.negative_prompt
+    away = f" and the negative prompt {negative!r}" if negative else ""
     method = {"group": "GNDM (group-normalised distribution matching)", "sample": "DMD"}.get(
         normalize, f"distribution matching, scale `{normalize}`"
     )
@@ -484,7 +486,7 @@ def model_card(student: Averaged, to: str, folder: Path, *, name: str | None = N
 # {title(config)}
 
 Distilled with fewstep by {method}: {student.update} updates{of_all}, \
-teacher guidance {guidance}, {rewards_in_words(config, student.rewards)}{began}.
+teacher guidance {guidance}{away}, {rewards_in_words(config, student.rewards)}{began}.
 
 {licence}
 
@@ -497,7 +499,7 @@ with another number of steps or another scheduler it is no longer the model that
 
 ## Guidance
 
-{on_guidance.format(guidance, guided)}
+{on_guidance.format(guidance, away, guided)}
 
 ## Numbers
 

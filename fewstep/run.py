@@ -17,8 +17,8 @@ from fewstep.composition import (
     Run,
     assets,
     build,
+    check_guidance,
     check_processes,
-    check_range,
     resolve_hardware,
     resolve_judges,
     resolve_rewards,
@@ -109,7 +109,7 @@ def distill(
     source = teacher_of(config)
     if hub.parts(source):
         config.teacher = source  # with its commit: a run that goes on has the same teacher
-    check_range(config, source)
+    check_guidance(config, source)
     rank, size = launched()
     check_processes(config, size)
     if rank == 0 and config.init is not None and not config.resume:
@@ -169,7 +169,9 @@ def carry_out(config: Config, prompts: list[str], source: str, functions: dict[s
 def say_what_is_cut(run: Run) -> None:
     """A line on the prompts that are longer than the text encoder reads: of a large set on those alone that the run draws."""
     drawn = run.trainer.batches.ahead(run.config.batches())
-    cut = run.backbone.cut(drawn)
+    cut, negative = run.backbone.cut(drawn), run.config.matching.negative_prompt
+    if negative and run.backbone.cut([negative]):
+        print(f"matching.negative_prompt is longer than the text encoder reads and is cut: {negative!r}")
     if cut:
         print(f"{len(cut)} of {len(drawn)} prompts are longer than the text encoder reads and are cut, the first: {cut[0]!r}")
 
@@ -403,7 +405,9 @@ def teacher_grids(run: Run, prompts: list[str], best: str) -> dict[str, Any]:
     from fewstep.evaluate.drawing import solver
 
     backbone, steps = run.backbone, run.config.steps
-    call = backbone.teacher_call(run.config.shown_guidance()) | backbone.told_size(run.config.sizes()[0])
+    call = backbone.teacher_call(run.config.shown_guidance(), run.config.shown_negative_prompt()) | backbone.told_size(
+        run.config.sizes()[0]
+    )
     own = backbone.pipe.scheduler
     made_for = models.steps_in(own.config)
     if made_for is not None:
@@ -461,7 +465,7 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
     if config.evaluate and config.teacher == "world":
         report = measure_student(
             output, source, config.sizes()[0], scale=config.student_guidance(), output=output / "evaluation.json", steps=config.steps,
-            guidance=config.shown_guidance(),
+            guidance=config.shown_guidance(), negative_prompt=config.shown_negative_prompt(),
         )  # fmt: skip
         assert report is not None
         results, best = tables.as_markdown(report), next(r["solver"] for r in report["rows"] if r["name"] == report["best_solver"])

@@ -720,6 +720,7 @@ def test_a_run_is_replaced_once_the_new_one_can_begin(capsys, finished, teacher_
         (["--updates=500", "--save-every=7", "--remote.timeout=9"], None),
         (["--memory.micro-groups=1", "--memory.checkpointing=true", "--compile=true"], None),
         (["--memory.optimizer=adamw8bit"], "memory.micro_groups, memory.checkpointing, compile may change"),
+        (["--matching.negative-prompt=blurry"], "matching.negative_prompt is 'blurry', the run in OUT has ''; only"),
         (["--matching.shift=2"], "matching.shift is 2.0, the run in OUT has 3.0; only updates,"),
         (["--seed=5"], "seed is 5, the run in OUT has 0; only"),
         (["--matching.gamma=0.5", "--student.lr=1"], "student.lr is 1.0, the run in OUT has 0.0002; only"),
@@ -731,7 +732,7 @@ def test_a_run_is_replaced_once_the_new_one_can_begin(capsys, finished, teacher_
 def test_a_run_of_an_earlier_version_goes_on_and_a_changed_field_is_named(tmp_path, options, words):
     """Its config lacks what came later: that is as it is by default."""
     saved = flags.as_plain(flags.parse_config(["--output", str(tmp_path), "--reward.clip", "0.3", "--via.clip", "pathwise"]))
-    for name in ("level_density", "shift"):
+    for name in ("level_density", "shift", "negative_prompt"):
         del saved["matching"][name]
     del saved["remote"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))

@@ -489,7 +489,7 @@ def test_fields_that_came_after_the_first_cells_leave_their_stamps_alone(tmp_pat
     first = {key: value for key, value in plain.items() if key not in FIELDS_ADDED_SINCE}
     first["matching"] = {key: value for key, value in first["matching"].items() if f"matching.{key}" not in FIELDS_ADDED_SINCE}
     assert stamp_of(plan, "GNDM", 100)["config"] == store.sha256(first)
-    for turned in ("--memory.checkpointing", "--matching.level-density=shifted"):
+    for turned in ("--memory.checkpointing", "--matching.level-density=shifted", "--matching.negative-prompt=blurry"):
         other = dataclasses.replace(plan, options=(*plan.options, turned))
         assert stamp_of(other, "GNDM", 100)["config"] != store.sha256(first)
 

@@ -78,6 +78,15 @@ def test_no_guidance_is_one(name):
     assert not config_with(name, 1.0).problems()
 
 
+def test_a_negative_prompt_goes_with_guidance():
+    led = config_with("matching.negative_prompt", "blurry")
+    assert led.problems() == config_with("matching.guidance", (1.0, 8.0), led).problems() == []
+    (line,) = config_with("matching.guidance", 1.0, led).problems()
+    assert line.startswith("matching.negative_prompt: nothing is guided")
+    assert led.shown_negative_prompt() == "blurry" and Config().shown_negative_prompt() == ""
+    assert dataclasses.replace(led, teacher_guidance=1.0).shown_negative_prompt() == ""  # the teacher is shown without guidance
+
+
 def test_a_student_with_a_range_is_shown_beside_its_teacher_at_one_scale_inside_it():
     fixed = Config(teacher_guidance=3.0)
     assert (fixed.shown_guidance(), fixed.student_guidance(), fixed.matching.guidance_range) == (3.0, None, None)

@@ -110,6 +110,8 @@ def test_guidance_identities():
     torch.testing.assert_close(denoiser(x, t, same, guidance=7.0), denoiser(x, t, same))
     with pytest.raises(ValueError, match="uncond"):
         Denoiser(network, Flow(), "sample")(x, t, cond, guidance=2.0)
+    denoiser.negative = {"scale": torch.tensor([0.25])}
+    torch.testing.assert_close(denoiser(x, t, cond, guidance=2.5), guide(conditional, 0.25 * x, 2.5))
 
 
 def test_conditions_of_different_lengths_are_filled_and_their_masks_say_so():

@@ -109,6 +109,17 @@ def test_the_empty_prompt_of_sdxl_is_kept_apart_by_what_it_stands_for(teachers, 
     assert largest[0] == 0 < largest[1]
 
 
+def test_a_negative_prompt_is_encoded_beside_the_others_and_kept_apart_where_it_is_another_thing(teachers):
+    for name, apart in (("StableDiffusionXLPipeline", False), ("SanaPipeline", True)):
+        backbone, asked = models.load(str(teachers / name)), []
+        prompt, negative = (backbone.embeddings.path(each) for each in ("blurry", backbone.as_negative("blurry")))
+        assert (prompt != negative) == apart
+        backbone.device, backbone.embeddings = torch.device("meta"), SimpleNamespace(missing=asked.extend)
+        backbone.prepare(["a cat"], negative_prompt="blurry")
+        backbone.prepare(["a cat"])
+        assert asked == ["a cat", "", backbone.as_negative("blurry"), "a cat", ""]
+
+
 @pytest.fixture
 def small_files():
     """No file may grow past 1000 bytes."""

@@ -15,6 +15,7 @@ import fresh
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import save_file
 from test_evaluate import MEAN, PREPROCESS, STD, tiny_clip, tiny_tokenizer
@@ -22,6 +23,7 @@ from test_evaluate import tiny_pipeline as other_pipeline
 from test_remote import Faulty, served
 
 from fewstep import cli, models, world
+from fewstep.config import Config, MatchingConfig
 from fewstep.errors import UserError
 from fewstep.evaluate import configs, distances, drawing, evaluation, features, protocol, samples, store, tables
 from fewstep.evaluate import measure as measuring
@@ -32,6 +34,7 @@ from fewstep.evaluate.measure import measure
 from fewstep.evaluate.pictures import Pictures
 from fewstep.evaluate.sets import PromptSet
 from fewstep.evaluate.store import Rows
+from fewstep.flags import as_plain
 from fewstep.rewards import sources
 from fewstep.rewards.clip import CLIPScore
 
@@ -670,6 +673,19 @@ def test_the_embedded_worlds_neighbours_are_of_its_own_pictures(monkeypatch, tmp
     for more in ({}, {"data": "mine"}):
         measure_student("student", str(world.TEACHER), None, output=tmp_path / "report.json", device="cpu", **more)
     assert [(given["data"], given.get("neighbours")) for given in told] == [("its own", 7), ("mine", None)]
+
+
+def test_a_teacher_with_a_negative_prompt_is_drawn_with_it(monkeypatch, tmp_path):
+    """And not read from the samples that ship, which were drawn without."""
+    told = []
+    monkeypatch.setattr(evaluation, "evaluate", lambda student, **given: told.append(given))
+    for negative in ("", "blurry"):
+        measure_student(
+            str(world.TEACHER), str(world.TEACHER), None, output=tmp_path / "report.json", device="cpu", negative_prompt=negative
+        )
+    calls = [given["teacher"]().call(3.0) for given in told]
+    assert calls[1] == calls[0] | {"negative_prompt": "blurry"} and "negative_prompt" not in calls[0]
+    assert [given.get("shipped") for given in told] == [world.SAMPLES, None]
 
 
 def test_two_extractors_of_one_distance_are_both_measured(tmp_path):
@@ -1374,6 +1390,8 @@ def test_two_processes_of_a_torchrun_are_one(command, student, tmp_path):
         ({"--extractor.clip": None, "drop": True}, "--data: nothing to compare pictures by"),
         ({"--extractor.clip": None, "--data": None, "--resize": "64", "drop": True}, "--resize: is of pictures before an extractor"),
         ({"--against": "none", "--teacher-steps": "9"}, "--teacher-steps: there is no teacher"),
+        ({"--against": "none", "--negative-prompt": "x"}, "--negative-prompt: is that of a teacher, and there is none"),
+        ({"--negative-prompt": "x", "--guidance": "1"}, "--negative-prompt: nothing is guided away from it at guidance 1"),
         ({"--against": "none", "--guidance": "7.5"}, "--guidance: is that of a teacher, and there is none"),
         ({"--steps": "4"}, "--steps: this student was made for 2 steps, not 4"),
         ({"--size": "16"}, "--size: HEIGHTxWIDTH, as 1024x768; got '16'"),
@@ -1493,6 +1511,24 @@ def test_a_sample_is_kept_by_what_decides_its_pictures(command, student, tmp_pat
     (tmp_path / "captions.csv").rename(tmp_path / "others.csv")
     assert cli.main([word.replace("captions.csv", "others.csv") for word in command]) == 0
     assert capsys.readouterr().out.count(": read from") == 6
+
+
+def test_the_teacher_is_guided_away_from_what_the_run_was_unless_told_otherwise(command, student, tmp_path, monkeypatch, teachers, capsys):
+    told = []
+    monkeypatch.setattr("fewstep.evaluate.command.measure_student", lambda *given, **options: told.append(options["negative_prompt"]))
+    command[1] = str(shutil.copytree(student, tmp_path / "run"))
+    assert cli.main(command) == 0
+    config = Config(teacher=command[3], steps=2, matching=MatchingConfig(negative_prompt="blurry"))
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(as_plain(config)))
+    for more in ([], ["--negative-prompt", "dark"], ["--negative-prompt", ""], ["--guidance", "1"]):
+        assert cli.main([*command, *more]) == 0, capsys.readouterr().err
+    assert told == ["", "blurry", "dark", "", ""]
+    command[3], sized = str(teachers / "FluxPipeline"), ["--size", "16x16"]
+    for more, words in (([], 'the run has one; give --negative-prompt ""'), (["--negative-prompt", "dark"], "leave the flag out")):
+        assert cli.main([*command, *sized, *more]) == 2
+        error = capsys.readouterr().err
+        assert f"--negative-prompt: {command[3]}: the guidance of a FluxPipeline is part of its network" in error and words in error
+    assert cli.main([*command, *sized, "--negative-prompt", ""]) == 0 and told[-1] == ""
 
 
 def test_a_student_of_the_hub_says_its_own_steps(command, student, monkeypatch, tmp_path, capsys):

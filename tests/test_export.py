@@ -443,6 +443,16 @@ def test_the_card_has_guidance_as_the_teachers_pipeline_counts_it(runs, tmp_path
     assert "under guidance 2.5 (`guidance_scale=1.5` of its pipeline), at" in text and "teacher guidance 2.5 (`guidance_scale" in text
 
 
+@pytest.mark.parametrize("guidance, words", [(2.5, "guidance 2.5"), ((1.5, 8.0), "guidance from 1.5 to 8")], ids=["fixed", "range"])
+def test_the_card_says_what_was_guided_away_from(runs, tmp_path, guidance, words):
+    _, run = runs("StableDiffusionPipeline")
+    matching = dataclasses.replace(run.config.matching, guidance=guidance, negative_prompt="blurry {low}")
+    student = export.Averaged(dataclasses.replace(run.config, matching=matching), run.backbone, None, {}, 3, {})
+    text = str(export.model_card(student, "lora", tmp_path))
+    assert f"teacher {words} and the negative prompt 'blurry {{low}}', no other reward" in text
+    assert f"under {words} and the negative prompt 'blurry {{low}}', at every noise level" in text
+
+
 def test_a_card_names_the_folder_that_one_stands_in(runs, tmp_path, monkeypatch):
     _, run = runs("StableDiffusionPipeline")
     (tmp_path / "mine").mkdir()

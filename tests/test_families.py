@@ -36,8 +36,9 @@ from safetensors.torch import load_file, save_file
 
 from fewstep import checkpoint, cli, composition, models, needs, run
 from fewstep.config import Config, MatchingConfig
-from fewstep.denoiser import guide, to_x0
+from fewstep.denoiser import guide, repeat, to_x0
 from fewstep.errors import UserError
+from fewstep.evaluate.drawing import generate
 from fewstep.folder import RUN_FILES
 from fewstep.models import embeddings, pixart
 from fewstep.models.backbone import repeated_blocks
@@ -48,6 +49,7 @@ from fewstep.run import sample_grid
 from fewstep.student import Student
 
 PROMPTS = ["a cat", "two red hats"]  # copied for each call: some stock pipelines write into the list they are given
+NEGATIVE, WITHOUT_NEGATIVE = "blurry, low", ("FluxPipeline", "Flux2KleinPipeline")
 every_family = pytest.mark.parametrize("name", PIPELINES | INCOMPLETE)
 
 
@@ -237,6 +239,41 @@ def test_guidance_is_the_stock_pipelines(teachers, name):
             guided = backbone.to_pipeline(mine)
     torch.testing.assert_close(guided, output, rtol=1e-3, atol=1e-3)
     assert (guided - backbone.to_pipeline(plain)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", [name for name in PIPELINES | INCOMPLETE if name not in WITHOUT_NEGATIVE])
+def test_a_negative_prompt_is_the_stock_pipelines(teachers, name):
+    """Of the teacher alone, also where its text was a prompt before; and the pictures of the teacher's call are guided away from it too."""
+    backbone = models.load(str(teachers / name))
+    noise, w, half = noise_of(backbone), 2.5, torch.full((2,), 0.5)
+    cond, _, call = backbone.encode(PROMPTS), backbone.encode([NEGATIVE]), backbone.teacher_call(w, NEGATIVE)
+    roles = backbone.roles(guidance=w, negative_prompt=NEGATIVE)
+    assert call["negative_prompt"] == NEGATIVE and roles.student.negative is roles.fake.negative is None
+    output, t, _ = stock_steps(backbone, noise, **call | {"negative_prompt": [NEGATIVE] * 2})[0]
+    away = repeat(roles.teacher.negative, 2)
+    with torch.no_grad():
+        mine, other = (backbone.to_pipeline(roles.teacher.network(noise, t.expand(2), each)) for each in (cond, away))
+        conditional, u = roles.teacher.pair(noise, half, cond)
+        torch.testing.assert_close(u, roles.teacher(noise, half, away), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(conditional, roles.teacher(noise, half, cond), rtol=1e-4, atol=1e-4)
+        empty = roles.student.pair(noise, half, cond)[1]
+    torch.testing.assert_close(GUIDED.get(name, guide)(mine, other, w), output, rtol=1e-3, atol=1e-3)
+    assert (stock_steps(backbone, noise, **backbone.teacher_call(w))[0][0] - output).abs().max() > 1e-2 and (u - empty).abs().max() > 1e-2
+    drawn = [
+        generate(backbone.pipe, [*PROMPTS], 1, steps=2, seed=0, call=each | told(backbone))[0] for each in (call, backbone.teacher_call(w))
+    ]
+    assert (drawn[0] - drawn[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", WITHOUT_NEGATIVE)
+def test_a_negative_prompt_that_the_stock_pipeline_does_not_take_is_refused(teachers, name, prompt_file, tmp_path, capsys, monkeypatch):
+    with pytest.raises(ValueError, match=f"{name} (is part of its network|takes none)"):
+        models.load(str(teachers / name)).roles(guidance=2.5, negative_prompt=NEGATIVE)
+    monkeypatch.setattr(models, "load", mock.Mock(side_effect=AssertionError("weights were read")))
+    command = ["distill", "--teacher", str(teachers / name), "--prompts", str(prompt_file), "--output", str(tmp_path / "out")]
+    for more in ([], ["--dry-run"]):
+        assert cli.main([*command, "--matching.negative-prompt", NEGATIVE, *more]) == 2
+        assert re.search(rf"matching\.negative_prompt: .*{name} .*; leave it out", capsys.readouterr().err)
 
 
 @every_family
@@ -538,7 +575,7 @@ def test_a_student_is_distilled_further_and_measured_beside_its_teacher(teachers
     assert [row["name"] for row in report["rows"]] == titles[::-1] and report["best_solver"] is None
     assert [row["metrics"]["network_evaluations"]["value"] for row in report["rows"]] == [2, 4]
     assert report["protocol"]["teacher"]["steps"] == 4 and report["protocol"]["teacher"]["call"] == first.student_call | told(first)
-    for flag, value in (("--teacher-steps", "28"), ("--guidance", "3")):
+    for flag, value in (("--teacher-steps", "28"), ("--guidance", "3"), ("--negative-prompt", "blurry")):
         assert cli.main([*measure, flag, value]) == 2
         assert f"{flag}: {tmp_path / 'four'} is itself a student of 4 steps" in capsys.readouterr().err
 

@@ -23,7 +23,7 @@ from fewstep.models import backbone
 from fewstep.prompts import Batches, read
 from fewstep.rewards.base import PixelReward, RewardError, as_reward
 from fewstep.rewards.distribution import DistributionMatching
-from fewstep.run import draw_progress, say_what_is_cut, student_grid
+from fewstep.run import draw_progress, finish, say_what_is_cut, student_grid, teacher_grids
 from fewstep.schedule import Flow
 from fewstep.student import Student
 from fewstep.trainer import Trainer
@@ -144,6 +144,36 @@ def test_a_seed_decides_a_run_whatever_was_drawn_before_it(teacher_folder, promp
     first, again, other = begun(1), begun(1), begun(2)
     assert first == again
     assert not any(one == two for one, two in zip(first, other, strict=True))
+
+
+def test_a_negative_prompt_is_the_teachers_inside_matching_alone(teacher_folder, prompt_file, tmp_path):
+    """The discriminator looks under the empty prompt as before."""
+    save_file({"latents": torch.randn(5, 4, 4, 4)}, tmp_path / "real.safetensors")
+    told = ("--reward.discriminator", "0.1", "--discriminator.latents", str(tmp_path / "real.safetensors"))
+    plain, led = (run_of(teacher_folder, prompt_file, *told, *more) for more in ((), ("--matching.negative-prompt", "blurry")))
+    assert plain.roles.teacher.negative is led.roles.student.negative is led.roles.fake.negative is None
+    for key, value in led.backbone.encode(["blurry"]).items():
+        assert torch.equal(led.roles.teacher.negative[key], value)
+    x0, group = torch.randn(4, *led.backbone.latent_shape()), torch.tensor([0, 0, 1, 1])
+    t, noise, cond = torch.full((4,), 0.5), torch.randn_like(x0), led.backbone.encode(["a cat", "a cat", "a dog", "a dog"])
+    own = [{name: term.reward for name, term in run.trainer.terms.items()} for run in (plain, led)]
+    one, other = (terms["dm"].evaluate(x0, cond, group, k=torch.zeros(4, dtype=torch.long), t=t, noise=noise) for terms in own)
+    assert torch.equal(one.score, other.score) and not torch.allclose(one.direction, other.direction, atol=1e-3)  # a score has no guidance
+    assert torch.equal(*(terms["discriminator"].features(x0, t, noise) for terms in own))
+
+
+@pytest.mark.parametrize("scale, away", [("3", {"negative_prompt": "blurry"}), ("1", {})])
+def test_a_teacher_with_a_negative_prompt_is_shown_and_measured_with_it(teacher_folder, prompt_file, tmp_path, monkeypatch, scale, away):
+    run = run_of(teacher_folder, prompt_file, "--matching.negative-prompt", "blurry", "--teacher-guidance", scale)
+    calls, measured = [], []
+    monkeypatch.setattr("fewstep.run.sample_grid", lambda pipe, prompts, steps, call: calls.append(call))
+    teacher_grids(run, ["a cat"], "DDIM")
+    assert calls == [run.backbone.teacher_call(float(scale)) | away | run.backbone.told_size()] * 2
+    run.config = dataclasses.replace(run.config, teacher="world")  # which measures its students
+    monkeypatch.setattr("fewstep.run.measure_student", lambda *given, **told: measured.append(told) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        finish(run, tmp_path, str(teacher_folder), ["a cat"])
+    assert (measured[0]["guidance"], measured[0]["negative_prompt"]) == (float(scale), away.get("negative_prompt", ""))
 
 
 def test_a_fake_and_a_discriminator_learn_as_they_are_told(teacher_folder, prompt_file, tmp_path):

@@ -20,7 +20,10 @@ from fewstep.evaluate import protocol, store
 
 REFERENCE_SEED = 10_000  # of the teacher's sample that distances are taken to; cells draw with their own seeds
 # fields that came after the first cells: in a stamp when not as they are by default
-FIELDS_ADDED_SINCE = ("init", "size", "memory", "compile", "dry_run", "judge", "remote", "matching.level_density", "matching.shift")
+FIELDS_ADDED_SINCE = (
+    "init", "size", "memory", "compile", "dry_run", "judge", "remote", "matching.level_density", "matching.shift",
+    "matching.negative_prompt",
+)  # fmt: skip
 Cells = dict[tuple[str, int], dict[str, Any]]  # by row and seed
 
 

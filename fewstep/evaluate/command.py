@@ -77,9 +77,18 @@ def on_hub(name: str, *, weights: bool = False) -> tuple[str, Path]:
         raise UserError(str(error)) from error
 
 
-def source_of(name: str, size: tuple[int, int] | None, *, device: str, precision: str, student: bool, scale: float | None = None) -> Any:
+def source_of(
+    name: str,
+    size: tuple[int, int] | None,
+    *,
+    device: str,
+    precision: str,
+    student: bool,
+    scale: float | None = None,
+    negative_prompt: str = "",
+) -> Any:
     """What opens a pipeline to draw with, through its family: a student without guidance, a teacher with it, unless it is a student too.
-    scale: that a student is told which keeps guidance as a knob."""
+    scale: that a student is told which keeps guidance as a knob; negative_prompt: what a teacher's guidance leads away from."""
 
     def opened() -> Any:
         import torch
@@ -92,7 +101,7 @@ def source_of(name: str, size: tuple[int, int] | None, *, device: str, precision
         unguided = student or models.steps_in(backbone.pipe.scheduler.config) is not None
 
         def call(guidance: float) -> dict[str, Any]:
-            return (backbone.student_told(scale) if unguided else backbone.teacher_call(guidance)) | told
+            return (backbone.student_told(scale) if unguided else backbone.teacher_call(guidance, negative_prompt)) | told
 
         return Source(backbone.pipe.to(device), call, (told["height"], told["width"]), 1.0 if scale is None else scale)
 
@@ -100,10 +109,17 @@ def source_of(name: str, size: tuple[int, int] | None, *, device: str, precision
 
 
 def measure_student(
-    student: str | Path, teacher: str | None, size: tuple[int, int] | None, *, output: Path, scale: float | None = None, **told: Any
+    student: str | Path,
+    teacher: str | None,
+    size: tuple[int, int] | None,
+    *,
+    output: Path,
+    scale: float | None = None,
+    negative_prompt: str = "",
+    **told: Any,
 ) -> dict[str, Any] | None:
     """Measure a student as `evaluation.evaluate` is told; saves the report, prints its table and returns it, or None where only a share
-    was drawn. size, scale: as of `source_of`; told: what the caller gives beside the embedded world's own."""
+    was drawn. size, scale, negative_prompt: as of `source_of`; told: what the caller gives beside the embedded world's own."""
     from rich.console import Console
 
     from fewstep.evaluate import evaluation, tables
@@ -113,10 +129,12 @@ def measure_student(
     own = world_instruments(device) if teacher == str(resolve_teacher("world")) else {"noise": "picture", "scorers": {}}
     if "data" in told:
         own.pop("neighbours", None)  # the embedded world's are for its own pictures
+    if negative_prompt:
+        own.pop("shipped", None)  # drawn without
     told = own | told | {"scorers": own["scorers"] | told.get("scorers", {})}
     report = evaluation.evaluate(
         source_of(str(student), size, student=True, scale=scale, **opening),
-        teacher=source_of(teacher, size, student=False, **opening) if teacher else None,
+        teacher=source_of(teacher, size, student=False, negative_prompt=negative_prompt, **opening) if teacher else None,
         cache=cache_folder("evaluate"),
         **told,
     )
@@ -208,6 +226,11 @@ def read_options(arguments: list[str]) -> Any:
         type=float,
         help="the teacher's guidance scale, and that of a student with a range (default: the run's, or its family's)",
     )
+    parser.add_argument(
+        "--negative-prompt",
+        metavar="TEXT",
+        help="what the teacher's guidance leads away from (default: the run's; \"\": nothing of its own)",
+    )
     parser.add_argument("--size", metavar="HEIGHTxWIDTH", help="of all pictures, in pixels (default: the run's, or the network's own)")
     parser.add_argument("--resize", type=int, metavar="PIXELS", help="bring pictures to this square before an extractor sees them")
     parser.add_argument("--seed", type=int, default=0, help="seed of the rows; the teacher's reference sample uses the next")
@@ -248,6 +271,8 @@ def check_taken(options: Any, *, teacher: str | None, scale: float | None) -> No
     """Raises UserError for a flag that nothing drawn or measured takes; scale: as `student_scale` gives it."""
     if teacher is None and options.teacher_steps is not None:
         raise UserError("--teacher-steps: there is no teacher; give --against TEACHER, or leave the flag out")
+    if teacher is None and options.negative_prompt is not None:
+        raise UserError("--negative-prompt: is that of a teacher, and there is none; give --against TEACHER, or leave the flag out")
     if teacher is None and scale is None and options.guidance is not None:
         raise UserError(
             "--guidance: is that of a teacher, and there is none, or of a student that keeps it as a knob, and this one is drawn without: "
@@ -297,6 +322,27 @@ def check_teacher(teacher: str, options: Any) -> None:
         raise UserError(f"--teacher-steps: {why}, at those steps, not {options.teacher_steps}; leave the flag out")
     if options.guidance not in (None, 1):
         raise UserError(f"--guidance: {why}, without guidance; leave the flag out")
+    if options.negative_prompt:
+        raise UserError(f"--negative-prompt: {why}, without guidance; leave the flag out")
+
+
+def teacher_negative_prompt(teacher: str, guidance: float, given: str | None, config: Config | None) -> str:
+    """What the teacher's guidance leads away from: what --negative-prompt says, else the run's; "" where that is the family's empty prompt,
+    or nothing is guided. Raises UserError for one that the teacher cannot take."""
+    from fewstep import models
+
+    own = config.matching.negative_prompt if config else ""
+    prompt = own if given is None else given
+    if given and guidance == 1:
+        raise UserError("--negative-prompt: nothing is guided away from it at guidance 1: give another --guidance, or leave the flag out")
+    if not prompt or guidance == 1:
+        return ""
+    try:
+        models.family(teacher).check_negative_prompt()
+    except ValueError as error:
+        way = "leave the flag out" if given else 'the run has one; give --negative-prompt "" to compare without'
+        raise UserError(f"--negative-prompt: {teacher}: {error}; {way}") from error
+    return prompt
 
 
 class Request(NamedTuple):
@@ -365,6 +411,7 @@ def instruments(request: Request, device: str) -> dict[str, Any]:
     if request.teacher is not None:
         default = config.shown_guidance() if config else models.family(request.teacher).default_guidance
         found["guidance"] = default if options.guidance is None else options.guidance
+        found["negative_prompt"] = teacher_negative_prompt(request.teacher, found["guidance"], options.negative_prompt, config)
     if options.prompts is not None:
         found["prompts"] = sets.load(options.prompts)
         known = sets.SETS.get(found["prompts"].name)

@@ -43,11 +43,14 @@ def kept_random_state(device: torch.device) -> AbstractContextManager[None]:
 def draw(pipe: Any, prompts: list[str], generators: torch.Generator | list[torch.Generator], **told: Any) -> tuple[Tensor, float]:
     """Pictures (B, 3, H, W) in [0, 1] on the CPU, and the seconds per image, through the pipeline's own call.
 
-    generators: of the whole batch, or one a picture, whose noise is then its own whatever it is drawn with.
+    generators: of the whole batch, or one a picture, whose noise is then its own whatever it is drawn with. told: a negative prompt
+    in it is of every picture.
     Raises FloatingPointError for a picture with NaN or inf: as a file it would be black, and look like any other.
     """
     start = time.perf_counter()
     first = generators[0] if isinstance(generators, list) else generators
+    if "negative_prompt" in told:  # not every stock pipeline takes one for all
+        told["negative_prompt"] = [told["negative_prompt"]] * len(prompts)
     with kept_random_state(pipe.device), own_noise(pipe.scheduler, generators):
         torch.manual_seed(first.initial_seed())  # what a pipeline does not draw from its generator: the noise of flow schedulers
         images = pipe(prompt=prompts, generator=generators, output_type="pt", **told).images

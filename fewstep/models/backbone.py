@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import itertools
 import json
 import shutil
@@ -209,6 +210,11 @@ def chat_opening(tokenizer: Any, **options: Any) -> int:
     return len(tokenizer(chat[: chat.index(mark)]).input_ids)
 
 
+def away_from(negative_prompt: str) -> dict[str, str]:
+    """What a stock pipeline is told beside its guidance: nothing where it has an empty prompt of its own."""
+    return {"negative_prompt": negative_prompt} if negative_prompt else {}
+
+
 def filled(mask: Tensor) -> bool:
     """Whether a mask (B, n) leaves out anything; one without numbers, on the meta device, does not."""
     return mask.device.type != "meta" and not bool(mask.all())
@@ -357,6 +363,11 @@ class Backbone:
         """The conditions of one prompt as the stock pipeline makes them, each with a first dimension of 1."""
         raise NotImplementedError
 
+    def as_negative(self, prompt: str) -> str:
+        """What `encode_one` is given for a negative prompt, by which its conditions are kept too: the prompt itself, where the stock
+        pipeline encodes both alike."""
+        return prompt
+
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of one prompt's conditions, without the first dimension, for a prompt as long as is read: by configurations alone."""
         raise NotImplementedError
@@ -476,9 +487,10 @@ class Backbone:
         """What the stock pipeline is told for a student's pictures; guidance: the scale of one that keeps it as a knob, else None."""
         return self.student_call | ({} if guidance is None else {"guidance_scale": guidance})
 
-    def teacher_call(self, guidance: float) -> dict[str, Any]:
-        """What the stock pipeline is told for the teacher's pictures under guidance `uncond + w (cond - uncond)`."""
-        return {"guidance_scale": guidance}
+    def teacher_call(self, guidance: float, negative_prompt: str = "") -> dict[str, Any]:
+        """What the stock pipeline is told for the teacher's pictures under guidance `uncond + w (cond - uncond)`, away from a negative
+        prompt ("": the family's empty one)."""
+        return {"guidance_scale": guidance} | away_from(negative_prompt)
 
     # -- prompts -----------------------------------------------------------------------------------------------------
 
@@ -502,15 +514,17 @@ class Backbone:
         with self.on_device(self.text_modules()):
             return self.encode_one(prompt)
 
-    def prepare(self, prompts: list[str], *, sharers: int = 1) -> None:
-        """Encode those of the prompts that the cache lacks, the empty one too, with the text encoders on the device meanwhile.
+    def prepare(self, prompts: list[str], *, negative_prompt: str = "", sharers: int = 1) -> None:
+        """Encode those of the prompts that the cache lacks, the empty one and a negative one too, with the text encoders on the device
+        meanwhile.
 
         sharers: processes that do the same at once, each with a share of its own. On the CPU the encoders have nothing to make room for,
         and a prompt is encoded when it is first asked for.
         """
         if self.device.type == "cpu":
             return
-        missing = self.embeddings.missing([*prompts, self.empty])
+        negative = [self.as_negative(negative_prompt)] if negative_prompt else []
+        missing = self.embeddings.missing([*prompts, self.empty, *negative])
         if missing:
             with self.on_device(self.text_modules()):
                 self.embeddings.fill(missing, sharers=sharers)
@@ -592,10 +606,12 @@ class Backbone:
         """(K,) float64, decreasing from 1, read from the scheduler that is exported."""
         return self.schedule().t_of(self.scheduler(steps).timesteps.double().cpu())
 
-    def denoiser(self, network: nn.Module, scale: float | None = None) -> Denoiser:
-        """scale: what an embedded guidance is told where nothing but the empty prompt is asked about."""
+    def denoiser(self, network: nn.Module, scale: float | None = None, *, negative_prompt: str = "") -> Denoiser:
+        """scale: what an embedded guidance is told where nothing but the empty prompt is asked about; negative_prompt: what guidance leads
+        away from instead of the empty one."""
         told = () if scale is None else (torch.tensor([scale]),)
-        return Denoiser(network, self.schedule(), self.prediction, uncond=self.encode([self.empty], *told))
+        negative = self.encode([self.as_negative(negative_prompt)]) if negative_prompt else None
+        return Denoiser(network, self.schedule(), self.prediction, uncond=self.encode([self.empty], *told), negative=negative)
 
     @classmethod
     def check_range(cls) -> None:
@@ -605,6 +621,14 @@ class Backbone:
                 f"a range needs a network that is told its scale, and a stock {cls.pipeline.__name__} tells none: give one scale; "
                 f"families with a range: {', '.join(with_range())}"
             )
+
+    @classmethod
+    def check_negative_prompt(cls) -> None:
+        """Raises ValueError where the stock pipeline's guidance leads away from no prompt of the user's."""
+        if cls.embedded_guidance is not None:
+            raise ValueError(f"the guidance of a {cls.pipeline.__name__} is part of its network and leads away from no prompt")
+        if "negative_prompt" not in inspect.signature(cls.pipeline.__call__).parameters:
+            raise ValueError(f"a stock {cls.pipeline.__name__} takes none: its guidance leads away from the empty prompt")
 
     def check_guidance(self, guidance: float | tuple[float, float]) -> None:
         """Raises ValueError for guidance of a teacher whose stock pipeline ignores it, for a range where students cannot have one, and for
@@ -623,6 +647,7 @@ class Backbone:
         lora_rank: int = 0,
         fake_steps: int = 0,
         guidance: float | tuple[float, float] = 1.0,
+        negative_prompt: str = "",
         checkpointing: bool = False,
         int8_teacher: bool = False,
         compiled: bool = False,
@@ -633,10 +658,13 @@ class Backbone:
         fake_steps: how many student steps the fake is conditioned on (0: none).
         guidance: what a guidance-distilled teacher is told; student and fake are told what the stock pipeline is called with. Of a range
         all that can be told are told each sample's own scale; an input that this needs is added to student and fake, its weights zero.
+        negative_prompt: what the teacher's guidance leads away from; "": the empty prompt.
         checkpointing, int8_teacher, compiled: as the config's `memory` and `compile` say; some decoders cannot compute theirs again.
-        Raises ValueError for guidance of a teacher whose stock pipeline ignores it.
+        Raises ValueError for guidance, and for a negative prompt, of a teacher whose stock pipeline ignores it.
         """
         self.check_guidance(guidance)
+        if negative_prompt:
+            self.check_negative_prompt()
         added = isinstance(guidance, tuple) and self.scale_input == "added"
         models, adapters = self.adapted_base(lora_rank, added) if lora_rank else self.full_copies(added, int8_teacher)
         if checkpointing:
@@ -661,7 +689,9 @@ class Backbone:
             part = f".{role}." if lora_rank else "model."
             return {name: p for name, p in network.named_parameters() if name.startswith("step_embedding") or part in name}
 
-        return Roles(*(self.denoiser(network, scale) for network in networks), owned(networks[1], "student"), owned(networks[2], "fake"))
+        teacher = self.denoiser(networks[0], scale, negative_prompt=negative_prompt)
+        trained = (self.denoiser(network, scale) for network in networks[1:])
+        return Roles(teacher, *trained, owned(networks[1], "student"), owned(networks[2], "fake"))
 
     def told_scales(self, guidance: float | tuple[float, float]) -> tuple[tuple[float | Literal["each"] | None, ...], float | None]:
         """(the scales that teacher, student and fake are told in every call, as Network's `guidance`; what an embedded guidance is told

@@ -39,8 +39,8 @@ class PixArtSigma(Backbone):
                 stacklevel=2,
             )
 
-    def teacher_call(self, guidance: float) -> dict[str, Any]:
-        return {"guidance_scale": guidance, "use_resolution_binning": False}
+    def teacher_call(self, guidance: float, negative_prompt: str = "") -> dict[str, Any]:
+        return super().teacher_call(guidance, negative_prompt) | {"use_resolution_binning": False}
 
     def text_fingerprint(self) -> list[Any]:
         return [*super().text_fingerprint(), {"cleans": CLEANS}]

@@ -102,5 +102,5 @@ class QwenImage(Backbone):
         """(B, C, H, W) -> (B, H/2 x W/2, 4 C)."""
         return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
 
-    def teacher_call(self, guidance: float) -> dict[str, Any]:
-        return {"true_cfg_scale": guidance, "negative_prompt": self.empty}
+    def teacher_call(self, guidance: float, negative_prompt: str = "") -> dict[str, Any]:
+        return {"true_cfg_scale": guidance, "negative_prompt": negative_prompt or self.empty}

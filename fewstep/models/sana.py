@@ -13,6 +13,7 @@ from fewstep.denoiser import Cond
 from fewstep.models.backbone import Backbone, unpadded
 
 TOKENS = 300  # the stock pipeline's default
+NEGATIVE = "\0"  # before a negative prompt, which is encoded otherwise than a prompt of the same text
 INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 
 
@@ -29,17 +30,21 @@ class Sana(Backbone):
     # as large as asked for: else the stock call draws at the nearest size of its table and resizes the picture
     student_call: ClassVar[dict[str, Any]] = {"guidance_scale": 1.0, "use_resolution_binning": False}
 
-    def teacher_call(self, guidance: float) -> dict[str, Any]:
-        return {"guidance_scale": guidance, "use_resolution_binning": False}
+    def teacher_call(self, guidance: float, negative_prompt: str = "") -> dict[str, Any]:
+        return super().teacher_call(guidance, negative_prompt) | {"use_resolution_binning": False}
 
     @torch.no_grad()
     def encode_one(self, prompt: str) -> Cond:
-        """A prompt follows the instruction of the stock call; the empty one, of guidance, stands alone."""
+        """A prompt follows the instruction of the stock call; a negative one, and the empty one of guidance, stand alone."""
+        alone = prompt == self.empty or prompt.startswith(NEGATIVE)
         text, mask, _, _ = self.pipe.encode_prompt(
-            prompt, False, device=self.device, clean_caption=False, max_sequence_length=TOKENS,
-            complex_human_instruction=INSTRUCTION if prompt != self.empty else None,
+            prompt.removeprefix(NEGATIVE), False, device=self.device, clean_caption=False, max_sequence_length=TOKENS,
+            complex_human_instruction=None if alone else INSTRUCTION,
         )  # fmt: skip
         return unpadded(text, mask)
+
+    def as_negative(self, prompt: str) -> str:
+        return NEGATIVE + prompt
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"prompt_embeds": (TOKENS, self.model.config.caption_channels), "mask": (TOKENS,)}

@@ -9,7 +9,7 @@ from diffusers import ZImagePipeline
 from torch import Tensor, nn
 
 from fewstep.denoiser import Cond
-from fewstep.models.backbone import Backbone, chat_opening, filled
+from fewstep.models.backbone import Backbone, away_from, chat_opening, filled
 
 TOKENS = 512  # the stock pipeline's default, the chat template's own tokens included
 SIZE = 1024  # pixels along an edge, the stock pipeline's default
@@ -68,5 +68,5 @@ class ZImage(Backbone):
     def default_size(self) -> tuple[int, int]:
         return SIZE, SIZE
 
-    def teacher_call(self, guidance: float) -> dict[str, Any]:
-        return {"guidance_scale": guidance - 1}
+    def teacher_call(self, guidance: float, negative_prompt: str = "") -> dict[str, Any]:
+        return {"guidance_scale": guidance - 1} | away_from(negative_prompt)
