@@ -58,6 +58,21 @@ def test_rewards_and_judges_see_float32_where_the_autoencoder_is_in_bf16():
     assert HeldOut(dark, "judge")(sample).score.dtype == sample.image.dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", [PixelReward, HeldOut])
+def test_rewards_and_judges_compute_in_float32_where_a_run_is_in_bf16(kind):
+    """A cosine in bf16 has three digits, fewer than the differences inside a group."""
+    weight = torch.linspace(0, 1, 27)
+
+    def score(images, prompts):
+        return images.flatten(1) @ weight
+
+    x0 = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    sample = Sample(x0, torch.ones(4), {}, ["p"] * 4, torch.arange(4), decode=lambda x0: x0 * 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        said = kind(score, "mine")(sample).score
+    assert torch.equal(said, score(x0.detach(), []))
+
+
 def darken(images, prompts):
     images.mul_(0)
     prompts.clear()
