@@ -183,6 +183,17 @@ def test_siglip_is_scored_as_its_own_model_scores(tmp_path):
     torch.testing.assert_close(scorer.score(images[:1], PROMPTS[:1]), 100 * cosine[:1], rtol=0, atol=1e-4)
 
 
+def test_a_text_is_cut_where_its_model_ends_whatever_the_tokenizer_says(tmp_path):
+    """Many a tokenizer names no limit."""
+    scorer, images = CLIPScore.load(save_clip(tmp_path)), noise(1, 16, 16)
+    length = scorer.model.config.text_config.max_position_embeddings
+    long = " ".join(["cat"] * 2 * length)
+    scorer.tokenizer.model_max_length = length
+    expected = scorer.score(images, [long])
+    scorer.tokenizer.model_max_length = int(1e30)
+    assert torch.equal(scorer.score(images, [long]), expected)
+
+
 def test_a_model_without_tokenizer_takes_the_published_processors(tmp_path):
     """As PickScore's repository, which names LAION's for both."""
     bare, beside = save_clip(tmp_path / "bare", preprocess=False), save_clip(tmp_path / "beside", model=tiny_clip(seed=5))
@@ -617,8 +628,10 @@ def test_a_folders_version_changes_with_its_weights(tmp_path):
     before = sources.version(str(folder))
     (folder / "earlier.json").mkdir()  # a folder of that name is no part of it
     assert before == sources.version(str(folder))
-    edited(folder / "model.safetensors")
-    assert sources.version(str(folder)) != before
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    renamed = sources.version(str(folder))
+    edited(folder / "model-1.safetensors")
+    assert len({before, renamed, sources.version(str(folder))}) == 3
 
 
 def edited(path):
