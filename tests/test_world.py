@@ -125,6 +125,12 @@ def test_the_learned_preference_can_be_hacked():
     assert gold[later] < gold[peak] - 0.3 and learned[later] > learned[peak]
 
 
+def test_each_of_the_worlds_scorers_is_of_its_kind():
+    found = world.load_scorers()
+    learned = float(found["preference"].model.logit_scale.exp())
+    assert {name: scorer.scale for name, scorer in found.items()} == {"clip": 100.0, "clip-heldout": 100.0, "preference": learned}
+
+
 def test_captions_are_a_distribution_over_three_grains():
     captions = picture().captions()
     assert sum(captions.values()) == pytest.approx(1)
