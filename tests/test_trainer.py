@@ -6,7 +6,9 @@ import functools
 import itertools
 import json
 import math
+import sys
 import warnings
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -842,6 +844,25 @@ def test_metrics_are_numbers_and_a_missing_one_does_not_stay(teacher_folder, pro
         MetricsLog(tmp_path, 0).write(1, {"loss": math.inf})
 
 
+def test_what_an_update_logged_is_there_when_it_is_over_and_what_was_lost_leaves_no_trace(tmp_path, monkeypatch):
+    """A run may be killed at any time; TensorBoard hides what it was told of updates that come again."""
+    board = mock.Mock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=board))
+    log = MetricsLog(tmp_path, 5)
+    log.write(6, {"loss": 0.5})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"update": 6, "loss": 0.5}
+    assert board.call_args.kwargs == {"purge_step": 6} and board.return_value.add_scalar.call_args.args == ("loss", 0.5, 6)
+    log.close()
+    board.return_value.close.assert_called_once_with()
+
+
+def test_a_backward_simulation_ends_at_every_state():
+    trainer = small_run.trainer_of(("--reuse.backward-simulation", "--reuse.rollout", "1"))
+    ends = [len(trainer.simulate().states) for _ in range(60)]
+    assert all(ends.count(states) >= 10 for states in (1, 2, 3)) and len(ends) == 60
+    assert {len(trainer.simulate(last=True).states) for _ in range(5)} == {3}
+
+
 def test_a_term_without_a_weight_is_named(teacher_folder, prompt_file):
     run = run_of(teacher_folder, prompt_file)
     old, terms = run.trainer, {**run.trainer.terms, "mine": Term(as_reward(redness, "mine"))}
@@ -1048,6 +1069,22 @@ def test_a_nan_score_masks_its_sample_and_too_many_stop_the_run(teacher_folder, 
     with pytest.raises(RewardError, match=r"redness.*3 of 4"):
         run.trainer.step()
     assert all(torch.equal(p, before[name]) for name, p in run.trainer.parameters.items())
+
+
+def test_a_score_is_logged_of_those_that_have_one_and_the_share_without_is_what_may_be_masked():
+    """Of twelve finished samples three."""
+    options = ("--reward.contrast", "0.2", "--via.contrast", "policy", "--weights.max-masked", "0.25")
+    trainer = small_run.trainer_of(options)
+    rollout, scores = trainer.new_rollout(), torch.arange(12.0)
+    for lost in (3, 4):
+        scores[:lost] = math.nan
+        trainer.terms["contrast"].reward = lambda sample: Signal(scores, None)
+        if lost == 3:
+            logs = trainer.score_finished(rollout)
+            assert logs["contrast/masked"] == 3 and logs["contrast/score"] == 7.0
+        else:
+            with pytest.raises(RewardError, match="'contrast' could not score 4 of 12 samples"):
+                trainer.score_finished(rollout)
 
 
 def test_a_black_box_reward_needs_the_policy(teacher_folder, prompt_file):
