@@ -856,6 +856,14 @@ def test_what_an_update_logged_is_there_when_it_is_over_and_what_was_lost_leaves
     board.return_value.close.assert_called_once_with()
 
 
+def test_a_run_is_saved_at_its_end_whatever_it_is_saved_every(tmp_path):
+    trainer = small_run.trainer_of(("--updates", "3", "--save-every", "2"))
+    assert len(list(trainer.run(tmp_path, stop=lambda: False))) == 3
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir())[-1] == "step-00000003"
+    _, saved = checkpoint.newest(tmp_path / "checkpoints")
+    assert saved["update"] == 3 and all(torch.equal(p, saved["student"][name]) for name, p in trainer.parameters.items())
+
+
 def test_a_backward_simulation_ends_at_every_state():
     trainer = small_run.trainer_of(("--reuse.backward-simulation", "--reuse.rollout", "1"))
     ends = [len(trainer.simulate().states) for _ in range(60)]
