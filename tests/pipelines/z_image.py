@@ -16,7 +16,7 @@ def pipeline():
 
     transformer = ZImageTransformer2DModel(
         in_channels=4, dim=16, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16, axes_dims=[4, 2, 2],
-        axes_lens=[1024, 256, 256],
+        axes_lens=[1024, 256, 264],
     )  # fmt: skip
     return ZImagePipeline(
         transformer=randomise(transformer), vae=autoencoder(scaling_factor=0.36, shift_factor=0.12),
