@@ -313,6 +313,14 @@ def test_a_run_with_judges_and_one_that_goes_on(teacher_folder, prompt_file, tmp
     assert not any("judge" in key for key in json.loads((out / "metrics.jsonl").read_text().splitlines()[-1]))
 
 
+def test_what_rewards_were_is_written_where_it_changed_alone(tmp_path):
+    path = tmp_path / "rewards.json"
+    for update, version in ((0, "a"), (5, "a"), (7, "b"), (9, "b"), (11, "a")):
+        sources.write_records(path, {"clip": {"source": "here", "version": version}}, update)
+    kept = [(one["from_update"], one["rewards"]["clip"]["version"]) for one in json.loads(path.read_text())]
+    assert kept == [(0, "a"), (7, "b"), (11, "a")]
+
+
 def test_a_judge_that_was_a_function_is_asked_for_again(tmp_path):
     told = {"red": {"source": sources.OWN}, "clip": {"source": "folder", "version": "1"}}
     own = {"judge.mine": {"source": sources.OWN}, "judge.clip": {"source": "owner/name@1", "version": "1"}}

@@ -934,6 +934,16 @@ def test_an_evaluation_serves_m_updates_and_the_first_is_unweighted(teacher_fold
     assert ["dm/own_loss" in log for log in logs] == [False, False, True] * 2  # the fake holds still while its verdict is reused
 
 
+def test_the_fake_learns_as_often_for_each_update_that_an_evaluation_serves():
+    trainer = small_run.trainer_of(("--reuse.evaluation", "3", "--reuse.min-ess", "0"))
+    reward, learnt = trainer.terms["dm"].reward, []
+    with mock.patch.object(reward, "loss", wraps=reward.loss) as loss:
+        for _ in range(6):
+            trainer.step()
+            learnt.append(loss.call_count)
+    assert learnt == [0, 0, 6, 6, 6, 12]  # twice for each, once the evaluation has served
+
+
 def test_an_evaluation_is_dropped_when_its_weights_degenerate(teacher_folder, prompt_file):
     options = ("--reuse.evaluation", "4", "--reuse.min-ess", "0.9999", "--student.lr", "1e-2")
     run = run_of(teacher_folder, prompt_file, *options)
@@ -1031,6 +1041,13 @@ def test_policy_ratio_is_one_on_policy_and_moves_afterwards(teacher_folder, prom
     ratios.clear()
     trainer.step()
     assert trainer.used == 2 and all(bool((ratio != 0).all()) for ratio in ratios)
+
+
+def test_the_first_update_of_every_rollout_is_on_policy():
+    options = ("--reward.contrast", "0.2", "--via.contrast", "policy", "--weights.max-masked", "1", "--reuse.rollout", "1")
+    trainer = small_run.trainer_of(options)
+    logs = [trainer.step() for _ in range(3)]
+    assert trainer.rollouts == 3 and all(log["policy/rho_05"] == log["policy/rho_max"] == 1 for log in logs)
 
 
 def old_log_prob(student, rollout):
