@@ -5,6 +5,7 @@ import math
 import pickle
 import subprocess
 import sys
+from fnmatch import fnmatch
 from unittest import mock
 
 import numpy as np
@@ -590,7 +591,7 @@ class Hub:
     commit = "a" * 40
 
     def __init__(self, folder):
-        self.folder, self.asked = folder, []
+        self.folder, self.asked, self.weights = folder, [], []  # names of the repositories that were asked for weights
 
     def HfApi(self):
         return self
@@ -602,6 +603,7 @@ class Hub:
     def snapshot_download(self, name, *, revision, allow_patterns):
         assert not any(pattern.endswith((".bin", ".pt", ".pth")) or pattern == "*" for pattern in allow_patterns)
         self.asked.append((name, revision))
+        self.weights += [name for pattern in allow_patterns if fnmatch("model.safetensors", pattern)]
         return str(self.folder)
 
 
@@ -621,6 +623,7 @@ def test_a_hub_id_gets_its_commit_and_no_pickle(tmp_path, monkeypatch):
     sources.build("pickscore", sources.locate("pickscore", None))
     assert sorted(name for name, _ in hub.asked) == ["laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "yuvalkirstain/PickScore_v1"]
     assert all(len(revision) == 40 for _, revision in hub.asked)
+    assert hub.weights == ["owner/model", "yuvalkirstain/PickScore_v1"]  # of the other the words are read alone
 
 
 def test_a_folders_version_changes_with_its_weights(tmp_path):
