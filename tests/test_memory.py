@@ -275,7 +275,8 @@ def test_one_networks_gradients_are_held_at_a_time(teacher_folder, prompt_file, 
     assert held == {"student": {"student"}, "fake": {"fake"}}
 
 
-def test_the_text_encoders_are_on_the_device_only_while_prompts_are_encoded(teacher_folder):
+def test_the_text_encoders_are_on_the_device_only_while_prompts_are_encoded(teacher_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # what it encodes is no condition of any prompt
     backbone = models.load(str(teacher_folder), device="meta")  # any device that is not the CPU
     encoder = backbone.pipe.text_encoder
     seen = []

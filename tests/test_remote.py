@@ -226,7 +226,7 @@ def test_every_fault_of_the_promises_is_in_the_list():
     injected = [fault for faults in lists.values() for fault in faults]
     assert sorted(injected) == sorted({*FAULTS} - {None})  # each is injected, and met in one way
     assert [name for name, (fault, met) in PROMISED.items() if fault not in lists[met]] == []
-    told = re.search(r"Each of (\d+) faults.*?: (\d+) that may pass.*?, (\d+) malformed.*?, (\d+) that no.*?, (\d+) that spoil",
+    told = re.search(r"Each of (\d+) faults.*?(\d+) may pass.*?, (\d+) are malformed.*?, (\d+) no repetition.*?, (\d+) spoil",
                      (ROOT / "docs" / "rewards.md").read_text(), re.DOTALL)  # fmt: skip
     assert [int(count) for count in told.groups()] == [len(injected), *map(len, lists.values())]
 
