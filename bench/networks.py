@@ -184,5 +184,5 @@ def with_random_conditions(backbone: Backbone, held: int) -> Backbone:
             raise ValueError(f"{len(prompts)} prompts at once, of {held} random conditions")
         return {key: value[: len(prompts)] for key, value in conditions.items()}
 
-    backbone.encode, backbone.prepare = encode, lambda prompts, sharers=1: None
+    backbone.encode, backbone.prepare = encode, lambda prompts, **told: None
     return backbone

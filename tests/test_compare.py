@@ -41,7 +41,7 @@ def small(folder, evaluations, options=SHORT, **settings):
     plan = Plan(folder, evaluations, 3, 24, 1, options=options, **settings)
     prompts, _, data = making.instruments(plan)
     made = {"prompts": store.sha256(prompts), "n": "72"}
-    save_file({"features": data[:72].contiguous()}, folder / "reference.safetensors", metadata=made)
+    save_file({"features": data.features[:72].contiguous()}, folder / "reference.safetensors", metadata=made)
     return plan
 
 

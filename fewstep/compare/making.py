@@ -11,6 +11,7 @@ from fewstep import disk, world
 from fewstep.compare.cells import REFERENCE_SEED, Plan, cell_path, commit, config_of, machine, stamp_of, target_guidance
 from fewstep.compare.rows import DISTANCES, EVERY_ROW, TEACHER_ROWS, UNGUIDED, Row, TeacherRow, functions_of
 from fewstep.evaluate import drawing, samples, store
+from fewstep.evaluate.distances import FeatureSet
 from fewstep.evaluate.features import Extractor
 from fewstep.evaluate.measure import measure as metrics_of
 
@@ -19,11 +20,11 @@ NETWORKS = ("student", "teacher", "fake")  # one evaluation of each costs the sa
 
 
 @functools.cache
-def instruments(plan: Plan) -> tuple[list[str], dict[str, Any], Any]:
+def instruments(plan: Plan) -> tuple[list[str], dict[str, Any], FeatureSet]:
     """(held-out prompts, scorers by name, features of real pictures); read once a process."""
     from safetensors.torch import load_file
 
-    data = load_file(world.ASSETS / "features.safetensors")["heldout"].float()
+    data = FeatureSet(load_file(world.ASSETS / "features.safetensors")["heldout"].float())
     return world.prompts("evaluate")[: plan.prompts], world.load_scorers(device=plan.device), data
 
 
@@ -70,7 +71,7 @@ def measure(plan: Plan, observed: dict[str, Any], target: float) -> dict[str, fl
         scorers,
         extractors=[Extractor("clip-heldout", "fd_clip")],
         data={"clip-heldout": data},
-        teacher={"clip-heldout": reference(plan, target)},
+        teacher={"clip-heldout": FeatureSet(reference(plan, target))},
         neighbours=world.NEIGHBOURS,
         draws=2,
     )
