@@ -68,7 +68,7 @@ class FakeConfig:
     on: Literal["all", "last"] = "all"
     """Whether the fake learns the student's predictions at all K steps or only the finished samples."""
     condition: Literal["step", "none"] = "step"
-    """Whether the fake is told which of the student's steps made a sample (method, section 6)."""
+    """Whether the fake is told which of the student's steps made a sample."""
     max_norm: float = 1.0
     """Gradient norm above which the fake's gradient is scaled down."""
 

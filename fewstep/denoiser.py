@@ -1,4 +1,4 @@
-"""Any network, whatever it predicts, read as a denoiser D(xt, t) = E[x0 | xt] (method, section 1)."""
+"""Any network, whatever it predicts, read as a denoiser D(xt, t) = E[x0 | xt] (docs/method.md: Setting)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def target(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, kind: Predicti
 def score(x0: Tensor, xt: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """grad log p_t(xt) = (alpha E[x0 | xt] - xt) / sigma^2 (Tweedie). Raises ValueError where sigma = 0.
 
-    Eq. (1) has it cancel out of the product's own arithmetic: it is here for tests, which hold it to closed forms (truth 2).
+    Eq. (1) has it cancel out of the product's own arithmetic: it is here for tests, which hold it to closed forms.
     """
     if bool((sigma == 0).any()):
         raise ValueError("a score needs noise: sigma = 0 is the data itself")

@@ -138,8 +138,9 @@ def give_usual_mode(path: Path) -> None:
         usual = stat.S_IMODE(fresh.stat().st_mode)
     finally:
         fresh.unlink(missing_ok=True)
-    if stat.S_IMODE(path.stat().st_mode) != usual:  # not every disk lets modes be set
-        path.chmod(usual)
+    if stat.S_IMODE(path.stat().st_mode) != usual:
+        with suppress(OSError):  # not every disk lets modes be set, and a file that others cannot read is better than none
+            path.chmod(usual)
 
 
 def beside(path: Path) -> Path:

@@ -105,6 +105,8 @@ def changed_since(source: str, run: Path) -> str | None:
         return None
     try:
         before = json.loads(kept.read_text(encoding="utf-8"))
+        if not isinstance(before, dict):
+            raise ValueError("no JSON object")
     except ValueError as error:
         raise UserError(
             f"{kept}: cut off, or no hashes of a teacher's weights ({error}); put it back as it was. Without it nobody knows whether "

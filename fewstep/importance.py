@@ -1,4 +1,4 @@
-"""Importance weights for an evaluation of R_dm made before the student moved (method, section 6).
+"""Importance weights for an evaluation of R_dm made before the student moved (docs/method.md: reuse).
 
 The renoising xt ~ N(alpha x0, sigma^2 I) is a Gaussian policy of the student: moved from x0_old to x0_new, the same xt has
 another density, and the ratio of the two is what an old evaluation must be weighted with.

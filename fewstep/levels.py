@@ -1,4 +1,4 @@
-"""Noise levels at which networks are compared and trained: where on (0, 1) they lie, how a group's are drawn (method, section 4)."""
+"""Noise levels at which networks are compared and trained: where on (0, 1) they lie, how a group's are drawn (docs/method.md: GNDM)."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def rank_in_group(group: Tensor, *, shuffle: bool = False) -> tuple[Tensor, Tens
 
 def noise_levels(group: Tensor, t_range: tuple[float, float], levels: Levels, density: Density = UNIFORM) -> Tensor:
     """Times (B,) float64 in t_range, as often at each as `density` says. Stratified: member j of G draws from the j-th of G strata of equal
-    probability, so a group's mean over its members is a quadrature over noise levels (section 4); the P groups of a batch share each
+    probability, so a group's mean over its members is a quadrature over noise levels; the P groups of a batch share each
     stratum out among themselves, in a random order, so the batch is one too, P times finer."""
     u = torch.rand(len(group), dtype=torch.float64, device=group.device)
     if levels == "stratified":

@@ -9,7 +9,7 @@ from fewstep.schedule import bcast
 
 
 def pathwise(x0: Tensor, direction: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean over all elements of weight * 0.5 (x0 - sg(x0 + direction))^2 (method, section 3).
+    """Mean over all elements of weight * 0.5 (x0 - sg(x0 + direction))^2 (docs/method.md: R_dm).
 
     Its gradient in x0 is exactly -weight * direction / numel: descending the loss moves x0 along +direction.
     x0, direction (B, C, H, W); weight (B,) or None.

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_iter
 
 from fewstep.config import Config
 from fewstep.cost import counter
+from fewstep.folder import FREE_ON_RESUME, SAME_FOR_INIT
 from fewstep.launch import launched
 from fewstep.models import CONFIGURATIONS, UnsupportedTeacher, family, frozen_dtype, index_of, one_line, snapshot
 from fewstep.models.backbone import Backbone, Roles, packed_network
@@ -386,7 +387,14 @@ def savings(source: str, config: Config) -> list[dict[str, Any]]:
         found.append({"lora_rank": LOW_RANK})
     sizes = halved(source, config)
     found += [{"size": sizes}] * bool(sizes)
-    return [change for change in found if turned(config, change) != config]
+    return [change for change in found if turned(config, change) != config and may_change(config, change)]
+
+
+def may_change(config: Config, change: dict[str, Any]) -> bool:
+    """Whether a run that goes on, or begins with another one's networks, takes a change."""
+    if config.resume:
+        return change.keys() <= set(FREE_ON_RESUME)
+    return config.init is None or not change.keys() & set(SAME_FOR_INIT)
 
 
 def turned(config: Config, change: dict[str, Any]) -> Config:

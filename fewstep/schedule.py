@@ -1,4 +1,4 @@
-"""Noise schedules: xt = alpha(t) x0 + sigma(t) eps for t in [0, 1], t = 1 pure noise (method, section 1)."""
+"""Noise schedules: xt = alpha(t) x0 + sigma(t) eps for t in [0, 1], t = 1 pure noise (docs/method.md: Setting)."""
 
 from __future__ import annotations
 

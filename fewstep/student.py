@@ -1,4 +1,4 @@
-"""The student as a policy over K steps (method, section 2)."""
+"""The student as a policy over K steps (docs/method.md: the student is a policy)."""
 
 from __future__ import annotations
 

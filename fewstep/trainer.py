@@ -19,10 +19,11 @@ from fewstep import checkpoint, importance, losses
 from fewstep.alarms import FROM_BEFORE, Watch
 from fewstep.config import Config
 from fewstep.denoiser import Cond, Denoiser, widened
+from fewstep.errors import RewardError
 from fewstep.metrics import MetricsLog, health, known, ratios_of, rms, spread_of
 from fewstep.prompts import Batches
 from fewstep.ranks import Ranks
-from fewstep.rewards.base import OnlineReward, Reward, RewardError, asked, checked
+from fewstep.rewards.base import OnlineReward, Reward, asked, checked
 from fewstep.rewards.heldout import HeldOut, Parting
 from fewstep.student import Student
 from fewstep.transforms import advantages, group_mean, modulate, pull
@@ -351,7 +352,7 @@ class Trainer:
             )
 
     def combine(self, anchor: Tensor, signals: dict[str, Signal], group: Tensor) -> tuple[Tensor, Tensor | None, dict[str, float]]:
-        """(the anchor's part, the other rewards' part or None, logs) of the direction, by `weights.mode` (section 5.2)."""
+        """(the anchor's part, the other rewards' part or None, logs) of the direction, by `weights.mode`."""
         own, values = self.config.weights, self.weights.now()
         valid, logs = self.heard(anchor, signals, group)
         logs |= {f"{name}/weight": values[name] for name in signals}

@@ -1,4 +1,4 @@
-"""Pure functions over groups of samples (method, sections 4 and 5). `group` is (B,) int64, in any order."""
+"""Pure functions over groups of samples (docs/method.md: GNDM, many rewards). `group` is (B,) int64, in any order."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def group_rms(direction: Tensor, group: Tensor, valid: Tensor | None = None) -> 
 
 
 def advantages(score: Tensor, group: Tensor, *, eps: float = 1e-4) -> Tensor:
-    """(r - mean_g) / (std_g + eps), score (B,) -> (B,); std over the group's members, not the sample estimate (section 5.1).
+    """(r - mean_g) / (std_g + eps), score (B,) -> (B,); std over the group's members, not the sample estimate.
 
     A group with one member, or whose scores are all the same, gives exactly 0. A sample whose score is not finite has no
     advantage: it gets NaN, to be masked and counted, and mean and std are those of the others. No finite score overflows.
@@ -146,7 +146,7 @@ def pull(
     mode: Literal["fixed", "adaptive", "sum"] = "fixed",
     opposing: bool = True,
 ) -> Tensor:
-    """What one reward adds to the anchor, by `weights.mode` (section 5.2): its term of eq. (6), or in mode `sum` its weighted raw gradient.
+    """What one reward adds to the anchor, by `weights.mode`: its term of eq. (6), or in mode `sum` its weighted raw gradient.
 
     anchor, direction (B, C, H, W); group (B,); valid (B,): rows that the reward could score, the others are not pulled. opposing False
     drops what opposes the anchor, sample by sample, from the direction at RMS 1: what little is left of one that opposes is not blown

@@ -1,4 +1,4 @@
-"""How much each reward may pull the student away from its teacher (method, section 5.2)."""
+"""How much each reward may pull the student away from its teacher (docs/method.md: many rewards)."""
 
 from __future__ import annotations
 

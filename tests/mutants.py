@@ -374,9 +374,9 @@ HARMLESS: dict[tuple[str, str], str] = {
         "the shapes are equal by the condition after",
     ("losses", "a = advantage[known].detach()[:, None].to(old_log_prob)"): SAME_SIZE,
     ("losses", "bound = torch.where(a >= 0, 1 + clip, 1 - clip)"): "an advantage of 0 multiplies either bound away",
-    ("losses", "return torch.where(advantage >= 0, ratio <= 1 + clip, ratio >= 1 - clip)"): "an advantage of 0 has no force: which bound holds it back is arbitrary",
-    ("losses", "return torch.where(advantage > 0, ratio < 1 + clip, ratio >= 1 - clip)"): AT_EQUALITY,
-    ("losses", "return torch.where(advantage > 0, ratio <= 1 + clip, ratio > 1 - clip)"): AT_EQUALITY,
+    ("losses", "return ~torch.where(advantage >= 0, ratio > 1 + clip, ratio < 1 - clip)"): "an advantage of 0 has no force: which bound holds it back is arbitrary",
+    ("losses", "return ~torch.where(advantage > 0, ratio >= 1 + clip, ratio < 1 - clip)"): AT_EQUALITY,
+    ("losses", "return ~torch.where(advantage > 0, ratio > 1 + clip, ratio <= 1 - clip)"): AT_EQUALITY,
     ("losses", "ratio = torch.where(inside, log_ratio, torch.ones_like(log_ratio)).exp()"): "any finite number will do where it is not chosen",
     ("losses", "ratio = log_ratio.clone().exp()"): "only compared: no gradient passes a comparison",
     ("losses", "log_ratio = (log_prob - old_log_prob).clone()[known]"): "the result is a float: no gradient passes",
@@ -397,10 +397,11 @@ HARMLESS: dict[tuple[str, str], str] = {
     ("transforms", "count.index_add_( -1, index, valid.to(score))"): ONE_DIMENSION,
     ("transforms", "largest = torch.zeros(groups, dtype=flat.dtype, device=flat.device).scatter_reduce_( -1, index, flat.abs().amax(1), \"amax\")"):
         ONE_DIMENSION,
-    ("transforms", "low = low.scatter_reduce( -1, index[valid], score[valid], \"amin\")"): ONE_DIMENSION,
+    ("transforms", "largest = torch.zeros(groups, dtype=score.dtype, device=score.device).scatter_reduce( -1, index[valid], score[valid].abs(), \"amax\")"): ONE_DIMENSION,
+    ("transforms", "scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 2)"): "another power of two, which rounds nothing",
     ("transforms", "mean = total.index_add_( -1, index, above) / count"): ONE_DIMENSION,
     ("transforms", "square = torch.zeros_like(largest).index_add_( -1, index, relative.pow(2).mean(1))"): ONE_DIMENSION,
-    ("transforms", "std = (square.index_add_( -1, index, centred**2) / count).sqrt()"): ONE_DIMENSION,
+    ("transforms", "wide = (square.index_add_( -1, index, centred**2) / count).sqrt() + eps / scale"): ONE_DIMENSION,
     ("transforms", "count.clamp_(min= 0)"): "a group without a valid score gives NaN to all its members anyway",
     ("transforms", "count.clamp_(min= 2)"): "a group with one valid score gives 0 whatever it is divided by",
     ("transforms", "groups = int(index.max()) + 2"): "one group more, empty and never read",
@@ -430,7 +431,7 @@ HARMLESS: dict[tuple[str, str], str] = {
         "what comes back are floats: without no_grad it only costs memory",
     ("rewards.distribution", "(nothing) def known(self, sample: Sample, xt: Tensor, t: Tensor, noise: Tensor, *, teacher: Tensor | None) -> tuple[float, float | None]:"):
         "what comes back are floats: without no_grad it only costs memory",
-    ("rewards.distribution", "loss = float(denoising( target(sample.x0, noise, alpha, sigma, self.fake.prediction),prediction))"):
+    ("rewards.distribution", "loss = float(denoising( target(sample.x0, noise, alpha, sigma, kind),prediction))"):
         "the squared error is symmetric, and no gradient is taken",
     ("weights", "return min( math.log(cap),log_weight + eta * min(max(1 - kl / budget, -1.0), 1.0))"): "min is symmetric",
     ("weights", "return min(log_weight + eta * min( 1.0,max(1 - kl / budget, -1.0)), math.log(cap))"): "min is symmetric",

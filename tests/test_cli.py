@@ -587,6 +587,8 @@ def test_an_existing_run_is_not_touched_unless_asked(capsys, finished, teacher_f
     [
         ("rewards.json", '[{"from', "{}/rewards.json: cut off, or no record of rewards (.*); put it back as it was, or move it away"),
         ("teacher.json", "", "{}/teacher.json: cut off, or no hashes of a teacher's weights (.*); put it back as it was"),
+        ("teacher.json", "[]", "{}/teacher.json: cut off, or no hashes of a teacher's weights (.*); put it back as it was"),
+        ("rewards.json", '{"a": 1}', "{}/rewards.json: cut off, or no record of rewards (.*); put it back as it was, or move it away"),
         ("config.yaml", "", "{}/config.yaml: .* this holds nothing; put its config.yaml back as it was, or begin"),
         ("config.yaml", "teacher: world\n", "resume: {} holds no run to go on with: put its config.yaml back as it was, or begin"),
     ],

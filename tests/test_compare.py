@@ -229,11 +229,14 @@ def test_a_kept_cell_is_used_only_if_made_in_the_same_way(tmp_path, capsys):
         path.parent.mkdir(exist_ok=True)
         stamp = stamp_of(plan, row, 0) if "day" not in row else {}
         path.write_text(json.dumps({"stamp": stamp, "row": row, "seed": 0}))
+    (tmp_path / "cells" / "._gndm-seed0.json").write_bytes(b"\0\5\26\xff")  # as a Mac leaves them on another system's disk
     assert kept(plan).keys() == {("GNDM", 0), ("teacher, 28 steps", 0)}
     assert capsys.readouterr().out == "a-row-of-another-day-seed0.json: of no row that is known, not used\n"
     longer = Plan(tmp_path, 200, 2, 4, 1)  # of a student's training: the teacher's cell stays what it is
     assert kept(longer).keys() == {("teacher, 28 steps", 0)}
     assert "gndm-seed0.json: made with other settings, not used" in capsys.readouterr().out
+    cell_path(plan, "GNDM", 0).write_text('{"stamp": {"con')
+    assert kept(plan).keys() == {("teacher, 28 steps", 0)} and "gndm-seed0.json: damaged, not used" in capsys.readouterr().out
 
 
 def test_a_cell_of_other_settings_is_replaced_only_where_one_says_so(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Truths of distribution matching as a reward, in closed form on Gaussians (method, section 8)."""
+"""Truths of distribution matching as a reward, in closed form on Gaussians."""
 
 import numpy as np
 import pytest

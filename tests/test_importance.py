@@ -1,4 +1,4 @@
-"""Importance weights, eq. (8), by Gauss-Hermite quadrature along the one direction that matters (method, truth 7)."""
+"""Importance weights, eq. (8), by Gauss-Hermite quadrature along the one direction that matters."""
 
 import math
 

@@ -35,17 +35,17 @@ TABLE = {
     "rewards.clip": "rewards.base rewards.files rewards.pixels types",
     "rewards.aesthetic": "rewards.base rewards.clip rewards.files rewards.pixels types",
     "rewards.hps": "rewards.clip rewards.pixels",
-    "rewards.remote": "rewards.address rewards.base",
+    "rewards.remote": "errors rewards.address rewards.base",
     "rewards.sources": "config disk rewards rewards.address rewards.files rewards.remote world",
     "rewards.convert": "disk rewards rewards.aesthetic rewards.files rewards.hps rewards.sources",
     "rewards.serve": "device rewards rewards.sources",
     "models": "config denoiser disk hub schedule",
     "world": "checkpoint evaluate rewards.clip",
-    "trainer": "alarms checkpoint config denoiser importance losses metrics prompts ranks "
+    "trainer": "alarms checkpoint config denoiser errors importance losses metrics prompts ranks "
     "rewards.base rewards.heldout student transforms types weights",
     "evaluate": "denoiser disk hub models prompts types "
     "rewards.base rewards.clip rewards.distribution rewards.files rewards.remote rewards.sources",
-    "needs": "config cost launch models",
+    "needs": "config cost folder launch models",
     "flags": "config errors hub models rewards.address rewards.sources",
     "folder": "config disk errors flags hub models rewards.address rewards.sources",
     "export": "checkpoint config disk evaluate folder hub metrics models world",

@@ -286,6 +286,11 @@ def test_what_does_not_fit_is_told_what_to_change(teachers, monkeypatch):
     together = {name: value for change in changes for name, value in change.items()}
     told = needs.as_flags(config := dataclasses.replace(config, lora_rank=0), together)
     assert "--lora-rank 64" in told and "int8" not in told and not needs.turned(config, together).problems()
+    # another rank is another network than that of the run that this one begins with, and a run that goes on keeps nearly all
+    assert not any("lora_rank" in change for change in needs.savings(source, dataclasses.replace(config, init="out")))
+    assert {*told.split()} > {"--lora-rank"} and needs.savings(source, dataclasses.replace(config, resume=True)) == [
+        {"memory.micro_groups": 1}, {"memory.checkpointing": True}
+    ]  # fmt: skip
 
 
 def test_a_dry_run_reads_no_weights_and_writes_nothing(teachers, prompt_file, tmp_path, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""The student as a policy: exact log-probabilities and the clipped policy gradient (method, sections 2 and 5.3)."""
+"""The student as a policy: exact log-probabilities and the clipped policy gradient (docs/method.md: the student is a policy)."""
 
 import pytest
 import torch

@@ -28,11 +28,6 @@ def noise_of(backbone, seed=0):
     return torch.randn(2, *backbone.latent_shape(SIZE), generator=torch.Generator().manual_seed(seed))
 
 
-def conditions_differ(backbone, one, other):
-    one, other = backbone.encode_one(one), backbone.encode_one(other)
-    return any(one[key].shape != other[key].shape or not torch.equal(one[key], other[key]) for key in one)
-
-
 @both
 def test_a_size_is_a_whole_number_of_patches(backbones, name):
     """The smallest picture that is accepted passes the network; a whole number of latents that is none of patches is refused."""

@@ -221,7 +221,7 @@ PROMISED = {
 # and `refused`, which takes a server that is gone: test_a_server_that_is_gone_masks_everything
 
 
-def test_every_fault_of_the_promises_is_in_the_list():
+def test_every_fault_that_the_page_counts_is_in_the_list():
     lists = {"passing": PASSING, "malformed": MALFORMED, "final": [*FINAL], "partial": PARTIAL}
     injected = [fault for faults in lists.values() for fault in faults]
     assert sorted(injected) == sorted({*FAULTS} - {None})  # each is injected, and met in one way
@@ -1006,3 +1006,18 @@ def test_python_takes_the_same_three_kinds(faulty, reward_file, teacher_folder, 
     assert told["far"]["version"] == "v1" and told["near"]["source"].endswith("mine.py:redness")
     assert told["own"] == {"source": "a function of the caller's own"}
     assert [metrics(out)[0][f"{name}/weight"] for name in rewards] == [1.0, 0.5, 1.0]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such limit")
+def test_a_server_takes_as_many_open_files_as_it_may():
+    """Requests that wait hold their pictures in files: a Mac gives a process 256 of them, and 30 clients had taken those."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = serve.OPEN_FILES if before[1] == resource.RLIM_INFINITY else min(before[1], serve.OPEN_FILES)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted - 1, before[1]))
+        serve.allow_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (wanted, before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -204,6 +204,15 @@ def test_what_safetensors_writes_has_the_mode_of_any_new_file(tmp_path, umask):
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "checkpoints"} and len(made) == 5
 
 
+def test_a_disk_that_lets_no_mode_be_set_takes_weights(tmp_path, monkeypatch):
+    def refused(self, mode):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(disk.Path, "chmod", refused)
+    disk.replace(tmp_path / "a", lambda path: save_file({"a": torch.ones(2)}, path))
+    assert (tmp_path / "a").is_file()
+
+
 def test_a_mode_that_is_the_usual_one_is_left_alone(monkeypatch, tmp_path):
     """Some disks let none be set."""
     monkeypatch.setattr(os, "chmod", refused)

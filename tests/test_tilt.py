@@ -1,4 +1,4 @@
-"""Truth 5 (method, section 8): a linear reward tilts a Gaussian student, through DistributionMatching, Student, weights and Trainer."""
+"""A linear reward tilts a Gaussian student, through DistributionMatching, Student, weights and Trainer."""
 
 import math
 

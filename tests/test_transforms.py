@@ -1,4 +1,4 @@
-"""Advantages, weights and projections over groups (method, section 5; truth 8)."""
+"""Advantages, weights and projections over groups."""
 
 import pytest
 import torch

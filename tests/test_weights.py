@@ -157,7 +157,7 @@ def test_a_state_of_an_earlier_version_goes_on():
 
 
 def test_on_a_gaussian_the_weight_settles_at_its_budget():
-    """Truth 5: under the tilt lambda a, the optimum lies at m(lambda) = c lambda a, where KL = kl_0 + |m|^2 / 2.
+    """Under the tilt lambda a, the optimum lies at m(lambda) = c lambda a, where KL = kl_0 + |m|^2 / 2.
 
     The student follows the gradient of beta KL - lambda a.m, one small step an update; the dual variable must bring KL to b.
     """

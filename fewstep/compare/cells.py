@@ -16,6 +16,7 @@ from typing import Any
 
 from fewstep import world
 from fewstep.compare.rows import BY_NAME, UNGUIDED, Row, TeacherRow
+from fewstep.disk import visible
 from fewstep.evaluate import protocol, store
 
 REFERENCE_SEED = 10_000  # of the teacher's sample that distances are taken to; cells draw with their own seeds
@@ -113,8 +114,12 @@ def stamp_of(plan: Plan, name: str, seed: int) -> dict[str, Any]:
 def kept(plan: Plan) -> Cells:
     """The folder's cells of known rows that were made in this way; says of every other that it is not used."""
     cells: Cells = {}
-    for path in sorted(plan.output.glob("cells/*.json")):
-        cell = json.loads(path.read_text(encoding="utf-8"))
+    for path in visible(plan.output, "cells/*.json"):
+        try:
+            cell = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            print(f"{path.name}: damaged, not used")
+            continue
         row, seed = cell["row"], cell["seed"]
         known = row in BY_NAME
         if known and cell["stamp"] == stamp_of(plan, row, seed):

@@ -194,7 +194,7 @@ def judged_kl(run: Any, most: int) -> dict[str, Any]:
 
 
 def fd_per_step(plan: Plan, run: Any, seed: int, target: float) -> list[float]:
-    """FD-clip to the teacher of the averaged student's prediction x0_k at each of its K steps, on the table's prompts (method, section 6).
+    """FD-clip to the teacher of the averaged student's prediction x0_k at each of its K steps, on the table's prompts.
 
     Puts the averaged weights into the trainer's student: for after the training.
     """

@@ -46,7 +46,7 @@ def drift(along: list[float]) -> Drift:
 class Settled(NamedTuple):
     """The last quarter of a run with an adaptive weight."""
 
-    kl_over_budget: float  # mean; the goal is 0.9 to 1.1
+    kl_over_budget: float  # mean; 1: the budget is held
     weight: float  # mean of the total weight
     at_cap: float  # share of the updates with the weight at its cap
 

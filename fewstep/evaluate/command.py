@@ -309,12 +309,17 @@ def size_of(text: str | None, config: Config | None, sources: dict[str, str]) ->
     return size
 
 
-def check_teacher(teacher: str, options: Any) -> None:
-    """Raises UserError for flags that a teacher which is itself a student of K steps does not take."""
+def steps_of_teacher(teacher: str) -> int | None:
+    """Of a teacher that is itself a student of K steps, K; None where it is none, or it is not known."""
     from fewstep.models import steps_in
 
     scheduler = Path(teacher) / "scheduler" / "scheduler_config.json"
-    made_for = steps_in(json.loads(scheduler.read_text(encoding="utf-8"))) if scheduler.is_file() else None
+    return steps_in(json.loads(scheduler.read_text(encoding="utf-8"))) if scheduler.is_file() else None
+
+
+def check_teacher(teacher: str, options: Any) -> None:
+    """Raises UserError for flags that a teacher which is itself a student of K steps does not take."""
+    made_for = steps_of_teacher(teacher)
     if made_for is None:
         return
     why = f"{teacher} is itself a student of {made_for} steps and is drawn as one"
@@ -335,7 +340,7 @@ def teacher_negative_prompt(teacher: str, guidance: float, given: str | None, co
     prompt = own if given is None else given
     if given and guidance == 1:
         raise UserError("--negative-prompt: nothing is guided away from it at guidance 1: give another --guidance, or leave the flag out")
-    if not prompt or guidance == 1:
+    if not prompt or guidance == 1 or steps_of_teacher(teacher) is not None:  # a student is drawn without guidance
         return ""
     try:
         models.family(teacher).check_negative_prompt()

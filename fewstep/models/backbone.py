@@ -124,7 +124,7 @@ def recompute(adapters: Adapters | None) -> Callable[..., Any]:
 class Network(nn.Module):
     """A family's network called as `network(xt, timestep, cond)`, with the student's step as an extra condition when asked for.
 
-    The step is an embedding added to the time embedding, zero at the start (method, section 6).
+    The step is an embedding added to the time embedding, zero at the start.
     adapters, adapter: the base's LoRA layers and the adapter to switch on for the call; "" switches all off.
     guidance: the scale that the network is told in every call; "each": its conditions tell one for each sample; None: it is told none.
     """

@@ -22,8 +22,8 @@ def picture(tokens: Tensor, xt: Tensor) -> Tensor:
 
 class QwenImage(Backbone):
     """The stock pipeline guides by the prompt " ", and then scales each token of the guided prediction to the norm of the conditional
-    one. The teacher's own pictures have that scaling. R_dm's teacher does not: the guided score is a combination of two scores (method,
-    section 1), and the scaled prediction is none.
+    one. The teacher's own pictures have that scaling. R_dm's teacher does not: the guided score is a combination of two scores, and the
+    scaled prediction is none.
     """
 
     pipeline = QwenImagePipeline

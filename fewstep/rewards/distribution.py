@@ -1,4 +1,4 @@
-"""R_dm: distribution matching as a reward (method, sections 3, 4 and 7)."""
+"""R_dm: distribution matching as a reward (docs/method.md: R_dm, GNDM)."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class DistributionMatching:
 
     draws: noise levels and noises at which each sample is compared, by calling it; a group's scale and its strata are over all of them.
 
-    With `step_condition` the fake is told which of the student's K steps made the sample (cond["step"], section 6).
+    With `step_condition` the fake is told which of the student's K steps made the sample (cond["step"]).
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class DistributionMatching:
         return {"t": t, "noise": torch.randn_like(sample.x0)}
 
     def loss(self, sample: Sample, *, t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
-        """The fake's denoising loss on the student's outputs, in the fake's own parametrisation (section 7)."""
+        """The fake's denoising loss on the student's outputs, in the fake's own parametrisation."""
         x0 = sample.x0.detach()
         if t is None or noise is None:
             drawn = self.draw(sample)

@@ -28,8 +28,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fewstep.errors import RewardError
 from fewstep.rewards.address import TIMEOUT, check_url, is_loopback
-from fewstep.rewards.base import PixelReward, RewardError
+from fewstep.rewards.base import PixelReward
 
 PROTOCOL = 1
 TRIES = 3

@@ -27,6 +27,7 @@ from fewstep.device import resolve_device
 from fewstep.rewards import REWARDS, sources
 
 PROTOCOL = 1
+OPEN_FILES = 10_240  # macOS lets no process have more
 HOST = "127.0.0.1"  # another machine reaches it through a tunnel or a TLS proxy
 MAX_BODY = 64 * 2**20  # bytes
 MAX_PIXELS = 4096 * 4096  # of all pictures of a request
@@ -148,6 +149,18 @@ def application(name: str, version: str, score: Score, *, batch: int = 16, worke
 
     routes = [Route("/health", health), Route("/score", answer, methods=["POST"])]
     return Starlette(routes=routes, exception_handlers=dict.fromkeys((Refused, HTTPException, FormParserError), refuse))
+
+
+def allow_open_files() -> None:
+    """As many as the system gives this process for the asking: every request that waits holds its large pictures in files."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def read_list(text: Any, what: str, kind: type) -> list[Any]:
@@ -337,6 +350,7 @@ def command(arguments: list[str]) -> int:
     except ImportError as error:
         raise ValueError(f'the server needs {error.name}: pip install "fewstep[serve]"') from error
     options.device = resolve_device("--device", options.device)
+    allow_open_files()
     with claim(options.port) as held:  # before the model is loaded, which may take minutes
         try:
             name, version, score = load(options.what, options.scorer, options.device)

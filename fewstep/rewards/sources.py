@@ -181,7 +181,10 @@ def records(
 
 def told_so_far(path: Path) -> list[dict[str, Any]]:
     """What a run's `rewards.json` holds, from its first start on, if there is one. Raises ValueError for one that is cut off."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    if not isinstance(kept, list):
+        raise ValueError("no JSON list")
+    return kept
 
 
 def write_records(path: Path, told: dict[str, dict[str, str]], update: int) -> list[str]:
