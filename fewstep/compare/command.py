@@ -42,7 +42,9 @@ def command(arguments: list[str]) -> int:
     parser.add_argument(
         "--rows", nargs="+", default=None, metavar="NAME", help="rows, or sets of rows, to make (list: names them; default: table)"
     )
-    parser.add_argument("--seeds", type=int, default=None, help="seeds of every row (default: 5 for the main rows, 3 for the rest)")
+    parser.add_argument(
+        "--seeds", type=int, default=None, help="seeds of every row (default: each row's own, 5 of the main rows, 1 to 3 of the rest)"
+    )
     parser.add_argument(
         "--first-seed", type=int, default=100, help="settings were chosen on seeds below 100, so that none of those is reported"
     )
