@@ -71,3 +71,13 @@ def joint_points():
 
 def scaled(x, value):
     return bcast(value, x) * x
+
+
+def guided_by(conditional, unconditional):
+    """A Denoiser that is the one where cond["on"] says so and the other under its empty prompt, which guidance leads away from."""
+
+    def network(xt, timestep, cond):
+        t = Flow().t_of(timestep)
+        return torch.where(cond["on"].view(-1, 1, 1, 1) > 0, conditional(xt, t, {}), unconditional(xt, t, {}))
+
+    return Denoiser(network, Flow(), "sample", uncond={"on": torch.zeros(1)})

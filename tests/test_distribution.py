@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from gaussians import Affine, D, flat, gaussian_denoiser, joint_points, marginal, scaled, sigma_points, spd, unflat, vector
+from gaussians import Affine, D, flat, gaussian_denoiser, guided_by, joint_points, marginal, scaled, sigma_points, spd, unflat, vector
 
 from fewstep import losses
 from fewstep.denoiser import Denoiser
@@ -211,13 +211,7 @@ def test_guidance_pushes_along_the_condition():
     """With guidance w the direction's teacher is D_u + w (D_c - D_u), while the score keeps the conditional one."""
     group = torch.arange(3)
     conditional, unconditional, fake = (gaussian_denoiser(vector(s), spd(s + 1)) for s in (0, 5, 7))
-
-    def network(xt, timestep, cond):
-        t = Flow().t_of(timestep)
-        return torch.where(cond["on"].view(-1, 1, 1, 1) > 0, conditional(xt, t, {}), unconditional(xt, t, {}))
-
-    off = {"on": torch.zeros(1)}
-    teacher = Denoiser(network, Flow(), "sample", uncond=off)
+    teacher = guided_by(conditional, unconditional)
     x0, eps = (torch.randn(3, D, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
     t, cond = torch.full((3,), 0.4, dtype=torch.float64), {"on": torch.ones(3)}
     plain, guided = (

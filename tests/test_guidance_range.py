@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import saved
 from diffusers import DiffusionPipeline
-from gaussians import D, gaussian_denoiser, marginal, spd, unflat, vector
+from gaussians import D, gaussian_denoiser, guided_by, marginal, spd, unflat, vector
 from pipelines import PIPELINES, flux
 from small_run import trainer_of
 from test_families import PROMPTS, SMALL, noise_of, size_of, stock_images, stock_noise, told
@@ -38,12 +38,7 @@ def conditional_teacher():
     whose mean is u + w (c - u)."""
     cov, mean_c, mean_u = spd(3), vector(0), vector(5)
     conditional, unconditional = gaussian_denoiser(mean_c, cov), gaussian_denoiser(mean_u, cov)
-
-    def network(xt, timestep, cond):
-        t = Flow().t_of(timestep)
-        return torch.where(cond["on"].view(-1, 1, 1, 1) > 0, conditional(xt, t, {}), unconditional(xt, t, {}))
-
-    return Denoiser(network, Flow(), "sample", uncond={"on": torch.zeros(1)}), mean_c, mean_u, cov
+    return guided_by(conditional, unconditional), mean_c, mean_u, cov
 
 
 def test_the_direction_at_each_scale_is_that_of_the_scale_alone():

@@ -9,7 +9,8 @@ import warnings
 import pytest
 import small_run
 import torch
-from test_trainer import brightness, redness, run_of
+from small_run import brightness
+from test_trainer import redness, run_of
 
 from fewstep import checkpoint, cli, composition, flags
 from fewstep.errors import UserError

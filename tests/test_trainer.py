@@ -54,10 +54,6 @@ def contrast(images, prompts):
     return images.std((1, 2, 3)).tolist()  # a black box: no gradient comes out of it
 
 
-def brightness(images, prompts):
-    return images.mean((1, 2, 3))
-
-
 RANGE = ("--matching.guidance", "[1.5,8]")
 TWICE = ("--reuse.rollout", "2")
 SIMULATING = ("--reuse.backward-simulation", "--fake.condition", "none")
@@ -65,7 +61,7 @@ SIMULATING = ("--reuse.backward-simulation", "--fake.condition", "none")
 
 def run_of(teacher_folder, prompt_file, *options):
     config = flags.parse_config([*OPTIONS, "--teacher", str(teacher_folder), "--updates", "8", *options])
-    rewards, judges = {"redness": redness, "contrast": contrast}, {"redness": brightness} if config.reward else {}
+    rewards, judges = {"redness": redness, "contrast": contrast}, {"redness": small_run.brightness} if config.reward else {}
     return composition.build(config, read(prompt_file), str(teacher_folder), rewards, judges)
 
 

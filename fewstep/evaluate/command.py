@@ -311,10 +311,9 @@ def size_of(text: str | None, config: Config | None, sources: dict[str, str]) ->
 
 def steps_of_teacher(teacher: str) -> int | None:
     """Of a teacher that is itself a student of K steps, K; None where it is none, or it is not known."""
-    from fewstep.models import steps_in
+    from fewstep.models import steps_of
 
-    scheduler = Path(teacher) / "scheduler" / "scheduler_config.json"
-    return steps_in(json.loads(scheduler.read_text(encoding="utf-8"))) if scheduler.is_file() else None
+    return steps_of(Path(teacher)) if (Path(teacher) / "scheduler" / "scheduler_config.json").is_file() else None
 
 
 def check_teacher(teacher: str, options: Any) -> None:

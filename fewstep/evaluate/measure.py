@@ -270,15 +270,17 @@ def paired(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, draws: i
     return {name: mean_of(values, draws, seed) for name, values in differences.items() if has_mean(values)}
 
 
-def in_double(features: Matrix) -> Matrix:
-    """In float64 where they are in memory; what is read from disk becomes so part by part."""
-    return features.double() if isinstance(features, Tensor) else features
+def for_distances(e: Extractor, features: Matrix, *, at_once: bool) -> Matrix:
+    """A sample's features (N, d), as they were kept, as distances take them: read `at_once`, or part by part where they are on disk. In
+    memory they are float64; what is read from disk becomes so part by part."""
+    kept = features[:] if at_once else features
+    return e.for_distances(kept.double() if isinstance(kept, Tensor) else kept)
 
 
 def sample_set(e: Extractor, features: Matrix) -> FeatureSet:
     """A sample's features (N, d), as they were kept, for its distances. Raises ValueError unless they are finite."""
     check_finite(features, f"generated {e.name!r}")
-    return FeatureSet(e.for_distances(in_double(features[:] if in_memory(features) else features)))
+    return FeatureSet(for_distances(e, features, at_once=in_memory(features)))
 
 
 def in_memory(features: Matrix) -> bool:
@@ -388,7 +390,7 @@ def precision_and_recall(
     (n, d), rows, theirs = features.shape, found.rows, data.features
     m = len(theirs)
     small = recall_in_memory(n, d, len(rows), m)
-    mine = e.for_distances(in_double(features[:] if small else features))
+    mine = for_distances(e, features, at_once=small)
     one = torch.zeros(m, dtype=torch.long)
     too_few = f"but a ball reaches to neighbour {neighbours} of its picture and needs more than {neighbours}"
     if m > neighbours:
