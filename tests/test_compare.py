@@ -16,10 +16,20 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from fewstep import cli, composition, flags, world
+from fewstep import checkpoint, cli, composition, flags, world
 from fewstep.compare import command, making, render, summary
-from fewstep.compare.cells import FIELDS_ADDED_SINCE, Plan, cell_path, config_of, kept, machine, stamp_of, target_guidance
-from fewstep.compare.rows import BY_NAME, EVERY_ROW, METRICS, PARETO, ROWS, TEACHER_ROWS, functions_of
+from fewstep.compare.cells import (
+    FIELDS_ADDED_SINCE,
+    Plan,
+    cell_path,
+    config_of,
+    kept,
+    machine,
+    stamp_of,
+    student_path,
+    target_guidance,
+)
+from fewstep.compare.rows import BEGUN, BY_NAME, EVERY_ROW, FROM_ONE, METRICS, PARETO, ROWS, TEACHER_ROWS, functions_of
 from fewstep.errors import UserError
 from fewstep.evaluate import drawing, fresh_fake, store
 from fewstep.weights import Adaptive
@@ -61,9 +71,9 @@ def test_differences_are_paired_by_seed():
 
 def test_the_table_says_which_students_had_another_budget(tmp_path):
     cells = [cell("GNDM", 1, 1.0), cell("GNDM, half the cost", 1, 2.0)]
-    text = render.markdown(summary.summarise({(c["row"], c["seed"]): c for c in cells}), Plan(tmp_path, 300, 2, 4, 1))
+    text = render.markdown(summary.summarise({(c["row"], c["seed"]): c for c in cells}), {}, Plan(tmp_path, 300, 2, 4, 1))
     assert "others: GNDM, half the cost: 150." in text and "Expensive" not in text
-    assert "others" not in render.markdown(summary.summarise({("GNDM", 1): cells[0]}), Plan(tmp_path, 300, 2, 4, 1))
+    assert "others" not in render.markdown(summary.summarise({("GNDM", 1): cells[0]}), {}, Plan(tmp_path, 300, 2, 4, 1))
 
 
 def test_the_table_says_what_a_picture_costs_and_which_code_made_it():
@@ -71,7 +81,7 @@ def test_the_table_says_what_a_picture_costs_and_which_code_made_it():
     one, two = cell("GNDM", 1, 1.0), cell("GNDM", 2, 1.0) | {"commit": "version 0.1.0"}
     for made, seconds in ((one, 0.25), (two, 0.75)):
         made["metrics"] |= {"network_evaluations": 4.0, "seconds_per_image": seconds}
-    text = render.markdown(summary.summarise({("GNDM", 1): one, ("GNDM", 2): two}), PLAN)
+    text = render.markdown(summary.summarise({("GNDM", 1): one, ("GNDM", 2): two}), {}, PLAN)
     assert "network evaluations per image | seconds per image |" in text and " | 4 | 0.500 ± 3.177 | " in text
     assert "0123456+ (1 cell); version 0.1.0 (1 cell)." in text
 
@@ -115,6 +125,42 @@ def test_fronts_start_at_the_few_step_teacher_and_the_many_step_preference():
     points = [entry("GNDMR, preference 0.1", 1.0, 2.0), entry("GNDMR, preference 0.4", 2.0, 3.0), entry("DMDR, preference 6", 2.0, 2.0)]
     assert summary.fronts([*teachers[:2], *points]) == {}  # of a comparison under way: there is no corner yet
     assert summary.fronts([*teachers, *points]) == {"GNDMR, preference": 3.0, "DMDR, preference": 1.0}
+
+
+def fronts_of(method, seed, *points, **told):
+    """Cells of all a method's weights: at the points given, the others far outside every corner."""
+    names = [name for name in BY_NAME if summary.method_of(name) == method]
+    cells = {(name, seed): cell(name, seed, 9.0) | told for name in names}
+    for name, (fd, preference) in zip(names, points, strict=False):
+        cells[name, seed]["metrics"] |= {"fd_clip_teacher": fd, "preference": preference}
+    return cells
+
+
+def test_fronts_are_paired_by_seed_where_both_have_all_weights():
+    """Areas by hand, from a corner of (3, 1)."""
+    cells = {(name, seed): cell(name, seed, 3.0) for name in TEACHER_ROWS for seed in (7, 8)}
+    summed = summary.summarise(cells)
+    assert summary.corner(summed) == (3.0, 1.0)
+    for seed, better in ((7, (1.0, 2.0)), (8, (1.0, 4.0))):
+        cells |= fronts_of("GNDMR, preference", seed, better) | fronts_of("DMDR, preference", seed, (2.0, 2.0))
+    pair = summary.paired_fronts(cells, summed)["GNDMR, preference"]
+    assert pair.areas == {7: (2.0, 1.0), 8: (6.0, 1.0)} and pair.ratio == 4.0
+    assert pair.difference == (3.0, pytest.approx(12.7062047 * 2))  # t(0.975, 1) times half the distance of 1 and 5
+    text = render.note_on_pair("GNDMR, preference", pair)
+    assert "seed 7 2, 1; seed 8 6, 1." in text and "ratio of 4.000" in text and "3 ± 25.41." in text
+    del cells["DMDR, preference 24", 8]
+    (of_one,) = summary.paired_fronts(cells, summed).values()
+    assert of_one.areas == {7: (2.0, 1.0)} and render.note_on_pair("", of_one).endswith("difference is 1.")
+    assert summary.paired_fronts(cells, []) == {}
+
+
+def test_fronts_from_one_student_are_paired_where_it_was_one():
+    cells = {(name, 7): cell(name, 7, 3.0) for name in TEACHER_ROWS}
+    summed, names = summary.summarise(cells), ("GNDMR from one student, preference", "DMDR from one student, preference")
+    for ends, found in (("ab", {}), ("aa", {names[0]})):
+        for name, end in zip(names, ends, strict=True):
+            cells |= fronts_of(name, 7, (1.0, 2.0), begun=end)
+        assert summary.paired_fronts(cells, summed).keys() == set(found)
 
 
 def test_drift_compares_the_last_third_with_the_smoothed_minimum():
@@ -199,13 +245,28 @@ def test_a_reward_with_a_price_uses_up_the_budget(tmp_path):
     assert stamp_of(plan, row.name, 0)["price"] == row.price and "price" not in stamp_of(plan, "GNDM", 0)
 
 
+@pytest.mark.usefixtures("no_distances_by_step")
+def test_a_row_begins_from_the_student_that_another_left(tmp_path, monkeypatch):
+    plan, row, seen = small(tmp_path, 30), FROM_ONE[0], []
+    monkeypatch.setattr(making, "observe_pipeline", lambda plan, pipe, **how: seen.append(pipe.unet.state_dict()) or {})
+    monkeypatch.setattr(making, "measure", lambda *told: {})
+    earlier = student_path(plan, row.begins, 0) / "checkpoints" / "step-00000009"
+    earlier.mkdir(parents=True)  # of a cell that was made with other settings
+    made = making.run_cell(plan, EVERY_ROW[row.begins], 0)
+    (left,) = earlier.parent.iterdir()
+    begun = making.run_cell(plan, row._replace(cost=0.0), 0)
+    assert made["updates"] > 0 == begun["updates"] and all(bool((seen[0][name] == value).all()) for name, value in seen[1].items())
+    assert begun["begun"] == checkpoint.digest(left / "state.safetensors") and "begun" not in made
+    assert stamp_of(plan, row.name, 0)["begins"] == stamp_of(plan, row.begins, 0) and "begins" not in stamp_of(plan, row.begins, 0)
+
+
 def test_every_row_can_be_built_and_names_a_baseline_before_it():
     names = []
     for row in EVERY_ROW.values():
         config = config_of(PLAN, row, 3)
         assert config.seed == 3
         composition.resolve_rewards(config, functions_of(config))
-        assert row.baseline is None or row.baseline in names
+        assert {row.baseline, row.begins} <= {None, *names}
         names.append(row.name)
     paths = [cell_path(PLAN, name, 0) for name in names]
     assert len(set(paths)) == len(names) and len(set(names)) == len(names)
@@ -250,7 +311,7 @@ def test_a_cell_of_other_settings_is_replaced_only_where_one_says_so(tmp_path, m
 
     monkeypatch.setattr(command, "workers", refused)
     how = {"seeds": 1, "first_seed": 7, "jobs": 1}
-    with pytest.raises(UserError, match=r"1 of the cells .* other settings \(gndm-seed7.json\); name another folder, or .*--overwrite"):
+    with pytest.raises(UserError, match=r"1 of the cells .* other settings .*\(gndm-seed7.json\); name another folder, or .*--overwrite"):
         command.compare(plan, (row,), **how)
     for other in ({"overwrite": True}, {"first_seed": 8}):
         with pytest.raises(Drawn):
@@ -283,18 +344,21 @@ def test_a_picture_of_fronts_goes_with_their_cells(tmp_path, monkeypatch):
     assert cli.compare_command(["--output", str(tmp_path)]) == 0 and not (tmp_path / "pareto.png").exists()
 
 
-def test_a_cell_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
-    class Pool:  # in this process
-        def __init__(self, *_, **__): ...
-        def shutdown(self, **_): ...
-        def submit(self, function, *arguments):
-            future = concurrent.futures.Future()
-            try:
-                future.set_result(function(*arguments))
-            except Exception as error:
-                future.set_exception(error)
-            return future
+class Pool:
+    """Makes cells in this process."""
 
+    def __init__(self, *_, **__): ...
+    def shutdown(self, **_): ...
+    def submit(self, function, *arguments):
+        future = concurrent.futures.Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def test_a_cell_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
     def make(plan, row, seed):
         if row == "DMD":
             raise FloatingPointError("the loss is nan")
@@ -312,6 +376,45 @@ def test_a_cell_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
     # the unguided teacher is drawn where a student is compared with it
     command.compare(plan, (EVERY_ROW["GNDM, guidance 1"],), seeds=1, first_seed=7, jobs=1)
     assert "teacher, 28 steps, guidance 1, seed 7" in capsys.readouterr().out
+
+
+def test_a_row_that_others_begin_from_comes_first(tmp_path, monkeypatch, capsys):
+    """Also where nobody asked for it, and again where its student was not kept; where it fails they are not tried."""
+    plan, made, rows = Plan(tmp_path, 100, 2, 4, 1), [], (FROM_ONE[0], EVERY_ROW["GNDM"])
+    failing = set()
+
+    def make(plan, row, seed):
+        made.append(row)
+        if row in failing:
+            raise FloatingPointError("the loss is nan")
+        student_path(plan, row, seed).mkdir(parents=True, exist_ok=True)
+        found = cell(row, seed, 1.0) | {"stamp": stamp_of(plan, row, seed)}
+        cell_path(plan, row, seed).parent.mkdir(exist_ok=True)
+        cell_path(plan, row, seed).write_text(json.dumps(found))
+        return found
+
+    def again(**how):
+        made.clear()
+        command.compare(plan, rows, seeds=1, first_seed=7, jobs=1, **how)
+        return [name for name in made if name not in TEACHER_ROWS]
+
+    monkeypatch.setattr(command, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(command, "make_cell", make)
+    monkeypatch.setattr(command, "reference", lambda plan, guidance: None)
+    failing.add(BEGUN.name)
+    with pytest.raises(
+        command.CellsFailed, match=f"(?s)2 of 7 cells failed.*{rows[0].name}, seed 7: .*it begins from, of {BEGUN.name}, could"
+    ):
+        again()
+    failing.clear()
+    assert again() == [BEGUN.name, rows[0].name] and again() == []
+    cell_path(plan, rows[0].name, 7).unlink()
+    assert again() == [rows[0].name]  # the student is there
+    cell_path(plan, rows[0].name, 7).unlink()
+    student_path(plan, BEGUN.name, 7).rmdir()
+    with pytest.raises(UserError, match=r"without the student that others begin from \(dmd--twice-as-long-seed7.json\)"):
+        again()
+    assert again(overwrite=True) == [BEGUN.name, rows[0].name]
 
 
 class Drawn(Exception):
@@ -511,6 +614,6 @@ def test_a_training_that_ends_within_its_warm_up_has_a_row_all_the_same():
     of_few_marks, long = {"along": [{"fd_clip_teacher": 1.0}] * 5}, "GNDM, constant rates, thrice as long"
     rows = summary.summarise({("GNDMR adaptive", 1): cell("GNDMR adaptive", 1, 0.5) | judged, (long, 1): cell(long, 1, 0.5) | of_few_marks})
     assert len(rows) == 2 and not any(key in row for row in rows for key in ("settled", "drift"))
-    assert "GNDMR adaptive" in render.markdown(rows, PLAN)
+    assert "GNDMR adaptive" in render.markdown(rows, {}, PLAN)
     with pytest.raises(ValueError, match="no budget was set"):
         summary.settled(judged["trace"])

@@ -57,7 +57,7 @@ TABLE = {
     "run": "checkpoint composition config disk errors evaluate evaluate.command export flags folder hub launch models needs prompts ranks "
     "report rewards.sources world",
     "sample": "config disk errors evaluate evaluate.command flags models prompts",
-    "compare": "composition config cost disk errors evaluate flags models rewards.clip rewards.serve types weights world",
+    "compare": "checkpoint composition config cost disk errors evaluate flags models rewards.clip rewards.serve run types weights world",
     "cli": "compare disk errors evaluate.command export flags launch models run sample rewards rewards.convert rewards.serve",
     "fewstep": "errors flags launch models run",
 }  # fmt: skip

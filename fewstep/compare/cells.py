@@ -25,7 +25,8 @@ FIELDS_ADDED_SINCE = (
     "init", "size", "memory", "compile", "dry_run", "judge", "remote", "matching.level_density", "matching.shift",
     "matching.negative_prompt",
 )  # fmt: skip
-Cells = dict[tuple[str, int], dict[str, Any]]  # by row and seed
+Key = tuple[str, int]  # row and seed
+Cells = dict[Key, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,17 @@ class Plan:
     options: tuple[str, ...] = ()  # flags that every cell gets, after its row's own
 
 
+def file_name(row: str, seed: int) -> str:
+    return f"{''.join(c if c.isalnum() else '-' for c in row.lower())}-seed{seed}"
+
+
 def cell_path(plan: Plan, row: str, seed: int) -> Path:
-    name = "".join(c if c.isalnum() else "-" for c in row.lower())
-    return plan.output / "cells" / f"{name}-seed{seed}.json"
+    return plan.output / "cells" / f"{file_name(row, seed)}.json"
+
+
+def student_path(plan: Plan, row: str, seed: int) -> Path:
+    """Folder of the finished student of a row that others begin from, as `--init` takes it."""
+    return plan.output / "students" / file_name(row, seed)
 
 
 def commit() -> str:
@@ -107,6 +116,7 @@ def stamp_of(plan: Plan, name: str, seed: int) -> dict[str, Any]:
         "reference_seed": REFERENCE_SEED,
         "evaluations": round(plan.evaluations * student.cost) if student else None,
         **({"price": student.price} if student and student.price else {}),
+        **({"begins": stamp_of(plan, student.begins, seed)} if student and student.begins else {}),
         "target_guidance": target_guidance(plan, row),
     }
 

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from fewstep import disk, models, world
-from fewstep.compare.cells import Cells, Plan, cell_path, kept, target_guidance
+from fewstep.compare.cells import Cells, Key, Plan, cell_path, kept, student_path, target_guidance
 from fewstep.compare.making import make_cell, reference
 from fewstep.compare.render import markdown, plot, plot_pareto
-from fewstep.compare.rows import BY_NAME, EVERY_ROW, GRID, PARETO, ROWS, TEACHER_ROWS, Row
-from fewstep.compare.summary import fronts, summarise
+from fewstep.compare.rows import BY_NAME, EVERY_ROW, FROM_ONE, GRID, PARETO, ROWS, TEACHER_ROWS, Row
+from fewstep.compare.summary import METHODS, fronts, method_of, paired_fronts, summarise
 from fewstep.composition import resolve_hardware
 from fewstep.config import Config
 from fewstep.errors import UserError, nearest
 from fewstep.flags import command_parser
 from fewstep.rewards.serve import end_with_parent
 
-SETS = {"table": ROWS, "pareto": PARETO, "grid": GRID}  # rows by one name
+SETS = {"table": ROWS, "pareto": PARETO, "from-one": FROM_ONE, "grid": GRID}  # rows by one name
 EVALUATIONS = 180_000  # of each student's training
 
 
@@ -86,9 +86,8 @@ def command(arguments: list[str]) -> int:
         summary = compare(plan, rows, seeds=seeds, first_seed=options.first_seed, jobs=jobs, overwrite=options.overwrite)
     except CellsFailed as error:
         raise UserError(str(error)) from error
-    of_fronts = {row.name for row in PARETO}
-    plot([entry for entry in summary if entry["row"] not in of_fronts], output / "compare.png")
-    if any(entry["row"] in of_fronts for entry in summary):
+    plot([entry for entry in summary if method_of(entry["row"]) not in METHODS], output / "compare.png")
+    if any(method_of(entry["row"]) in METHODS for entry in summary):
         plot_pareto(summary, output / "pareto.png")
     else:
         (output / "pareto.png").unlink(missing_ok=True)  # of cells that are gone
@@ -145,12 +144,15 @@ def compare(
     wanted = [(name, seed) for name, row in TEACHER_ROWS.items() if row.guidance in compared for seed in teacher_seeds]
     wanted += [(row.name, seed) for row in rows for seed in range(first_seed, first_seed + (seeds or row.seeds))]
     cells, failed = kept(plan), {}
+    wanted = list(dict.fromkeys([*filter(None, map(beginning, wanted)), *wanted]))
     missing = [key for key in wanted if key not in cells]
+    # a cell whose student others begin from is made again where the student was not kept
+    missing += [key for key in dict.fromkeys(map(beginning, missing)) if key in cells and not student_path(plan, *key).is_dir()]
     replaced = [path.name for key in missing if (path := cell_path(plan, *key)).exists()]
     if replaced and not overwrite:
         raise UserError(
-            f"--output: {plan.output} holds {len(replaced)} of the cells that are to be made, with other settings ({replaced[0]}); "
-            "name another folder, or add --overwrite to make them anew"
+            f"--output: {plan.output} holds {len(replaced)} of the cells that are to be made, with other settings or without the student "
+            f"that others begin from ({replaced[0]}); name another folder, or add --overwrite to make them anew"
         )
     print(f"{len(wanted) - len(missing)} of {len(wanted)} cells are there; making {len(missing)}", flush=True)
     os.environ["OMP_NUM_THREADS"] = str(plan.threads)  # of the processes started from here
@@ -159,18 +161,14 @@ def compare(
         with workers(jobs) as pool:
             targets = sorted({target_guidance(plan, BY_NAME[row]) for row, _ in missing})
             draw_references(pool, plan, targets)
-            pending = {pool.submit(make_cell, plan, *key): key for key in missing}
-            for count, future in enumerate(as_completed(pending), 1):
-                key, error = pending[future], future.exception()
+            for count, (key, made) in enumerate(made_in(pool, plan, missing), 1):
                 left = f"about {(time.perf_counter() - began) / count * (len(missing) - count) / 60:.0f} min left"
-                if isinstance(error, BrokenProcessPool):
-                    raise error
-                if error:
-                    failed[key] = error
-                    print(f"{count}/{len(missing)}  {key[0]}, seed {key[1]}: FAILED, {error!r}; {left}", flush=True)
+                if isinstance(made, Exception):
+                    failed[key] = made
+                    print(f"{count}/{len(missing)}  {key[0]}, seed {key[1]}: FAILED, {made!r}; {left}", flush=True)
                     continue
-                cells[key] = future.result()
-                value = cells[key]["metrics"]["fd_clip_teacher"]
+                cells[key] = made
+                value = made["metrics"]["fd_clip_teacher"]
                 print(f"{count}/{len(missing)}  {key[0]}, seed {key[1]}: FD to teacher {value:.3f}; {left}", flush=True)
                 write(plan, cells)
     if failed:
@@ -179,6 +177,32 @@ def compare(
             f"{len(failed)} of {len(wanted)} cells failed; the others are kept, and a second call makes only these:\n{list_of}"
         )
     return write(plan, cells)
+
+
+def beginning(key: Key | None) -> Key | None:
+    """The cell whose student this one begins from."""
+    row = EVERY_ROW.get(key[0]) if key else None
+    return (row.begins, key[1]) if row and row.begins else None
+
+
+def made_in(pool: Executor, plan: Plan, keys: list[Key]) -> Iterator[tuple[Key, dict[str, Any] | Exception]]:
+    """Each key with its cell, or with why there is none, as they are finished; a cell that begins from another's student comes after it.
+
+    Raises BrokenProcessPool where a process was killed.
+    """
+    waiting = [key for key in keys if beginning(key) in keys]
+    pending = {pool.submit(make_cell, plan, *key): key for key in keys if key not in waiting}
+    while pending:
+        for future in wait(pending, return_when=FIRST_COMPLETED).done:
+            key, error = pending.pop(future), future.exception()
+            if isinstance(error, BrokenProcessPool):
+                raise error
+            yield key, error or future.result()
+            for next_ in [other for other in waiting if beginning(other) == key]:
+                if error:
+                    yield next_, RuntimeError(f"the student that it begins from, of {key[0]}, could not be made")
+                else:
+                    pending[pool.submit(make_cell, plan, *next_)] = next_
 
 
 def draw_references(pool: Any, plan: Plan, targets: list[float]) -> None:
@@ -195,13 +219,15 @@ def draw_references(pool: Any, plan: Plan, targets: list[float]) -> None:
 def write(plan: Plan, cells: Cells) -> list[dict[str, Any]]:
     """compare.json and compare.md of these cells; returns the summary."""
     summary = summarise(cells)
+    pairs = paired_fronts(cells, summary)
     report = {
         "evaluations": plan.evaluations,
         "n": plan.prompts * plan.images_per_prompt,
         "rows": summary,
         "hypervolume": fronts(summary),
+        "hypervolume_by_seed": {method: pair._asdict() for method, pair in pairs.items()},
         "cells": [{key: value for key, value in cell.items() if key != "trace"} for _, cell in sorted(cells.items())],
     }
     disk.replace_text(plan.output / "compare.json", json.dumps(report, indent=1))
-    disk.replace_text(plan.output / "compare.md", markdown(summary, plan))
+    disk.replace_text(plan.output / "compare.md", markdown(summary, pairs, plan))
     return summary

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 from fewstep import disk, world
-from fewstep.compare.cells import REFERENCE_SEED, Plan, cell_path, commit, config_of, machine, stamp_of, target_guidance
-from fewstep.compare.rows import DISTANCES, EVERY_ROW, TEACHER_ROWS, UNGUIDED, Row, TeacherRow, functions_of
+from fewstep.compare.cells import (
+    REFERENCE_SEED,
+    Plan,
+    cell_path,
+    commit,
+    config_of,
+    machine,
+    stamp_of,
+    student_path,
+    target_guidance,
+)
+from fewstep.compare.rows import BEGUN_FROM, DISTANCES, EVERY_ROW, TEACHER_ROWS, UNGUIDED, Row, TeacherRow, functions_of
 from fewstep.evaluate import drawing, samples, store
 from fewstep.evaluate.distances import FeatureSet
 from fewstep.evaluate.features import Extractor
@@ -97,6 +109,7 @@ def run_cell(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
 
     config, target = config_of(plan, row, seed), target_guidance(plan, row)
     run = composition.build(config, world.prompts("train"), str(world.TEACHER), functions_of(config))
+    begun = {"begun": begin(run, student_path(plan, row.begins, seed))} if row.begins else {}
     trainer, began, logs = run.trainer, time.perf_counter(), {}
     trace = []
     total = round(plan.evaluations * row.cost)
@@ -116,6 +129,10 @@ def run_cell(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
             along.append(mark(plan, run, seed, target) | {"update": trainer.update, "evaluations": spent()})
             measuring += time.perf_counter() - paused
     training_seconds = time.perf_counter() - began - measuring
+    if row.name in BEGUN_FROM:
+        left = student_path(plan, row.name, seed)
+        shutil.rmtree(left, ignore_errors=True)  # of a cell that this one replaces
+        trainer.save(left)
     costs = {name: counted.cost for name, counted in trainer.counted.items()}
     unit = flops_of_a_pass(run)
     judged = {"judge": judged_kl(run, plan.judge_updates)} if config.weights.mode == "adaptive" else {}
@@ -132,7 +149,18 @@ def run_cell(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
         "trace": trace,
         **({"along": along} if along else {}),
         **judged,
+        **begun,
     }
+
+
+def begin(run: Any, folder: Path) -> str:
+    """Give a run the student that another row left in a folder; returns the SHA-256 of what it is read from."""
+    from fewstep import checkpoint
+    from fewstep.run import start_from
+
+    start_from(run, folder)
+    (left,) = checkpoint.checkpoints(folder / "checkpoints")
+    return checkpoint.digest(left / checkpoint.FILES[0])
 
 
 def mark(plan: Plan, run: Any, seed: int, target: float) -> dict[str, float]:

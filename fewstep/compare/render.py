@@ -9,8 +9,8 @@ from typing import Any
 
 from fewstep import world
 from fewstep.compare.cells import Plan
-from fewstep.compare.rows import COSTS, DISTANCES, EVERY_ROW, MANY_STEPS_ROW, METRICS, PRICE, TEACHER_ROWS, Row
-from fewstep.compare.summary import fronts
+from fewstep.compare.rows import BEGUN, COSTS, DISTANCES, EVERY_ROW, MANY_STEPS_ROW, METRICS, PRICE, TEACHER_ROWS, Row
+from fewstep.compare.summary import POINT, Pair, corner, fronts, method_of
 from fewstep.evaluate import tables
 
 COMMIT = re.compile(r"^([0-9a-f]{7})[0-9a-f]{33}")  # shortened as Git does
@@ -19,7 +19,7 @@ COMMIT = re.compile(r"^([0-9a-f]{7})[0-9a-f]{33}")  # shortened as Git does
 Summary = list[dict[str, Any]]  # as `summary.summarise` returns it
 
 
-def markdown(summary: Summary, plan: Plan) -> str:
+def markdown(summary: Summary, pairs: dict[str, Pair], plan: Plan) -> str:
     """The table as Markdown, with what it was made with."""
     columns = [*(tables.LABELS[key].strip() for key in METRICS), *(tables.LABELS[key] for key in COSTS)]
     heads = ["", "seeds", "updates", "TFLOP", *columns, "difference to", "FD to data", "FD to teacher"]
@@ -31,6 +31,7 @@ def markdown(summary: Summary, plan: Plan) -> str:
         *(note for entry in summary for note in (note_on_budget(entry), *notes_on_drift(entry))),
         note_on_price(summary),
         note_on_fronts(summary),
+        *(note_on_pair(method, pair) for method, pair in pairs.items()),
     ]
     return "\n\n".join([tables.markdown_table(heads, [line(entry) for entry in summary]), *filter(None, notes)]) + "\n"
 
@@ -99,13 +100,23 @@ def note_on_price(summary: Summary) -> str:
 
 
 def note_on_fronts(summary: Summary) -> str:
-    points = Counter(entry["row"].rpartition(" ")[0] for entry in summary)
+    points = Counter(method_of(entry["row"]) for entry in summary)
     areas = "; ".join(f"{method} {area:.4g} ({points[method]} weights)" for method, area in fronts(summary).items())
     if not areas:
         return ""
     return (
         f"Hypervolume of preference against FD to teacher, from the best few-step teacher's distance and the "
         f"{world.TEACHER_STEPS}-step teacher's preference: {areas}."
+    )
+
+
+def note_on_pair(method: str, pair: Pair) -> str:
+    """Two methods' fronts, seed by seed."""
+    of_seeds = "; ".join(f"seed {seed} {a:.4g}, {b:.4g}" for seed, (a, b) in pair.areas.items())
+    mean, half = pair.difference
+    return (
+        f"{method} beside DMDR's, hypervolumes by seed: {of_seeds}. Their means have a ratio of {pair.ratio:.3f}; the paired difference is "
+        f"{mean:.4g}" + ("." if half != half else f" ± {half:.4g}.")
     )
 
 
@@ -165,36 +176,46 @@ def plot(summary: Summary, path: Path) -> None:
     plt.close(figure)
 
 
+# each method's weights stand on its own side of its curve
+STYLES = {"GNDMR": ("#0072b2", "o", (-6, 4), "right"), "DMDR": ("#d55e00", "s", (6, -9), "left")}
+# students beside the fronts; the table's were trained half as long, which alone moves them as far as a reward does
+BESIDE = {
+    "": {"GNDM": "GNDM, half the training", "DMD": "DMD, half the training", "GNDMR adaptive": "GNDMR adaptive, half the training"},
+    " from one student": {BEGUN.name: "the students they begin from"},
+}
+
+
 def plot_pareto(summary: Summary, path: Path) -> None:
-    """Preference against FD to teacher, one curve a method over its weight, the teacher beside them."""
+    """Preference against FD to teacher, one curve a method over its weight, the teacher beside them: of students trained from the teacher,
+    and of those that begin from one student, a panel each where there are any."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
-    # each method's weights stand on its own side of its curve
-    styles = {"GNDMR, preference": ("#0072b2", "o", (-6, 4), "right"), "DMDR, preference": ("#d55e00", "s", (6, -9), "left")}
-    for method, (color, marker, offset, side) in styles.items():
-        points = [entry for entry in summary if entry["row"].startswith(method + " ")]
-        points.sort(key=lambda entry: float(entry["row"].rpartition(" ")[2]))
-        if points:
-            x, y = ([entry["metrics"][key][0] for entry in points] for key in ("fd_clip_teacher", "preference"))
-            axis.plot(x, y, marker=marker, color=color, label=f"{method.partition(',')[0]}, over its weight")
-            for entry, a, b in zip(points, x, y, strict=True):
-                weight = entry["row"].rpartition(" ")[2]
-                axis.annotate(weight, (a, b), textcoords="offset points", xytext=offset, ha=side, fontsize=8, color=color)
-    for entry in summary:
-        if entry["row"] in (MANY_STEPS_ROW, "GNDM", "DMD", "GNDMR adaptive"):
-            a, b = entry["metrics"]["fd_clip_teacher"][0], entry["metrics"]["preference"][0]
-            # the table's students were trained half as long as the fronts', which alone moves them as far as a reward does
-            student = entry["row"] in EVERY_ROW
-            axis.plot(a, b, marker="*", markersize=11, color="#333333", fillstyle="none" if student else "full", linestyle="none")
-            label = f"{entry['row']}, half the training" if student else entry["row"]
-            axis.annotate(label, (a, b), textcoords="offset points", xytext=(6, -10), fontsize=8)
-    axis.set_xlabel("FD-clip to teacher (lower is better)")
-    axis.set_ylabel("preference, trained on (higher is better)")
-    axis.grid(alpha=0.3)
-    axis.legend()
+    by_row = {entry["row"]: [entry["metrics"][key][0] for key in POINT] for entry in summary}
+    shown = [kind for kind in BESIDE if any(method_of(name) == f"{method}{kind}, preference" for name in by_row for method in STYLES)]
+    figure, axes = plt.subplots(1, len(shown), figsize=(6.4 * len(shown), 4.6), layout="constrained", squeeze=False)
+    begins = corner(summary)
+    for axis, kind in zip(axes[0], shown, strict=True):
+        for method, (color, marker, offset, side) in STYLES.items():
+            points = sorted(
+                (float(name.rpartition(" ")[2]), *at) for name, at in by_row.items() if method_of(name) == f"{method}{kind}, preference"
+            )
+            axis.plot(*([at[i] for at in points] for i in (1, 2)), marker=marker, color=color, label=f"{method}{kind}, over its weight")
+            for weight, *at in points:
+                axis.annotate(f"{weight:g}", at, textcoords="offset points", xytext=offset, ha=side, fontsize=8, color=color)
+        for name, label in ({MANY_STEPS_ROW: MANY_STEPS_ROW} | BESIDE[kind]).items():
+            if name in by_row:
+                fill = "none" if name in EVERY_ROW else "full"
+                axis.plot(*by_row[name], marker="*", markersize=11, color="#333333", fillstyle=fill, linestyle="none")
+                axis.annotate(label, by_row[name], textcoords="offset points", xytext=(6, -10), fontsize=8)
+        if begins:
+            label = "corner of the hypervolumes"
+            axis.plot(*begins, marker="+", markersize=14, color="#777777", linestyle="none", label=label)
+        axis.set_xlabel("FD-clip to teacher (lower is better)")
+        axis.set_ylabel("preference, trained on (higher is better)")
+        axis.grid(alpha=0.3)
+        axis.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)

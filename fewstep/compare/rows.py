@@ -25,6 +25,7 @@ class Row(NamedTuple):
     cost: float = 1.0  # multiple of the plan's network evaluations
     marks: int = 0  # measurements along the training, evenly spread over its cost
     price: float = 0.0  # of a reward's pass, in network evaluations: what a reward far larger than the world's would cost
+    begins: str | None = None  # the row whose finished student, of the same seed, this one begins from
 
 
 REWARDS = ("--reward.clip", "0.1", "--reward.preference", "0.1")
@@ -90,12 +91,25 @@ ROWS = (
 )
 # the same forces for both: a raw gradient of the preference has an RMS of about 1/60 when a run begins; twice the table's training,
 # for at once the table's no student is nearer to the teacher than the best four-step solver, and every hypervolume is 0
+FRONTS = (("GNDMR", ("gndm",), (0.02, 0.05, 0.1, 0.2, 0.4)), ("DMDR", ("dmd", "--weights.mode", "sum"), (1.2, 3, 6, 12, 24)))
 PARETO = tuple(
-    Row(f"{method} {weight:g}", (*flags, f"--reward.preference={weight:g}"), None, 2, cost=2.0)
-    for method, flags, weights in (
-        ("GNDMR, preference", ("gndm",), (0.02, 0.05, 0.1, 0.2, 0.4)),
-        ("DMDR, preference", ("dmd", "--weights.mode", "sum"), (1.2, 3, 6, 12, 24)),
+    Row(f"{method}, preference {weight:g}", (*flags, f"--reward.preference={weight:g}"), None, 2, cost=2.0)
+    for method, flags, weights in FRONTS
+    for weight in weights
+)
+# the same ten forces on one finished student of a seed, since what distillation alone leaves differs between runs by more than a reward
+# moves it. That student is DMD's: what a change of method costs, GNDMR pays. Rates are low, for those of a beginning would lose more than
+# a reward gains (docs/method.md)
+BEGUN = Row("DMD, twice as long", ("dmd",), cost=2.0)
+ALIGNING = ("--student.lr=5e-5", "--fake.lr=1.5e-4")
+FROM_ONE = tuple(
+    Row(
+        f"{method} from one student, preference {weight:g}",
+        (*flags, *ALIGNING, f"--reward.preference={weight:g}"),
+        cost=0.34,
+        begins=BEGUN.name,
     )
+    for method, flags, weights in FRONTS
     for weight in weights
 )
 # where the settings of DMD, GNDM, backward simulation and of GNDM at half its cost were chosen: on seeds below 100
@@ -127,7 +141,8 @@ GRID = (
         )
     ),
 )
-EVERY_ROW = {row.name: row for row in (*ROWS, *PARETO, *GRID)}
+BEGUN_FROM = {row.begins for row in FROM_ONE}  # rows whose students are kept
+EVERY_ROW = {row.name: row for row in (*ROWS, *PARETO, BEGUN, *FROM_ONE, *GRID)}
 
 
 class TeacherRow(NamedTuple):

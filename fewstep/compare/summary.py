@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from fewstep import world
 from fewstep.compare.cells import Cells
-from fewstep.compare.rows import BY_NAME, DISTANCES, MANY_STEPS_ROW, METRICS, PARETO, TEACHER_ROWS, Row
+from fewstep.compare.rows import BY_NAME, DISTANCES, FROM_ONE, MANY_STEPS_ROW, METRICS, PARETO, TEACHER_ROWS, Row
 from fewstep.weights import Adaptive, mean_rate
 
 
@@ -123,18 +123,62 @@ def hypervolume(points: list[tuple[float, float]], reference: tuple[float, float
     return area
 
 
-def fronts(summary: list[dict[str, Any]]) -> dict[str, float]:
-    """Hypervolume of each Pareto method's mean points (FD to teacher, preference), against the best few-step teacher's distance and
-    the many-step teacher's preference; empty without Pareto rows, and while one of the teacher's is missing."""
+def method_of(row: str) -> str:
+    """Of a front's row: its name without the weight."""
+    return row.rpartition(" ")[0]
+
+
+METHODS = tuple(dict.fromkeys(method_of(row.name) for row in (*PARETO, *FROM_ONE)))  # a front each
+POINT = ("fd_clip_teacher", "preference")
+
+
+def corner(summary: list[dict[str, Any]]) -> tuple[float, float] | None:
+    """Where hypervolumes begin: the best few-step teacher's distance and the many-step teacher's preference, on average; None while a
+    teacher's row is missing."""
     by_row = {entry["row"]: entry["metrics"] for entry in summary}
-    methods = dict.fromkeys(row.name.rpartition(" ")[0] for row in PARETO if row.name in by_row)
     guided = {name: row for name, row in TEACHER_ROWS.items() if row.guidance == world.TEACHER_GUIDANCE}
-    if not methods or not guided.keys() <= by_row.keys():
-        return {}
+    if not guided.keys() <= by_row.keys():
+        return None
     few = [by_row[name]["fd_clip_teacher"][0] for name, row in guided.items() if row.solver]
-    corner = min(few), by_row[MANY_STEPS_ROW]["preference"][0]
-    points = {
-        method: [(m["fd_clip_teacher"][0], m["preference"][0]) for name, m in by_row.items() if name.startswith(f"{method} ")]
-        for method in methods
-    }
-    return {method: hypervolume(at, corner) for method, at in points.items()}
+    return min(few), by_row[MANY_STEPS_ROW]["preference"][0]
+
+
+def fronts(summary: list[dict[str, Any]]) -> dict[str, float]:
+    """Hypervolume of each front's mean points (FD to teacher, preference); empty without fronts' rows and without a corner."""
+    points: dict[str, list[Any]] = {}
+    for entry in summary:
+        if (method := method_of(entry["row"])) in METHODS:
+            points.setdefault(method, []).append(tuple(entry["metrics"][key][0] for key in POINT))
+    begins = corner(summary)
+    return {method: hypervolume(at, begins) for method, at in points.items()} if begins else {}
+
+
+class Pair(NamedTuple):
+    """Two methods' fronts on the seeds that have all weights of both."""
+
+    areas: dict[int, tuple[float, float]]  # hypervolumes of GNDMR and of DMDR, by seed
+    difference: tuple[float, float]  # GNDMR's minus DMDR's: mean and half width
+    ratio: float  # of the means
+
+
+def paired_fronts(cells: Cells, summary: list[dict[str, Any]]) -> dict[str, Pair]:
+    """GNDMR's fronts beside DMDR's, seed by seed, by GNDMR's method; of those that begin from one student only seeds where all did."""
+    begins, out = corner(summary), {}
+    for method in METHODS if begins else ():
+        other = method.replace("GNDMR", "DMDR")
+        if method == other:
+            continue
+        rows = [[name for name in BY_NAME if method_of(name) == of] for of in (method, other)]
+        areas = {}
+        for seed in sorted({seed for _, seed in cells}):
+            of_seed = [[cells.get((name, seed)) for name in names] for names in rows]
+            every = [cell for of_method in of_seed for cell in of_method]
+            if None in every or len({cell.get("begun") for cell in every}) > 1:
+                continue
+            a, b = (hypervolume([tuple(cell["metrics"][key] for key in POINT) for cell in of], begins) for of in of_seed)
+            areas[seed] = a, b
+        if areas:
+            of_each = [sum(column) / len(areas) for column in zip(*areas.values(), strict=True)]
+            ratio = of_each[0] / of_each[1] if of_each[1] else float("inf")
+            out[method] = Pair(areas, interval([a - b for a, b in areas.values()]), ratio)
+    return out
