@@ -102,6 +102,7 @@ class CellsFailed(RuntimeError):
 def begin_worker() -> None:
     """A process that makes cells ends with the one that started it, and at Ctrl-C, which a terminal sends to both, by itself."""
     end_with_parent()
+    models.quiet_libraries()  # before the teacher's sample too
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as an exception it would cost its cell alone, and the next one would begin
 
 

@@ -253,10 +253,7 @@ def make_cell(plan: Plan, row: str, seed: int) -> dict[str, Any]:
     """Make and keep one cell; runs in a process of its own."""
     import torch
 
-    from fewstep import models
-
     torch.set_num_threads(plan.threads)
-    models.quiet_libraries()
     cell = run_teacher_cell(plan, TEACHER_ROWS[row], seed) if row in TEACHER_ROWS else run_cell(plan, EVERY_ROW[row], seed)
     cell |= {"row": row, "seed": seed, "stamp": stamp_of(plan, row, seed), "commit": commit(), "machine": machine(plan, row)}
     disk.replace_text(cell_path(plan, row, seed), json.dumps(cell, indent=1))
