@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
 from fewstep import hub
-from fewstep.disk import visible
+from fewstep.disk import replace_text, visible
+from fewstep.flags import EXPORTED
 from fewstep.folder import TEACHER_FILES, changed_since
 
 if TYPE_CHECKING:
@@ -149,6 +150,13 @@ def write_diffusers(student: Averaged, folder: Path) -> None:
         backbone.save_lora(student.weights, folder, rank=rank)
 
 
+def write_record(config: Config, folder: Path) -> None:
+    """What `fewstep sample` and `fewstep evaluate` need of a student's run, without the paths and the rest of its config."""
+    matching = {"guidance": config.matching.guidance, "negative_prompt": config.matching.negative_prompt}
+    record = {"steps": config.steps, "size": config.size, "teacher_guidance": config.teacher_guidance, "matching": matching}
+    replace_text(folder / EXPORTED, json.dumps(record, indent=1, ensure_ascii=False))
+
+
 def write_lora(student: Averaged, folder: Path) -> None:
     """The LoRA file, and the scheduler that belongs to it."""
     student.backbone.save_lora(student.weights, folder, rank=student.config.lora_rank)
@@ -236,6 +244,7 @@ def write(student: Averaged, to: str, folder: Path, *, name: str) -> None:
     """One of FORMS into a folder; name: of kohya's file. Raises CannotExport for a LoRA that kohya's format cannot hold."""
     if to == "diffusers":
         write_diffusers(student, folder)
+        write_record(student.config, folder)
     elif to == "lora":
         write_lora(student, folder)
     else:

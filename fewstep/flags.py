@@ -412,6 +412,17 @@ def saved_config(folder: Path) -> Config:
     return without_code([str(folder / "config.yaml")])
 
 
+EXPORTED = "fewstep.json"  # beside an exported student: of its run's config, what drawing and measuring it need
+
+
+def student_config(folder: Path) -> Config | None:
+    """What a student's folder says of its training: all of its run's config, or of an exported student the keys of EXPORTED; None where it
+    says nothing. Raises UserError."""
+    if (folder / "config.yaml").is_file():
+        return saved_config(folder)
+    return without_code(["--config", str(folder / EXPORTED)]) if (folder / EXPORTED).is_file() else None
+
+
 def table_flags(arguments: list[str], tables: tuple[str, ...]) -> tuple[dict[str, dict[str, str | None]], list[str]]:
     """(table -> key -> value of every --TABLE.KEY [VALUE], the other arguments). Raises UserError for a key that comes twice."""
     found: dict[str, dict[str, str | None]] = {table: {} for table in tables}

@@ -22,13 +22,13 @@ def command(arguments: list[str]) -> int:
     from fewstep import models
     from fewstep.config import Config
     from fewstep.evaluate.command import evaluation_device, on_hub, student_scale, student_steps
-    from fewstep.flags import is_student_folder, saved_config
+    from fewstep.flags import is_student_folder, student_config
 
     own = is_student_folder(options.folder)
     folder = options.folder if own else on_hub(options.folder.as_posix(), weights=True)[1]
     steps = student_steps(options.steps, models.steps_of(folder))
     models.quiet_libraries()
-    trained = saved_config(folder) if (folder / "config.yaml").is_file() else None
+    trained = student_config(folder)
     scale, config = student_scale(folder, trained, options.guidance, name=options.folder), trained or Config()
     if scale is None and options.guidance is not None:
         raise UserError("--guidance: one scale is distilled into this student and fixed; leave the flag out")

@@ -22,7 +22,7 @@ from test_evaluate import MEAN, PREPROCESS, STD, tiny_clip, tiny_tokenizer
 from test_evaluate import tiny_pipeline as other_pipeline
 from test_remote import Faulty, served
 
-from fewstep import cli, models, world
+from fewstep import cli, export, models, world
 from fewstep.config import Config, MatchingConfig
 from fewstep.errors import UserError
 from fewstep.evaluate import configs, distances, drawing, evaluation, features, protocol, samples, store, tables
@@ -1529,6 +1529,18 @@ def test_the_teacher_is_guided_away_from_what_the_run_was_unless_told_otherwise(
         error = capsys.readouterr().err
         assert f"--negative-prompt: {command[3]}: the guidance of a FluxPipeline is part of its network" in error and words in error
     assert cli.main([*command, *sized, "--negative-prompt", ""]) == 0 and told[-1] == ""
+
+
+def test_an_exported_student_is_measured_as_its_run_says_and_beside_no_teacher_unasked(command, student, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("fewstep.evaluate.command.measure_student", lambda student, *given, **how: asked.append((*given, how)))
+    command[1] = str(shutil.copytree(student, tmp_path / "export"))
+    trained = Config(teacher=command[3], steps=2, teacher_guidance=5, size=["16x16"], matching=MatchingConfig(negative_prompt="blurry"))
+    export.write_record(trained, tmp_path / "export")
+    assert cli.main(command) == 0 and cli.main([*command[:2], *command[4:]]) == 0
+    (*first, beside), (*second, _) = asked
+    assert first == [command[3], (16, 16)] and second == [None, (16, 16)]
+    assert beside["negative_prompt"] == "blurry" and beside["guidance"] == 5
 
 
 def test_a_student_of_the_hub_says_its_own_steps(command, student, monkeypatch, tmp_path, capsys):

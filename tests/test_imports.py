@@ -48,7 +48,7 @@ TABLE = {
     "needs": "config cost folder launch models",
     "flags": "config errors hub models rewards.address rewards.sources",
     "folder": "config disk errors flags hub models rewards.address rewards.sources",
-    "export": "checkpoint config disk evaluate folder hub metrics models world",
+    "export": "checkpoint config disk evaluate flags folder hub metrics models world",
     "latents": "disk evaluate",
     "composition": "config cost device errors evaluate latents levels launch models prompts ranks student trainer types weights world "
     "rewards rewards.address rewards.base rewards.discriminator rewards.distribution rewards.remote rewards.sources",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fewstep.composition import OWN_JUDGE, resolve_teacher
 from fewstep.disk import cache_folder, check_cache, check_writable
 from fewstep.errors import UserError, nearest
-from fewstep.flags import is_student_folder, saved_config, student_parser, table_flags
+from fewstep.flags import is_student_folder, student_config, student_parser, table_flags
 from fewstep.launch import launched
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def student_scale(folder: Path, config: Config | None, given: float | None, *, n
     if within is None and not folder_keeps_guidance(folder):
         return None
     if within is None and given is None:
-        raise UserError(f"--guidance: missing; {name} is told its scale, and no config.yaml there says in which range it was trained")
+        raise UserError(f"--guidance: missing; {name} is told its scale, and nothing there says in which range it was trained")
     if given is None:
         return config.student_guidance()
     low, high = within or (1, sys.float_info.max)
@@ -355,7 +355,7 @@ class Request(NamedTuple):
     options: Any  # as `read_options` gives them
     student: str  # a folder, or a hub id with its commit
     described: Path  # where the student's configurations are
-    config: Config | None  # of the run that made it
+    config: Config | None  # of the run that made it, as far as the student's folder holds it
     scale: float | None  # as of `student_scale`
     steps: int  # the student's
     against: str  # what the teacher was called: `none`, `world`, a folder or a hub id
@@ -374,12 +374,13 @@ def read_request(options: Any) -> Request:
 
     folder, own = options.folder, is_student_folder(options.folder)
     source, described = (str(folder), folder) if own else on_hub(folder.as_posix())
-    config: Config | None = saved_config(folder) if (folder / "config.yaml").is_file() else None
+    config = student_config(described)
     remote = (config or Config()).remote if options.timeout is None else RemoteConfig(options.timeout)
     if problems := Config(remote=remote).problems():
         raise UserError("; ".join(problems))
     scale = student_scale(described, config, options.guidance, name=folder)
-    against = options.against or (config.teacher if config else "none")
+    # an exported student does not name its teacher, and nothing is downloaded unasked
+    against = options.against or (config.teacher if config and (folder / "config.yaml").is_file() else "none")
     teacher = None if against == "none" else resolve_teacher(against)
     if teacher is not None:
         check_teacher(teacher, options)
