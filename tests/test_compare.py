@@ -417,6 +417,20 @@ def test_a_row_that_others_begin_from_comes_first(tmp_path, monkeypatch, capsys)
     assert again(overwrite=True) == [BEGUN.name, rows[0].name]
 
 
+def test_what_is_left_is_told_by_what_cells_cost(tmp_path, monkeypatch, capsys):
+    """Of ten units of cost seven are left after the first three."""
+    monkeypatch.setattr(command, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(command, "reference", lambda plan, guidance: None)
+    monkeypatch.setattr(command, "made_in", lambda pool, plan, keys: ((key, cell(*key, 1.0)) for key in keys))
+    monkeypatch.setattr(command, "work", lambda key: {"GNDM": 7.0, "teacher, 28 steps": 3.0}.get(key[0], 0.0))
+    clock = iter([0.0] + [180.0] * 9)
+    monkeypatch.setattr(command.time, "perf_counter", lambda: next(clock))
+    command.compare(Plan(tmp_path, 100, 2, 4, 1), (EVERY_ROW["GNDM"],), seeds=1, first_seed=7, jobs=1)
+    said = capsys.readouterr().out
+    assert "1/5  teacher, 28 steps, seed 7: FD to teacher 1.000; about 7 min left" in said
+    assert "5/5  GNDM, seed 7: FD to teacher 1.000; about 0 min left" in said
+
+
 class Drawn(Exception):
     """Raised where a sample would have been drawn."""
 
