@@ -153,14 +153,18 @@ def checkpoints(root: str | Path) -> list[Path]:
     return sorted(path for path in Path(root).glob("step-*") if path.is_dir())
 
 
-def check(folder: Path) -> None:
-    """Raises DamagedCheckpoint when a file of the checkpoint is missing, truncated or altered."""
+def recorded(folder: Path) -> dict[str, tuple[int, str]]:
+    """(bytes, SHA-256) of each of FILES, as the checkpoint's manifest says. Raises DamagedCheckpoint."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        files = {name: (int(manifest["files"][name]["bytes"]), str(manifest["files"][name]["sha256"])) for name in FILES}
+        return {name: (int(manifest["files"][name]["bytes"]), str(manifest["files"][name]["sha256"])) for name in FILES}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{folder / 'manifest.json'}: unreadable manifest ({error})") from error
-    for name, (size, sha) in files.items():
+
+
+def check(folder: Path) -> None:
+    """Raises DamagedCheckpoint when a file of the checkpoint is missing, truncated or altered."""
+    for name, (size, sha) in recorded(folder).items():
         path = folder / name
         if not path.is_file():
             raise DamagedCheckpoint(f"{path}: missing")

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from fewstep import checkpoint, cli, composition, flags, world
@@ -26,6 +28,7 @@ from fewstep.compare.cells import (
     kept,
     machine,
     stamp_of,
+    student_digest,
     student_path,
     target_guidance,
 )
@@ -74,6 +77,15 @@ def test_the_table_says_which_students_had_another_budget(tmp_path):
     text = render.markdown(summary.summarise({(c["row"], c["seed"]): c for c in cells}), {}, Plan(tmp_path, 300, 2, 4, 1))
     assert "others: GNDM, half the cost: 150." in text and "Expensive" not in text
     assert "others" not in render.markdown(summary.summarise({("GNDM", 1): cells[0]}), {}, Plan(tmp_path, 300, 2, 4, 1))
+
+
+def test_the_table_says_what_came_before_a_student(tmp_path):
+    names = (BEGUN.name, FROM_ONE[0].name, FROM_ONE[5].name)
+    text = render.markdown(summary.summarise({(name, 1): cell(name, 1, 1.0) for name in names}), {}, Plan(tmp_path, 300, 2, 4, 1))
+    assert (
+        f"{names[1]}, {names[2]}: these begin from the finished student of {BEGUN.name!r} of the same seed, after its 600 network" in text
+    )
+    assert "these begin" not in render.markdown(summary.summarise({("GNDM", 1): cell("GNDM", 1, 1.0)}), {}, PLAN)
 
 
 def test_the_table_says_what_a_picture_costs_and_which_code_made_it():
@@ -147,11 +159,14 @@ def test_fronts_are_paired_by_seed_where_both_have_all_weights():
     assert pair.areas == {7: (2.0, 1.0), 8: (6.0, 1.0)} and pair.ratio == 4.0
     assert pair.difference == (3.0, pytest.approx(12.7062047 * 2))  # t(0.975, 1) times half the distance of 1 and 5
     text = render.note_on_pair("GNDMR, preference", pair)
-    assert "seed 7 2, 1; seed 8 6, 1." in text and "ratio of 4.000" in text and "3 ± 25.41." in text
+    assert "seed 7 2, 1; seed 8 6, 1." in text and "ratio of 4.000" in text and "difference is 3 ± 25.41." in text
     del cells["DMDR, preference 24", 8]
     (of_one,) = summary.paired_fronts(cells, summed).values()
     assert of_one.areas == {7: (2.0, 1.0)} and render.note_on_pair("", of_one).endswith("difference is 1.")
     assert summary.paired_fronts(cells, []) == {}
+    cells = {(name, 7): cell(name, 7, 9.0) for name in BY_NAME} | {key: cells[key] for key in cells if key[0] in TEACHER_ROWS}
+    empty = summary.paired_fronts(cells, summed)["GNDMR, preference"]  # neither has a student inside the corner
+    assert empty.areas == {7: (0.0, 0.0)} and empty.ratio is None and "ratio" not in render.note_on_pair("", empty)
 
 
 def test_fronts_from_one_student_are_paired_where_it_was_one():
@@ -387,8 +402,10 @@ def test_a_row_that_others_begin_from_comes_first(tmp_path, monkeypatch, capsys)
         made.append(row)
         if row in failing:
             raise FloatingPointError("the loss is nan")
-        student_path(plan, row, seed).mkdir(parents=True, exist_ok=True)
-        found = cell(row, seed, 1.0) | {"stamp": stamp_of(plan, row, seed)}
+        if row == BEGUN.name:
+            shutil.rmtree(student_path(plan, row, seed), ignore_errors=True)
+            checkpoint.save(student_path(plan, row, seed) / "checkpoints", 1, {"student": torch.tensor(float(len(made)))})
+        found = cell(row, seed, 1.0) | {"stamp": stamp_of(plan, row, seed), "begun": student_digest(plan, BEGUN.name, seed)}
         cell_path(plan, row, seed).parent.mkdir(exist_ok=True)
         cell_path(plan, row, seed).write_text(json.dumps(found))
         return found
@@ -411,10 +428,15 @@ def test_a_row_that_others_begin_from_comes_first(tmp_path, monkeypatch, capsys)
     cell_path(plan, rows[0].name, 7).unlink()
     assert again() == [rows[0].name]  # the student is there
     cell_path(plan, rows[0].name, 7).unlink()
-    student_path(plan, BEGUN.name, 7).rmdir()
+    (kept_one,) = (student_path(plan, BEGUN.name, 7) / "checkpoints").iterdir()
+    shutil.rmtree(kept_one)  # its folder is no student
     with pytest.raises(UserError, match=r"without the student that others begin from \(dmd--twice-as-long-seed7.json\)"):
         again()
     assert again(overwrite=True) == [BEGUN.name, rows[0].name]
+    checkpoint.save(kept_one.parent, 2, {"student": torch.zeros(())}, keep=1)
+    capsys.readouterr()
+    assert again(overwrite=True) == [rows[0].name]  # it began from another than this one
+    assert "0-02-seed7.json: begun from another student of 'DMD, twice as long' than the one that is there" in capsys.readouterr().out
 
 
 def test_what_is_left_is_told_by_what_cells_cost(tmp_path, monkeypatch, capsys):

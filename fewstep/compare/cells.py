@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep import world
-from fewstep.compare.rows import BY_NAME, UNGUIDED, Row, TeacherRow
+from fewstep.compare.rows import BY_NAME, EVERY_ROW, UNGUIDED, Row, TeacherRow
 from fewstep.disk import visible
 from fewstep.evaluate import protocol, store
 
@@ -67,6 +67,14 @@ def commit() -> str:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", str(folder)) else "")
     except (OSError, subprocess.CalledProcessError):
         return f"version {protocol.version('fewstep')}"
+
+
+def student_digest(plan: Plan, row: str, seed: int) -> str | None:
+    """SHA-256 of the finished student of a row that others begin from; None where none was kept."""
+    from fewstep import checkpoint
+
+    left = checkpoint.checkpoints(student_path(plan, row, seed) / "checkpoints")
+    return checkpoint.recorded(left[-1])[checkpoint.FILES[0]][1] if left else None
 
 
 @functools.cache
@@ -131,11 +139,15 @@ def kept(plan: Plan) -> Cells:
             print(f"{path.name}: damaged, not used")
             continue
         row, seed = cell["row"], cell["seed"]
-        known = row in BY_NAME
-        if known and cell["stamp"] == stamp_of(plan, row, seed):
-            cells[row, seed] = cell
+        begins = BY_NAME[row].begins if row in EVERY_ROW else None
+        if row not in BY_NAME:
+            print(f"{path.name}: of no row that is known, not used")
+        elif cell["stamp"] != stamp_of(plan, row, seed):
+            print(f"{path.name}: made with other settings, not used")
+        elif begins and student_digest(plan, begins, seed) not in (None, cell["begun"]):
+            print(f"{path.name}: begun from another student of {begins!r} than the one that is there, not used")
         else:
-            print(f"{path.name}: {'made with other settings' if known else 'of no row that is known'}, not used")
+            cells[row, seed] = cell
     return cells
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep import disk, models, world
-from fewstep.compare.cells import Cells, Key, Plan, cell_path, kept, student_path, target_guidance
+from fewstep.compare.cells import Cells, Key, Plan, cell_path, kept, student_digest, target_guidance
 from fewstep.compare.making import make_cell, reference
 from fewstep.compare.render import markdown, plot, plot_pareto
 from fewstep.compare.rows import BY_NAME, EVERY_ROW, FROM_ONE, GRID, PARETO, ROWS, TEACHER_ROWS, Row
@@ -148,7 +148,7 @@ def compare(
     wanted = list(dict.fromkeys([*filter(None, map(beginning, wanted)), *wanted]))
     missing = [key for key in wanted if key not in cells]
     # a cell whose student others begin from is made again where the student was not kept
-    missing += [key for key in dict.fromkeys(map(beginning, missing)) if key in cells and not student_path(plan, *key).is_dir()]
+    missing += [key for key in dict.fromkeys(map(beginning, missing)) if key in cells and student_digest(plan, *key) is None]
     replaced = [path.name for key in missing if (path := cell_path(plan, *key)).exists()]
     if replaced and not overwrite:
         raise UserError(

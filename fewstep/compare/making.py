@@ -6,7 +6,6 @@ import functools
 import json
 import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 from fewstep import disk, world
@@ -18,6 +17,7 @@ from fewstep.compare.cells import (
     config_of,
     machine,
     stamp_of,
+    student_digest,
     student_path,
     target_guidance,
 )
@@ -106,10 +106,12 @@ def run_cell(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
     import torch
 
     from fewstep import composition
+    from fewstep.run import start_from
 
     config, target = config_of(plan, row, seed), target_guidance(plan, row)
     run = composition.build(config, world.prompts("train"), str(world.TEACHER), functions_of(config))
-    origin = begin(run, student_path(plan, row.begins, seed)) if row.begins else None
+    if row.begins:
+        start_from(run, student_path(plan, row.begins, seed))
     trainer, began, logs = run.trainer, time.perf_counter(), {}
     trace = []
     total = round(plan.evaluations * row.cost)
@@ -145,22 +147,16 @@ def run_cell(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
         "costs": costs,
         "flops": {name: cost * unit[name] for name, cost in costs.items()},
         # what each step has learned is a question to a whole training, and the answer takes a fifth as long as a short one
-        **({"begun": origin} if origin else {"fd_clip_teacher_per_step": fd_per_step(plan, run, seed, target)}),
+        **(
+            {"begun": student_digest(plan, row.begins, seed)}
+            if row.begins
+            else {"fd_clip_teacher_per_step": fd_per_step(plan, run, seed, target)}
+        ),
         "training_seconds": training_seconds,
         "trace": trace,
         **({"along": along} if along else {}),
         **judged,
     }
-
-
-def begin(run: Any, folder: Path) -> str:
-    """Give a run the student that another row left in a folder; returns the SHA-256 of what it is read from."""
-    from fewstep import checkpoint
-    from fewstep.run import start_from
-
-    start_from(run, folder)
-    (left,) = checkpoint.checkpoints(folder / "checkpoints")
-    return checkpoint.digest(left / checkpoint.FILES[0])
 
 
 def mark(plan: Plan, run: Any, seed: int, target: float) -> dict[str, float]:

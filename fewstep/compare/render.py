@@ -30,6 +30,7 @@ def markdown(summary: Summary, pairs: dict[str, Pair], plan: Plan) -> str:
         note_on_costs(summary, plan),
         *(note for entry in summary for note in (note_on_budget(entry), *notes_on_drift(entry))),
         note_on_price(summary),
+        note_on_beginnings(summary, plan),
         note_on_fronts(summary),
         *(note_on_pair(method, pair) for method, pair in pairs.items()),
     ]
@@ -99,6 +100,18 @@ def note_on_price(summary: Summary) -> str:
     return f"Expensive reward: in the budget a pass of it counts as {PRICE:g} network evaluations, as that of a far larger one would."
 
 
+def note_on_beginnings(summary: Summary, plan: Plan) -> str:
+    names: dict[str, list[str]] = {}
+    for row in students(summary):
+        if row.begins:
+            names.setdefault(row.begins, []).append(row.name)
+    return " ".join(
+        f"{', '.join(of_one)}: these begin from the finished student of {begins!r} of the same seed, after its "
+        f"{round(plan.evaluations * EVERY_ROW[begins].cost)} network evaluations; theirs, updates and TFLOP are what came after."
+        for begins, of_one in names.items()
+    )
+
+
 def note_on_fronts(summary: Summary) -> str:
     points = Counter(method_of(entry["row"]) for entry in summary)
     areas = "; ".join(f"{method} {area:.4g} ({points[method]} weights)" for method, area in fronts(summary).items())
@@ -115,8 +128,10 @@ def note_on_pair(method: str, pair: Pair) -> str:
     of_seeds = "; ".join(f"seed {seed} {a:.4g}, {b:.4g}" for seed, (a, b) in pair.areas.items())
     mean, half = pair.difference
     return (
-        f"{method} beside DMDR's, hypervolumes by seed: {of_seeds}. Their means have a ratio of {pair.ratio:.3f}; the paired difference is "
-        f"{mean:.4g}" + ("." if half != half else f" ± {half:.4g}.")
+        f"{method} beside DMDR's, hypervolumes by seed: {of_seeds}. "
+        + ("" if pair.ratio is None else f"Their means have a ratio of {pair.ratio:.3f}. ")
+        + f"The paired difference is {mean:.4g}"
+        + ("." if half != half else f" ± {half:.4g}.")
     )
 
 

@@ -158,7 +158,7 @@ class Pair(NamedTuple):
 
     areas: dict[int, tuple[float, float]]  # hypervolumes of GNDMR and of DMDR, by seed
     difference: tuple[float, float]  # GNDMR's minus DMDR's: mean and half width
-    ratio: float  # of the means
+    ratio: float | None  # of the means; None where DMDR's is 0
 
 
 def paired_fronts(cells: Cells, summary: list[dict[str, Any]]) -> dict[str, Pair]:
@@ -179,6 +179,6 @@ def paired_fronts(cells: Cells, summary: list[dict[str, Any]]) -> dict[str, Pair
             areas[seed] = a, b
         if areas:
             of_each = [sum(column) / len(areas) for column in zip(*areas.values(), strict=True)]
-            ratio = of_each[0] / of_each[1] if of_each[1] else float("inf")
+            ratio = of_each[0] / of_each[1] if of_each[1] else None
             out[method] = Pair(areas, interval([a - b for a, b in areas.values()]), ratio)
     return out
