@@ -16,11 +16,12 @@ from PIL import Image
 from pipelines.parts import clip_tokenizer
 from safetensors.torch import load_file, save_file
 from test_evaluate import PROMPTS, text_config, tiny_clip, tiny_tokenizer, to_pil
-from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, SiglipConfig, SiglipModel
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, GemmaTokenizer, SiglipConfig, SiglipModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from fewstep import cli, hub
+from fewstep.evaluate.protocol import preparation
 from fewstep.rewards import REWARDS, hps, rows, sources
 from fewstep.rewards.aesthetic import Aesthetic
 from fewstep.rewards.clip import CLIPScore, PickScore
@@ -182,6 +183,31 @@ def test_siglip_is_scored_as_its_own_model_scores(tmp_path):
     torch.testing.assert_close(scorer.score(images, PROMPTS), 100 * cosine, rtol=0, atol=1e-4)
     # each prompt alone is what it is among others
     torch.testing.assert_close(scorer.score(images[:1], PROMPTS[:1]), 100 * cosine[:1], rtol=0, atol=1e-4)
+
+
+def test_a_siglip_2_reads_prompts_in_lower_case(tmp_path):
+    """Whose fixed-size checkpoints call themselves siglip, and have Gemma's tokenizer as it was for training, but for capitals."""
+    tiny_siglip().save_pretrained(tmp_path)
+    SiglipImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    letters = {piece: i for i, piece in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *"▁ACTacdgot"])}
+    told = {"add_bos_token": False, "add_eos_token": True, "padding_side": "right", "model_input_names": ["input_ids"]}
+    GemmaTokenizer(vocab=letters, merges=[], do_lower_case=True, **told).save_pretrained(tmp_path)
+    scorer = CLIPScore.load(tmp_path)
+    small, large, other = scorer.text_features(["a cat", "A CAT", "a dog"])
+    assert torch.equal(small, large) and not torch.allclose(small, other)
+    tokens = torch.tensor([[letters[piece] for piece in (*"a▁cat", "<eos>", "<pad>", "<pad>")]])
+    with torch.no_grad():
+        expected = F.normalize(scorer.model.get_text_features(input_ids=tokens).pooler_output, dim=1)
+    torch.testing.assert_close(small[None], expected, rtol=0, atol=1e-6)
+    assert preparation(scorer)["prompts"] == "in lower case"
+
+
+def test_a_siglips_prompts_are_its_tokenizers_business():
+    """As every CLIP's: capitals reach it, and what a stamp says is what it always was."""
+    scorer = CLIPScore(tiny_siglip(), clip_tokenizer(), None)
+    with mock.patch.object(type(scorer.tokenizer), "__call__", side_effect=RuntimeError) as called, pytest.raises(RuntimeError):
+        scorer.text_features(["A CAT"])
+    assert called.call_args.args == (["A CAT"],) and "prompts" not in preparation(scorer)
 
 
 def test_a_text_is_cut_where_its_model_ends_whatever_the_tokenizer_says(tmp_path):

@@ -95,7 +95,8 @@ def utility_hash(utility: Utility | None) -> str | None:
 
 def preparation(scorer: CLIPScore) -> dict[str, str]:
     """How a scorer brings pictures and prompts to its network."""
-    return {"pictures": in_words(scorer.preprocess), "vocabulary": sha256(scorer.tokenizer.get_vocab())}
+    said = {"pictures": in_words(scorer.preprocess), "vocabulary": sha256(scorer.tokenizer.get_vocab())}
+    return said | ({"prompts": "in lower case"} if scorer.lowers else {})
 
 
 def in_words(function: Callable[..., Any]) -> str:

@@ -86,6 +86,11 @@ class CLIPScore:
         with torch.no_grad():
             return self.image_features(torch.zeros(1, 3, 8, 8)).shape[1]
 
+    @property
+    def lowers(self) -> bool:
+        """Whether prompts are read in lower case: SigLIP 2 was trained so, and its tokenizer, which is Gemma's, does not see to it."""
+        return self.model.config.model_type == "siglip" and "Gemma" in type(self.tokenizer).__name__
+
     def image_features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, d) of unit length, differentiable in the pixels."""
         images = images.to(self.model.device, torch.float32)
@@ -95,11 +100,12 @@ class CLIPScore:
     def text_features(self, prompts: list[str]) -> Tensor:
         """B prompts -> (B, d) of unit length, without gradient. Each different prompt is encoded once."""
         unique = list(dict.fromkeys(prompts))
+        texts = [prompt.lower() for prompt in unique] if self.lowers else unique
         length = self.model.config.text_config.max_position_embeddings
         # SigLIP was trained on padded texts, sees what pads them and reads the last place; CLIP looks no further than its text's end
         padded = self.model.config.model_type == "siglip"
         tokens = self.tokenizer(
-            unique, padding="max_length" if padded else True, truncation=True, max_length=length, return_tensors="pt", **self.reading
+            texts, padding="max_length" if padded else True, truncation=True, max_length=length, return_tensors="pt", **self.reading
         ).to(self.model.device)
         output = self.model.get_text_features(input_ids=tokens["input_ids"], attention_mask=None if padded else tokens["attention_mask"])
         number = {prompt: i for i, prompt in enumerate(unique)}
