@@ -17,8 +17,10 @@ from pipelines.parts import clip_tokenizer
 from safetensors.torch import load_file, save_file
 from test_evaluate import PROMPTS, text_config, tiny_clip, tiny_tokenizer, to_pil
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, GemmaTokenizer, SiglipConfig, SiglipModel
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from fewstep import cli, hub
 from fewstep.evaluate.protocol import preparation
@@ -81,7 +83,7 @@ def test_clips_preprocessing_equals_its_processor(shape, extreme):
     processor = CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
     images = noise(2, *shape, extreme=extreme)
     expected = torch.as_tensor(processor(to_pil(images), return_tensors="pt").pixel_values)
-    mine = read_preprocess(json.loads(processor.to_json_string()), 999)
+    mine = read_preprocess(json.loads(processor.to_json_string()), 999, "CLIP")
     assert (mine(images) - expected).abs().max() < 1e-5  # the promise is 1e-3
 
 
@@ -91,9 +93,36 @@ def test_siglips_preprocessing_equals_its_processor(shape, extreme):
     processor = SiglipImageProcessorPil(size={"height": 24, "width": 24})
     images = noise(2, *shape, extreme=extreme)
     expected = torch.as_tensor(processor(to_pil(images), return_tensors="pt").pixel_values)
-    mine = read_preprocess(json.loads(processor.to_json_string()), 999)
+    mine = read_preprocess(json.loads(processor.to_json_string()), 999, "Siglip")
     assert mine.crop is None and mine.resize == (24, 24)
     assert (mine(images) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("processor", [BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil, ViTImageProcessorPil])
+@pytest.mark.parametrize(
+    "changed", [{"resample": ...}, {"crop_size": ...}, {"do_center_crop": ...}, {"do_center_crop": None}, {"size": ...},
+                dict.fromkeys(("resample", "size", "crop_size", "do_center_crop"), ...), {"size": 60}, {"size": {"shortest_edge": 60}}]
+)  # fmt: skip
+def test_what_a_file_leaves_out_is_its_processors_default(tmp_path, processor, changed):
+    said = {"size": {"height": 300, "width": 230}} | ({"crop_size": 50} if "size" in changed else {}) | changed
+    config = json.loads(processor().to_json_string()) | said
+    config = {key: value for key, value in config.items() if value is not ...}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    images = noise(1, 80, 96)
+    expected = torch.as_tensor(processor.from_dict(config)(to_pil(images), return_tensors="pt").pixel_values)
+    found = CLIPScore.read_preprocess(tmp_path, 224)(images)
+    assert found.shape == expected.shape and (found - expected).abs().max() < 1e-5
+
+
+def test_a_file_that_names_no_processor_has_the_defaults_of_its_models(tmp_path):
+    tiny_siglip().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    assert CLIPScore.load(tmp_path).preprocess == Preprocess((16, 16), None, (0.5,) * 3, (0.5,) * 3, "bicubic")
+    save_clip(tmp_path / "clip", model=tiny_clip(size=16))
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    (tmp_path / "clip" / "processor_config.json").unlink(missing_ok=True)
+    assert CLIPScore.load(tmp_path / "clip").preprocess == Preprocess(16, (16, 16), (0.5,) * 3, (0.5,) * 3, "bicubic")
 
 
 def test_the_resizes_gradient_is_that_of_its_filters():
@@ -140,7 +169,7 @@ def test_the_aesthetics_centre_is_torchvisions():
 )  # fmt: skip
 def test_preprocessing_that_means_nothing_here_is_refused(config, key):
     with pytest.raises(KeyError, match=key):
-        read_preprocess(config, 24)
+        read_preprocess(config, 24, "CLIP")
 
 
 # CLIP, SigLIP, PickScore

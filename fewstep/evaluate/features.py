@@ -19,7 +19,7 @@ from fewstep.evaluate.configs import config_hash
 from fewstep.evaluate.store import fingerprint
 from fewstep.rewards import files
 from fewstep.rewards import sources as origins
-from fewstep.rewards.clip import FAMILIES, CLIPScore, read_config, read_processor
+from fewstep.rewards.clip import FAMILIES, CLIPScore, kind_of, read_config, read_processor
 
 PATCH = 299  # edge of the crop that patch-FID looks at, as InceptionV3 reads it
 PROCESSORS = ("Bit", "CLIP", "Siglip", "ViT")  # what transformers calls those that resize, crop and normalise, in this order, and no more
@@ -146,14 +146,13 @@ def of_vision(name: str, folder: Path, resize: int | None, device: str | torch.d
     from transformers import AutoModel
 
     path, processor = read_processor(folder)
-    kind = str(processor.get("image_processor_type") or processor.get("feature_extractor_type"))
     own = "give a function that does all of it, path/to/file.py:function"
-    if re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind) not in PROCESSORS:
-        raise ValueError(f"{path}: {kind} does more than resize, crop and normalise, or is not known here; {own}")
+    if (kind := kind_of(processor)) not in PROCESSORS:
+        raise ValueError(f"{path}: a processor of the kind {kind} does more than resize, crop and normalise, or is not known here; {own}")
     off = [key for key in ("do_resize", "do_rescale", "do_normalize") if not processor.get(key, True)]
     if off or isinstance(processor.get("size"), int):  # a size that is one number is an edge to some of them and a square to others
         raise ValueError(f"{path}: {' and '.join(off) or 'size'} is not as it is read here; {own}")
-    preprocess = CLIPScore.read_preprocess(folder, read_config(folder / "config.json").get("image_size", 224))
+    preprocess = CLIPScore.read_preprocess(folder, 224)  # transformers' own, whatever the network was trained on (DINOv2: 518)
     model = files.read_model(AutoModel, folder, more=True).to(device).float().eval().requires_grad_(False)  # a head is not read
 
     def features(images: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from fewstep.rewards.base import PixelReward
 from fewstep.rewards.files import read_model
-from fewstep.rewards.pixels import Preprocess, read_preprocess
+from fewstep.rewards.pixels import DEFAULTS, Preprocess, read_preprocess
 from fewstep.types import Sample, Signal
 
 if TYPE_CHECKING:
@@ -49,14 +50,17 @@ class CLIPScore:
         if config.get("model_type") not in FAMILIES:
             raise ValueError(f"{folder} holds a {config.get('model_type')!r} model; this reward needs one of {', '.join(FAMILIES)}")
         beside = folder if processor_file(Path(folder)).is_file() or processor is None else processor
-        preprocess = cls.read_preprocess(Path(beside), int(config.get("vision_config", {}).get("image_size", 224)))
-        model = read_model(getattr(transformers, FAMILIES[config["model_type"]]), folder).to(device)
+        family = FAMILIES[config["model_type"]]
+        size = int(config.get("vision_config", {}).get("image_size", 224))
+        preprocess = cls.read_preprocess(Path(beside), size, family.removesuffix("Model"))
+        model = read_model(getattr(transformers, family), folder).to(device)
         with_words = folder if any(Path(folder).glob("tokenizer*")) else beside
         return cls(model, transformers.AutoTokenizer.from_pretrained(with_words, trust_remote_code=False), preprocess)
 
     @classmethod
-    def read_preprocess(cls, folder: Path, size: int) -> Any:
-        """What the folder's image processor does. size: the edge of the pictures that the model reads.
+    def read_preprocess(cls, folder: Path, size: int, kind: str = "CLIP") -> Any:
+        """What the folder's image processor does. size: the edge of the pictures that the model reads. kind: what the processor is, of
+        pixels.DEFAULTS, where its file does not say.
 
         Raises ValueError, naming the file, for one that leaves out a step that is taken here, or scales pixels otherwise.
         """
@@ -70,8 +74,9 @@ class CLIPScore:
                 f"{path}: says {', '.join(other)}, but pictures are resized, scaled by 1/255 and normalised here; "
                 "correct the file, or give a function that does all of it, path/to/file.py:function"
             )
+        named = kind_of(config)
         try:
-            return read_preprocess(config, size)
+            return read_preprocess(config, size, named if named in DEFAULTS else kind)
         except KeyError as error:
             raise ValueError(f"{path}: needs image_mean, image_std and a resample of 2 or 3 (or none); stumbled over {error}") from error
 
@@ -144,6 +149,12 @@ def read_processor(folder: Path) -> tuple[Path, dict[str, Any]]:
     path = processor_file(folder)
     config = read_config(path)
     return path, config.get("image_processor", config)
+
+
+def kind_of(config: dict[str, Any]) -> str:
+    """What transformers calls the image processor that a file describes, without the words that all have in common: CLIP, Siglip, ViT."""
+    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
+    return re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind)
 
 
 def read_config(path: Path) -> dict[str, Any]:

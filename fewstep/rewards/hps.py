@@ -68,8 +68,8 @@ class HPS(CLIPScore):
         return super().text_features([cleaned(prompt) for prompt in prompts])
 
     @classmethod
-    def read_preprocess(cls, folder: Path, size: int) -> partial[Tensor]:
-        published = super().read_preprocess(folder, size)
+    def read_preprocess(cls, folder: Path, size: int, kind: str = "CLIP") -> partial[Tensor]:
+        published = super().read_preprocess(folder, size, kind)
         assert isinstance(published, Preprocess)
         return partial(preprocess, size=size, mean=published.mean, std=published.std)
 

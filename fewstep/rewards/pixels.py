@@ -13,6 +13,19 @@ RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as preprocessor_confi
 FRACTION = 2.0**22  # PIL keeps its filter weights in fixed point with 22 fractional bits
 
 
+class Defaults(NamedTuple):
+    """What a transformers image processor does where its file does not say."""
+
+    square: bool  # pictures are squashed; otherwise their shorter edge is brought to size
+    crop: bool  # the centre is kept
+    resample: int
+
+
+DEFAULTS = {
+    "Bit": Defaults(False, True, 3), "CLIP": Defaults(False, True, 3), "Siglip": Defaults(True, False, 3), "ViT": Defaults(True, False, 2)
+}  # fmt: skip
+
+
 class Preprocess(NamedTuple):
     """The 8-bit preprocessing of a transformers image processor: PIL's resize, the centre, the normalisation."""
 
@@ -33,25 +46,24 @@ class Preprocess(NamedTuple):
         return normalise(images, self.mean, self.std)
 
 
-def read_preprocess(config: dict[str, Any], size: int) -> Preprocess:
-    """What a preprocessor_config.json says. size: the network's own edge, for a config that names none.
+def read_preprocess(config: dict[str, Any], size: int, kind: str) -> Preprocess:
+    """What a preprocessor_config.json says. size: the edge, for a config that names none. kind: of DEFAULTS, for what else it leaves out.
 
     Raises KeyError for an entry that is missing or has no meaning here.
     """
-    edges, crop = config.get("size", {"shortest_edge": size}), config.get("crop_size", size)
-    if isinstance(edges, int):
-        edges = {"shortest_edge": edges}
+    default = DEFAULTS[kind]
+    edges, crop = config.get("size", {"height": size, "width": size} if default.square else size), config.get("crop_size", size)
+    if isinstance(edges, int):  # to a ViT alone one number is a square
+        edges = {"height": edges, "width": edges} if kind == "ViT" else {"shortest_edge": edges}
     if isinstance(crop, int):
         crop = {"height": crop, "width": crop}
     short = edges.get("shortest_edge")
-    # a config that only says how to normalise is of a CLIP, whose default is to crop
-    cropped = config.get("do_center_crop", short is not None)
     return Preprocess(
         short if short is not None else (edges["height"], edges["width"]),
-        (crop["height"], crop["width"]) if cropped else None,
+        (crop["height"], crop["width"]) if config.get("do_center_crop", default.crop) else None,
         tuple(config["image_mean"]),
         tuple(config["image_std"]),
-        RESAMPLE[config.get("resample", 2)],
+        RESAMPLE[config.get("resample", default.resample)],
     )
 
 
