@@ -309,7 +309,7 @@ def test_pictures_come_from_the_hub(monkeypatch):
     part.features = {"text": object(), "photo": fake_datasets(monkeypatch, splits)}
     found = pictures.open_pictures("someone/pictures@main:test")
     assert found.identity == {"n": 2, "hub": "someone/pictures", "commit": "c0ffee", "split": "test", "column": "photo"}
-    assert found.get(1).mode == "RGB"
+    assert found.get(1).mode == "RGB" and part.read == ["photo"]
     with pytest.raises(ValueError, match="has the splits validation, test; name one, as someone/pictures:validation"):
         pictures.open_pictures("someone/pictures")
     with pytest.raises(ValueError, match="has no split 'train'"):
@@ -317,3 +317,12 @@ def test_pictures_come_from_the_hub(monkeypatch):
     part.features = {"text": object()}
     with pytest.raises(ValueError, match="no column of pictures; it has text"):
         pictures.open_pictures("someone/pictures:test")
+
+
+def test_a_row_without_a_picture_is_named(monkeypatch):
+    part = Split([{"photo": image(0)}, {"photo": None}])
+    part.features = {"photo": fake_datasets(monkeypatch, {"train": part})}
+    with pytest.raises(
+        ValueError, match=r"^someone/pictures, split 'train', row 1: cannot be read as a picture \(there is none: it is null\)$"
+    ):
+        pictures.open_pictures("someone/pictures").get(1)

@@ -92,11 +92,14 @@ def of_hub(name: str, revision: str | None, split: str | None) -> Pictures:
     if column is None:
         raise ValueError(f"{name}: split {found['split']!r} has no column of pictures; it has {', '.join(rows.features)}")
     identity = {"n": len(rows), **found, "column": column}
+    rows = rows.select_columns([column])  # the others would be decoded with it
     return Pictures(identity, len(rows), lambda i: named(f"{where}, row {i}", lambda: in_eight_bits(rows[i][column])))
 
 
-def in_eight_bits(image: Image.Image) -> Image.Image:
-    """In RGB. Raises ValueError for grey of more bits, which Pillow would cut off at 255."""
+def in_eight_bits(image: Image.Image | None) -> Image.Image:
+    """In RGB. Raises ValueError for grey of more bits, which Pillow would cut off at 255, and for a data set's row without a picture."""
+    if image is None:
+        raise ValueError("there is none: it is null")
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"it holds grey values of more than 8 bits (mode {image.mode}); save it with 8 bits")
     return image.convert("RGB")
