@@ -225,6 +225,15 @@ def test_a_folders_pictures_are_read_in_order(folder, tmp_path):
     assert pictures.open_pictures(str(folder)).identity["sha256"] != found.identity["sha256"]
 
 
+def test_pictures_that_are_not_read_are_counted(folder):
+    before = pictures.open_pictures(str(folder)).n
+    for name, kind in (("d.JFIF", "JPEG"), ("e.gif", "GIF"), ("f.GIF", "GIF")):
+        image((9, 9, 9)).save(folder / name, format=kind)
+    (folder / "deep" / "g.heic").write_bytes(b"no matter")
+    with pytest.warns(UserWarning, match=r"in: 3 of 7 pictures \(.gif, .heic\) are not read; save them as .png"):
+        assert pictures.open_pictures(str(folder)).n == before + 1 == 4  # notes.txt is no picture
+
+
 def test_pictures_of_linked_folders_are_read_once_each(folder, tmp_path):
     before = pictures.open_pictures(str(folder)).identity
     (folder / "deep" / "round").symlink_to(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,8 @@ from fewstep.evaluate.features import Extractor
 from fewstep.evaluate.sets import hub_parts, import_datasets, rows_of_hub
 from fewstep.evaluate.store import SHARD, Rows, Shards, my_share
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
+UNREAD = (".avif", ".gif", ".heic", ".heif", ".jp2", ".jxl")  # pictures too, of several frames or that not every Pillow opens
 PIXELS = 2**24  # of pictures that are held together, however few of them that makes: 200 MB as float32
 
 
@@ -32,7 +34,7 @@ class Pictures(NamedTuple):
 
 def open_pictures(source: str) -> Pictures:
     """A folder's pictures, recursively and through links, in the order of their paths, or those of owner/name[@revision][:split] on the
-    hub.
+    hub. A folder's of UNREAD suffixes are left out, and counted in a warning.
 
     Raises ValueError.
     """
@@ -40,10 +42,14 @@ def open_pictures(source: str) -> Pictures:
 
 
 def of_folder(folder: Path) -> Pictures:
-    found = (path for path in files_below(folder) if path.suffix.lower() in SUFFIXES and path.is_file())
-    paths = sorted(found, key=lambda path: path.relative_to(folder).parts)  # Windows' own order of paths is without regard to case
+    found = [path for path in files_below(folder) if path.suffix.lower() in (*SUFFIXES, *UNREAD) and path.is_file()]
+    read = (path for path in found if path.suffix.lower() in SUFFIXES)
+    paths = sorted(read, key=lambda path: path.relative_to(folder).parts)  # Windows' own order of paths is without regard to case
     if not paths:
         raise ValueError(f"{folder}: holds no picture ({', '.join(SUFFIXES)})")
+    if left := len(found) - len(paths):
+        suffixes = ", ".join(sorted({path.suffix.lower() for path in found} - set(SUFFIXES)))
+        warnings.warn(f"{folder}: {left} of {len(found)} pictures ({suffixes}) are not read; save them as .png", stacklevel=2)
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
