@@ -56,6 +56,15 @@ def test_published_files_are_read(tmp_path, name):
     assert sets.load(str(tmp_path / name)) == (name, *HELD[name])
 
 
+def test_quotes_of_a_csv_in_a_tsv_are_told(tmp_path, recwarn):
+    """As pandas and spreadsheets write them; they stay part of the text, as PartiPrompts has them."""
+    held = ['"a sign that says ""hi"""', '"Go" and "stop"', 'a sign "hi"', '"hi"', '""']
+    (tmp_path / "a.tsv").write_text("\n".join(["prompt", *held]))
+    assert sets.load(str(tmp_path / "a.tsv")).prompts == held
+    (told,) = recwarn.list
+    assert 'a.tsv: 1 of 5 prompts are quoted as in a csv, the first: "a sign that says ""hi"""; in a tsv quotes are' in str(told.message)
+
+
 def test_a_folder_of_lists_is_one_set(tmp_path, monkeypatch):
     for style, held in (("photo", ["c"]), ("anime", ["a", "b"])):
         (tmp_path / f"{style}.json").write_text(json.dumps(held))

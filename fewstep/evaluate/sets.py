@@ -77,7 +77,10 @@ def load(source: str) -> PromptSet:
 
 
 def read(path: Path, *, name: str | None = None) -> PromptSet:
-    """A file by its suffix: .tsv and .csv with a header, .json, .jsonl, or text with a prompt a line; a folder of .json files."""
+    """A file by its suffix: .tsv and .csv with a header, .json, .jsonl, or text with a prompt a line; a folder of .json files.
+
+    A tsv whose prompts are quoted as in a csv is told in a warning.
+    """
     if path.is_dir():
         parts = [read(part) for part in visible(path, "*.json")]
         if not parts:
@@ -94,7 +97,21 @@ def read(path: Path, *, name: str | None = None) -> PromptSet:
         raise BadPrompts(f"{path}: not UTF-8 text (byte {error.start + 1}); save the file as UTF-8") from error
     except ValueError as error:
         raise BadPrompts(f"{path}: {error}") from error
-    return as_set(entries, name or path.name, str(path))
+    found = as_set(entries, name or path.name, str(path))
+    quoted = [prompt for prompt in found.prompts if is_quoted(prompt)] if path.suffix.lower() == ".tsv" else []
+    if quoted:
+        warnings.warn(
+            f"{path}: {len(quoted)} of {len(found.prompts)} prompts are quoted as in a csv, the first: {quoted[0][:60]}; in a tsv quotes "
+            "are part of the text, so write it without them, or as a .csv with commas",
+            stacklevel=2,
+        )
+    return found
+
+
+def is_quoted(text: str) -> bool:
+    """Whether a text is quoted as a csv's writer quotes one that holds quotes: in quotes, and each inside of them twice."""
+    inside = text[1:-1]
+    return text == f'"{inside}"' and '""' in inside and '"' not in inside.replace('""', "")
 
 
 def as_set(entries: Iterable[dict[str, Any]], name: str, where: str, *, mendable: bool = True) -> PromptSet:
