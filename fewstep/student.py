@@ -87,6 +87,10 @@ class Student:
         square = ((following - alpha * x0) / sigma).pow(2).flatten(1).sum(1, dtype=torch.float64)
         return -0.5 * square - dimensions * (sigma.flatten().double().log() + 0.5 * math.log(2 * math.pi))
 
+    def log_prob_from(self, rollout: Rollout, k: int) -> Tensor:
+        """Log-probability of a rollout's transition from state k under today's weights, (B,) float64, differentiable."""
+        return self.transition_log_prob(self.predict(rollout.states[k], k, rollout.cond), rollout.states[k + 1], k)
+
     def log_prob(self, rollout: Rollout) -> Tensor:
         """Log-probability of each stochastic transition of a rollout under today's weights, (B, K-1) float64, differentiable.
 
@@ -94,8 +98,4 @@ class Student:
         """
         if self.steps == 1:
             raise ValueError("a one-step student is deterministic: it has no transition, hence no log-probability")
-        columns = [
-            self.transition_log_prob(self.predict(rollout.states[k], k, rollout.cond), rollout.states[k + 1], k)
-            for k in range(self.steps - 1)
-        ]
-        return torch.stack(columns, 1)
+        return torch.stack([self.log_prob_from(rollout, k) for k in range(self.steps - 1)], 1)

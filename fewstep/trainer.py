@@ -99,7 +99,8 @@ class Trainer:
     counted: denoisers by role and whatever else counts its passes, logged. judges: functions of (images, prompts) that score what the
     rewards score, once a rollout, and push nothing: one with the name of a reward stands beside that one, any other beside all of them.
     news: what happened since it was last asked, by name, logged after each update. ranks: the processes that share the run's batches, whole
-    groups each (ValueError where they cannot share them evenly); the first one logs and saves.
+    groups each (ValueError where they cannot share them evenly); the first one logs and saves. Raises ValueError also for a one-step
+    student where a term goes by policy gradient.
     One cycle: a rollout without gradient, then `reuse.rollout` evaluations of the rewards at its states (in turn: up to K evaluations see
     each state once, more come round again) at fresh noise levels, each serving up to `reuse.evaluation` student updates; after each
     evaluation's updates the online rewards learn the rollout's predictions, `updates` times for every student update.
@@ -164,6 +165,8 @@ class Trainer:
         judged = [name for name, term in terms.items() if not term.anchor and term.parameters is None]
         self.partings = {(name, judge): Parting() for name in judged for judge in self.judges if judge == name or judge not in judged}
         policies = dict.fromkeys((name for name, term in terms.items() if term.via == "policy"), "policy")
+        if policies and student.steps == 1:
+            raise ValueError(f"a one-step student is deterministic: no policy gradient for the term {', '.join(policies)}; use pathwise")
         self.alarms = Watch(dict.fromkeys(self.anchors, "anchor") | policies)
         self.running: dict[str, float] = {}
         self.denoisers = [denoiser for denoiser in self.counted.values() if isinstance(denoiser, Denoiser)]
@@ -451,20 +454,23 @@ class Trainer:
         values, clip, logs = self.weights.now(), self.config.weights.clip, {}
         known = {name: int((~torch.isnan(advantage)).sum()) for name, advantage in self.advantages.items()}
         total, log_probs = torch.zeros((), device=self.device), []
+        transitions = self.student.steps - 1
         for rows in self.parts(len(rollout.group)):
-            part = rollout.rows(rows)
-            with self.precision():
-                log_probs.append(self.student.log_prob(part))
-            old = log_probs[-1].detach() if self.old_log_prob is None else self.old_log_prob[rows]
-            loss = log_probs[-1].new_zeros(())
-            for name, advantage in self.advantages.items():
-                some = advantage[rows]
-                share = int((~torch.isnan(some)).sum()) / max(known[name], 1)  # the loss is a mean over the samples with an advantage
-                force = values[name] * share / rollout.x0[0, 0].numel() ** 0.5
-                loss = loss + force * losses.policy(log_probs[-1], old, some, clip=clip)
-            loss.backward()
-            total += loss.detach()
-            log_probs[-1] = log_probs[-1].detach()
+            part, columns = rollout.rows(rows), []
+            for k in range(transitions):  # each backward at once: the graph of one pass is held, not of all
+                with self.precision():
+                    column = self.student.log_prob_from(part, k)[:, None]
+                old = column.detach() if self.old_log_prob is None else self.old_log_prob[rows, k : k + 1]
+                loss = column.new_zeros(())
+                for name, advantage in self.advantages.items():
+                    some = advantage[rows]
+                    share = int((~torch.isnan(some)).sum()) / max(known[name], 1)  # the loss is a mean over the samples with an advantage
+                    force = values[name] * share / transitions / rollout.x0[0, 0].numel() ** 0.5
+                    loss = loss + force * losses.policy(column, old, some, clip=clip)
+                loss.backward()
+                total += loss.detach()
+                columns.append(column.detach())
+            log_probs.append(torch.cat(columns, 1))
         log_prob = self.ranks.all_gather(torch.cat(log_probs))
         self.old_log_prob = log_prob if self.old_log_prob is None else self.old_log_prob
         logs |= {f"policy/{key}": value for key, value in ratios_of(log_prob - self.old_log_prob).items()}

@@ -495,6 +495,46 @@ def test_a_policy_gradient_climbs_its_advantage_with_the_force_of_a_direction(te
     assert_gradients({name: p.grad for name, p in trainer.parameters.items()}, wanted)
 
 
+def test_a_policy_gradient_is_that_of_the_whole_objective_and_holds_the_graph_of_one_pass():
+    """Transition by transition and part by part, wherever the ratios are."""
+    options = ("--reward.contrast", "0.1", "--reward.redness", "0.3", "--via.contrast", "policy", "--via.redness", "policy")
+    trainer = small_run.trainer_of((*options, "--memory.micro-groups", "2"))
+    rollout, generator = trainer.new_rollout(), torch.Generator().manual_seed(0)
+    trainer.advantages = {name: torch.randn(12, generator=generator) for name in ("contrast", "redness")}
+    trainer.advantages["contrast"][4:7] = math.nan
+    log_prob = trainer.student.log_prob(rollout)
+    trainer.old_log_prob = log_prob.detach() + 0.2 * torch.randn(12, 2, dtype=torch.float64, generator=generator)
+    objective = sum(
+        weight / 48**0.5 * losses.policy(log_prob, trainer.old_log_prob, trainer.advantages[name], clip=0.2)
+        for name, weight in (("contrast", 0.1), ("redness", 0.3))
+    )
+    wanted, predict, events = by_autograd(objective, trainer, None), trainer.student.predict, []
+
+    def watched(*given):
+        x0 = predict(*given)
+        events.append("forward")
+        x0.register_hook(lambda gradient: events.append("backward"))
+        return x0
+
+    trainer.student.predict = watched
+    total, logs = trainer.policy_updates(rollout)
+    assert_gradients({name: p.grad for name, p in trainer.parameters.items()}, wanted)
+    assert events == ["forward", "backward"] * 4  # two parts of two transitions
+    assert float(total) == pytest.approx(float(objective.detach()), abs=1e-6)
+    for name, advantage in trainer.advantages.items():
+        clipped = losses.clip_fraction(log_prob, trainer.old_log_prob, advantage, clip=0.2)
+        assert logs[f"{name}/clip_fraction"] == pytest.approx(clipped) and clipped > 0
+
+
+def test_a_policy_gradient_of_a_one_step_student_is_refused():
+    old = small_run.trainer_of(("--reward.contrast", "0.1", "--via.contrast", "policy"))
+    with pytest.raises(ValueError, match="one-step student is deterministic: no policy gradient for the term contrast; use pathwise"):
+        Trainer(
+            Student(old.student.denoiser, Flow(), [1.0]), old.parameters, old.terms, old.batches, encode=old.encode, decode=old.decode,
+            latent_shapes=old.latent_shapes, config=old.config, weights=old.weights,
+        )  # fmt: skip
+
+
 def combined(trainer, size=16, **signals):
     """(anchor's part, the rewards' part, anchor) of `size` samples in one group."""
     anchor = torch.randn(size, *trainer.latent_shapes[0], generator=torch.Generator().manual_seed(0))
