@@ -221,13 +221,14 @@ def passes(config: Config, guided: bool) -> float:
     trained = 3.0  # forward and backward
     served = 1 if reuse.weighted and reuse.min_ess > 0 else reuse.evaluation
     matching = (2 + guided) * config.matching.draws / served  # teacher (twice when guided) and fake
+    policies = any(config.via.get(name) == "policy" for name in config.reward)
     beside = config.weights.mode != "advantage" and any(config.via.get(name) != "policy" for name in config.reward)
     if reuse.backward_simulation:  # a simulation stops at each of the K states equally often
         simulated = (config.steps + 1) / 2
         return simulated * config.batches() / config.updates + matching + trained * (1 + fake)
     rollouts = 1 / (reuse.rollout * (reuse.evaluation if beside else served))
     refused = float(served < reuse.evaluation and not beside)  # a prediction that found the weights gone and serves nothing
-    return config.steps * rollouts + refused + matching + trained * (1 + fake)
+    return config.steps * rollouts + refused + matching + trained * (1 + fake + policies * (config.steps - 1))
 
 
 def drawn_prompts(config: Config, prompts: int) -> int:

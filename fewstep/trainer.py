@@ -451,7 +451,10 @@ class Trainer:
         Times 1 / sqrt(dimensions): an advantage of size 1 pushes the mean along a unit vector, a pathwise direction of RMS 1 has
         length sqrt(dimensions) and is averaged over them, so with this factor a weight means the same force by either way.
         """
-        values, clip, logs = self.weights.now(), self.config.weights.clip, {}
+        values, clip, reuse = self.weights.now(), self.config.weights.clip, self.config.reuse
+        logs = {f"{name}/weight": values[name] for name in self.advantages}
+        if not any(logs.values()) and reuse.rollout * reuse.evaluation == 1:  # no later update asks for the old log-probabilities either
+            return torch.zeros((), device=self.device), logs
         known = {name: int((~torch.isnan(advantage)).sum()) for name, advantage in self.advantages.items()}
         total, log_probs = torch.zeros((), device=self.device), []
         transitions = self.student.steps - 1

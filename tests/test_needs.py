@@ -141,6 +141,7 @@ def test_the_most_that_lives_at_once():
         ("--matching.guidance", "1"),
         ("--matching.draws", "2"),
         ("--fake.updates", "1"),
+        ("--reward.contrast", "0.2", "--via.contrast", "policy", "--reuse.rollout", "2"),
     ],
 )
 def test_network_evaluations_of_an_update(teacher_folder, prompt_file, options):

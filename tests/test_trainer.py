@@ -526,6 +526,19 @@ def test_a_policy_gradient_is_that_of_the_whole_objective_and_holds_the_graph_of
         assert logs[f"{name}/clip_fraction"] == pytest.approx(clipped) and clipped > 0
 
 
+@pytest.mark.parametrize("options, passes", [((), 3), (("--reuse.evaluation", "2", "--reuse.min-ess", "0"), 9)], ids=["once", "twice"])
+def test_a_policy_without_weight_costs_the_student_no_pass_that_nobody_needs(options, passes):
+    """While a budget is measured. Where a rollout serves on, the weight may come in its middle, and asks for the old log-probabilities."""
+    policy = ("--reward.contrast", "0.2", "--via.contrast", "policy", *small_run.ADAPTIVE, "--weights.warmup", "3", "--reuse.rollout", "1")
+    trainer = small_run.trainer_of((*policy, *options))
+    logs = trainer.step()
+    assert trainer.student.denoiser.cost == 12 * (3 + passes) and logs["contrast/weight"] == 0
+    assert ("policy/rho_50" in logs) == ("contrast/clip_fraction" in logs) == (passes > 3) == (trainer.old_log_prob is not None)
+    while not trainer.weights.now_total():
+        trainer.step()
+    assert "policy/rho_50" in trainer.step() and trainer.old_log_prob is not None
+
+
 def test_a_policy_gradient_of_a_one_step_student_is_refused():
     old = small_run.trainer_of(("--reward.contrast", "0.1", "--via.contrast", "policy"))
     with pytest.raises(ValueError, match="one-step student is deterministic: no policy gradient for the term contrast; use pathwise"):
