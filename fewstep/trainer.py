@@ -479,18 +479,16 @@ class Trainer:
         logs |= {f"policy/{key}": value for key, value in ratios_of(log_prob - self.old_log_prob).items()}
         for name, advantage in self.advantages.items():
             logs[f"{name}/clip_fraction"] = losses.clip_fraction(log_prob, self.old_log_prob, advantage, clip=clip)
-            logs[f"{name}/weight"] = values[name]
         return total, logs
 
     def score_finished(self, rollout: Rollout) -> dict[str, float]:
         """Advantages of a rollout's finished samples, for the rewards that go by policy gradient."""
-        logs = {}
-        for name, term in self.terms.items():
-            if term.via != "policy":
-                continue
-            with self.precision(), torch.no_grad():
-                found, more = self.ask_with_judges({name: term.reward}, self.sample_of(rollout, last_step(rollout)))
-            signal, logs = found[name], logs | more
+        rewards = {name: term.reward for name, term in self.terms.items() if term.via == "policy"}
+        if not rewards:
+            return {}
+        with self.precision(), torch.no_grad():
+            found, logs = self.ask_with_judges(rewards, self.sample_of(rollout, last_step(rollout)))
+        for name, signal in found.items():
             if signal.score is None:
                 raise RewardError(f"reward {name!r} gave no score, which a policy gradient needs")
             valid, logs[f"{name}/masked"] = self.scored(name, signal, len(rollout.group))

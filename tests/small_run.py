@@ -58,7 +58,7 @@ SEVERAL = (
 )
 
 
-def trainer_of(options, ranks=None):
+def trainer_of(options, ranks=None, judges=None):
     config = flags.parse_config([
         *("--groups", "4", "--group-size", "3", "--reuse.rollout", "3", "--updates", "8", "--precision", "fp32"),
         *("--student.lr", "1e-2", "--fake.lr", "1e-2", "--fake.updates", "2", *options),
@@ -88,6 +88,6 @@ def trainer_of(options, ranks=None):
     return Trainer(
         Student(student, Flow(), [1.0, 0.7, 0.4]), dict(student.named_parameters()), terms, Batches(PROMPTS, 4, 3, seed=0),
         encode=encode, decode=torch.sigmoid, latent_shapes=[(3, 4, 4)], config=config, weights=weights,
-        judges={"redness": brightness} if "redness" in config.reward else None,
+        judges=judges or ({"redness": brightness} if "redness" in config.reward else None),
         counted={"student": student, "teacher": teacher, "fake": fake}, ranks=ranks,
     )  # fmt: skip

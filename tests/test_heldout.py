@@ -223,6 +223,17 @@ def test_a_judge_sees_the_pictures_that_its_reward_sees_once_a_rollout(teacher_f
     assert all(pairs)
 
 
+def test_rewards_by_policy_share_a_decoded_picture_and_a_judge():
+    """A judge behind a server, or one that is paid, is asked about a rollout's finished pictures once, whatever it stands beside."""
+    options = ("--reward.redness", "0.3", "--reward.contrast", "0.2", "--via.redness", "policy", "--via.contrast", "policy")
+    trainer = small_run.trainer_of((*options, "--weights.max-masked", "1"), judges={"elsewhere": small_run.brightness})
+    calls, judge, decode = [], trainer.judges["elsewhere"].function, trainer.decode
+    trainer.judges["elsewhere"].function = lambda *given: calls.append("judge") or judge(*given)
+    trainer.decode = lambda x0: calls.append("decode") or decode(x0)
+    logs = trainer.step()
+    assert sorted(calls) == ["decode", "judge"] and {"redness/judge/elsewhere", "contrast/judge/elsewhere"} <= logs.keys()
+
+
 def test_what_a_reward_or_its_judge_could_not_score_is_in_neither_mean():
     """The alarm compares them over the same pictures, and one NaN would silence it."""
     trainer = small_run.trainer_of(("--reward.redness", "0.3"))
