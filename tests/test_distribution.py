@@ -234,7 +234,9 @@ def test_a_density_is_the_derivative_of_its_ranks_and_they_invert(density):
     torch.testing.assert_close(density.at(density.rank(t)), t, rtol=1e-10, atol=1e-12)
     (slope,) = torch.autograd.grad(density.rank(t).sum(), t)
     torch.testing.assert_close(density.slope(t), slope, rtol=1e-8, atol=1e-12)
-    ends = density.rank(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(density.slope(ends), density.slope((ends - 1e-12).abs()), rtol=1e-8, atol=1e-8)  # no 0 / 0
+    ends = density.rank(ends)
     assert ends.tolist() == pytest.approx([0, 1])
     nodes, node_weights = np.polynomial.legendre.leggauss(60)
     at = torch.tensor((nodes + 1) / 2 * 0.6 + 0.1)
@@ -251,6 +253,20 @@ def test_the_densities_are_the_named_ones():
     for bad, word in ((dict(name="cosine"), "uniform, logit-normal, shifted"), (dict(name="shifted", shift=0.0), "positive")):
         with pytest.raises(ValueError, match=word):
             density_named(**bad)
+
+
+@pytest.mark.parametrize("density", ["uniform", "logit-normal", "shifted"])
+def test_levels_may_reach_the_last_one_where_a_schedule_has_signal_there(density):
+    """As Stable Diffusion's has."""
+    schedule = DDPM((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0))
+    matching, near = (
+        DistributionMatching(None, None, schedule, level_density=density, t_range=(0.02, high), score_weight="matching")
+        for high in (1.0, 1 - 1e-6)
+    )
+    t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    torch.testing.assert_close(matching.score_coefficient(t), near.score_coefficient(t), rtol=1e-3, atol=0)
+    with pytest.raises(ValueError, match=r"needs some signal at every noise level, and t = 1.0 has none"):
+        DistributionMatching(None, None, Flow(), level_density=density, t_range=(0.02, 1.0), score_weight="matching")
 
 
 @pytest.mark.parametrize("density", DENSITIES, ids=PLACES)
