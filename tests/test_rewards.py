@@ -246,6 +246,35 @@ def test_the_discriminator_looks_in_its_range_of_noise_levels_spread_over_what_i
     assert len(learnt["noise"].flatten(0, 1).unique(dim=0)) == 16
 
 
+def test_the_discriminator_tells_real_from_made_by_nothing_but_what_they_are():
+    """Both at the same noise levels, each under noise of its own; of many real latents it sees all."""
+    backbone = Denoiser(Middle(), Flow(), "flow", uncond={"e": torch.zeros(1, 1)})
+    real, sample = torch.arange(64.0).view(64, 1, 1, 1).expand(64, 2, 3, 3), sample_of(8)
+    discriminator, seen, first = Discriminator(backbone, Mean(), real), set(), set()
+    with mock.patch.object(discriminator, "features", wraps=discriminator.features) as features:
+        for _ in range(20):
+            discriminator.loss(sample)
+            x0, t, noise = features.call_args.args
+            assert torch.equal(t[:8], t[8:]) and len(noise.unique(dim=0)) == 16 and torch.equal(x0[8:], sample.x0)
+            seen |= set(x0[:8, 0, 0, 0].tolist())
+            first.add(int((t[0] - 0.02) / 0.96 * 8))
+    assert len(seen) > 40
+    assert len(first) > 4  # and no sample has the same stratum every time
+
+
+def test_the_discriminators_direction_is_the_gradient_of_each_samples_own_score():
+    """However many are asked about together."""
+    backbone, sample = Denoiser(Middle(), Flow(), "flow", uncond={"e": torch.zeros(1, 1)}), sample_of(4)
+    discriminator = Discriminator(backbone, Mean(), torch.zeros(1, 2, 3, 3))
+    torch.nn.init.ones_(discriminator.module.weight)
+    drawn = discriminator.draw_for_call(sample)
+    together = discriminator(sample, **drawn)
+    for rows in (slice(0, 1), slice(1, 4)):
+        alone = discriminator(sample.rows(rows), **{key: value[rows] for key, value in drawn.items()})
+        torch.testing.assert_close(together.direction[rows], alone.direction)
+        torch.testing.assert_close(together.score[rows], alone.score)
+
+
 def test_the_discriminator_refuses_a_backbone_without_the_empty_prompt():
     with pytest.raises(ValueError, match="uncond"):
         Discriminator(Denoiser(Middle(), Flow(), "flow"), Mean(), torch.zeros(1, 2, 3, 3))

@@ -74,11 +74,12 @@ class Discriminator:
         return Signal(score.detach(), direction)
 
     def draw(self, sample: Sample) -> dict[str, Tensor]:
-        """Real latents (B, C, H, W), times t (B,) stratified over the batch, and noise (B, 2, C, H, W) of real and student's latents."""
+        """Real latents (B, C, H, W), times t (B,) stratified over the batch in a random order, and noise (B, 2, C, H, W) of real and
+        student's latents."""
         x0 = sample.x0.detach()
         latents = self.real[tuple(x0.shape[1:])]
         real = latents[torch.randint(len(latents), (len(x0),))].to(x0)
-        t = noise_levels(torch.zeros_like(sample.group), self.t_range, "stratified")
+        t = noise_levels(torch.zeros_like(sample.group), self.t_range, "stratified")[torch.randperm(len(x0))]
         noise = torch.randn(2, *x0.shape, dtype=x0.dtype, device=x0.device)
         return {"real": real, "t": t, "noise": noise.transpose(0, 1)}
 
