@@ -234,6 +234,14 @@ def test_rewards_by_policy_share_a_decoded_picture_and_a_judge():
     assert sorted(calls) == ["decode", "judge"] and {"redness/judge/elsewhere", "contrast/judge/elsewhere"} <= logs.keys()
 
 
+def test_a_judge_is_not_asked_beside_other_rewards_than_its_own():
+    options = ("--reward.redness", "0.3", "--reward.contrast", "0.2", "--via.contrast", "policy", "--weights.max-masked", "1")
+    trainer, calls = small_run.trainer_of(options), []
+    judge = trainer.judges["redness"].function
+    trainer.judges["redness"].function = lambda *given: calls.append(given) or judge(*given)
+    assert "redness/judge/redness" in trainer.step() and len(calls) == 1
+
+
 def test_what_a_reward_or_its_judge_could_not_score_is_in_neither_mean():
     """The alarm compares them over the same pictures, and one NaN would silence it."""
     trainer = small_run.trainer_of(("--reward.redness", "0.3"))

@@ -280,8 +280,10 @@ def test_a_run_begins_with_another_ones_averaged_student_and_fake(teacher_folder
         assert all(torch.equal(averaged[name], value) for name, value in own.items())
     assert all(torch.equal(held["online"]["dm"][key], p) for key, p in second.terms["dm"].parameters.items())
     assert second.update == 0 and not second.optimizer.state_dict()["state"]
-    second.step()
+    for _ in range(2):
+        second.step()
     assert all(torch.equal(p, held["student"][name]) for name, p in first.parameters.items())  # nothing is shared
+    assert any(not torch.equal(second.averaged()[name], p) for name, p in second.parameters.items())  # nor the average with the student
     other = run_of(teacher_folder, prompt_file, "--lora-rank", "2").trainer
     with pytest.raises(checkpoint.DamagedCheckpoint, match=r"another network than this run's \(other teacher, steps, LoRA rank"):
         other.start_from(held)
@@ -567,6 +569,10 @@ def test_the_sum_of_raw_gradients_is_another_rule_than_equation_6(teacher_folder
     rms = raw[known].square().mean().sqrt()
     assert torch.equal(own, anchor) and torch.equal(extra[3], torch.zeros_like(extra[3]))
     torch.testing.assert_close(extra[known], 0.3 * (raw / (rms if mode == "fixed" else 1))[known])
+    _, logs = trainer.heard(anchor, {"redness": Signal(score, raw)}, torch.zeros(16, dtype=torch.long))
+    cosine = (raw * anchor).sum((1, 2, 3)) / (raw.square().sum((1, 2, 3)) * anchor.square().sum((1, 2, 3))).sqrt()
+    assert logs["redness/direction_rms"] == pytest.approx(float(rms))  # of those that have a score, as is its part
+    assert logs["redness/cosine"] == pytest.approx(float(cosine[known].mean())) != pytest.approx(float(cosine.mean()), rel=1e-2)
 
 
 def test_both_networks_are_clipped_and_their_rates_fall(teacher_folder, prompt_file):
@@ -623,10 +629,13 @@ def test_a_policy_hears_finished_samples_ranked_inside_their_groups(teacher_fold
     rollout, shown = trainer.new_rollout(), []
     scores = torch.tensor([0.0, 1.0, 10.0, 14.0])  # the second prompt's are the better by far, which no sample of it has earned
     trainer.terms["contrast"].reward = lambda sample: shown.append(sample) or Signal(scores, None)
-    trainer.score_finished(rollout)
+    logs = trainer.score_finished(rollout)
+    assert logs["contrast/spread"] == 1.25 and logs["contrast/constant_groups"] == 0  # what there is to learn lies inside groups
     assert rollout.group.unique(return_inverse=True)[1].tolist() == [0, 0, 1, 1]
     assert torch.equal(shown[0].x0, rollout.x0[-1]) and shown[0].k.tolist() == [3] * 4
     torch.testing.assert_close(trainer.advantages["contrast"], torch.tensor([-1.0, 1.0, -1.0, 1.0]), rtol=1e-3, atol=0)
+    scores = torch.tensor([3.0, 3.0, 5.0, 5.0])
+    assert trainer.score_finished(rollout)["contrast/constant_groups"] == 1 and not trainer.advantages["contrast"].any()
 
 
 def test_project_leaves_nothing_of_a_direction_that_opposes(teacher_folder, prompt_file):
@@ -920,6 +929,19 @@ def test_a_backward_simulation_ends_at_every_state():
     assert {len(trainer.simulate(last=True).states) for _ in range(5)} == {3}
 
 
+def test_every_simulation_is_new_to_the_judges():
+    trainer = small_run.trainer_of(("--reuse.backward-simulation", "--reuse.rollout", "1", "--reward.redness", "0.3"))
+    assert all("redness/judge/redness" in trainer.step() for _ in range(3))
+
+
+def test_a_sample_is_told_the_state_that_it_was_predicted_from():
+    trainer = small_run.trainer_of(())
+    rollout, k = trainer.new_rollout(), torch.arange(12) % 3
+    sample = trainer.sample_of(rollout, k)
+    assert torch.equal(sample.t_k, trainer.student.times[k]) and torch.equal(sample.k, k)
+    assert all(torch.equal(x0, rollout.x0[step, i]) for i, (x0, step) in enumerate(zip(sample.x0, k, strict=True)))
+
+
 def test_a_term_without_a_weight_is_named(teacher_folder, prompt_file):
     run = run_of(teacher_folder, prompt_file)
     old, terms = run.trainer, {**run.trainer.terms, "mine": Term(as_reward(redness, "mine"))}
@@ -985,12 +1007,13 @@ def test_an_evaluation_serves_m_updates_and_the_first_is_unweighted(teacher_fold
 
 def test_the_fake_learns_as_often_for_each_update_that_an_evaluation_serves():
     trainer = small_run.trainer_of(("--reuse.evaluation", "3", "--reuse.min-ess", "0"))
-    reward, learnt = trainer.terms["dm"].reward, []
+    reward, learnt, logs = trainer.terms["dm"].reward, [], []
     with mock.patch.object(reward, "loss", wraps=reward.loss) as loss:
         for _ in range(6):
-            trainer.step()
+            logs.append(trainer.step())
             learnt.append(loss.call_count)
     assert learnt == [0, 0, 6, 6, 6, 12]  # twice for each, once the evaluation has served
+    assert ["reuse/permitted" in log for log in logs] == [False, True, False] * 2  # told by a move of one update
 
 
 def test_an_evaluation_is_dropped_when_its_weights_degenerate(teacher_folder, prompt_file):
@@ -1029,7 +1052,7 @@ def test_where_its_weights_degenerate_rdm_is_asked_again_and_the_other_rewards_a
         one, *others = blocks[first : first + 3]
         for other in others:
             assert torch.equal(other.xk, one.xk) and torch.equal(other.k, one.k) and torch.equal(other.extra, one.extra)
-            assert not torch.equal(other.x0, one.x0) and not torch.equal(other.anchor, one.anchor)
+            assert not any(torch.equal(*(getattr(block, key) for block in (other, one))) for key in ("x0", "anchor", "xt", "t"))
     assert not torch.equal(blocks[0].extra, blocks[3].extra)
     # the fake learns as often as the student moves, before it is asked again
     assert learned == [(1, 1), (2, 1), (2, 1), (4, 1), (5, 1), (5, 1)]

@@ -53,6 +53,18 @@ def test_the_weight_never_grows_while_the_fake_lags():
     assert weights.log_weight < before
 
 
+@pytest.mark.filterwarnings("ignore:the KL to the teacher")  # it falls to nothing here
+def test_what_a_lagging_fake_withholds_is_not_made_up_for_later():
+    weights = Adaptive({"a": 1.0}, budget=1.0, warmup=1, eta=0.1)
+    weights.observe(-1.0, 0.0)
+    weights.lag, weights.kl = 0.6, 0.0
+    for _ in range(50):
+        weights.observe(-0.0, None)
+    weights.lag = 0.0
+    weights.observe(-0.0, None)
+    assert weights.log_weight == pytest.approx(math.log(weights.start) + 0.1 * (1 + 20))  # one step and its lead
+
+
 def test_the_lag_is_a_running_mean_that_starts_at_its_first_value():
     weights = Adaptive({"a": 1.0}, budget=2.0, warmup=50)
     weights.observe(-1.0, None)  # no lag before the second rollout
