@@ -62,7 +62,7 @@ class Adaptive:
     warmup: int
     eta: float = 0.1
     cap: float = 10.0
-    start: float = 0.05  # lambda after the warm-up
+    start: float = 0.05  # lambda before its first step and lead, which are taken as the warm-up ends
     lag_limit: float = 0.5
     decay: float = 0.95  # of the running means
     updates: int = 0
