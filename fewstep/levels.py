@@ -30,7 +30,7 @@ class Density(NamedTuple):
 def gauss(t: Tensor) -> Tensor:
     """Density of a logit-normal with mean 0 and standard deviation 1."""
     density = (-(torch.logit(t) ** 2) / 2).exp() / (math.sqrt(2 * math.pi) * t * (1 - t))
-    return torch.where((t > 0) & (t < 1), density, torch.zeros_like(t))  # at the ends it was 0 / 0
+    return torch.where((t > 0) & (t < 1), density, torch.zeros_like(t))  # at the ends the quotient is 0 / 0
 
 
 def density_named(name: DensityName, *, shift: float = 3.0) -> Density:
