@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_iter
 
 from fewstep.config import Config
 from fewstep.cost import counter
+from fewstep.evaluate.drawing import GRID_BATCH
 from fewstep.folder import FREE_ON_RESUME, SAME_FOR_INIT
 from fewstep.launch import launched
 from fewstep.models import CONFIGURATIONS, UnsupportedTeacher, family, frozen_dtype, index_of, one_line, snapshot
@@ -39,6 +40,7 @@ class Needs(NamedTuple):
     activations: int  # of the part of a batch that passes together, with what its backward pass needs
     pictures: int  # what decoding those of a part keeps, where a reward looks at them
     one_picture: int  # what decoding one takes
+    drawn: int  # what the network's own pass takes, of the pictures of a grid that are drawn together
     conditions: int  # of a batch's prompts
     cached: int  # of all prompts that are drawn, on disk
     student_folder: int  # on disk
@@ -145,6 +147,8 @@ def fused_attention() -> Iterator[None]:
     from unittest import mock
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not torch.is_grad_enabled():  # nothing is kept, and no score ever lies in memory
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
         return Attention.apply(query, key, value)
 
     with mock.patch("torch.nn.functional.scaled_dot_product_attention", attend):
@@ -275,6 +279,8 @@ def measure(source: str, config: Config, prompts: int) -> Needs:
     )
     pictures = max(decoding(backbone, config, shape, together, grad=pathwise) for shape in shapes) if looks else 0
     one_picture = max(decoding(backbone, config, shape, 1, grad=False) for shape in shapes)
+    drawn = max(drawing(backbone, roles, config, shape) for shape in shapes)
+    copied = averaged // 2 if frozen == torch.bfloat16 else 0  # of trained weights in float32 autocast keeps copies throughout a grid
     held_throughout = networks + moments + averaged + condition * batch
     writing = gradients + moments + averaged  # what is trained is as large as its gradients
     exporting = size(roles.student.network.model.parameters()) + averaged
@@ -287,6 +293,7 @@ def measure(source: str, config: Config, prompts: int) -> Needs:
         activations=activated,
         pictures=pictures,
         one_picture=one_picture,
+        drawn=drawn,
         conditions=condition * batch,
         cached=size(backbone.random_conditions(1).values()) * drawn_prompts(config, prompts),
         student_folder=exported * frozen.itemsize + decoder + text,
@@ -296,7 +303,7 @@ def measure(source: str, config: Config, prompts: int) -> Needs:
         encoding=base + (resting or text),
         training=held_throughout + working(config, gradients, activated, pictures) + (resting or decoder * looks),
         # the average is copied out and lies in place of the student's own
-        drawing=held_throughout + averaged + text + decoder + one_picture,
+        drawing=held_throughout + averaged + copied + text + decoder + max(drawn, one_picture),
         writing=writing,
         exporting=exporting,
         saving=held_throughout + resting + max(writing, exporting) if resting else 0,
@@ -308,26 +315,51 @@ def activations(backbone: Backbone, roles: Roles, config: Config, shape: tuple[i
     """(bytes kept for the student's backward pass of n samples, floating-point operations of one sample's forward pass)."""
     network = roles.student.network
     half = config.precision == "bf16"
-    before = {name: p.data for name, p in network.named_parameters()}
-    if half:  # autocast is not to be had without numbers: the network in its arithmetic stands for it
-        network.to(torch.bfloat16)
     # of a layer's weight in float32 autocast makes a copy, which is kept too
     layers = (module for module in network.modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
     copied = {id(module.weight) for module in layers} if half else set()
-    own = [p for name, p in network.named_parameters() if before[name].dtype == torch.bfloat16 or id(p) not in copied]
-    kept = Kept([*own, *network.buffers()])
-    if config.memory.checkpointing:
-        network.model.enable_gradient_checkpointing(kept.checkpoint)
+    own = [p for p in network.parameters() if p.dtype == torch.bfloat16 or id(p) not in copied]
     dtype = torch.bfloat16 if half else torch.float32
-    xt = torch.zeros(n, *shape, device="meta", dtype=dtype)
-    given = backbone.random_conditions(n, scales(config, n))
-    cond = {key: value.to(dtype) if value.is_floating_point() else value for key, value in given.items()}
-    with fused_attention(), kept.hooks(), counter() as counted:
-        network(xt, torch.full((n,), 500.0, device="meta", dtype=dtype), cond)
-    for name, parameter in network.named_parameters():
-        parameter.data = before[name]
+    with in_arithmetic(network, dtype):
+        kept = Kept([*own, *network.buffers()])
+        if config.memory.checkpointing:
+            network.model.enable_gradient_checkpointing(kept.checkpoint)
+        with fused_attention(), kept.hooks(), counter() as counted:
+            network(*inputs(backbone, config, shape, n, dtype))
     network.model.disable_gradient_checkpointing()
     return kept.bytes, counted.get_total_flops() / n
+
+
+def drawing(backbone: Backbone, roles: Roles, config: Config, shape: tuple[int, int, int]) -> int:
+    """Bytes of a pass of the network, the most that lives at once, as a grid's pictures take it that are drawn together; with guidance of
+    the teacher's, which most pipelines take in the same pass, for each of them twice."""
+    guided = config.shown_guidance() != 1 and backbone.embedded_guidance is None
+    network, dtype = roles.student.network, frozen_dtype(config)
+    given = inputs(backbone, config, shape, GRID_BATCH * (1 + guided), dtype)
+    with in_arithmetic(network, dtype):
+        own = [*network.parameters(), *network.buffers(), *given[:2], *given[2].values()]
+        with fused_attention(), torch.no_grad(), Peak(own) as peak:
+            network(*given)
+    return peak.bytes
+
+
+def inputs(backbone: Backbone, config: Config, shape: tuple[int, int, int], n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Any]:
+    """What the network is called with for n samples, without numbers."""
+    given = backbone.random_conditions(n, scales(config, n))
+    cond = {key: value.to(dtype) if value.is_floating_point() else value for key, value in given.items()}
+    xt, t = (torch.zeros(n, *shape, device="meta", dtype=dtype), torch.full((n,), 500.0, device="meta", dtype=dtype))
+    return xt, t, cond
+
+
+@contextlib.contextmanager
+def in_arithmetic(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Within, the network's weights are of the arithmetic: autocast is not to be had without numbers, and this stands for it."""
+    before = {name: p.data for name, p in network.named_parameters()}
+    if dtype != torch.float32:
+        network.to(dtype)
+    yield
+    for name, parameter in network.named_parameters():
+        parameter.data = before[name]
 
 
 def decoding(backbone: Backbone, config: Config, shape: tuple[int, int, int], n: int, *, grad: bool) -> int:
@@ -481,6 +513,7 @@ def report(source: str, config: Config, prompts: int) -> str:
         f"  {gib(needs.decoder)}  autoencoder",
         f"  {gib(needs.pictures or needs.one_picture)}  its activations, "
         + ("of the pictures of a part for the rewards" if needs.pictures else "of one picture while samples are drawn"),
+        f"  {gib(needs.drawn)}  the network's activations while samples are drawn, {GRID_BATCH} at a time",
         f"  {gib(needs.text)}  text encoders",
         f"  {gib(needs.conditions)}  conditions of a batch",
         "the most that is there at once:",

@@ -378,13 +378,16 @@ SAMPLES_PER_PROMPT = 3
 
 
 def sample_grid(pipe: Any, prompts: list[str], *, steps: int, call: dict[str, Any]) -> Any:
-    """(P, N, 3, H, W) in [0, 1]: the grid's samples, N for each prompt, always with the same noise.
+    """(P, N, 3, H, W) in [0, 1]: the grid's samples, N for each prompt, always with the same noise: those that `fewstep sample -n N` draws.
 
     call: what the pipeline is told beside.
     """
-    from fewstep.evaluate.drawing import generate
+    import torch
 
-    images, _ = generate(pipe, prompts, SAMPLES_PER_PROMPT, steps=steps, seed=0, call=call)
+    from fewstep.evaluate.drawing import GRID_BATCH, pictures
+
+    told = {"num_inference_steps": steps} | call
+    images = torch.stack([image for _, _, image in pictures(pipe, prompts, SAMPLES_PER_PROMPT, seed=0, batch=GRID_BATCH, call=told)])
     return images.view(len(prompts), SAMPLES_PER_PROMPT, *images.shape[1:])
 
 
@@ -426,18 +429,31 @@ def teacher_grids(run: Run, prompts: list[str], best: str) -> dict[str, Any]:
 def draw_progress(run: Run, output: Path, prompts: list[str], curves: Curves) -> None:
     """A grid of the averaged student with fixed prompts and seeds, and the run's curves; no random number of the training is drawn.
 
-    A disk that takes no picture is warned of and ends no training: on Windows a viewer that holds the last one refuses the next.
+    A disk that takes no picture is warned of and ends no training: on Windows a viewer that holds the last one refuses the next. So is a
+    device whose memory is too small to draw beside the training.
     """
+    import torch
+
     from fewstep.report import grid
 
     trainer, steps = run.trainer, run.config.steps
     title = f"student, {steps} steps, update {trainer.update}"
-    images = student_grid(run, prompts, trainer.averaged())
     try:
-        grid.save({title: images}, prompts, output / "samples" / f"update-{trainer.update:08d}.png")
+        try:
+            images = student_grid(run, prompts, trainer.averaged())
+        except torch.OutOfMemoryError as error:
+            why = lacking_memory(error)
+            warnings.warn(f"update {trainer.update}: no samples are shown, {why}; --sample-every 0 tries none", stacklevel=2)
+        else:
+            grid.save({title: images}, prompts, output / "samples" / f"update-{trainer.update:08d}.png")
         curves.save(output / "curves.png")
     except OSError as error:
         warnings.warn(f"update {trainer.update}: a picture of the run could not be written ({error})", stacklevel=2)
+
+
+def lacking_memory(error: BaseException) -> str:
+    first = ". ".join(str(error).split(". ")[:2])  # what was asked for; torch goes on about its allocator
+    return f"since memory is too small to draw them beside the training ({first})"
 
 
 def remove_results(output: Path) -> None:
@@ -450,7 +466,11 @@ def remove_results(output: Path) -> None:
 
 
 def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
-    """Export the averaged student, measure it, write its card, draw its run's curves and it beside its teacher."""
+    """Export the averaged student, measure it, write its card, draw its run's curves and it beside its teacher.
+
+    Of a device whose memory is too small to draw beside what the training holds this warns: the student is there."""
+    import torch
+
     from fewstep import export
     from fewstep.evaluate import tables
     from fewstep.report import curves, grid
@@ -473,9 +493,14 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
         print(f"not measured: fewstep evaluate {output} --prompts FILE, with --extractor.NAME and --judge.NAME")
     card = export.model_card(student, "diffusers", output, results=results)
     card.save(output / "README.md")  # before the pictures: should they fail, the student has its card
-    shown = grid_prompts(config, prompts)
-    columns = teacher_grids(run, shown, best) | {f"student, {config.steps} steps": student_grid(run, shown, weights)}
-    grid.save(columns, shown, output / "samples.png")
+    shown, look = grid_prompts(config, prompts), f"look at {output / 'samples.png'}"
+    try:
+        columns = teacher_grids(run, shown, best) | {f"student, {config.steps} steps": student_grid(run, shown, weights)}
+    except torch.OutOfMemoryError as error:
+        warnings.warn(f"there is no samples.png, {lacking_memory(error)}", stacklevel=2)
+        look = f"for pictures: fewstep sample {output} --prompt TEXT"
+    else:
+        grid.save(columns, shown, output / "samples.png")
     curves.Curves(output / "metrics.jsonl").save(output / "curves.png")
     export.with_pictures(card, output).save(output / "README.md")
-    print(f"student in {output}; look at {output / 'samples.png'}")
+    print(f"student in {output}; {look}")

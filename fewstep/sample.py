@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ def command(arguments: list[str]) -> int:
     from fewstep import models
     from fewstep.config import Config
     from fewstep.evaluate.command import evaluation_device, on_hub, student_scale, student_steps
+    from fewstep.evaluate.drawing import BATCH, pictures
     from fewstep.flags import is_student_folder, student_config
 
     own = is_student_folder(options.folder)
@@ -49,7 +49,8 @@ def command(arguments: list[str]) -> int:
     try:
         listing = output / "pictures.jsonl"
         with naming(output), listing.open("a", buffering=1, encoding="utf-8") as log:  # a line is there with its picture
-            drawn = pictures(pipe, prompts, options.n, seed=options.seed, call={"num_inference_steps": steps} | call)
+            told = {"num_inference_steps": steps} | call
+            drawn = pictures(pipe, prompts, options.n, seed=options.seed, batch=BATCH, call=told)
             for number, (prompt, index, image) in enumerate(drawn):
                 line = {"prompt": prompt, "seed": options.seed, "index": index, "steps": steps}
                 path = save(image, output, number, line)
@@ -100,21 +101,6 @@ def read_prompts(given: list[str], source: str | None) -> list[str]:
         return given + (sets.load(source).prompts if source is not None else [])
     except BadPrompts as error:
         raise UserError(f"--prompts: {error}") from error
-
-
-def pictures(pipe: Any, prompts: list[str], n: int, *, seed: int, call: dict[str, Any]) -> Iterator[tuple[str, int, Tensor]]:
-    """(prompt, number among its pictures, picture (3, H, W) in [0, 1]), n of each prompt, as they are drawn.
-
-    A picture's noise is its own, by the seed and its number among its prompt's: to rounding it is the same whatever is drawn beside it.
-    Raises FloatingPointError for a picture with NaN or inf.
-    """
-    from fewstep.evaluate.drawing import BATCH, draw, noise_generator
-
-    rows = [(prompt, index) for prompt in prompts for index in range(n)]
-    for start in range(0, len(rows), BATCH):
-        part = rows[start : start + BATCH]
-        images, _ = draw(pipe, [prompt for prompt, _ in part], [noise_generator(seed, index) for _, index in part], **call)
-        yield from ((prompt, index, image) for (prompt, index), image in zip(part, images, strict=True))
 
 
 def save(image: Tensor, folder: Path, number: int, line: dict[str, Any]) -> Path:

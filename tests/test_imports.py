@@ -45,7 +45,7 @@ TABLE = {
     "rewards.base rewards.heldout student transforms types weights",
     "evaluate": "denoiser disk hub models prompts types "
     "rewards.base rewards.clip rewards.distribution rewards.files rewards.remote rewards.sources",
-    "needs": "config cost folder launch models",
+    "needs": "config cost evaluate folder launch models",
     "flags": "config errors hub models rewards.address rewards.sources",
     "folder": "config disk errors flags hub models rewards.address rewards.sources",
     "export": "checkpoint config disk evaluate flags folder hub metrics models world",

@@ -11,6 +11,7 @@ from pipelines import INCOMPLETE, PIPELINES
 from test_trainer import run_of
 
 from fewstep import checkpoint, cli, composition, flags, models, needs
+from fewstep.evaluate import drawing
 
 every_family = pytest.mark.parametrize("name", PIPELINES | INCOMPLETE)
 
@@ -59,9 +60,9 @@ def test_networks_optimizers_and_activations_of_every_family(teachers, name, ran
     own = {x.untyped_storage()._cdata for x in [*roles.student.parameters(), *roles.student.buffers()]}
     # all lies in one memory on a CPU, whatever the phase
     assert found.encoding == network + text + decoder
-    assert found.drawing == found.networks + found.optimizer + found.conditions + student + text + decoder + found.one_picture
-    assert found.training == found.drawing - found.one_picture - student + found.gradients + found.activations and found.pictures == 0
     there = found.networks + found.optimizer + found.conditions + text + decoder
+    assert found.drawing == there + student + max(found.drawn, found.one_picture)
+    assert found.training == there + found.gradients + found.activations and found.pictures == 0
     assert found.saving == there + max(found.writing, found.exporting) and found.writing == 4 * (student + fake) - fake
     with needs.Peak(made := [p for role in roles[:3] for p in (*role.parameters(), *role.buffers())]) as peak:
         checkpoint.pack(made)
@@ -76,6 +77,12 @@ def test_networks_optimizers_and_activations_of_every_family(teachers, name, ran
     cond = backbone.random_conditions(4)
     real = kept_by_autograd(roles, own, roles.student.network, noise, torch.full((4,), 500.0), cond)
     assert found.activations == pytest.approx(real, rel=0.1)
+    # a grid's pictures that pass together, the teacher's each twice where it is guided by a second prediction
+    n = drawing.GRID_BATCH * (1 if backbone.embedded_guidance else 2)
+    given = torch.randn(n, *noise.shape[1:]), torch.full((n,), 500.0), backbone.random_conditions(n)
+    with torch.no_grad(), needs.Peak([*roles.student.parameters(), *roles.student.buffers(), *given[:2], *given[2].values()]) as peak:
+        roles.student.network(*given)
+    assert found.drawn == pytest.approx(peak.bytes, rel=0.1)
 
 
 @pytest.mark.parametrize("options", [("--lora-rank", "0"), ("--lora-rank", "2", "--memory.frozen", "bf16")])
@@ -198,6 +205,7 @@ def test_what_is_turned_changes_what_is_needed(teachers):
 def test_a_gpu_holds_in_each_phase_what_the_run_places_there(teachers, monkeypatch):
     monkeypatch.setattr(needs, "activations", lambda *args: (1000, 1.0))  # of tiny weights they are nearly all there is
     monkeypatch.setattr(needs, "decoding", lambda *args, grad: 100 if grad else 10)
+    monkeypatch.setattr(needs, "drawing", lambda *args: 30)
     source = str(teachers / "StableDiffusion3Pipeline")
     config = dataclasses.replace(config_of("--teacher", source, "--size", "[16x16]", "--lora-rank", "2"), device="cuda")
     plain, looking, apart = (
@@ -209,7 +217,12 @@ def test_a_gpu_holds_in_each_phase_what_the_run_places_there(teachers, monkeypat
     assert looking.training == plain.training + plain.decoder
     assert plain.encoding < plain.networks + plain.text  # the adapters come after it
     # here the samples take the most: what fits in training alone does not fit
-    assert plain.device == plain.drawing == looking.drawing > throughout + plain.text + plain.decoder + 10 > plain.training
+    assert plain.device == plain.drawing == looking.drawing > throughout + plain.text + plain.decoder + 30 > plain.training
+    half = dataclasses.replace(config, precision="bf16", memory=dataclasses.replace(config.memory, frozen="bf16"))
+    drawn = needs.measure(source, half, 7)
+    student = drawn.optimizer - 2 * drawn.gradients
+    rest = drawn.networks + drawn.optimizer + drawn.conditions + drawn.text + drawn.decoder
+    assert drawn.drawing == rest + student + student // 2 + 30  # autocast's copies of what is trained in float32
     # pictures come before the gradients, and beside the graph of a batch in one part
     many = 10 * plain.gradients
     monkeypatch.setattr(needs, "decoding", lambda *args, grad: many if grad else 10)

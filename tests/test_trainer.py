@@ -20,6 +20,7 @@ from test_distribution import Plain
 from fewstep import checkpoint, composition, flags, losses
 from fewstep.config import Config
 from fewstep.errors import UserError
+from fewstep.evaluate import drawing
 from fewstep.metrics import MetricsLog
 from fewstep.models import backbone
 from fewstep.prompts import Batches, read
@@ -214,6 +215,35 @@ def test_a_run_shows_its_averaged_student(teacher_folder, prompt_file, tmp_path,
         draw_progress(run, tmp_path, ["a cat"], held)
     averaged, raw = (student_grid(run, ["a cat"], weights) for weights in (run.trainer.averaged(), {}))
     assert torch.equal(shown[0], averaged) and not torch.allclose(shown[0], raw, atol=1e-4)
+
+
+def test_a_grid_is_drawn_few_at_a_time_and_is_the_same_whatever_passes_together(teacher_folder, prompt_file, monkeypatch):
+    """Beside a training there is little room."""
+    run = run_of(teacher_folder, prompt_file)
+    prompts, shown = ["a cat", "a dog"], {}
+    for n in (drawing.GRID_BATCH, 1):
+        monkeypatch.setattr(drawing, "GRID_BATCH", n)
+        with drawing.counted(SimpleNamespace(unet=run.roles.student.network.model)) as calls:
+            shown[n] = student_grid(run, prompts, {})
+        assert max(calls) == n <= 4
+    few, alone = shown.values()
+    torch.testing.assert_close(few, alone, rtol=0, atol=1e-5)
+    assert few.shape[:2] == (2, 3) and all((few[:, i] - few[:, 0]).abs().max() > 1e-3 for i in (1, 2))
+
+
+def test_a_run_goes_on_and_ends_well_where_memory_is_too_small_to_draw(teacher_folder, prompt_file, tmp_path, monkeypatch, capsys):
+    lacking = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.6 GiB")
+    monkeypatch.setattr("fewstep.run.sample_grid", mock.Mock(side_effect=lacking))
+    run, held = run_of(teacher_folder, prompt_file), mock.Mock()
+    with pytest.warns(UserWarning, match=r"update 0: no samples .*\(CUDA out of memory. Tried to allocate 2.00 GiB\); --sample-every 0"):
+        draw_progress(run, tmp_path, ["a cat"], held)
+    held.save.assert_called_once_with(tmp_path / "curves.png")
+    run.trainer.step()
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.warns(UserWarning, match="there is no samples.png, since memory is too small .*2.00 GiB"):
+        finish(run, tmp_path, str(teacher_folder), ["a cat"])
+    assert "## Use" in (card := (tmp_path / "README.md").read_text()) and "samples.png" not in card
+    assert f"student in {tmp_path}; for pictures: fewstep sample {tmp_path} --prompt TEXT" in capsys.readouterr().out
 
 
 def test_an_adaptive_weight_moves_as_it_is_told(teacher_folder, prompt_file):

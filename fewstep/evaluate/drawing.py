@@ -20,6 +20,7 @@ Noise = Literal["picture", "batch"]  # what has a generator of its own
 SOLVERS = {"DDIM": "DDIMScheduler", "DPM-Solver++": "DPMSolverMultistepScheduler", "UniPC": "UniPCMultistepScheduler"}
 TEACHER_STEPS = 28
 BATCH = 16  # pictures drawn at a time; where noise is a batch's, it decides with the seed which picture gets which noise
+GRID_BATCH = 4  # of a run's own grids, which are drawn beside all that the training holds
 
 
 def resolution(pipe: Any) -> int:
@@ -135,6 +136,19 @@ def generate(
     """All pictures (P * images_per_prompt, 3, H, W) in [0, 1], and the median over batches of the seconds per image."""
     drawn = list(batches(pipe, prompts, images_per_prompt, steps=steps, guidance=guidance, seed=seed, batch=batch, call=call))
     return torch.cat([images for images, _ in drawn]), statistics.median(seconds for _, seconds in drawn)
+
+
+def pictures(pipe: Any, prompts: list[str], n: int, *, seed: int, batch: int, call: Mapping[str, Any]) -> Iterator[tuple[str, int, Tensor]]:
+    """(prompt, number among its pictures, picture (3, H, W) in [0, 1]), n of each prompt, as they are drawn, `batch` at a time.
+
+    A picture's noise is its own, by the seed and its number among its prompt's: to rounding it is the same whatever is drawn beside it.
+    Raises FloatingPointError for a picture with NaN or inf.
+    """
+    rows = [(prompt, index) for prompt in prompts for index in range(n)]
+    for start in range(0, len(rows), batch):
+        part = rows[start : start + batch]
+        images, _ = draw(pipe, [prompt for prompt, _ in part], [noise_generator(seed, index) for _, index in part], **call)
+        yield from ((prompt, index, image) for (prompt, index), image in zip(part, images, strict=True))
 
 
 def network_evaluations(steps: int, guidance: float) -> int:
