@@ -485,7 +485,7 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
     if config.evaluate and config.teacher == "world":
         report = measure_student(
             output, source, config.sizes()[0], scale=config.student_guidance(), output=output / "evaluation.json", steps=config.steps,
-            guidance=config.shown_guidance(), negative_prompt=config.shown_negative_prompt(),
+            guidance=config.shown_guidance(), negative_prompt=config.shown_negative_prompt(), device=config.device,
         )  # fmt: skip
         assert report is not None
         results, best = tables.as_markdown(report), next(r["solver"] for r in report["rows"] if r["name"] == report["best_solver"])

@@ -29,7 +29,7 @@ from fewstep.config import Config
 from fewstep.device import resolve_device
 from fewstep.errors import UserError
 from fewstep.evaluate import sets
-from fewstep.evaluate.command import evaluation_device
+from fewstep.evaluate.command import evaluation_device, measure_student
 from fewstep.evaluate.pictures import open_pictures
 from fewstep.ranks import Ranks
 from fewstep.rewards import files, serve, sources
@@ -469,6 +469,15 @@ def test_each_process_has_a_gpu_of_its_own_or_is_told_that_there_is_none(monkeyp
     monkeypatch.setattr("torch.distributed.rendezvous", mock.Mock(side_effect=ConnectionError))
     with pytest.raises(ConnectionError):
         Ranks.join("cpu")
+
+
+def test_a_student_is_measured_on_the_device_that_is_told(tmp_path, monkeypatch):
+    """A run's own: another GPU may be full, or somebody else's."""
+    asked = []
+    monkeypatch.setattr("fewstep.evaluate.evaluation.evaluate", lambda student, **told: asked.append(told["device"]))
+    monkeypatch.setattr("fewstep.evaluate.command.evaluation_device", lambda: pytest.fail("looked for a GPU"))
+    measure_student("student", None, None, output=tmp_path / "report.json", device="cuda:1")
+    assert asked == ["cuda:1"]
 
 
 def test_a_device_is_one_of_those_that_torch_finds(monkeypatch):

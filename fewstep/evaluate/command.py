@@ -124,7 +124,9 @@ def measure_student(
 
     from fewstep.evaluate import evaluation, tables
 
-    device, precision = told.setdefault("device", evaluation_device()), told.setdefault("precision", "fp32")
+    if "device" not in told:
+        told["device"] = evaluation_device()
+    device, precision = told["device"], told.setdefault("precision", "fp32")
     opening = {"device": device, "precision": precision}
     own = world_instruments(device) if teacher == str(resolve_teacher("world")) else {"noise": "picture", "scorers": {}}
     if "data" in told:
