@@ -233,6 +233,13 @@ def test_a_function_of_the_users_own_is_an_extractor(tmp_path):
             made(("mine", f"{tmp_path}/mine.py:{name}"))
 
 
+def test_a_function_is_asked_on_the_device_alone(tmp_path):
+    """Its model may live there."""
+    (tmp_path / "mine.py").write_text("def on_meta(images):\n    assert images.is_meta\n    return images.mean((2, 3))\n")
+    (found,) = features.make_extractors([("mine", f"{tmp_path}/mine.py:on_meta")], resize=None, device="meta")
+    assert found.width == 3
+
+
 def test_a_functions_features_are_of_one_width_and_finite(tmp_path):
     (tmp_path / "mine.py").write_text(MINE)
     pixels, inverse = made(("pixels", f"{tmp_path}/mine.py:pixels"), ("inverse", f"{tmp_path}/mine.py:inverse"))

@@ -130,7 +130,7 @@ def make_other(name: str, source: str | None, resize: int | None, device: str | 
     if not re.fullmatch(r"\w[\w-]*", name, re.ASCII):
         raise ValueError("a name is made of letters, digits, - and _")
     if origins.is_code(source):
-        return [of_function(name, source, resize)]
+        return [of_function(name, source, resize, device)]
     folder = files.fetch(files.resolve(source))
     if read_config(folder / "config.json").get("model_type") in FAMILIES:
         (clip,) = make_clip(str(folder), resize, device)
@@ -169,8 +169,8 @@ def of_vision(name: str, folder: Path, resize: int | None, device: str | torch.d
     return Extractor(f"extractor-{name}", f"fd_{name}", None, False, features, width, weights, words, config)
 
 
-def of_function(name: str, source: str, resize: int | None) -> Extractor:
-    """A function in a file: pictures (B, 3, H, W) in [0, 1] -> features (B, d), which are taken as they are.
+def of_function(name: str, source: str, resize: int | None, device: str | torch.device) -> Extractor:
+    """A function in a file: pictures (B, 3, H, W) in [0, 1] on the device -> features (B, d), which are taken as they are.
 
     d must be the same for pictures of all sizes: what is drawn and what is real may differ in theirs.
     """
@@ -190,7 +190,7 @@ def of_function(name: str, source: str, resize: int | None) -> Extractor:
         return found
 
     edge = resize or PATCH
-    width = features(torch.zeros(2, 3, edge, edge)).shape[1]
+    width = features(torch.zeros(2, 3, edge, edge, device=device)).shape[1]
     words = f"{in_words(resize)}then as the function has it"
 
     def looked(images: Tensor) -> Tensor:
