@@ -140,13 +140,16 @@ class Ranks:
             self.barrier()
 
     @contextmanager
-    def own_random(self, device: torch.device) -> Iterator[None]:
-        """Within, each process has random numbers of its own; after it, all go on from the state that they share."""
+    def own_random(self, device: torch.device, turn: int) -> Iterator[None]:
+        """Within, each process has random numbers of its own; after it, all go on from the state that they share.
+
+        turn: the same in all of them and another each time, since what they share may not have moved on meanwhile.
+        """
         if self.size == 1:
             yield
             return
         with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
-            torch.manual_seed(int(torch.randint(2**62, (1,))) + self.rank)
+            torch.manual_seed(int(torch.randint(2**62, (1,))) + turn * self.size + self.rank)
             yield
 
 

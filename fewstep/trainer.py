@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import warnings
@@ -128,6 +129,7 @@ class Trainer:
         self.encode, self.decode, self.latent_shapes = encode, decode, latent_shapes
         self.config, self.device = config, torch.device(device)
         self.ranks = ranks or Ranks()
+        self.turns = itertools.count()  # in which processes had random numbers of their own
         if batches.groups % self.ranks.size:
             raise ValueError(f"{batches.groups} groups cannot be shared evenly by {self.ranks.size} processes")
         self.ranks.broadcast([*parameters.values(), *(p for term in terms.values() for p in (term.parameters or {}).values())])
@@ -304,7 +306,7 @@ class Trainer:
         found: dict[str, list[Signal]] = {name: [] for name in rewards}
         parts, size = self.parts(len(sample.group)), len(sample.group)
         drawn = {name: reward.draw_for_call(sample) for name, reward in rewards.items() if hasattr(reward, "draw_for_call")}
-        with self.ranks.own_random(self.device):
+        with self.ranks.own_random(self.device, next(self.turns)):
             for rows in parts:
                 piece = sample if rows == slice(0, size) else sample.rows(rows)
                 for name, reward in rewards.items():
@@ -526,7 +528,7 @@ class Trainer:
         size, total = len(sample.group), torch.zeros((), device=self.device)
         parts = self.parts(size)
         drawn = reward.draw(sample) if hasattr(reward, "draw") else {}
-        with self.ranks.own_random(self.device):
+        with self.ranks.own_random(self.device, next(self.turns)):
             for rows in parts:
                 piece = sample if rows == slice(0, size) else sample.rows(rows)
                 with self.precision():
@@ -566,6 +568,7 @@ class Trainer:
         """One student update and what goes with it; returns what is logged, finite numbers alone."""
         logs: dict[str, float] = {}
         x0 = weight = None
+        self.turns = itertools.count(self.update << 20)  # from the update alone, as it is where a run goes on
         if self.block is not None:
             x0, weight, logs = self.serve_again(self.block)
         if self.block is None:

@@ -160,8 +160,10 @@ def test_what_processes_tell_each_other(tmp_path):
         begun = torch.tensor([float(ranks.rank)])
         ranks.broadcast([begun])
         torch.manual_seed(3)
-        with ranks.own_random(torch.device("cpu")):
-            here = float(torch.rand(()))
+        here = []
+        for turn in range(2):
+            with ranks.own_random(torch.device("cpu"), turn):
+                here.append(float(torch.rand(())))
         after = float(torch.rand(()))
         return {
             "rows": str(ranks.rows(6)), "gathered": ranks.all_gather(own).tolist(),
@@ -173,7 +175,7 @@ def test_what_processes_tell_each_other(tmp_path):
 
     found = in_processes(3, told, tmp_path)
     assert [one.pop("rows") for one in found] == ["slice(0, 2, None)", "slice(2, 4, None)", "slice(4, 6, None)"]
-    assert len({one.pop("here") for one in found}) == 3  # random numbers of their own, then those that they share
+    assert len({number for one in found for number in one.pop("here")}) == 3 * 2  # random numbers of their own, then those that they share
     torch.manual_seed(3)
     assert found[0] == found[1] == found[2] == {
         "gathered": [[0.0, 0.5], [1.0, 0.5], [2.0, 0.5]], "flags": [False, True, False], "total": [3.0, 3.0],

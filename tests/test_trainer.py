@@ -1,5 +1,6 @@
 """The loop on a tiny random teacher: bit-exact resume, stops on NaN, what is trained and what is not."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -173,6 +174,7 @@ def test_a_teacher_with_a_negative_prompt_is_shown_and_measured_with_it(teacher_
     with pytest.raises(ZeroDivisionError):
         finish(run, tmp_path, str(teacher_folder), ["a cat"])
     assert (measured[0]["guidance"], measured[0]["negative_prompt"]) == (float(scale), away.get("negative_prompt", ""))
+    assert measured[0]["device"] == "cpu"  # the run's own, whatever GPUs there are
 
 
 def test_a_fake_and_a_discriminator_learn_as_they_are_told(teacher_folder, prompt_file, tmp_path):
@@ -244,6 +246,15 @@ def test_a_run_goes_on_and_ends_well_where_memory_is_too_small_to_draw(teacher_f
         finish(run, tmp_path, str(teacher_folder), ["a cat"])
     assert "## Use" in (card := (tmp_path / "README.md").read_text()) and "samples.png" not in card
     assert f"student in {tmp_path}; for pictures: fewstep sample {tmp_path} --prompt TEXT" in capsys.readouterr().out
+
+
+def test_no_two_times_have_the_same_random_numbers_of_a_process_itself(teacher_folder, prompt_file, monkeypatch):
+    """Though nothing that all share was drawn between them."""
+    run, turns = run_of(teacher_folder, prompt_file, "--reward.redness", "0.3"), []
+    monkeypatch.setattr(run.trainer.ranks, "own_random", lambda device, turn: turns.append(turn) or contextlib.nullcontext())
+    for _ in range(3):
+        run.trainer.step()
+    assert len(turns) == len({*turns}) > 6
 
 
 def test_an_adaptive_weight_moves_as_it_is_told(teacher_folder, prompt_file):
