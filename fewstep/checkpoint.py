@@ -223,9 +223,12 @@ def rng_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Give torch's generators a saved state. A GPU's that has none in it, as in a CPU's checkpoint, stays as it is, with a warning."""
+    """Give torch's generators a saved state. A GPU's that has none in it, as in a CPU's checkpoint, stays as it is, with a warning; and
+    there is one where a GPU's run goes on on the CPU."""
     torch.set_rng_state(state["cpu"])
     if device.type != "cuda":
+        if state.keys() != {"cpu"}:
+            warnings.warn(f"the checkpoint is of a run on a GPU, which goes on on the {device.type.upper()}", stacklevel=2)
         return
     # an earlier version kept every GPU's by its number
     own = state.get("device", state.get(f"cuda{device.index or 0}"))

@@ -347,7 +347,8 @@ def check_processes(config: Config, size: int) -> None:
             f"or set --groups to a multiple of {size}"
         )
     if size > 1 and config.device not in ("auto", "cuda", "cpu"):
-        raise UserError(f"device: {config.device} is one device and there are {size} processes, each of which takes its own: leave it out")
+        instead = "give --device auto" if config.resume else "leave it out"  # what the run had would stay
+        raise UserError(f"device: {config.device} is one device and there are {size} processes, each of which takes its own: {instead}")
 
 
 def build(

@@ -144,7 +144,7 @@ def carry_out(config: Config, prompts: list[str], source: str, functions: dict[s
         at = state["update"]
         raise UserError(f"updates: the run in {output} is at update {at} already; give that many or more, got {config.updates}")
     run = build(config, prompts, source, functions, judges, ranks=ranks)
-    config = run.config
+    asked, config = config.device, run.config
     print(f"training on {config.device} in {config.precision}" + (f", {ranks.size} processes" if ranks.size > 1 else ""))
     if first:
         say_what_is_cut(run)
@@ -157,7 +157,7 @@ def carry_out(config: Config, prompts: list[str], source: str, functions: dict[s
         if first:
             if config.overwrite:  # not before: all that can fail at the start has not, and the earlier run was there until now
                 remove_run(output)
-            write_record(run, prompts, source, functions, judges)
+            write_record(run, prompts, source, functions, judges, asked)
         if not train(run, output, prompts):
             return 130
         if first:
@@ -254,16 +254,16 @@ def start_from(run: Run, folder: Path) -> None:
     print(f"starting from the student of {folder} at update {found[1]['update']}")
 
 
-def write_record(run: Run, prompts: list[str], source: str, functions: dict[str, Any], judges: dict[str, Any]) -> None:
+def write_record(run: Run, prompts: list[str], source: str, functions: dict[str, Any], judges: dict[str, Any], device: str) -> None:
     """Write into a run's folder what it is: its config, prompts that were given, hashes of its teacher's weights, and the versions of its
-    rewards and judges; says which versions have changed."""
+    rewards and judges; says which versions have changed. device: as it was asked for, since a run may go on where `auto` is another."""
     import yaml
 
     from fewstep import models
     from fewstep.rewards import sources
 
     config, output = run.config, Path(run.config.output)
-    kept = as_plain(config) | {"resume": False, "overwrite": False}  # of this call, not of the run
+    kept = as_plain(config) | {"device": device, "resume": False, "overwrite": False}  # the last two are of this call, not of the run
     replace_text(output / "config.yaml", yaml.safe_dump(kept, sort_keys=False))
     if keeps_prompts(config):  # again where --overwrite has deleted what was read
         replace_text(output / GIVEN, json.dumps(prompts, indent=0, ensure_ascii=False))

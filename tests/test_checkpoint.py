@@ -252,6 +252,8 @@ def test_a_gpu_without_a_saved_random_state_keeps_its_own_and_says_so(monkeypatc
     assert not given and torch.equal(torch.rand(3), drawn)
     for key in ("device", "cuda0"):  # as an earlier version named it
         checkpoint.set_rng_state(state | {key: torch.ones(1)}, gpu)
+        with pytest.warns(UserWarning, match="of a run on a GPU, which goes on on the CPU"):
+            checkpoint.set_rng_state(state | {key: torch.ones(1)}, cpu)
     assert given == [(torch.ones(1), gpu)] * 2
 
 

@@ -34,7 +34,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from pipelines import GUIDED, INCOMPLETE, PIPELINES
 from safetensors.torch import load_file, save_file
 
-from fewstep import checkpoint, cli, composition, models, needs, run
+from fewstep import checkpoint, cli, composition, flags, models, needs, run
 from fewstep.config import Config, MatchingConfig
 from fewstep.denoiser import guide, repeat, to_x0
 from fewstep.errors import UserError
@@ -578,6 +578,15 @@ def test_a_student_is_distilled_further_and_measured_beside_its_teacher(teachers
     for flag, value in (("--teacher-steps", "28"), ("--guidance", "3"), ("--negative-prompt", "blurry")):
         assert cli.main([*measure, flag, value]) == 2
         assert f"{flag}: {tmp_path / 'four'} is itself a student of 4 steps" in capsys.readouterr().err
+
+
+def test_a_run_keeps_the_device_that_it_was_asked_for(teachers, prompt_file, tmp_path, monkeypatch):
+    """It may go on on a machine where auto is another."""
+    monkeypatch.setattr(run, "train", lambda *args: False)
+    options = ["--teacher", str(teachers / "StableDiffusionPipeline"), "--prompts", str(prompt_file), *SMALL, "--size", "[8x16]"]
+    assert cli.main(["distill", *options, "--device", "auto", "--output", str(tmp_path)]) == 130
+    kept = flags.saved_config(tmp_path)
+    assert kept.device == "auto" and "auto" not in (kept.precision, kept.memory.frozen)
 
 
 def test_a_student_whose_pictures_fail_has_its_card(teachers, prompt_file, tmp_path, monkeypatch):

@@ -121,6 +121,11 @@ def test_a_process_that_raises_ends_the_others_within_thirty_seconds(base, tmp_p
         (("--groups", "32"), 5, "groups: 5 processes cannot share 32 groups evenly; start 4 or 8, or set --groups to a multiple of 5"),
         (("--groups", "2"), 8, "groups: 8 processes cannot share 2 groups evenly; start 2, or set --groups to a multiple of 8"),
         (("--device", "cuda:1"), 2, "device: cuda:1 is one device and there are 2 processes, each of which takes its own: leave it out"),
+        (
+            ("--device", "cuda:1", "--resume"),
+            2,
+            "device: cuda:1 is one device and there are 2 processes, each of which takes its own: give --device auto",
+        ),
     ],
 )
 def test_what_processes_cannot_share_is_said_before_anything_slow(options, size, message):
