@@ -694,6 +694,43 @@ def test_a_worker_that_cannot_load_its_model_ends_the_server(tmp_path, capsys):
     assert "ended with status 5 before its model was loaded" in capsys.readouterr().out
 
 
+def test_what_several_workers_serve_is_tried_in_a_process_that_ends(tmp_path):
+    """Here its model would stay on the GPU, beside theirs."""
+    seen = tmp_path / "seen.py"
+    seen.write_text(f"import os, pathlib\npathlib.Path({str(tmp_path / 'by')!r}).write_text(str(os.getpid()))\ndef score(*_): ...\n")
+    options = argparse.Namespace(what=f"{seen}:score", scorer=None, device="cpu")
+    assert serve.tried(options) == ("score", sources.function_version(options.what))
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "by").read_text()), 0)
+    seen.write_text("import os\nos._exit(5)\n")
+    with pytest.raises(ValueError, match=r"seen.py:score: the process in which its model was tried has ended"):
+        serve.tried(options)
+
+
+def test_a_file_of_ones_own_has_the_numbered_gpu_for_its_current_one(reward_file, monkeypatch):
+    """Where it is read, and in the threads that ask it."""
+    took = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: took.append((device, threading.current_thread())))
+    name, version, score = serve.load(f"{reward_file}:redness", None, "cuda:1")
+    assert took == [("cuda:1", threading.current_thread())]
+    body = multipart(("prompts", "", b'["a cat"]'), ("shape", "", b"[1, 2]"), ("images", RAW, b"123456"))
+    headers = {"content-type": "multipart/form-data; boundary=x", "content-length": str(len(body))}
+
+    async def receive():
+        return {"type": "http.request", "body": body}
+
+    async def send(message):
+        pass
+
+    raw = [(key.encode(), value.encode()) for key, value in headers.items()]
+    ask = {"type": "http", "method": "POST", "path": "/score", "query_string": b"", "headers": raw}
+    monkeypatch.setattr(torch.Tensor, "to", lambda images, device: images)
+    asyncio.run(serve.application(name, version, score, device="cuda:1")(ask, receive, send))
+    assert took[1][0] == "cuda:1" and took[1][1] is not threading.current_thread()
+    serve.load(f"{reward_file}:redness", None, "cpu")
+    assert len(took) == 2
+
+
 def test_rewards_of_other_environments_are_called_as_their_packages_want(monkeypatch):
     """Stand-ins with the interface of image-reward 1.5 and hpsv3 1.0, which cannot be installed beside this package."""
     import types

@@ -19,6 +19,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from multiprocessing.connection import wait
 from typing import Any
@@ -43,6 +45,7 @@ def load(what: str, scorer: str | None, device: str) -> tuple[str, str, Score]:
     """(name, version, function) of a named reward or of path/to/file.py:function. Raises ValueError or ImportError."""
     if scorer is not None and (sources.is_code(what) or what in OWN):
         raise ValueError(f"--scorer: {what} brings its own model; leave the flag out")
+    take(device)
     if sources.is_code(what):
         return what.rpartition(":")[2], sources.function_version(what), sources.load_function(what)
     if what not in REWARDS:
@@ -55,6 +58,14 @@ def load(what: str, scorer: str | None, device: str) -> tuple[str, str, Score]:
     source = sources.locate(what, scorer, flag="--scorer")
     built = sources.build(what, source, device=device)
     return what, f"weights-{sources.version(source)}", built.score
+
+
+def take(device: str) -> None:
+    """Lets this thread's `.cuda()` without a number, as a file of one's own may have it, mean the numbered GPU."""
+    import torch
+
+    if torch.device(device).index is not None:
+        torch.cuda.set_device(device)
 
 
 def image_reward(device: str) -> Score:
@@ -111,7 +122,8 @@ def application(name: str, version: str, score: Score, *, batch: int = 16, worke
     one_at_a_time = asyncio.Lock()
 
     def scored(images: Any, prompts: list[str]) -> list[float | None]:
-        with torch.inference_mode():  # of this thread alone, so here
+        take(device)  # of this thread alone, so here, as are gradients
+        with torch.inference_mode():
             return as_numbers(score(images.to(device), prompts), len(prompts))
 
     async def health(request: Request) -> JSONResponse:
@@ -266,6 +278,24 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def built(options: argparse.Namespace) -> tuple[str, str]:
+    """(name, version) of what is served, once its model was there."""
+    end_with_parent()
+    return load(options.what, options.scorer, options.device)[:2]
+
+
+def tried(options: argparse.Namespace) -> tuple[str, str]:
+    """As `built`, in a process of its own that ends: here the model would stay in the GPU's memory beside those of the workers.
+
+    Raises what `load` does, and ValueError where the process ends before.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(built, options).result()
+        except BrokenProcessPool as error:
+            raise ValueError(f"{options.what}: the process in which its model was tried has ended before that was loaded") from error
+
+
 def work(options: argparse.Namespace, held: socket.socket, ready: Any) -> None:
     """What one of several workers does, in a process of its own: load the model, set `ready`, serve until it is told to end."""
     import uvicorn
@@ -353,7 +383,10 @@ def command(arguments: list[str]) -> int:
     allow_open_files()
     with claim(options.port) as held:  # before the model is loaded, which may take minutes
         try:
-            name, version, score = load(options.what, options.scorer, options.device)
+            if options.workers > 1:
+                name, version = tried(options)
+            else:
+                name, version, score = load(options.what, options.scorer, options.device)
         except (ImportError, OSError) as error:
             raise ValueError(f"{options.what}: cannot be built here ({type(error).__name__}: {error})") from error
         try:
@@ -366,5 +399,4 @@ def command(arguments: list[str]) -> int:
             with suppress(KeyboardInterrupt):  # uvicorn has ended by it, and raises it again
                 uvicorn.Server(uvicorn.Config(served, **SETTINGS)).run(sockets=[held])
             return 0
-        del score  # it was built to see that it can be; each worker builds its own
         return supervise(options, held)
