@@ -19,7 +19,7 @@ from fewstep.config import Config
 from fewstep.cost import counter
 from fewstep.evaluate.drawing import GRID_BATCH
 from fewstep.folder import FREE_ON_RESUME, SAME_FOR_INIT
-from fewstep.launch import launched
+from fewstep.launch import launched, neighbours
 from fewstep.models import CONFIGURATIONS, UnsupportedTeacher, family, frozen_dtype, index_of, one_line, snapshot
 from fewstep.models.backbone import Backbone, Roles, packed_network
 
@@ -53,6 +53,8 @@ class Needs(NamedTuple):
     writing: int  # in main memory: a copy of all that a checkpoint holds, while one is written
     exporting: int  # in main memory: a copy of the student's network and of its average, while it is exported
     saving: int  # on the device, where that is main memory itself: the larger of these two beside what is there; elsewhere 0
+    reading: int  # in main memory of each process, where that is not the device: the whole teacher, before its network goes to the device
+    resting: int  # in main memory of each process, where that is not the device: what lies there all through the training
     packed: list[str]  # parts that lie in 4 or 8 bits in their files; in `text`, and above, as if they did not
 
     @property
@@ -268,7 +270,8 @@ def measure(source: str, config: Config, prompts: int) -> Needs:
     if config.memory.teacher == "int8":
         networks -= round(size(roles.teacher.parameters()) * (1 - 1 / frozen.itemsize))
     condition = size(backbone.random_conditions(1, scales(config, 1)).values())
-    resting = text + decoder if torch.device(config.device).type == "cpu" else 0  # what would lie on the CPU is on the device then too
+    in_one = torch.device(config.device).type == "cpu"  # main memory and the device's
+    resting = text + decoder if in_one else 0  # what would lie on the CPU is on the device then too
     looks = any(name != "discriminator" for name in config.reward)  # at pictures, in every update: the decoder stays
     shapes = [backbone.latent_shape(at) for at in config.sizes()]
     found = [activations(backbone, roles, config, shape, together) for shape in shapes]
@@ -307,6 +310,8 @@ def measure(source: str, config: Config, prompts: int) -> Needs:
         writing=writing,
         exporting=exporting,
         saving=held_throughout + resting + max(writing, exporting) if resting else 0,
+        reading=0 if in_one else base + text + decoder,
+        resting=0 if in_one else text + decoder * (not looks),
         packed=[name for name, part in backbone.pipe.components.items() if hasattr(getattr(part, "config", None), "quantization_config")],
     )
 
@@ -503,6 +508,8 @@ def report(source: str, config: Config, prompts: int) -> str:
     processes, drawn = launched()[1], drawn_prompts(config, prompts)
     each = f"each of {processes} processes, " if processes > 1 else ""
     student = "full weights" if not config.lora_rank else f"LoRA of rank {config.lora_rank}"
+    beside = f"  and for each of the {neighbours()} processes here, " if neighbours() > 1 else "  and "
+    waiting = f"{beside}with what waits there to be needed on the device: " if needs.resting else ""
     lines = [
         f"{config.teacher}: {needs.parameters / 1e6:,.1f} M parameters; {student}, {needs.trained / 1e6:,.1f} M trained for the student",
         f"{each}on {config.device} in {config.precision}, frozen parts in {config.memory.frozen}:",
@@ -523,6 +530,11 @@ def report(source: str, config: Config, prompts: int) -> str:
         *([f"  {gib(needs.saving)}  while it is saved or exported"] if needs.saving else []),
         f"in main memory{' for that' * bool(needs.saving)}: copies of {gib(needs.writing).strip()} while a checkpoint is written, of "
         f"{gib(needs.exporting).strip()} while the student is exported",
+        *(
+            [f"{waiting}{gib(needs.reading).strip()} while the teacher is read, {gib(needs.resting).strip()} from then on"]
+            if waiting
+            else []
+        ),
         f"{needs.flops * config.updates / 1e15:,.2f} PFLOP in {config.updates} updates, rewards and decoder apart",
         f"on disk: {gib(needs.student_folder).strip()} student, {gib(needs.checkpoints).strip()} checkpoints, "
         f"{gib(needs.cached).strip()} conditions of {drawn} prompt{'s' * (drawn > 1)}",
@@ -531,6 +543,8 @@ def report(source: str, config: Config, prompts: int) -> str:
         lines.append(f"not counted: the models of {', '.join(config.reward)}, and what they keep of the pictures")
     if needs.packed:
         lines.append(f"less than said: {', '.join(needs.packed)} counts as in its full bits and lies in fewer in its files")
+        if not needs.saving:
+            lines.append("more than said in training: on a GPU it stays there, where other text encoders do not")
     fits, larger = needs.device <= 0.9 * total, largest_part(config, needs, 0.9 * total)
     lines.append(f"{'fits' if fits else 'DOES NOT FIT'}: {name} has {gib(total).strip()}")
     if fits and torch.device(config.device).type == "cuda" and 0 < config.memory.micro_groups < larger:

@@ -213,6 +213,9 @@ def test_a_gpu_holds_in_each_phase_what_the_run_places_there(teachers, monkeypat
     )
     throughout = plain.networks + plain.optimizer + plain.conditions
     assert plain.saving == 0  # it takes main memory
+    base = plain.encoding - plain.text  # all is read there, and what is not needed throughout waits there
+    assert plain.reading == base + plain.text + plain.decoder and plain.resting == plain.text + plain.decoder
+    assert looking.resting == plain.text and needs.measure(source, dataclasses.replace(config, device="cpu"), 7).resting == 0
     assert plain.training == apart.training == throughout + plain.gradients + plain.activations
     assert looking.training == plain.training + plain.decoder
     assert plain.encoding < plain.networks + plain.text  # the adapters come after it
@@ -234,7 +237,11 @@ def test_a_gpu_holds_in_each_phase_what_the_run_places_there(teachers, monkeypat
     assert policy.training == plain.training + plain.decoder and policy.pictures == 10
     monkeypatch.setattr(needs, "capacity", lambda device: (plain.training / 0.9, "a GPU"))
     assert "conditions of 1 prompt\n" in needs.report(source, config, 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     told = needs.report(source, config, 7).splitlines()
+    assert any(
+        line.startswith("  and for each of the 2 processes here, with what waits there to be needed on the device: 0.") for line in told
+    )
     assert sum("DOES NOT FIT" in line for line in told) == 1 and any("while samples are drawn" in line for line in told)
     assert not any("--memory.checkpointing" in line or "micro-groups" in line for line in told)  # which would not help
 
@@ -337,7 +344,10 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(teachers, prompt_file, tm
     packed = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True).to_dict()}
     described.write_text(json.dumps(json.loads(described.read_text()) | packed))
     assert cli.main(call) == 0
-    assert "\nless than said: text_encoder counts as in its full bits" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "\nless than said: text_encoder counts as in its full bits" in told and "more than said" not in told
+    config = dataclasses.replace(config_of("--teacher", str(teacher)), device="cuda")
+    assert "\nmore than said in training: on a GPU it stays there" in needs.report(str(teacher), config, 7)
 
 
 def test_a_dry_run_refuses_what_the_run_would(teachers, prompt_file, tmp_path, capsys, monkeypatch):
