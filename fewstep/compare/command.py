@@ -145,6 +145,7 @@ def compare(
     wanted = [(name, seed) for name, row in TEACHER_ROWS.items() if row.guidance in compared for seed in teacher_seeds]
     wanted += [(row.name, seed) for row in rows for seed in range(first_seed, first_seed + (seeds or row.seeds))]
     cells, failed = kept(plan), {}
+    # and the cells whose students others begin from
     wanted = list(dict.fromkeys([*filter(None, map(beginning, wanted)), *wanted]))
     missing = [key for key in wanted if key not in cells]
     # a cell whose student others begin from is made again where the student was not kept
