@@ -372,6 +372,7 @@ HARMLESS: dict[tuple[str, str], str] = {
         "the shapes are equal by the condition before",
     ("losses", "if old_log_prob.ndim != 2 or log_prob.shape != old_log_prob.shape or advantage.shape != log_prob.shape[:1]:"):
         "the shapes are equal by the condition after",
+    ("losses", "if old_log_prob.shape[1] == 0:"): SAME_SIZE,
     ("losses", "a = advantage[known].detach()[:, None].to(old_log_prob)"): SAME_SIZE,
     ("losses", "bound = torch.where(a >= 0, 1 + clip, 1 - clip)"): "an advantage of 0 multiplies either bound away",
     ("losses", "return ~torch.where(advantage >= 0, ratio > 1 + clip, ratio < 1 - clip)"): "an advantage of 0 has no force: which bound holds it back is arbitrary",

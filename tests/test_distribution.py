@@ -222,6 +222,10 @@ def test_guidance_pushes_along_the_condition():
     torch.testing.assert_close(guided.direction - plain.direction, 2 * difference)
     torch.testing.assert_close(guided.score, plain.score)
     torch.testing.assert_close(plain.direction, conditional(plain.xt, t, {}) - fake(plain.xt, t, {}))
+    # what alarms look at: the guided prediction's size, and the errors of the two that are some density's denoiser
+    away = (x0, conditional(plain.xt, t, {}) + 2 * difference, x0 - conditional(plain.xt, t, {}), x0 - fake(plain.xt, t, {}))
+    for found, value in zip(guided.moments, away, strict=True):
+        torch.testing.assert_close(found, flat(value).pow(2).mean(1))
 
 
 DENSITIES = [density_named("uniform"), density_named("logit-normal"), density_named("shifted"), density_named("shifted", shift=0.5)]
@@ -639,9 +643,12 @@ def test_any_module_that_is_called_as_a_denoiser_is_one(guidance):
     cond = {"empty": torch.zeros(4, dtype=torch.float64)}
     x0, noise = torch.randn(2, 4, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     t, group = torch.tensor([0.2, 0.4, 0.6, 0.8], dtype=torch.float64), torch.tensor([0, 0, 1, 1])
-    plain, own = (DistributionMatching(make(0.5), make(0.3), Flow(), guidance=guidance) for make in (Plain, of))
-    for one, other in zip(*(flat_of(each.evaluate(x0, cond, group, t=t, noise=noise)) for each in (plain, own)), strict=True):
-        torch.testing.assert_close(one, other)
+    plain, mixed, own = (
+        DistributionMatching(one(0.5), other(0.3), Flow(), guidance=guidance) for one, other in ((Plain, Plain), (Plain, of), (of, of))
+    )
+    for values in zip(*(flat_of(each.evaluate(x0, cond, group, t=t, noise=noise)) for each in (plain, mixed, own)), strict=True):
+        torch.testing.assert_close(values[0], values[2])
+        torch.testing.assert_close(values[1], values[2])
     sample = Sample(x0=x0, t_k=torch.ones(4), cond=cond, prompts=["a"] * 4, group=group)
     assert plain(sample).direction.shape == x0.shape
     loss = plain.loss(sample, t=t, noise=noise)
