@@ -629,7 +629,7 @@ class Plain(torch.nn.Module):
         self.gain = torch.nn.Parameter(torch.tensor(gain, dtype=torch.float64))
 
     def forward(self, xt, t, cond, *, guidance=1.0):
-        return (self.gain + 0.1 * (guidance - 1)) * xt
+        return (self.gain + 0.1 * (guidance - 1)) * (1 + t + cond["empty"]).view(-1, 1, 1, 1) * xt
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
@@ -637,23 +637,26 @@ def test_any_module_that_is_called_as_a_denoiser_is_one(guidance):
     """Held to the `Denoiser` of a network that says x0, here in each case the same."""
 
     def of(gain):
-        return Denoiser(lambda xt, timestep, cond: (gain - cond["empty"].view(-1, 1, 1, 1)) * xt, Flow(), "sample", uncond=EMPTY)
+        def network(xt, timestep, cond):
+            return ((gain - cond["empty"]) * (1 + timestep / 1000)).view(-1, 1, 1, 1) * xt
+
+        return Denoiser(network, Flow(), "sample", uncond=EMPTY)
 
     EMPTY = {"empty": torch.full((1,), 0.1, dtype=torch.float64)}
     cond = {"empty": torch.zeros(4, dtype=torch.float64)}
     x0, noise = torch.randn(2, 4, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     t, group = torch.tensor([0.2, 0.4, 0.6, 0.8], dtype=torch.float64), torch.tensor([0, 0, 1, 1])
-    plain, mixed, own = (
-        DistributionMatching(one(0.5), other(0.3), Flow(), guidance=guidance) for one, other in ((Plain, Plain), (Plain, of), (of, of))
-    )
-    for values in zip(*(flat_of(each.evaluate(x0, cond, group, t=t, noise=noise)) for each in (plain, mixed, own)), strict=True):
-        torch.testing.assert_close(values[0], values[2])
-        torch.testing.assert_close(values[1], values[2])
+    kinds = ((Plain, Plain), (Plain, of), (of, Plain), (of, of))
+    plain, *mixed, own = (DistributionMatching(teacher(0.5), fake(0.3), Flow(), guidance=guidance) for teacher, fake in kinds)
+    for each in (plain, *mixed):
+        found, wanted = (flat_of(one.evaluate(x0, cond, group, t=t, noise=noise)) for one in (each, own))
+        for value, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(value, other)
     sample = Sample(x0=x0, t_k=torch.ones(4), cond=cond, prompts=["a"] * 4, group=group)
     assert plain(sample).direction.shape == x0.shape
-    loss = plain.loss(sample, t=t, noise=noise)
-    torch.testing.assert_close(loss, own.loss(sample, t=t, noise=noise))
-    loss.backward()
+    for each in (plain, *mixed):
+        torch.testing.assert_close(each.loss(sample, t=t, noise=noise), own.loss(sample, t=t, noise=noise))
+    plain.loss(sample, t=t, noise=noise).backward()
     assert plain.fake.gain.grad.abs() > 0
     torch.manual_seed(0)
     found = plain.lag(sample, sample, kl=True)
