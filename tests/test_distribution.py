@@ -629,7 +629,7 @@ class Plain(torch.nn.Module):
         self.gain = torch.nn.Parameter(torch.tensor(gain, dtype=torch.float64))
 
     def forward(self, xt, t, cond, *, guidance=1.0):
-        return (self.gain + 0.1 * (guidance - 1)) * (1 + t + cond["empty"]).view(-1, 1, 1, 1) * xt
+        return (self.gain + 0.1 * (guidance - 1)) * (1 + t).view(-1, 1, 1, 1) * xt
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
