@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from fewstep.device import resolve_device
+from fewstep.device import resolve_device, take
 from fewstep.errors import UserError, nearest
 from fewstep.launch import neighbours, place
 
@@ -380,8 +380,7 @@ def build(
 
     config = resolve_hardware(config)
     device, ranks = config.device, ranks or Ranks()
-    if torch.device(device).index is not None:
-        torch.cuda.set_device(device)  # a reward's own .cuda() goes there too
+    take(device)
     torch.manual_seed(config.seed)
     try:
         backbone = models.load(source, device=device, dtype=models.frozen_dtype(config))

@@ -22,3 +22,12 @@ def resolve_device(name: str, text: str) -> str:
     if text != "cpu" and int(found[1] or 0) >= count:
         raise ValueError(f"{name}: there is no {text} here, torch finds {count} CUDA devices; use --device auto, or cpu")
     return text
+
+
+def take(device: str) -> None:
+    """Lets this thread's `.cuda()` without a number, as a file of one's own may have it, mean the numbered GPU; any other device is no
+    news."""
+    import torch
+
+    if torch.device(device).index is not None:
+        torch.cuda.set_device(device)

@@ -38,7 +38,7 @@ from fewstep import checkpoint, cli, composition, flags, models, needs, run
 from fewstep.config import Config, MatchingConfig
 from fewstep.denoiser import guide, repeat, to_x0
 from fewstep.errors import UserError
-from fewstep.evaluate.drawing import generate
+from fewstep.evaluate.drawing import draw, noise_generator
 from fewstep.folder import RUN_FILES
 from fewstep.models import embeddings, pixart
 from fewstep.models.backbone import repeated_blocks
@@ -260,7 +260,8 @@ def test_a_negative_prompt_is_the_stock_pipelines(teachers, name):
     torch.testing.assert_close(GUIDED.get(name, guide)(mine, other, w), output, rtol=1e-3, atol=1e-3)
     assert (stock_steps(backbone, noise, **backbone.teacher_call(w))[0][0] - output).abs().max() > 1e-2 and (u - empty).abs().max() > 1e-2
     drawn = [
-        generate(backbone.pipe, [*PROMPTS], 1, steps=2, seed=0, call=each | told(backbone))[0] for each in (call, backbone.teacher_call(w))
+        draw(backbone.pipe, [*PROMPTS], noise_generator(0, 0), num_inference_steps=2, **each | told(backbone))[0]
+        for each in (call, backbone.teacher_call(w))
     ]
     assert (drawn[0] - drawn[1]).abs().max() > 1e-4
 

@@ -56,6 +56,13 @@ def student_path(plan: Plan, row: str, seed: int) -> Path:
     return plan.output / "students" / file_name(row, seed)
 
 
+def beginning(key: Key) -> Key | None:
+    """The cell whose student this one begins from."""
+    name, seed = key
+    begins = EVERY_ROW[name].begins if name in EVERY_ROW else None
+    return (begins, seed) if begins else None
+
+
 def commit() -> str:
     """The commit this code is at, with + when the working tree differs; the version where there is no repository."""
     folder = Path(world.__file__).parent.parent  # all of fewstep
@@ -139,13 +146,13 @@ def kept(plan: Plan) -> Cells:
             print(f"{path.name}: damaged, not used")
             continue
         row, seed = cell["row"], cell["seed"]
-        begins = BY_NAME[row].begins if row in EVERY_ROW else None
+        begins = beginning((row, seed))
         if row not in BY_NAME:
             print(f"{path.name}: of no row that is known, not used")
         elif cell["stamp"] != stamp_of(plan, row, seed):
             print(f"{path.name}: made with other settings, not used")
-        elif begins and student_digest(plan, begins, seed) not in (None, cell["begun"]):
-            print(f"{path.name}: begun from another student of {begins!r} than the one that is there, not used")
+        elif begins and student_digest(plan, *begins) not in (None, cell["begun"]):
+            print(f"{path.name}: begun from another student of {begins[0]!r} than the one that is there, not used")
         else:
             cells[row, seed] = cell
     return cells

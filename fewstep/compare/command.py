@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep import disk, models, world
-from fewstep.compare.cells import Cells, Key, Plan, cell_path, kept, student_digest, target_guidance
+from fewstep.compare.cells import Cells, Key, Plan, beginning, cell_path, kept, student_digest, target_guidance
 from fewstep.compare.making import make_cell, reference
 from fewstep.compare.render import markdown, plot, plot_pareto
 from fewstep.compare.rows import BY_NAME, EVERY_ROW, FROM_ONE, GRID, PARETO, ROWS, TEACHER_ROWS, Row
@@ -186,12 +186,6 @@ def compare(
 def work(key: Key) -> float:
     """How long a cell takes beside a student of the table; a teacher's 28 steps are drawn in about a fifth of its training."""
     return EVERY_ROW[key[0]].cost if key[0] in EVERY_ROW else 0.2
-
-
-def beginning(key: Key | None) -> Key | None:
-    """The cell whose student this one begins from."""
-    row = EVERY_ROW.get(key[0]) if key else None
-    return (row.begins, key[1]) if row and row.begins else None
 
 
 def made_in(pool: Executor, plan: Plan, keys: list[Key]) -> Iterator[tuple[Key, dict[str, Any] | Exception]]:

@@ -10,7 +10,7 @@ from typing import Any
 from fewstep import world
 from fewstep.compare.cells import Plan
 from fewstep.compare.rows import BEGUN, COSTS, DISTANCES, EVERY_ROW, MANY_STEPS_ROW, METRICS, PRICE, TEACHER_ROWS, Row
-from fewstep.compare.summary import POINT, Pair, corner, fronts, method_of
+from fewstep.compare.summary import METHODS, POINT, Pair, corner, fronts, method_of
 from fewstep.evaluate import tables
 
 COMMIT = re.compile(r"^([0-9a-f]{7})[0-9a-f]{33}")  # shortened as Git does
@@ -209,16 +209,18 @@ def plot_pareto(summary: Summary, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     by_row = {entry["row"]: [entry["metrics"][key][0] for key in POINT] for entry in summary}
-    shown = [kind for kind in BESIDE if any(method_of(name) == f"{method}{kind}, preference" for name in by_row for method in STYLES)]
+    points = {
+        method: sorted((float(name.rpartition(" ")[2]), *at) for name, at in by_row.items() if method_of(name) == method)
+        for method in METHODS
+    }
+    shown = [kind for kind in BESIDE if any(points[f"{method}{kind}, preference"] for method in STYLES)]
     figure, axes = plt.subplots(1, len(shown), figsize=(6.4 * len(shown), 4.6), layout="constrained", squeeze=False)
     begins = corner(summary)
     for axis, kind in zip(axes[0], shown, strict=True):
         for method, (color, marker, offset, side) in STYLES.items():
-            points = sorted(
-                (float(name.rpartition(" ")[2]), *at) for name, at in by_row.items() if method_of(name) == f"{method}{kind}, preference"
-            )
-            axis.plot(*([at[i] for at in points] for i in (1, 2)), marker=marker, color=color, label=f"{method}{kind}, over its weight")
-            for weight, *at in points:
+            front = points[f"{method}{kind}, preference"]
+            axis.plot(*([at[i] for at in front] for i in (1, 2)), marker=marker, color=color, label=f"{method}{kind}, over its weight")
+            for weight, *at in front:
                 axis.annotate(f"{weight:g}", at, textcoords="offset points", xytext=offset, ha=side, fontsize=8, color=color)
         for name, label in ({MANY_STEPS_ROW: MANY_STEPS_ROW} | BESIDE[kind]).items():
             if name in by_row:

@@ -164,11 +164,11 @@ class Pair(NamedTuple):
 def paired_fronts(cells: Cells, summary: list[dict[str, Any]]) -> dict[str, Pair]:
     """GNDMR's fronts beside DMDR's, seed by seed, by GNDMR's method; of those that begin from one student only seeds where all did."""
     begins, out = corner(summary), {}
-    for method in METHODS if begins else ():
-        other = method.replace("GNDMR", "DMDR")
-        if method == other:
-            continue
-        rows = [[name for name in BY_NAME if method_of(name) == of] for of in (method, other)]
+    if not begins:
+        return {}
+    for method in (name for name in METHODS if name.startswith("GNDMR")):
+        pair = method, method.replace("GNDMR", "DMDR")
+        rows = [[name for name in BY_NAME if method_of(name) == of] for of in pair]
         areas = {}
         for seed in sorted({seed for _, seed in cells}):
             of_seed = [[cells.get((name, seed)) for name in names] for names in rows]

@@ -131,10 +131,9 @@ def generate(
     guidance: float = 1.0,
     seed: int,
     batch: int = BATCH,
-    call: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, float]:
     """All pictures (P * images_per_prompt, 3, H, W) in [0, 1], and the median over batches of the seconds per image."""
-    drawn = list(batches(pipe, prompts, images_per_prompt, steps=steps, guidance=guidance, seed=seed, batch=batch, call=call))
+    drawn = list(batches(pipe, prompts, images_per_prompt, steps=steps, guidance=guidance, seed=seed, batch=batch))
     return torch.cat([images for images, _ in drawn]), statistics.median(seconds for _, seconds in drawn)
 
 

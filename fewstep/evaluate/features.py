@@ -19,10 +19,9 @@ from fewstep.evaluate.configs import config_hash
 from fewstep.evaluate.store import fingerprint
 from fewstep.rewards import files
 from fewstep.rewards import sources as origins
-from fewstep.rewards.clip import FAMILIES, CLIPScore, kind_of, read_config, read_processor
+from fewstep.rewards.clip import FAMILIES, PROCESSORS, CLIPScore, kind_of, read_config, read_processor
 
 PATCH = 299  # edge of the crop that patch-FID looks at, as InceptionV3 reads it
-PROCESSORS = ("Bit", "CLIP", "Siglip", "ViT")  # what transformers calls those that resize, crop and normalise, in this order, and no more
 
 
 class Extractor(NamedTuple):

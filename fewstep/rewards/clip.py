@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase, SiglipModel
 
 FAMILIES = {"clip": "CLIPModel", "siglip": "SiglipModel"}  # model_type in config.json -> class in transformers
+PROCESSORS = tuple(DEFAULTS)  # what transformers calls those that resize, crop and normalise, in this order, and no more
 
 
 class CLIPScore:

@@ -25,7 +25,7 @@ from contextlib import suppress
 from multiprocessing.connection import wait
 from typing import Any
 
-from fewstep.device import resolve_device
+from fewstep.device import resolve_device, take
 from fewstep.rewards import REWARDS, sources
 
 PROTOCOL = 1
@@ -58,14 +58,6 @@ def load(what: str, scorer: str | None, device: str) -> tuple[str, str, Score]:
     source = sources.locate(what, scorer, flag="--scorer")
     built = sources.build(what, source, device=device)
     return what, f"weights-{sources.version(source)}", built.score
-
-
-def take(device: str) -> None:
-    """Lets this thread's `.cuda()` without a number, as a file of one's own may have it, mean the numbered GPU."""
-    import torch
-
-    if torch.device(device).index is not None:
-        torch.cuda.set_device(device)
 
 
 def image_reward(device: str) -> Score:
