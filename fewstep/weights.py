@@ -75,7 +75,7 @@ class Adaptive:
     outgrown: Persistence = field(default_factory=Persistence, init=False)  # the budget holds nothing
 
     def __post_init__(self) -> None:
-        if self.budget < 1:
+        if not self.budget >= 1:  # NaN neither
             raise ValueError(f"budget is a multiple of the KL that distribution matching alone reaches: at least 1, got {self.budget}")
         total = sum(self.shares.values())
         if not self.shares or min(self.shares.values()) < 0 or total <= 0:
@@ -86,8 +86,11 @@ class Adaptive:
     def observe(self, score: float, lag: float | None) -> dict[str, float]:
         """Take in one update's mean score of R_dm and, when there is a new one, the lag; returns what is logged.
 
-        Raises FloatingPointError when the warm-up ends at a KL that is not positive: no multiple of it is a budget.
+        Raises FloatingPointError for what is not finite, which the running means would keep, and when the warm-up ends at a KL that is
+        not positive: no multiple of it is a budget.
         """
+        if not (math.isfinite(score) and math.isfinite(lag or 0.0)):
+            raise FloatingPointError(f"the KL to the teacher cannot be followed: the mean score of R_dm is {score}, its lag {lag}")
         if lag is not None:
             self.lag = lag if self.lag is None else self.lag + 0.2 * (lag - self.lag)
         self.kl = -score if self.kl is None else self.kl + mean_rate(self.updates, self.decay) * (-score - self.kl)

@@ -595,6 +595,15 @@ def test_matching_scores_are_refused_where_a_level_has_no_signal():
         DistributionMatching(teacher, fake, schedule, score_weight="both")
 
 
+def test_a_level_without_noise_is_refused():
+    """There the score (4) is infinity times nothing."""
+    schedule = Flow()
+    *_, teacher, fake = parts(schedule)
+    x0 = torch.ones(2, 2, 1, 1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="t = 0 has none"):
+        DistributionMatching(teacher, fake, schedule).evaluate(x0, {}, torch.arange(2), t=torch.tensor([0.5, 0.0]))
+
+
 def test_lag_is_zero_on_equal_outputs_and_positive_where_the_fake_is_wrong():
     schedule = Flow()
     *_, network, teacher, fake = parts(schedule)

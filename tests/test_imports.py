@@ -25,7 +25,7 @@ TABLE = {
     "config": "rewards.address",
     "metrics": "disk transforms types",
     "rewards": "",
-    "rewards.base": "errors types",
+    "rewards.base": "errors transforms types",
     "rewards.address": "",
     "rewards.files": "disk hub",
     "rewards.pixels": "",

@@ -1,8 +1,10 @@
 """Rewards of pixels, the discriminator, and what a reward that breaks its contract gets."""
 
 import functools
+import math
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -144,10 +146,25 @@ def test_a_sample_without_a_score_has_no_direction_and_touches_no_other():
     def f(images, prompts):
         return images.pow(3).sum((1, 2, 3)) / torch.tensor([1.0, 1.0, 0.0, 1.0])
 
-    whole, broken = PixelReward(lambda i, p: i.pow(3).sum((1, 2, 3)), "f")(sample_of()), PixelReward(f, "f")(sample_of())
+    def g(images, prompts):  # its NaN is of arithmetic, whose derivative is NaN too
+        return images.pow(3).sum((1, 2, 3)) + 0 * torch.tensor([1.0, 1.0, math.nan, 1.0]) * images.sum((1, 2, 3))
+
+    whole = PixelReward(lambda i, p: i.pow(3).sum((1, 2, 3)), "f")(sample_of())
     others = torch.tensor([0, 1, 3])
-    assert torch.equal(whole.direction[others], broken.direction[others]) and torch.equal(whole.score[others], broken.score[others])
-    assert not torch.isfinite(broken.score[2])
+    for function in (f, g):
+        broken = PixelReward(function, "f")(sample_of())
+        assert torch.equal(whole.direction[others], broken.direction[others]) and torch.equal(whole.score[others], broken.score[others])
+        assert not torch.isfinite(broken.score[2]) and not broken.direction[2].any()
+
+
+@pytest.mark.parametrize("array", [
+    lambda numbers: numbers[::-1], lambda numbers: numbers.astype(object), lambda numbers: numbers.astype(">f8"),
+    lambda numbers: np.array([*numbers[:-1], None]),
+], ids=["reversed", "objects", "other-endian", "none"])  # fmt: skip
+def test_any_array_of_numbers_is_a_score(array):
+    numbers = array(np.arange(4.0))
+    signal = PixelReward(lambda images, prompts: numbers, "array")(sample_of())
+    torch.testing.assert_close(signal.score, torch.tensor([float(n) if n is not None else math.nan for n in numbers]), equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +199,7 @@ def test_an_exception_inside_a_reward_says_which():
 
     with pytest.raises(RuntimeError, match="boom") as error:
         PixelReward(f, "mine")(sample_of())
-    assert any("mine" in note for note in error.value.__notes__)
+    assert any("mine" in note and "(images, prompts)" in note for note in error.value.__notes__)
 
 
 def test_any_callable_becomes_a_reward():
@@ -190,8 +207,12 @@ def test_any_callable_becomes_a_reward():
         def __call__(self, sample):
             return Signal(torch.zeros(len(sample.x0)), None)
 
-    own = Own()
-    assert as_reward(own, "own") is own
+    class Module(torch.nn.Module):
+        def forward(self, sample):
+            return Signal(torch.zeros(len(sample.x0)), None)
+
+    for own in (Own(), Module()):
+        assert as_reward(own, "own") is own
     assert isinstance(as_reward(lambda images, prompts: 0, "f"), PixelReward)
     assert isinstance(as_reward(lambda images, prompts, scale=1: 0, "f"), PixelReward)
     with pytest.raises(RewardError, match="give a function"):

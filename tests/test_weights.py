@@ -96,8 +96,9 @@ def test_its_defaults_are_those_a_run_is_told():
 
 
 def test_a_budget_below_what_can_be_reached_and_a_kl_without_a_sign_are_refused():
-    with pytest.raises(ValueError, match="at least 1"):
-        Adaptive({"a": 1.0}, budget=0.9, warmup=1)
+    for budget in (0.9, math.nan):
+        with pytest.raises(ValueError, match="at least 1"):
+            Adaptive({"a": 1.0}, budget=budget, warmup=1)
     with pytest.raises(ValueError, match="shares"):
         Adaptive({"a": 0.0}, budget=1.5, warmup=1)
     for nothing in ({}, {"a": -1.0, "b": 2.0}):
@@ -107,6 +108,16 @@ def test_a_budget_below_what_can_be_reached_and_a_kl_without_a_sign_are_refused(
     for score in (0.3, 0.0):
         with pytest.raises(FloatingPointError, match="warmup"):
             Adaptive({"a": 1.0}, budget=1.5, warmup=1).observe(score, None)
+
+
+@pytest.mark.parametrize("score, lag", [(math.nan, None), (-math.inf, 0.0), (-1.0, math.nan)])
+def test_what_is_not_finite_is_refused_before_a_running_mean_keeps_it(score, lag):
+    weights = Adaptive({"a": 1.0}, budget=1.5, warmup=1)
+    weights.observe(-1.0, 0.0)
+    before = weights.state()
+    with pytest.raises(FloatingPointError, match="cannot be followed"):
+        weights.observe(score, lag)
+    assert weights.state() == before
 
 
 def test_fixed_weights_are_those_given_whatever_is_observed():

@@ -7,10 +7,12 @@ import math
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fewstep.errors import RewardError
+from fewstep.transforms import masked
 from fewstep.types import Sample, Signal
 
 
@@ -71,7 +73,8 @@ class PixelReward:
                 (found,) = torch.autograd.grad(score[valid].sum(), sample.x0, retain_graph=True, allow_unused=True)
                 if found is None:  # the function's own parameters ask for a gradient; of the pictures its score has none
                     return Signal(score.detach(), None)
-                direction = found
+                # the sum sends a zero into the graph of a score that arithmetic made NaN, and 0 * NaN comes back
+                direction = masked(found, valid)
         return Signal(score.detach(), direction)
 
     def score(self, sample: Sample) -> Tensor:
@@ -87,11 +90,13 @@ def score_of(function: Callable[[Tensor, list[str]], Any], name: str, images: Te
     try:
         score = function(images.clone(), list(prompts))
     except Exception as error:
-        error.add_note(f"raised by the reward {name!r} on {len(prompts)} pictures")
+        error.add_note(f"raised by the reward {name!r}, called as a function of (images, prompts) with {len(prompts)} pictures")
         raise
     if not isinstance(score, Tensor):
         try:
             numbers = [math.nan if one is None else one for one in score] if isinstance(score, (list, tuple)) else score
+            if isinstance(numbers, np.ndarray):  # torch takes no reversed view and no array of objects
+                numbers = numbers.astype(np.float32)
             score = torch.as_tensor(numbers, dtype=torch.float32, device=images.device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise RewardError(f"reward {name!r} returned {type(score).__name__}; it must return one number a picture") from error
@@ -147,7 +152,8 @@ def as_reward(value: Any, name: str) -> Reward:
     if not callable(value):
         raise RewardError(f"reward {name!r} is {type(value).__name__}; give a function of (images, prompts) or a Reward")
     try:
-        parameters = inspect.signature(value).parameters.values()
+        called = value.forward if isinstance(value, nn.Module) else value  # a module's own signature is (*args, **kwargs)
+        parameters = inspect.signature(called).parameters.values()
     except (TypeError, ValueError):  # builtins without a signature can only be functions of pictures
         return PixelReward(value, name)
     # those with a default count: f(images, prompts=None) is a function of pictures

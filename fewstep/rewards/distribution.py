@@ -145,8 +145,11 @@ class DistributionMatching:
         """Direction and score of R_dm at x0 (B, C, H, W) from the same network calls: one of the teacher, one of the fake.
 
         Given t (B,) and noise (B, C, H, W) it is deterministic; otherwise both are drawn. No gradient flows: eq. (3) is
-        already the gradient in x0, and the dependence of q on the student adds nothing (E_q[grad log q] = 0).
+        already the gradient in x0, and the dependence of q on the student adds nothing (E_q[grad log q] = 0). Raises ValueError for
+        a t without noise, where (4) has no value, and FloatingPointError where a network predicts what is not finite.
         """
+        if t is not None and not bool((self.schedule.sigma(t) > 0).all()):
+            raise ValueError(f"R_dm needs some noise at every level, and t = {t.min().item():g} has none")
         t = self.noise_levels(group, self.levels) if t is None else t
         noise = torch.randn_like(x0) if noise is None else noise
         xt = self.renoise(x0, t, noise)
