@@ -77,6 +77,19 @@ def test_the_resize_is_pils_to_the_bit(before, after, resample, extreme):
     assert torch.equal((resize_8bit(images, *after, resample) * 255).round().byte(), expected)
 
 
+@pytest.mark.parametrize("after", [(12, 12), (12, 7), (9, 12), (5, 20)])
+def test_what_is_resized_is_the_picture_as_it_would_be_saved(after):
+    """A picture that has the scorer's size already is that too: it goes to a server, or into a file, as the same 8 bits."""
+    images = torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(0)) * 1.2 - 0.1
+    images[0, 0, 0] = (torch.arange(12) + 0.5) / 255  # half way between two
+    saved = (images.clamp(0, 1) * 255).round().byte().float() / 255
+    assert torch.equal(resize_8bit(images, *after, "bilinear"), resize_8bit(saved, *after, "bilinear"))
+    assert torch.equal(resize_8bit(images, 12, 12, "bilinear"), saved)
+    images.requires_grad_()
+    (gradient,) = torch.autograd.grad(resize_8bit(images, 12, 12, "bilinear").sum(), images)
+    assert torch.equal(gradient, ((images >= 0) & (images <= 1)).float())
+
+
 @pytest.mark.parametrize("shape", [(64, 64), (40, 53), (10, 13), (24, 24), (24, 31), (31, 24)])
 @pytest.mark.parametrize("extreme", [False, True], ids=["uniform", "extreme"])
 def test_clips_preprocessing_equals_its_processor(shape, extreme):
@@ -158,9 +171,9 @@ def test_hps_sees_the_whole_picture_on_black(shape, inside):
 
 def test_the_aesthetics_centre_is_torchvisions():
     for margin, left in ((1, 0), (3, 2), (5, 2), (7, 4), (4, 2)):  # halves go to the even number
-        columns, plain = torch.arange(24.0 + margin).expand(1, 3, 24, -1), {"mean": (0,) * 3, "std": (1,) * 3}
-        assert Preprocess(24, (24, 24), **plain, halves="even")(columns)[0, 0, 0, 0] == left
-        assert Preprocess(24, (24, 24), **plain)(columns)[0, 0, 0, 0] == margin // 2  # transformers rounds them down
+        columns, plain = torch.arange(24.0 + margin).expand(1, 3, 24, -1) / 255, {"mean": (0,) * 3, "std": (1 / 255,) * 3}
+        assert Preprocess(24, (24, 24), **plain, halves="even")(columns)[0, 0, 0, 0].round() == left
+        assert Preprocess(24, (24, 24), **plain)(columns)[0, 0, 0, 0].round() == margin // 2  # transformers rounds them down
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,7 @@ class Preprocess(NamedTuple):
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, 3, h, w), normalised."""
         height, width = self.resize if isinstance(self.resize, tuple) else shorter_edge(*images.shape[2:], self.resize)
-        if (height, width) != images.shape[2:]:
-            images = resize_8bit(images, height, width, self.resample)
+        images = resize_8bit(images, height, width, self.resample)
         if self.crop is not None:
             images = centre(images, *self.crop, halves=self.halves)
         return normalise(images, self.mean, self.std)
@@ -87,22 +86,31 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
 
 def resize_8bit(images: Tensor, height: int, width: int, resample: str) -> Tensor:
-    """PIL's antialiased resize of the 8-bit pictures that (B, C, H, W) in [0, 1] would be saved as; equal to it to the bit.
+    """PIL's antialiased resize of the 8-bit pictures that (B, C, H, W) in [0, 1] would be saved as; equal to it to the bit. Pictures
+    that have the size already are rounded alike.
 
     PIL filters along the rows, then along the columns, and rounds and clips to 8 bits after each (Pillow 13 turns the order round
     where that is cheaper, in pictures whose two edges shrink unequally; what was published used the first). Rounding has no useful
     gradient, so the gradient is that of the same filters without it, and zero where a value was clipped.
     """
-    pixels = to_8bit(images.double() * 255)
-    pixels = to_8bit(pixels @ filter_weights(images.shape[3], width, resample).to(pixels.device).T)
-    pixels = to_8bit(filter_weights(images.shape[2], height, resample).to(pixels.device) @ pixels)
+    clipped = images.clamp(0, 1) * 255
+    pixels = rounded(clipped, clipped.detach().round()).double()  # to even, in the pictures' own format, as they are saved
+    if width != images.shape[3]:
+        pixels = to_8bit(pixels @ filter_weights(images.shape[3], width, resample).to(pixels.device).T)
+    if height != images.shape[2]:
+        pixels = to_8bit(filter_weights(images.shape[2], height, resample).to(pixels.device) @ pixels)
     return (pixels / 255).to(images.dtype)
 
 
 def to_8bit(values: Tensor) -> Tensor:
-    """Values clipped to 0 .. 255 and rounded half up, with the gradient of the clipping alone."""
+    """Values clipped to 0 .. 255 and rounded half up, as PIL's resize does, with the gradient of the clipping alone."""
     clipped = values.clamp(0, 255)
-    return clipped + ((clipped.detach() + 0.5).floor() - clipped.detach())
+    return rounded(clipped, (clipped.detach() + 0.5).floor())
+
+
+def rounded(values: Tensor, integers: Tensor) -> Tensor:
+    """`integers`, the nearest to `values`, with the gradient of the values."""
+    return values + (integers - values.detach())
 
 
 @lru_cache(maxsize=32)
