@@ -38,11 +38,11 @@ RECIPES = {
     "gndm": ("GNDM", "the default: group-normalised distribution matching"),
     "gndmr": ("GNDMR adaptive", "GNDM, `clip` and `preference` with an adaptive weight"),
     "gndmr-1": ("GNDMR-1", "the same with `preference` alone"),
-    "gndm-is": ("GNDM-IS", "GNDM with rollouts and evaluations reused by importance sampling"),
+    "gndm-is": ("GNDM-IS", "GNDM with rollouts reused, and evaluations where importance weights allow it (next to none here)"),
     "gndmr-is": ("GNDMR-IS", "GNDMR with both kinds of reuse"),
     "dmd": ("DMD", "baseline: each sample divided by its own denoising error"),
     "dmd2": ("DMD2", "baseline: DMD with a discriminator, backward simulation and one unconditioned fake"),
-    "dmdr": ("DMDR (sum)", "baseline: DMD with raw reward gradients added"),
+    "dmdr": ("DMDR (sum)", "baseline: DMD with raw reward gradients added (the plain sum, not the whole of arXiv 2511.13649)"),
 }
 COMPARED = {
     "fd_clip_data": "FD to data ↓",

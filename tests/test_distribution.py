@@ -98,9 +98,9 @@ def test_score_is_the_log_density_ratio_between_the_ends(levels):
     assert total == pytest.approx(float(expected[0] - expected[1]), rel=1e-6)
 
 
-def leave_one_out_mean(normalize, leave_one_out):
+def leave_one_out_mean(normalize, leave_one_out, others=3):
     """E over (x0_i, eps_i) of d_i with the rest of the group held fixed, by sigma points; and the others' mean scale."""
-    schedule, t, others = Flow(), 0.5, 3
+    schedule, t = Flow(), 0.5
     *_, network, teacher, fake = parts(schedule)
     z, eps = joint_points()
     generator = torch.Generator().manual_seed(4)
@@ -126,10 +126,16 @@ def test_leave_one_out_is_an_unbiased_gradient_of_a_weighted_kl():
     torch.testing.assert_close(-mean, kl_gradient() / scale, rtol=1e-10, atol=1e-10)
 
 
-def test_dmd_normaliser_is_no_multiple_of_the_kl_gradient():
-    mean, _ = leave_one_out_mean("sample", False)
-    cosine = torch.nn.functional.cosine_similarity(-mean, kl_gradient(), dim=0)
-    assert float(cosine) < 1 - 1e-4
+def off_the_kl_gradient(normalize, others):
+    """1 - cosine of the expected direction and that gradient."""
+    mean, _ = leave_one_out_mean(normalize, False, others)
+    return 1 - float(torch.nn.functional.cosine_similarity(-mean, kl_gradient(), dim=0))
+
+
+def test_dmds_scale_is_no_multiple_of_the_kl_gradient_and_a_group_takes_most_of_that_away():
+    """As docs/method.md says: a sample's own error has a share of 1/G in its group's mean."""
+    dmd, two, four = off_the_kl_gradient("sample", 1), off_the_kl_gradient("group", 1), off_the_kl_gradient("group", 3)
+    assert (dmd, two, four) == (pytest.approx(3.4e-4, rel=0.02), pytest.approx(4.5e-5, rel=0.02), pytest.approx(2.1e-5, rel=0.02))
 
 
 def random_case(normalize, group, **options):
