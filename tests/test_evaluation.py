@@ -874,6 +874,76 @@ def test_numbers_of_other_stamps_are_marked_and_what_differs_is_said(tmp_path):
     ]  # fmt: skip
 
 
+def marked_in(text):
+    """The metrics with a marked cell in a table."""
+    rows = (line.split("│")[1:] for line in text.splitlines() if line.startswith("│"))
+    return {name.strip().rstrip(" ↑↓") for name, *cells in rows if any("†" in cell for cell in cells)}
+
+
+JUDGED = {"value": 1.0, "low": 1.0, "high": 1.0}
+
+
+def stamped(metrics, **fields):
+    """A report of one sample as `fewstep evaluate` saves it, with these metrics and stamp."""
+    stamp = {
+        "prompts": "p", "seeds": {"rows": 0, "reference": 1}, "teacher": None, "extractor": None, "extractors": {}, "scorers": {},
+        "configs": {}, "preprocess": {}, "utility": None, "data": None, "neighbours": 3, "device": "cpu", "versions": {"torch": "2"},
+    }  # fmt: skip
+    names = [*metrics, "seconds_per_image"]
+    row = {"name": "student", "metrics": dict.fromkeys(names, JUDGED), "timed": {"device": "cpu", "drawn_together": 1}}
+    return {"protocol": stamp | fields, "rows": [row], "interval": {}}
+
+
+CLIP = {"fd_clip_data", "cmmd_data", "fd_clip_teacher", "cmmd_teacher"}
+SEEN = stamped(
+    ["fid_data", *sorted(CLIP), "fd_eyes_data", "clip", "clip_over_shuffled", "red", "utility", "precision", "recall", "diversity"],
+    extractor="inception", extractors=dict.fromkeys(["inception", "extractor-clip", "extractor-eyes"], "x"), data={"n": 3}, utility="u",
+    scorers={"clip": "x", "red": "x"}, configs={"clip": "x", "extractor-eyes": "x"}, preprocess={"clip": "x"},
+    versions={"torch": "2", "pillow": "12"},
+)  # fmt: skip
+OF_DATA = {"fid_data", "fd_clip_data", "cmmd_data", "fd_eyes_data", "precision", "recall"}
+
+
+@pytest.mark.parametrize("field, value, metrics", [
+    ("scorers", {"clip": "y", "red": "x"}, {"clip", "clip_over_shuffled"}),
+    ("preprocess", {"clip": "y"}, {"clip", "clip_over_shuffled"}),
+    ("configs", {"clip": "x", "extractor-eyes": "y"}, {"fd_eyes_data"}),
+    ("extractors", {"inception": "y", "extractor-clip": "x", "extractor-eyes": "x"}, {"fid_data", "precision", "recall", "diversity"}),
+    ("extractors", {"inception": "x", "extractor-clip": "y", "extractor-eyes": "x"}, CLIP),
+    ("extractor", "extractor-clip", {"precision", "recall", "diversity"}),
+    ("data", {"n": 4}, OF_DATA),
+    ("neighbours", 4, {"precision", "recall"}),
+    ("utility", "v", {"utility"}),
+    ("seeds", {"rows": 0, "reference": 2}, {"fd_clip_teacher", "cmmd_teacher"}),
+    ("versions", {"torch": "2", "pillow": "13"}, OF_DATA | CLIP | {"diversity"}),
+    ("versions", {"torch": "2"}, set()),
+    ("device", "cuda", set()),
+])  # fmt: skip
+def test_a_difference_is_said_of_the_numbers_that_it_decides(field, value, metrics):
+    other = SEEN | {"protocol": SEEN["protocol"] | {field: value}}
+    names = list(SEEN["rows"][0]["metrics"])
+    found, unknown = protocol.compared(SEEN["protocol"], other["protocol"], names)
+    assert {name for those in found.values() for name in those} == metrics and unknown == []
+    text = text_of(tables.beside({"a": SEEN, "b": other}))
+    assert marked_in(text) == {tables.plain(name, names) for name in metrics}
+    assert "b: student †" not in text and ("do not compare" in text) == bool(metrics)
+
+
+def test_what_one_report_measures_alone_is_no_difference():
+    """A judge, an extractor or real pictures more; two later reports that have them are compared with each other."""
+    few = stamped(["clip", "clip_over_shuffled"], scorers={"clip": "x"}, configs={"clip": "x"}, preprocess={"clip": "x"})
+    assert "†" not in text_of(tables.beside({"a": SEEN, "b": few})) and "†" not in text_of(tables.beside({"a": few, "b": SEEN}))
+    other = SEEN | {"protocol": SEEN["protocol"] | {"scorers": {"clip": "x", "red": "y"}}}
+    text = " ".join(text_of(tables.beside({"a": few, "b": SEEN, "c": other})).split())
+    assert "† of c and b these numbers do not compare: red, which differ in scorers.red: x / y" in text and text.count("do not") == 1
+    # the kernel distance of the first CLIP has one name, whichever it is of
+    shared = {"extractor": "eyes", "scorers": {"eyes": "x"}, "extractors": {"eyes": "x", "extractor-clip": "x"}}
+    assert protocol.extractors_of("fd_clip_data", shared) == ["eyes"]
+    assert (
+        protocol.extractors_of("fd_clip.extractor-clip_data", shared) == protocol.extractors_of("cmmd_data", shared) == ["extractor-clip"]
+    )
+
+
 def test_brackets_are_shown_and_a_judge_called_as_a_clip_is_no_clip(tmp_path):
     report = evaluated(Pipe(), tmp_path, judges={"clip": bright, "[b]": dim})
     for text in (text_of(tables.as_table(report)), text_of(tables.beside({"[/a]/r.json": report, "b": report}))):
@@ -898,7 +968,8 @@ def test_numbers_beside_another_teacher_are_marked(tmp_path):
     }  # fmt: skip
     for field, other in others.items():
         text = text_of(tables.beside({"a": one, "b": other}))
-        assert "b: student, 4 steps †" in text and "its distances to the teacher do not compare: teacher." in text and field in text
+        assert "its distances to the teacher do not compare: teacher." in text and field in text
+        assert marked_in(text) == {"FID to teacher (FID-SD)", "KID to teacher"}
     assert "teacher.guidance: 3.0 / 9.0; teacher.call.guidance_scale: 3.0 / 9.0" in text_of(
         tables.beside({"a": one, "b": others["guidance"]})
     )
@@ -1087,7 +1158,8 @@ def test_reports_of_before_stand_in_one_table_with_todays():
     """The embedded world's own: equal where both stamps say something, and what the earlier one lacks is named."""
     here = Path(__file__).parent
     early, later = (json.loads(path.read_text()) for path in (here / "early_report.json", here.parent / "docs/results/gndmr-remote.json"))
-    assert protocol.compared(protocol.stamp_of(early), protocol.stamp_of(later)) == ([], ["preprocess", "teacher.call"])
+    names = later["rows"][0]["metrics"]
+    assert protocol.compared(protocol.stamp_of(early), protocol.stamp_of(later), names) == ({}, ["preprocess", "teacher.call"])
     teacher = protocol.stamp_of(early)["teacher"] | {"call": {"guidance_scale": 3.0}}
     today = early | {"protocol": early["protocol"] | {"teacher": teacher, "preprocess": {}}}
     text = " ".join(text_of(tables.beside({"today": today, "early": early})).split())
@@ -1163,10 +1235,7 @@ def test_a_report_without_a_teacher_compares_with_one_beside_it(tmp_path):
     """But for the distances to the teacher; nor is it another protocol when the prompts' file has another name."""
     beside, alone = (evaluated(Pipe(), tmp_path, teacher=teacher) for teacher in (Pipe(1.0), None))
     text = " ".join(text_of(tables.beside({"a": beside, "b": alone})).split())
-    assert (
-        "b was measured beside another teacher than a, and its distances to the teacher do not compare: seeds.reference: 1 / none" in text
-    )
-    assert "measured otherwise" not in text
+    assert "†" not in text and "measured" not in text  # there are no distances to a teacher in the second
     renamed = alone | {"protocol": alone["protocol"] | {"set": "another.csv"}}
     assert "†" not in text_of(tables.beside({"a": alone, "b": renamed}))
 

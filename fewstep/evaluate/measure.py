@@ -63,10 +63,14 @@ def distance_names(e: Extractor) -> list[str]:
     return [f"{kind}_{what}" for what in ("data", "teacher") for kind in (e.frechet, e.kernel) if kind]
 
 
+def is_distance(name: str) -> bool:
+    """Whether a number of this name is a distance of features, to real pictures or to the teacher."""
+    return name.startswith(("fd_", *DISTANCES)) and name.endswith(("_data", "_teacher"))
+
+
 def is_reserved(name: str) -> bool:
     """Whether a judge of this name would be taken for another number of a report."""
-    is_distance = name.startswith(("fd_", *DISTANCES)) and name.endswith(("_data", "_teacher"))
-    return name in OTHERS or is_distance or name.endswith(SHUFFLED)
+    return name in OTHERS or is_distance(name) or name.endswith(SHUFFLED)
 
 
 def told_apart(extractors: Sequence[Extractor]) -> list[Extractor]:

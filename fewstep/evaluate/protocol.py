@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fewstep.evaluate.configs import config_hash
 from fewstep.evaluate.drawing import Noise
+from fewstep.evaluate.measure import OTHERS, SHUFFLED, is_distance
 from fewstep.evaluate.store import add_tensor, fingerprint, sha256
 from fewstep.rewards import sources
 from fewstep.rewards.clip import CLIPScore
@@ -204,16 +205,68 @@ def stamp_of(report: dict[str, Any]) -> dict[str, Any]:
     return stamp | {"teacher": {"pipeline": report["teacher"], "steps": shown["steps"], "guidance": shown["guidance"]}}
 
 
-def compared(stamp: dict[str, Any], other: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """(what differs between two stamps, the later fields that one of them lacks and that were not compared).
+# what the numbers of extractors from the command line are made of: distance -> extractor; fd_NAME is of extractor-NAME
+MADE_OF = {"fid": "inception", "kid": "inception", "patch_fid": "inception-patch", "cmmd": "extractor-clip"}
+COVERAGE = ("precision", "recall")
+OF_FIRST = (*COVERAGE, "diversity")  # of the first extractor's features
 
-    The device is not compared: of the numbers, seconds per image alone are its own, and each row says on which they were measured. Nor is
-    what the prompts' set or file is called: their hash is.
+
+def extractors_of(metric: str, stamp: dict[str, Any]) -> list[str]:
+    """The extractors in a stamp whose features a metric is made of; all of them where its name does not tell."""
+    first = stamp["extractor"]
+    if metric in OF_FIRST:
+        return [first]
+    if not is_distance(metric):
+        return []
+    kind, _, named = metric.rpartition("_")[0].partition(".")
+    if kind == "fd_clip" and not named and first in stamp["scorers"]:
+        return [first]
+    own = named or MADE_OF.get(kind) or f"extractor-{kind.removeprefix('fd_')}"
+    return [own] if own in stamp["extractors"] else [*stamp["extractors"]]
+
+
+def deciding_of(metric: str, stamp: dict[str, Any]) -> dict[str, Any]:
+    """What of a stamp decides a metric.
+
+    The device does not: of the numbers, seconds per image alone are its own, and each row says on which they were measured. Nor does what
+    the prompts' set or file is called: their hash does.
+    """
+    features = extractors_of(metric, stamp)
+    judges = [] if features or metric in OTHERS else [metric.removesuffix(SHUFFLED)]
+    to_teacher = is_distance(metric) and metric.endswith("_teacher")
+    to_data = metric in COVERAGE or (is_distance(metric) and not to_teacher)
+    decides = {
+        "device": False, "set": False, "teacher": to_teacher, "data": to_data, "neighbours": metric in COVERAGE,
+        "extractor": metric in OF_FIRST, "utility": metric == "utility",
+    }  # fmt: skip
+    parts = {
+        "extractors": features, "scorers": judges, "configs": features + judges, "preprocess": features + judges,
+        "seeds": ["rows", "reference"] if to_teacher else ["rows"],
+        "versions": [package for package in stamp["versions"] if features or package not in ("torch-fidelity", "pillow")],
+    }  # fmt: skip
+    return {
+        field: {key: part for key, part in value.items() if key in parts[field]} if field in parts else value
+        for field, value in stamp.items()
+        if decides.get(field, True)
+    }
+
+
+def compared(stamp: dict[str, Any], other: dict[str, Any], metrics: Collection[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """(what differs between two stamps -> which of the metrics it decides, the later fields that one of them lacks and that were not
+    compared).
+
+    metrics: those that both reports have. What decides none of them is no difference, nor is a library that only one of the two needed.
     """
     unknown = [field for field in LATER if (field in stamp) != (field in other)]
-    one, two = ({key: value for key, value in held.items() if key not in [*unknown, "device", "set"]} for held in (stamp, other))
+    one, two = ({key: value for key, value in held.items() if key not in unknown} for held in (stamp, other))
+    both = one["versions"].keys() & two["versions"].keys()
+    one, two = (held | {"versions": {key: value for key, value in held["versions"].items() if key in both}} for held in (one, two))
     for field in LATER_OF_TEACHER if one.get("teacher") and two.get("teacher") else ():
         if (field in one["teacher"]) != (field in two["teacher"]):
             unknown.append(f"teacher.{field}")
             one, two = (held | {"teacher": held["teacher"] | {field: None}} for held in (one, two))
-    return differences(one, two), unknown
+    found: dict[str, list[str]] = {}
+    for metric in metrics:
+        for line in differences(deciding_of(metric, one), deciding_of(metric, two)):
+            found.setdefault(line, []).append(metric)
+    return found, unknown

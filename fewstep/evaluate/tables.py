@@ -66,17 +66,21 @@ def measured_in(report: dict[str, Any]) -> dict[str, Measured]:
 
 def as_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
     """(metric, one cell for each of `columns`), in a fixed order."""
-    return written_rows(measured_in(report), timed_otherwise(timings(report)))
+    return written_rows(measured_in(report), seconds_marks(timings(report)))
 
 
-def written_rows(measured: Mapping[str, Measured], otherwise: Collection[str]) -> list[tuple[str, list[str]]]:
-    """(metric, one cell for each column). otherwise: the columns whose seconds per image do not compare with the first one's."""
-    names = list(dict.fromkeys(itertools.chain(*measured.values())))
-    marks = {(SECONDS, column): " ‡" for column in otherwise}
+def written_rows(measured: Mapping[str, Measured], marks: Mapping[tuple[str, str], str]) -> list[tuple[str, list[str]]]:
+    """(metric, one cell for each column). marks: what stands behind a number, by (metric, column)."""
+    names = names_in(measured.values())
     return [
         (label(name, names), [cell(metrics.get(name)) + marks.get((name, column), "") for column, metrics in measured.items()])
         for name in names
     ]
+
+
+def names_in(measured: Iterable[Measured]) -> list[str]:
+    """Every metric that one of the samples has."""
+    return list(dict.fromkeys(itertools.chain(*measured)))
 
 
 def timings(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -102,6 +106,11 @@ def timed_otherwise(timed: Mapping[str, dict[str, Any]]) -> dict[str, list[str]]
     return found
 
 
+def seconds_marks(timed: Mapping[str, dict[str, Any]]) -> dict[tuple[str, str], str]:
+    """A mark for every column whose seconds per image do not compare with the first one's."""
+    return {(SECONDS, column): " ‡" for column in timed_otherwise(timed)}
+
+
 def seconds_note(timed: Mapping[str, dict[str, Any]]) -> list[str]:
     """Which seconds per image do not compare, and why."""
     each = "; ".join(f"{column} ({'; '.join(lines)})" for column, lines in timed_otherwise(timed).items())
@@ -125,9 +134,9 @@ def label(name: str, among: Collection[str] | None = None) -> str:
     return "  above shuffled captions ↑" if name.endswith(SHUFFLED) else f"{name} ↑"
 
 
-def plain(name: str) -> str:
-    """A metric's label without what is better."""
-    return label(name).removesuffix(" ↓").removesuffix(" ↑").strip()
+def plain(name: str, among: Collection[str] | None = None) -> str:
+    """A metric's label without what is better; among: as of `label`."""
+    return label(name, among).removesuffix(" ↓").removesuffix(" ↑").strip()
 
 
 def notes(report: dict[str, Any]) -> list[str]:
@@ -139,7 +148,7 @@ def notes(report: dict[str, Any]) -> list[str]:
 def apart_from_seconds(report: dict[str, Any]) -> list[str]:
     said = [f"no {plain(name)}: {why}" for name, why in report.get("left_out", {}).items()]
     measured = measured_in(report)
-    for name in dict.fromkeys(itertools.chain(*measured.values())):
+    for name in names_in(measured.values()):
         short = {column: masked for column, metrics in measured.items() if (masked := metrics.get(name, {}).get("masked"))}
         if short:
             missing = "; ".join(f"{masked} ({column})" for column, masked in short.items())
@@ -170,33 +179,56 @@ def as_written(titles: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]],
     return table
 
 
-def verdict(name: str, first: str, found: list[str]) -> str:
-    """What differences in the stamps of two reports mean for their numbers."""
-    differ = "; ".join(found)
-    if all(line.startswith(("teacher", "seeds.reference")) for line in found):
-        return f"† {name} was measured beside another teacher than {first}, and its distances to the teacher do not compare: {differ}"
-    return f"† {name} was measured otherwise than {first}, and its numbers do not compare: {differ}"
+def verdicts(name: str, other: str, found: Mapping[str, list[str]], among: Collection[str]) -> list[str]:
+    """What differences in the stamps of two reports mean for the numbers that both have. found: as `compared` has it; among: those
+    numbers."""
+    if any(SECONDS in metrics for metrics in found.values()):  # what decides them decides every number
+        return [f"† {name} was measured otherwise than {other}, and its numbers do not compare: {'; '.join(found)}"]
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for line, metrics in found.items():
+        alike.setdefault(tuple(metrics), []).append(line)
+    said = []
+    for metrics, lines in alike.items():
+        differ = "; ".join(lines)
+        if all(line.startswith(("teacher", "seeds.reference")) for line in lines):
+            said.append(
+                f"† {name} was measured beside another teacher than {other}, and its distances to the teacher do not compare: {differ}"
+            )
+        else:
+            labels = "; ".join(plain(metric, among) for metric in metrics if not metric.endswith(SHUFFLED))
+            said.append(f"† of {name} and {other} these numbers do not compare: {labels}, which differ in {differ}")
+    return said
 
 
 def beside(reports: Mapping[str, dict[str, Any]]) -> Table:
-    """Reports by name in one table. Every report whose stamp is not the first one's is marked, and seconds per image that were measured
-    otherwise than the first ones; what differs is said below."""
-    first, *others = reports
-    said = [f"{first}: {note}" for note in apart_from_seconds(reports[first])]
-    marks = {first: ""}
-    for name in others:
-        found, unknown = compared(stamp_of(reports[first]), stamp_of(reports[name]))
-        marks[name] = " †" if found else ""
-        said += [verdict(name, first, found)] if found else []
-        if says_together(reports[name]) != says_together(reports[first]):
-            unknown.append("drawn_together")
-        if unknown:
-            said.append(f"{name} or {first} is of an earlier version, whose stamp lacks {', '.join(unknown)}: not compared")
-        said += [f"{name}: {note}" for note in apart_from_seconds(reports[name])]
-    samples = {f"{name}: {row['name']}": (row["metrics"], marks[name]) for name, report in reports.items() for row in report["rows"]}
+    """Reports by name in one table. Numbers are compared with those of the first report that has them: what was measured otherwise is
+    marked, the whole report where that is all of it, and seconds per image that were measured otherwise than the first ones; what differs
+    is said below."""
+    first, *_ = reports
+    held = {name: names_in(row["metrics"] for row in report["rows"]) for name, report in reports.items()}
+    owner = {metric: name for name in reversed(reports) for metric in held[name]}
+    said, titles, marks = [], {}, {}
+    for name, report in reports.items():
+        marked: set[str] = set()
+        for other in itertools.takewhile(lambda other, name=name: other != name, reports):
+            among = [metric for metric in held[name] if owner[metric] == other]
+            found, unknown = compared(stamp_of(reports[other]), stamp_of(report), among)
+            marked.update(*found.values())
+            said += verdicts(name, other, found, among)
+            if other == first and says_together(report) != says_together(reports[first]):
+                unknown.append("drawn_together")
+            if unknown and among:
+                said.append(f"{name} or {other} is of an earlier version, whose stamp lacks {', '.join(unknown)}: not compared")
+        said += [f"{name}: {note}" for note in apart_from_seconds(report)]
+        whole = marked and marked == {metric for metric in held[name] if owner[metric] != name}
+        for row in report["rows"]:
+            title = f"{name}: {row['name']}"
+            titles[title] = title + (" †" if whole else "")
+            marks |= {} if whole else {(metric, title): " †" for metric in marked & row["metrics"].keys()}
+    samples = {f"{name}: {row['name']}": row["metrics"] for name, report in reports.items() for row in report["rows"]}
     timed = {f"{name}: {row}": own for name, report in reports.items() for row, own in timings(report).items()}
-    rows = written_rows({title: metrics for title, (metrics, _) in samples.items()}, timed_otherwise(timed))
-    return as_written([title + mark for title, (_, mark) in samples.items()], rows, said=[*said, *seconds_note(timed)])
+    rows = written_rows(samples, marks | seconds_marks(timed))
+    return as_written([titles[title] for title in samples], rows, said=[*said, *seconds_note(timed)])
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
