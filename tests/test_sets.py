@@ -187,6 +187,13 @@ def test_any_data_set_of_the_hub_with_captions_is_a_set(monkeypatch):
     for nothing in ("./some/where", "a/b/c", "drawbench/"):
         with pytest.raises(BadPrompts, match=r"no such file, none of the sets .*, and not a data set of the hub"):
             sets.load(nothing)
+    for wrong, said in (
+        ("DrawBench", r"data set of the hub \(owner/name\); did you mean drawbench\?"),
+        ("HPSv2=some.json", r"no such file, and 'HPSv2' is none of the sets .*; did you mean hpsv2=some\.json\?"),
+        ("coco=some.txt", r"coco=some\.txt: no such file, and 'coco' is none of the sets .*, coco-10k$"),
+    ):
+        with pytest.raises(BadPrompts, match=said):
+            sets.load(wrong)
     with pytest.raises(BadPrompts, match=r"some/prompts\.txt: cannot be read"):
         sets.load("some/prompts.txt")
 

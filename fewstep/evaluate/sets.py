@@ -65,13 +65,16 @@ def load(source: str) -> PromptSet:
         return found
     if source in SETS:
         return from_hub(source)
-    path = Path(source)
+    path, known = Path(source), ", ".join(SETS)
+    spelt = f"; did you mean {name.lower()}{equals}{file}?" if name.lower() in SETS else ""
+    if equals and not path.exists():
+        raise BadPrompts(f"{source}: no such file, and {name!r} is none of the sets {known}{spelt}")
     if not path.exists() and path.suffix.lower() not in (*READERS, ".txt"):
         try:
             parts = hub_parts(source)
         except ValueError as error:
-            known = ", ".join(SETS)
-            raise BadPrompts(f"{source}: no such file, none of the sets {known}, and not a data set of the hub (owner/name)") from error
+            said = f"{source}: no such file, none of the sets {known}, and not a data set of the hub (owner/name){spelt}"
+            raise BadPrompts(said) from error
         return any_of_hub(*parts)
     return read(path)
 
