@@ -8,7 +8,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from fewstep.device import resolve_device, take
-from fewstep.errors import UserError, nearest
+from fewstep.errors import UserError, nearest, sentence
 from fewstep.launch import neighbours, place
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from fewstep.ranks import Ranks
 
 
-OWN_JUDGE = "One of your own: --judge.{} path/to/file.py:function, or a server's address"
 HELD_OUT = "held-out"  # a judge's source: the embedded world's own twin of the reward with its name
 FAINT = 0.02  # share of the picture in the first noise level, below which rounding a predicted noise to bf16 is seen in x0
 ROUNDING = 0.0017  # root mean square of what rounding to bf16 takes from or adds to standard normal numbers
@@ -125,7 +124,8 @@ def resolve_rewards(config: Config, functions: dict[str, Any]) -> dict[str, Any]
                     config.scorer[name] = located
             else:
                 known = [*REWARDS, "discriminator"]
-                raise UserError(f"reward.{name}: unknown reward{nearest(name, known)}. {sources.own_hint(name, resume=config.resume)}")
+                hint = sources.own_hint(f"--reward.{name} WEIGHT --scorer.{name}", resume=config.resume)
+                raise UserError(f"{sentence(f'reward.{name}: unknown reward{nearest(name, known)}')} {hint}")
         except ValueError as error:
             raise UserError(f"{'reward' if scorer is None else 'scorer'}.{name}: {error}") from error
     if "discriminator" in config.reward and (config.discriminator.latents is None and config.teacher != "world"):
@@ -176,34 +176,42 @@ def resolve_judges(config: Config, functions: dict[str, Any], rewards: dict[str,
     """The caller's own judges with those that flags name, as functions of pictures and prompts; the named ones are built with the run.
 
     rewards: as `resolve_rewards` found them. Raises UserError, before anything slow, for one that nobody can make, and for a judge that is
-    what the student is trained on, under whatever name.
+    what the student is trained on, under whatever name, path or address.
     """
     from fewstep.rewards import REWARDS, sources
     from fewstep.rewards.address import check_url, is_remote
 
-    def not_trained_on(judge: Any, what: str) -> Any:
-        reward = next((name for name, other in trained.items() if is_same(judge, other)), None)
+    def not_trained_on(judge: list[Any], what: str, instead: str = "") -> None:
+        reward = next((name for name, others in trained.items() if any(is_same(one, two) for one in judge for two in others)), None)
         if reward is not None:
-            raise ValueError(f"{what} is what the student is trained on, as the reward {reward!r}; a judge is held out")
-        return judge
+            raise ValueError(f"{what} is what the student is trained on, as the reward {reward!r}; a judge is held out{instead}")
 
-    servers = {name: check_url(scorer) for name, scorer in config.scorer.items() if is_remote(scorer)}
-    trained = rewards | servers
-    found = dict(functions)
+    found, named = dict(functions), dict.fromkeys(functions) | config.judge
     if functions and not config.reward:
         raise UserError("judge: nothing to judge: add a reward")
-    for name in config.reward:
-        if name in REWARDS and name not in rewards:
-            trained[name] = place_of(sources.locate(name, config.scorer.get(name), assets=assets(config)))
-    for name, source in (dict.fromkeys(functions) | config.judge).items():
+    trained = {}
+    for name in config.reward if named else ():
+        scorer = config.scorer.get(name)
+        try:
+            if name in rewards:
+                trained[name] = known_of(rewards[name], scorer)
+            elif name in REWARDS:
+                trained[name] = known_of(None, sources.locate(name, scorer, assets=assets(config)))
+        except (OSError, ValueError) as error:
+            raise UserError(f"scorer.{name}: {error}") from error
+    for name, source in named.items():
         try:
             if name in functions:
-                not_trained_on(functions[name], "it")
+                not_trained_on(known_of(functions[name]), "it")
             elif is_remote(source):
-                not_trained_on(check_url(str(source)), str(source))
+                not_trained_on([check_url(str(source))], str(source))
                 found[name] = sources.open_judge(name, source, timeout=config.remote.timeout)
+                instead = ". A server of another model has to state another version"
+                not_trained_on(known_of(found[name]), f"{source}, by the name and version that it states,", instead)
             elif sources.is_code(source):
-                found[name] = not_trained_on(sources.open_judge(name, source), str(source))
+                found[name] = sources.open_judge(name, source)
+                instead = ". A file that scores with another model has to differ in a line"
+                not_trained_on(known_of(found[name], source), str(source), instead)
             elif source == HELD_OUT:
                 from fewstep import world
 
@@ -214,18 +222,53 @@ def resolve_judges(config: Config, functions: dict[str, Any], rewards: dict[str,
                 world.held_out(name)
             elif name in REWARDS:
                 located = sources.locate(name, source, assets=assets(config), flag=f"--judge.{name}")
-                not_trained_on(place_of(located), located)
+                not_trained_on(known_of(None, located), located)
                 if source is not None:
                     config.judge[name] = located
             else:
-                raise UserError(f"judge.{name}: unknown reward{nearest(name, REWARDS)}. {OWN_JUDGE.format(name)}")
+                raise UserError(unknown_judge(name))
         except (OSError, ValueError) as error:
             raise UserError(f"judge.{name}: {error}") from error
     return found
 
 
+def unknown_judge(name: str) -> str:
+    """What is said of a judge that no table has, and no function or server is given for."""
+    from fewstep.rewards import REWARDS, sources
+
+    return f"{sentence(f'judge.{name}: unknown reward{nearest(name, REWARDS)}')} {sources.own_hint(f'--judge.{name}')}"
+
+
+def known_of(function: Any, source: str | None = None) -> list[Any]:
+    """All that a reward or judge is known by, any of which makes two of them one: the function itself, the place or address that it is
+    from, and the version that a server of it states."""
+    from fewstep.rewards import sources
+    from fewstep.rewards.address import check_url, is_remote
+
+    known = [] if function is None else [function, *stated_by(function)]
+    if is_remote(source):
+        known.append(check_url(str(source)))
+    elif sources.is_code(source):
+        known.append(sources.function_version(str(source)))
+    elif function is None and source is not None:
+        known += [place_of(source), sources.weights_version(source)]
+    return known
+
+
+def stated_by(function: Any) -> list[str]:
+    """What the server behind a function states: its name with its version, and the version alone where that tells the model whatever its
+    name. Nothing where there is no server."""
+    from fewstep.rewards.sources import is_of_content
+
+    server = getattr(function, "__self__", function)  # a judge is its bound `ask`
+    served, version = getattr(server, "served", None), getattr(server, "version", None)
+    if not (served and version):
+        return []
+    return [f"{served} {version}", *([version] if is_of_content(version) else [])]
+
+
 def is_same(judge: Any, reward: Any) -> bool:
-    """Whether two functions, places or addresses are one; a method is made anew each time that it is looked up."""
+    """Whether two functions, places, addresses or versions are one; a method is made anew each time that it is looked up."""
     return judge is reward or (isinstance(judge, (str, MethodType)) and judge == reward)
 
 

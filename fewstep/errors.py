@@ -18,6 +18,11 @@ class LostProcess(RuntimeError):
     """Another process of the run has ended."""
 
 
+def sentence(text: str) -> str:
+    """A message with its end, for another sentence to follow: one that asks has it."""
+    return text if text.endswith("?") else f"{text}."
+
+
 def nearest(word: str, known: Any) -> str:
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(known)}"

@@ -118,7 +118,11 @@ def test_every_config_field_is_documented_in_the_help(capsys, asked):
         (["distill", "--teacher", "EMPTY", "--prompts", "PROMPTS", "--reward.discriminator", "1"], "discriminator.latents"),
         (["distill", "--judge.clip", "held-out"], "judge: nothing to judge"),
         (["distill", "--reward.clip", "1", "--judge.clip"], "is what the student is trained on, as the reward 'clip'; a judge"),
-        (["distill", "--reward.clip", "1", "--judge.clpi"], "judge.clpi: unknown reward; did you mean 'clip'"),
+        (["distill", "--reward.clip", "1", "--judge.clpi"], "judge.clpi: unknown reward; did you mean 'clip'? A folder"),
+        (
+            ["distill", "--reward.clip", "1", "--judge.siglip", "EMPTY"],
+            "reads as (clip, pickscore, hps, aesthetic, preference; any CLIP or SigLIP as clip). One of your own: --judge.siglip path/to/",
+        ),
         (["distill", "--reward.clip", "1", "--judge.clpi", "held-out"], "held-out twins of clip and preference, not of 'clpi'"),
         (["distill", "--reward.clip", "1", "--judge.hps"], "--judge.hps FOLDER"),
         (["distill", "--reward.clip", "1", "--judge.mine", "nowhere.py:f"], "judge.mine: nowhere.py: no such file"),

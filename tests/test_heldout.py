@@ -384,6 +384,41 @@ def test_no_judge_is_what_the_student_is_trained_on(tmp_path, monkeypatch, rewar
     assert composition.resolve_judges(config, {}, trained).keys() == config.judge.keys()
 
 
+@pytest.mark.parametrize("reward, judge", [
+    ("http://127.0.0.1:9", "http://localhost:9"), ("http://127.0.0.1:9", "HTTP://127.0.0.1:9"), ("http://127.0.0.1:9", "mine.py:red"),
+    ("mine.py:red", "http://127.0.0.1:9"), ("mine.py:red", "copy/mine.py:red"), ("clip", "copy"), ("clip", "http://127.0.0.1:10"),
+    ("http://127.0.0.1:11", "http://127.0.0.1:12"),
+])  # fmt: skip
+def test_no_judge_is_what_the_student_is_trained_on_by_its_content(tmp_path, monkeypatch, reward, judge):
+    """Another address, a copy, or a server of the same file or folder."""
+    for name, words in (("clip", "a"), ("copy", "a"), ("other", "b")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(words)
+    for path in (tmp_path / "mine.py", tmp_path / "copy" / "mine.py"):
+        path.write_text(JUDGES)
+    monkeypatch.chdir(tmp_path)
+    version = sources.function_version("mine.py:red")
+    served = {
+        "9": ("red", version), "10": ("pickscore", sources.weights_version("clip")), "11": ("red", "1"), "12": ("red", "1"),
+        "13": ("red", "2"), "14": ("green", "1"), "15": ("red", version.replace("red", "bright")),
+    }  # fmt: skip
+
+    def connect(server):
+        server.served, server.version = served[server.url.rpartition(":")[2]]
+        return server
+
+    monkeypatch.setattr("fewstep.rewards.remote.Remote.connect", connect)
+    config = flags.parse_config(["--reward.clip=1", f"--scorer.clip={reward}", f"--judge.pickscore={judge}"])
+    trained = composition.resolve_rewards(config, {})
+    with pytest.raises(
+        UserError, match=r"judge\.pickscore: .* is what the student is trained on, as the reward 'clip'; a judge is held out"
+    ):
+        composition.resolve_judges(config, {}, trained)
+    for another in ("http://127.0.0.1:13", "http://127.0.0.1:14", "http://127.0.0.1:15", "mine.py:bright", "other"):
+        config.judge = {"pickscore": another}
+        composition.resolve_judges(config, {}, trained)
+
+
 @pytest.mark.parametrize("given", [redness, Scorer().score], ids=["function", "method"])
 def test_no_judge_from_python_is_what_the_student_is_trained_on(given):
     config = flags.parse_config(["--reward.red", "1"])

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fewstep.composition import OWN_JUDGE, resolve_teacher
+from fewstep.composition import resolve_teacher, unknown_judge
 from fewstep.disk import cache_folder, check_cache, check_writable
-from fewstep.errors import UserError, nearest
+from fewstep.errors import UserError
 from fewstep.flags import is_student_folder, student_config, student_parser, table_flags
 from fewstep.launch import launched
 
@@ -175,7 +175,7 @@ def load_judges(named: dict[str, str | None], *, device: str, in_world: bool, ti
         if is_reserved(name):
             raise UserError(f"judge.{name}: another number of the report has this name, or one like it; give the judge another")
         if name not in REWARDS and not (sources.is_code(source) or is_remote(source)):
-            raise UserError(f"judge.{name}: unknown reward{nearest(name, REWARDS)}. {OWN_JUDGE.format(name)}")
+            raise UserError(unknown_judge(name))
         try:
             judge = sources.open_judge(name, source, assets=world.ASSETS if in_world else None, device=device, timeout=timeout)
         except (OSError, ValueError) as error:

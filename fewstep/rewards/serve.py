@@ -57,7 +57,7 @@ def load(what: str, scorer: str | None, device: str) -> tuple[str, str, Score]:
         return what, f"{package}-{version(package)}", make(device)
     source = sources.locate(what, scorer, flag="--scorer")
     built = sources.build(what, source, device=device)
-    return what, f"weights-{sources.version(source)}", built.score
+    return what, sources.weights_version(source), built.score
 
 
 def image_reward(device: str) -> Score:

@@ -51,10 +51,14 @@ def settle_via(config: Config, own: Collection[str] = ()) -> Config:
     return dataclasses.replace(config, via=via)
 
 
-def own_hint(name: str, *, resume: bool) -> str:
-    """How a reward of the user's own is named."""
+def own_hint(flags: str, *, resume: bool = False) -> str:
+    """How a reward or a judge that is in no table is named. flags: those that name it and where it is from."""
     again = "A run that goes on does not bring its code along: give it again. " if resume else ""
-    return f"{again}One of your own: --reward.{name} WEIGHT --scorer.{name} path/to/file.py:function, or a server's address"
+    folders = ", ".join(known for known, row in REWARDS.items() if row.built_by)
+    return (
+        f"{again}A folder or hub id takes the name of the reward that it reads as ({folders}; any CLIP or SigLIP as clip). "
+        f"One of your own: {flags} path/to/file.py:function, or a server's address"
+    )
 
 
 def load_function(value: str) -> Callable[..., Any]:
@@ -140,6 +144,16 @@ def open_judge(name: str, source: str | None, *, assets: Path | None = None, dev
 def function_version(source: str) -> str:
     """Of path/to/file.py:function: its name too, for two functions of one file are not the same."""
     return f"file-{version(source)}:{source.rpartition(':')[2]}"
+
+
+def weights_version(source: str) -> str:
+    """Of a named reward's folder or hub id, as a server of it states it."""
+    return f"weights-{version(source)}"
+
+
+def is_of_content(version: Any) -> bool:
+    """Whether a version that a server states tells what it serves whatever its name: `function_version` and `weights_version` do."""
+    return isinstance(version, str) and version.startswith(("file-", "weights-"))
 
 
 def version(source: str) -> str:
