@@ -402,10 +402,10 @@ def student_grid(run: Run, prompts: list[str], weights: dict[str, Any]) -> Any:
 
 def teacher_grids(run: Run, prompts: list[str], best: str) -> dict[str, Any]:
     """Grids of the teacher by column title: at its many steps and, with the named solver, at the student's; of a teacher that is itself
-    a student of K steps, at those alone, without guidance.
+    a student of K steps, at those alone, without guidance. Of a column that cannot be drawn this warns: the student's is what counts.
     """
     from fewstep import models, world
-    from fewstep.evaluate.drawing import solver
+    from fewstep.evaluate.drawing import NO_ONE_STEP, draws_in, solver
 
     backbone, steps = run.backbone, run.config.steps
     call = backbone.teacher_call(run.config.shown_guidance(), run.config.shown_negative_prompt()) | backbone.told_size(
@@ -417,12 +417,18 @@ def teacher_grids(run: Run, prompts: list[str], best: str) -> dict[str, Any]:
         call = backbone.student_call | backbone.told_size(run.config.sizes()[0])
         columns = {f"teacher, {made_for} steps": (made_for, own)}
     else:
-        few = own if backbone.flow else solver(best, own.config)
-        columns = {f"teacher, {world.TEACHER_STEPS} steps": (world.TEACHER_STEPS, own), f"teacher, {steps} steps ({best})": (steps, few)}
+        columns = {f"teacher, {world.TEACHER_STEPS} steps": (world.TEACHER_STEPS, own)}
+        if draws_in(own.config, steps):
+            columns[f"teacher, {steps} steps ({best})"] = (steps, own if backbone.flow else solver(best, own.config))
+        else:
+            print(f"samples.png shows no teacher at {steps} step: {NO_ONE_STEP}")
     grids = {}
     for title, (n, scheduler) in columns.items():
         with backbone.drawing(run.roles.teacher, scheduler) as pipe:
-            grids[title] = sample_grid(pipe, prompts, steps=n, call=call)
+            try:
+                grids[title] = sample_grid(pipe, prompts, steps=n, call=call)
+            except FloatingPointError as error:
+                warnings.warn(f"samples.png lacks the column {title!r}: {error}", stacklevel=2)
     return grids
 
 

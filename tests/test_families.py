@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import fresh
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -38,7 +39,7 @@ from fewstep import checkpoint, cli, composition, flags, models, needs, run
 from fewstep.config import Config, MatchingConfig
 from fewstep.denoiser import guide, repeat, to_x0
 from fewstep.errors import UserError
-from fewstep.evaluate.drawing import draw, noise_generator
+from fewstep.evaluate.drawing import draw, draws_in, noise_generator
 from fewstep.folder import RUN_FILES
 from fewstep.models import embeddings, pixart
 from fewstep.models.backbone import repeated_blocks
@@ -579,6 +580,29 @@ def test_a_student_is_distilled_further_and_measured_beside_its_teacher(teachers
     for flag, value in (("--teacher-steps", "28"), ("--guidance", "3"), ("--negative-prompt", "blurry")):
         assert cli.main([*measure, flag, value]) == 2
         assert f"{flag}: {tmp_path / 'four'} is itself a student of 4 steps" in capsys.readouterr().err
+
+
+@every_family
+def test_a_teacher_is_drawn_in_one_step_where_its_scheduler_has_a_time_for_it(teachers, name):
+    backbone = models.load(str(teachers / name))
+    call = backbone.student_call | told(backbone) | {"num_inference_steps": 1, "output_type": "latent"}
+    with np.errstate(invalid="ignore"):
+        drawn = backbone.pipe(prompt=["a cat"], **call).images
+    assert bool(torch.isfinite(torch.as_tensor(drawn)).all()) is draws_in(backbone.pipe.scheduler.config, 1)
+
+
+@pytest.mark.usefixtures("small_grid")
+def test_a_one_step_student_is_shown_and_measured_where_its_teacher_has_no_single_step(teachers, prompt_file, tmp_path, capsys):
+    options = ["--teacher", str(teachers / "QwenImagePipeline"), "--prompts", str(prompt_file), *SMALL, "--size", "[8x16]", "--steps", "1"]
+    assert cli.main(["distill", *options, "--output", str(tmp_path / "one")]) == 0, capsys.readouterr().err
+    assert (tmp_path / "one" / "samples.png").is_file()
+    assert "samples.png shows no teacher at 1 step: its scheduler has no time for a single one" in capsys.readouterr().out
+    (tmp_path / "judge.py").write_text("def bright(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    measure = ["evaluate", str(tmp_path / "one"), "--prompts", str(prompt_file), "--judge.bright", f"{tmp_path / 'judge.py'}:bright"]
+    assert cli.main([*measure, "--teacher-steps", "2", "--output", str(tmp_path / "report.json")]) == 0, capsys.readouterr().err
+    assert "the teacher has no row at 1 step: its scheduler" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["student, 1 steps", "teacher, 2 steps"]
 
 
 def test_a_run_keeps_the_device_that_it_was_asked_for(teachers, prompt_file, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ Noise = Literal["picture", "batch"]  # what has a generator of its own
 SOLVERS = {"DDIM": "DDIMScheduler", "DPM-Solver++": "DPMSolverMultistepScheduler", "UniPC": "UniPCMultistepScheduler"}
 TEACHER_STEPS = 28
 BATCH = 16  # pictures drawn at a time; where noise is a batch's, it decides with the seed which picture gets which noise
+NO_ONE_STEP = "its scheduler has no time for a single one (shift_terminal)"
 GRID_BATCH = 4  # of a run's own grids, which are drawn beside all that the training holds
 
 
@@ -171,6 +172,12 @@ def schedulers_of(pipe: Any) -> dict[str, Any]:
     """A pipeline's own scheduler and each of SOLVERS on its schedule, by name; its own alone where the network predicts a flow."""
     schedule = dict(pipe.scheduler.config)
     return {"its own": pipe.scheduler} | ({name: solver(name, schedule) for name in SOLVERS} if on_betas(schedule) else {})
+
+
+def draws_in(config: Mapping[str, Any], steps: int) -> bool:
+    """Whether a scheduler of this configuration has times for so many steps: where the last time is stretched to `shift_terminal`
+    (Qwen-Image), that of a single step is 0 / 0."""
+    return steps > 1 or not config.get("shift_terminal")
 
 
 def on_betas(config: Mapping[str, Any]) -> bool:

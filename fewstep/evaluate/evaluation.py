@@ -25,9 +25,11 @@ from fewstep.evaluate.configs import pipeline_config
 from fewstep.evaluate.distances import FeatureSet, bootstrap
 from fewstep.evaluate.drawing import (
     BATCH,
+    NO_ONE_STEP,
     Noise,
     Source,
     batches,
+    draws_in,
     network_evaluations,
     opened,
     schedulers_of,
@@ -328,6 +330,9 @@ def draw_teacher(
         if many not in (None, made_for):
             raise ValueError(f"teacher_steps: the teacher is itself a student of {made_for} steps and has no other, got {many}")
         many, guidance, few_step = made_for, 1.0, []
+    elif not draws_in(original.pipe.scheduler.config, steps):
+        sampler.say(f"the teacher has no row at {steps} step: {NO_ONE_STEP}")
+        few_step = []
     *shown, last = teacher_rows(steps, guidance, seed, many=many, solvers=few_step)
     weights, config = pipeline_fingerprint(original.pipe), pipeline_config(original.pipe)
     stamp = {"pipeline": weights, "config": config, "steps": last["steps"], "guidance": guidance, "call": original.call(guidance)}
