@@ -667,6 +667,21 @@ def test_a_student_in_bf16_resumes_and_is_drawn_by_its_cards_lines(teachers, nam
         assert drawn_by_card(tmp_path / "lora", teacher).size == size[::-1]
 
 
+def test_eight_bits_of_a_teacher_are_computed_with_in_the_format_of_autocast(teachers):
+    """As its exact layers are, which get float32 from time embeddings and, on a GPU, from norms; on a CPU a UNet's norms refuse the mix."""
+    formats, found = [], []
+    for int8 in (False, True):
+        backbone = models.load(str(teachers / "StableDiffusionXLPipeline"), dtype=torch.bfloat16)
+        teacher = backbone.roles(int8_teacher=int8).teacher
+        for layer in teacher.network.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.register_forward_hook(lambda layer, args, output: formats.append(output.dtype))
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            found.append(teacher.predict(noise_of(backbone), torch.full((2,), 0.5), backbone.encode(PROMPTS)).float())
+    assert {*formats} == {torch.bfloat16}
+    assert 0 < (found[0] - found[1]).abs().mean() < 0.1 * found[0].std()
+
+
 @every_family
 def test_recomputed_activations_give_the_gradient(teachers, name):
     """Where a family's decoder cannot compute its own again, the networks still do."""

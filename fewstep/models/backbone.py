@@ -195,6 +195,14 @@ def in_eight_bits(model: nn.Module) -> None:
     except ImportError as error:
         raise ImportError('memory.teacher int8 needs torchao: pip install "fewstep[lowmem]"') from error
     quantize_(model, Int8WeightOnlyConfig())
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_pre_hook(as_autocast)
+
+
+def as_autocast(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A linear layer's inputs in autocast's number format, where it is on: it does not see that 8-bit weights are multiplied."""
+    return tuple(x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x for x in args)
 
 
 def unpadded(text: Tensor, mask: Tensor) -> Cond:
