@@ -17,7 +17,7 @@ from fewstep.rewards.address import is_remote
 
 GIVEN = "prompts.json"  # prompts that were given as a list
 TEACHER_FILES = "teacher.json"  # what the teacher's weights are, of one that is a folder
-RUN_FILES = (
+RUN_FILES = (  # with the usual parts of a pipeline: a save that was cut off has no model_index.json
     "checkpoints", "samples", "tensorboard", "config.yaml", GIVEN, TEACHER_FILES, "rewards.json", "metrics.jsonl", "samples.png",
     "curves.png", "evaluation.json", "evaluation", "README.md", "export", "model_index.json", "unet", "transformer", "vae", "text_encoder",
     "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler", "feature_extractor",
@@ -28,6 +28,17 @@ FREE_ON_RESUME = ("updates", "teacher_guidance", "save_every", "sample_every", "
                   "memory.micro_groups", "memory.checkpointing", "compile")  # fmt: skip
 OF_A_CALL = ("resume", "overwrite", "dry_run", "output")  # and not of the run
 SAME_FOR_INIT = ("teacher", "steps", "lora_rank", "fake.condition")  # the networks that a run hands on hang on them
+
+
+def run_files(output: Path) -> list[Path]:
+    """Where fewstep writes in a run's folder: RUN_FILES, and the parts that the student's model_index.json there names."""
+    try:
+        index = json.loads((output / "model_index.json").read_text(encoding="utf-8"))
+        entries = index.items() if isinstance(index, dict) else ()
+    except (OSError, ValueError):
+        entries = ()
+    parts = [name for name, entry in entries if name.isidentifier() and isinstance(entry, list) and not models.is_null(entry)]
+    return [output / name for name in dict.fromkeys([*parts, *RUN_FILES])]
 
 
 def check_output(config: Config) -> None:
@@ -161,7 +172,7 @@ def holds_run(output: Path) -> bool:
 def check_spared(config: Config) -> None:
     """Raises UserError naming the first field that reads from what `--overwrite` deletes."""
     output = Path(config.output)
-    held = [output / name for name in RUN_FILES if (output / name).exists()]
+    held = [path for path in run_files(output) if path.exists()]
     read = {"teacher": config.teacher, "discriminator.latents": config.discriminator.latents}
     read |= {f"{kind}.{name}": source for kind in ("scorer", "judge") for name, source in getattr(config, kind).items()}
     if not keeps_prompts(config):
@@ -190,7 +201,7 @@ def is_linked(path: Path) -> bool:
 
 def check_links(output: Path) -> None:
     """Raises UserError naming a part of a run that is a link to a folder which is not empty: it may hold what fewstep did not write."""
-    for path in (output / name for name in RUN_FILES):
+    for path in run_files(output):
         if is_linked(path) and any(path.iterdir()):
             raise UserError(
                 f"overwrite: {path} is a link to {path.resolve()}, and nothing outside of {output} is deleted; empty that folder, or "
@@ -200,7 +211,7 @@ def check_links(output: Path) -> None:
 
 def remove_run(output: Path) -> None:
     """Deletes what fewstep wrote into a run's folder, nothing else; a link to a folder, empty by now, is where the next run writes."""
-    for path in (output / name for name in RUN_FILES):
+    for path in run_files(output):
         if is_linked(path):
             continue
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -103,13 +103,16 @@ def skeleton(source: str, dtype: torch.dtype) -> Backbone:
         if library is None or kind.endswith(UNUSED):
             parts[name] = None
             continue
-        if library not in ("diffusers", "transformers"):  # the file decides no import
+        # the file decides no import: beside the libraries themselves a pipeline's module in diffusers is known, as diffusers knows it
+        known = library in ("diffusers", "transformers")
+        home = importlib.import_module(library) if known else getattr(importlib.import_module("diffusers.pipelines"), library, None)
+        if home is None:
             raise UnsupportedTeacher(f"{source}: {name} is a {kind} of {library!r}; parts of diffusers and transformers are known")
         try:
-            cls = getattr(importlib.import_module(library), kind)
+            cls = getattr(home, kind)
             if issubclass(cls, transformers.PreTrainedModel):
                 with torch.device("meta"):
-                    parts[name] = cls(transformers.AutoConfig.from_pretrained(folder / name)).to(dtype)
+                    parts[name] = cls(cls.config_class.from_pretrained(folder / name)).to(dtype)
             elif issubclass(cls, nn.Module):
                 held = cls.load_config(folder / name)
                 if name == adapter.part and "quantization_config" in held:

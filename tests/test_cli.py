@@ -624,6 +624,26 @@ def test_what_a_link_of_a_run_leads_to_is_not_deleted(capsys, finished, teacher_
     assert (tmp_path / "mine.png").exists() and not (out / "samples.png").is_symlink()
 
 
+def test_overwrite_deletes_every_part_that_a_student_has_and_no_other_folder(tmp_path):
+    """A family may have parts that no other has; an index that names what is no part moves nobody."""
+    out = tmp_path / "out"
+    for folder in (mine := tmp_path / "mine", out / "guider", out / "notes", out / "safety_checker", out / "unet"):
+        folder.mkdir(parents=True)
+    index = {
+        "_class_name": "MyPipeline",
+        "guider": ["diffusers", "X"],
+        "../mine": ["a", "b"],
+        "notes": True,
+        "safety_checker": [None, None],
+    }
+    (out / "model_index.json").write_text(json.dumps(index))
+    remove_run(out)
+    assert sorted(path.name for path in out.iterdir()) == ["notes", "safety_checker"] and mine.is_dir()
+    (out / "model_index.json").write_text("cut o")
+    remove_run(out)
+    assert not (out / "model_index.json").exists()
+
+
 def test_a_run_is_gone_on_with_by_one_process_at_a_time(finished, tmp_path):
     out = shutil.copytree(finished, tmp_path / "out")
     before = (out / "metrics.jsonl").read_bytes()

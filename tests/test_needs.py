@@ -421,6 +421,30 @@ def test_a_tokenizer_may_be_a_sentencepiece_model_alone(teachers, tmp_path):
     assert needs.skeleton(str(teacher), torch.float32).pipe.tokenizer("a cat").input_ids == backbone.pipe.tokenizer("a cat").input_ids
 
 
+def test_a_part_may_be_of_a_pipelines_own_module_in_diffusers(teachers, tmp_path, monkeypatch):
+    """As Kolors' text encoder, whose configuration transformers does not know by its type."""
+    import shutil
+
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    class OwnConfig(CLIPTextConfig):
+        model_type = "own_text_model"
+
+    class Own(CLIPTextModel):
+        config_class = OwnConfig
+
+    teacher = shutil.copytree(teachers / "StableDiffusionPipeline", tmp_path / "teacher")
+    index, config = teacher / "model_index.json", teacher / "text_encoder" / "config.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"text_encoder": ["stable_diffusion", "Own"]}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "own_text_model"}))
+    monkeypatch.setattr(diffusers.pipelines.stable_diffusion, "Own", Own, raising=False)
+    assert type(needs.skeleton(str(teacher), torch.float32).pipe.text_encoder) is Own
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"text_encoder": ["os", "Own"]}))
+    with pytest.raises(models.UnsupportedTeacher, match="text_encoder is a Own of 'os'; parts of diffusers and transformers are known"):
+        needs.skeleton(str(teacher), torch.float32)
+
+
 def test_models_lists_every_family(capsys):
     assert cli.main(["models"]) == 0
     told = capsys.readouterr().out
