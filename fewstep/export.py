@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from fewstep import hub
 from fewstep.disk import replace_text, visible
@@ -333,6 +334,11 @@ FROM_PICTURE = (
     "one of them."
 )
 
+FROM_PICTURE_IN_COMFYUI = (
+    "In ComfyUI's image-to-image, `steps` j with `denoise` j/{0}, rounded down to two decimals, runs the last j of these timesteps; other "
+    "pairs make another grid."
+)
+
 
 def teacher_licence(teacher: str) -> tuple[dict[str, Any], str]:
     """(license, license_name, license_link of the teacher's card, as far as it has them; why there are none).
@@ -348,6 +354,8 @@ def teacher_licence(teacher: str) -> tuple[dict[str, Any], str]:
         # of the commit that was distilled: a licence may have changed since
         data = ModelCard.load(path if named is None else hf_hub_download(named[0], "README.md", revision=named[1])).data.to_dict()
     except Exception as error:  # no card, no network, not YAML: of many kinds; each means that it is not known
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return {}, f"no README.md in {teacher_in_words(teacher)}"
         return {}, f"its card cannot be read ({type(error).__name__}: {' '.join(str(error).split())})"
     fields = {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
     if "license" not in fields:
@@ -395,13 +403,6 @@ def rewards_in_words(config: Config, weights: dict[str, float]) -> str:
         notes = ", ".join(known + ["by policy gradient"] * (config.via.get(name) == "policy"))
         parts.append(f"`{name}`{f' ({notes})' if notes else ''}")
     return f"other rewards with {config.weights.mode} weights (at the end): {', '.join(parts)}"
-
-
-def draws_from_pictures(pipeline: type) -> bool:
-    """Whether diffusers has an image-to-image pipeline of the same family."""
-    import diffusers
-
-    return hasattr(diffusers, pipeline.__name__.removesuffix("Pipeline") + "Img2ImgPipeline")
 
 
 def guidance_in_words(config: Config, backbone: Any) -> str:
@@ -453,8 +454,8 @@ def notes_on_grid(backbone: Any, steps: int, to: str) -> str:
         notes.append(ONE_STEP)
     if steps > 1 and not backbone.hands_on_generator():
         notes.append(OWN_NOISE)
-    if draws_from_pictures(backbone.pipeline):
-        notes.append(FROM_PICTURE.format(steps))
+    if backbone.draws_from_pictures():
+        notes.append((FROM_PICTURE_IN_COMFYUI if to == "kohya" else FROM_PICTURE).format(steps))
     return "".join(f" {note}" for note in notes)
 
 

@@ -61,7 +61,7 @@ TABLE = {
     "cli": "compare disk errors evaluate.command export flags launch models run sample rewards rewards.convert rewards.serve",
     "fewstep": "errors flags launch models run",
 }  # fmt: skip
-DIFFUSERS = {"models", "export", "world", "evaluate", "trainer"}
+DIFFUSERS = {"models", "world", "evaluate", "trainer"}
 # scorers' packages, by the files of rewards that may name them
 SCORERS = {"transformers": {"rewards.aesthetic", "rewards.clip", "rewards.convert"}, "open_clip": set(), "hpsv2": set(),
            "hpsv3": {"rewards.serve"}, "ImageReward": {"rewards.serve"}}  # fmt: skip
@@ -139,7 +139,7 @@ def test_nothing_below_the_composition_imports_it_or_what_stands_above():
 
 
 def test_diffusers_and_scorers_packages_stay_where_they_belong():
-    """Only models, world, evaluate, export and the trainer's EMA touch diffusers."""
+    """Only models, world, evaluate and the trainer's EMA touch diffusers."""
     users = {row for row in TABLE if any(name.partition(".")[0] == "diffusers" for name in of_row(row))}
     assert users == DIFFUSERS
     assert {name for name in of_row("trainer") if name.startswith("diffusers")} == {"diffusers.training_utils"}

@@ -1,5 +1,6 @@
 """A student's LoRA in the tools of stock diffusers, for every family that has them: beside a style, from a picture, with a ControlNet."""
 
+import importlib
 import inspect
 
 import diffusers
@@ -10,7 +11,7 @@ from pipelines import PIPELINES
 from pipelines.parts import randomise
 from test_families import PROMPTS, moved_student, noise_of, stock_images, stock_noise, told
 
-from fewstep import export, models
+from fewstep import models
 
 LORAS = [
     "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "Flux2KleinPipeline",
@@ -39,8 +40,9 @@ CONTROLNETS = {
 
 def test_the_lists_are_what_diffusers_has():
     kinds = {name: getattr(diffusers, name) for name in PIPELINES}
+    own = {name: getattr(importlib.import_module(module), kind) for name, (module, kind) in models.FAMILIES.items()}
     assert [name for name, kind in kinds.items() if hasattr(kind, "save_lora_weights")] == LORAS
-    assert [name for name, kind in kinds.items() if export.draws_from_pictures(kind)] == FROM_PICTURES
+    assert [name for name, kind in kinds.items() if own[name].draws_from_pictures()] == FROM_PICTURES
     assert [name for name in kinds if hasattr(diffusers, name.replace("Pipeline", "InpaintPipeline"))] == INPAINTING
     assert [*CONTROLNETS] == [name for name in kinds if hasattr(diffusers, name.replace("Pipeline", "ControlNetPipeline"))]
 

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from peft import LoraConfig, inject_adapter_in_model
@@ -631,6 +632,14 @@ class Backbone:
             )
 
     @classmethod
+    def takes_negative_prompt(cls) -> bool:
+        try:
+            cls.check_negative_prompt()
+        except ValueError:
+            return False
+        return True
+
+    @classmethod
     def check_negative_prompt(cls) -> None:
         """Raises ValueError where the stock pipeline's guidance leads away from no prompt of the user's."""
         if cls.embedded_guidance is not None:
@@ -801,6 +810,11 @@ class Backbone:
     def saves_lora(cls) -> bool:
         """Whether the stock pipeline reads LoRA files."""
         return hasattr(cls.pipeline, "save_lora_weights")
+
+    @classmethod
+    def draws_from_pictures(cls) -> bool:
+        """Whether diffusers has an image-to-image pipeline of the same family."""
+        return hasattr(diffusers, cls.pipeline.__name__.removesuffix("Pipeline") + "Img2ImgPipeline")
 
     def kohya_version(self) -> str | None:
         """What kohya's trainer calls the base model; None for one that it does not know."""
