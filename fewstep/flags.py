@@ -397,7 +397,10 @@ def is_student_folder(folder: Path) -> bool:
     """Whether it is a folder, which holds a finished student, or else a hub id. Raises UserError for what is neither."""
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
-            raise UserError(f"{folder}: holds no finished student (no model_index.json)")
+            from fewstep import models
+
+            hint = f"; {models.ONE_LORA}" if models.lora_in(folder) else ""
+            raise UserError(f"{folder}: holds no finished student (no model_index.json){hint}")
         return True
     if hub.parts(folder.as_posix()) is None:
         raise UserError(f"{folder}: no such folder, and not a hub id (owner/name)")

@@ -369,12 +369,17 @@ def test_unsupported_and_damaged_teachers(capsys, tmp_path, teacher_folder, prom
     (tmp_path / "loose" / "v1-5.safetensors").write_bytes(b"")
     for loose in (tmp_path / "loose", tmp_path / "loose" / "v1-5.safetensors"):
         assert "from_single_file(FILE).save_pretrained(FOLDER)" in refused(capsys, "distill", "--teacher", str(loose), *options)
+    for at, name in enumerate(("unet.down.attn1.to_q.lora_A.weight", "lora_unet_down_attn1_to_q.lora_down.weight")):  # diffusers', kohya's
+        (lora := tmp_path / f"lora{at}").mkdir()
+        save_file({name: torch.zeros(2, 2)}, lora / "any.safetensors")
+        lines = [refused(capsys, "distill", "--teacher", str(lora), *options), refused(capsys, "sample", str(lora), "--prompt", "a cat")]
+        assert all("a LoRA is no pipeline" in line and "--to diffusers" in line and "single_file" not in line for line in lines)
     (tmp_path / "tuned" / "transformer").mkdir(parents=True)
     line = refused(capsys, "distill", "--teacher", str(tmp_path / "tuned"), *options)
     assert "no model_index.json there" in line and 'transformer=CLASS.from_pretrained(FOLDER, subfolder="transformer")' in line
     with mock.patch("huggingface_hub.hf_hub_download", side_effect=EntryNotFoundError("404\nClient Error")):
         line = refused(capsys, "distill", "--teacher", "me/checkpoint", *options)
-    assert "404 Client Error" in line and "from_single_file" in line
+    assert "404 Client Error" in line and "from_single_file" in line and "a LoRA is no pipeline" in line
     with mock.patch("huggingface_hub.hf_hub_download", side_effect=LocalEntryNotFoundError("no such\nfile")):
         line = refused(capsys, "distill", "--teacher", "me/checkpoint", *options)
     assert "no such folder, and the hub could not be reached" in line and "no such file" in line and "from_single_file" not in line

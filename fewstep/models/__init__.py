@@ -48,6 +48,12 @@ ONE_PART = (
 )
 
 
+ONE_LORA = (
+    "a LoRA is no pipeline, but the folder that `fewstep export RUN --to diffusers` writes is one, and a base with its LoRA merged in: "
+    "pipe.load_lora_weights(LORA); pipe.fuse_lora(); pipe.unload_lora_weights(); pipe.save_pretrained(FOLDER)"
+)
+
+
 PICKLES = (
     "weights in pickles (.bin), which run code where they are opened, are saved as safetensors with diffusers first, if you trust them: "
     "DiffusionPipeline.from_pretrained(SOURCE).save_pretrained(FOLDER, safe_serialization=True)"
@@ -90,7 +96,9 @@ def index_of(source: str) -> dict[str, Any]:
         if not index.is_file():
             held = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".ckpt")]
             networks = [name for name in ("unet", "transformer") if (folder / name).is_dir()]
-            hint = f"; {SINGLE_FILE}" if held else f"; {ONE_PART.format(networks[0])}" if networks else ""
+            hint = f"; {ONE_PART.format(networks[0])}" if networks else ""
+            if held:
+                hint = f"; {ONE_LORA if lora_in(folder) else SINGLE_FILE}"
             raise UnsupportedTeacher(f"{folder}: no model_index.json there; a teacher is a diffusers pipeline folder or a hub id{hint}")
     elif folder.is_file():
         raise UnsupportedTeacher(f"{folder}: a file; a teacher is a diffusers pipeline folder or a hub id; {SINGLE_FILE}")
@@ -125,7 +133,7 @@ def index_on_hub(source: str) -> Path:
             f"model_index.json is not among the files that were downloaded before ({one_line(error)})"
         ) from error
     except Exception as error:  # the hub's client raises many kinds; each means that this teacher cannot be read
-        hint = f"; {SINGLE_FILE}" if isinstance(error, EntryNotFoundError) else ""
+        hint = f"; {SINGLE_FILE}; {ONE_LORA}" if isinstance(error, EntryNotFoundError) else ""
         raise UnsupportedTeacher(
             f"{source}: no such folder, and cannot read its model_index.json from the hub ({type(error).__name__}: {one_line(error)}){hint}"
         ) from error
@@ -230,9 +238,23 @@ def folder_of(part: Any) -> Path:
 
 def holds_lora(part: Any) -> bool:
     """Whether a pipeline's part was saved with the layers of a LoRA in it, under whose names neither library finds its weights."""
+    return has_lora_layers(folder_of(part))
+
+
+def lora_in(folder: Path) -> bool:
+    """Whether a folder's own files are of a LoRA, as diffusers or kohya's trainer names its layers; of a damaged file it is not known."""
+    from safetensors import SafetensorError
+
+    try:
+        return has_lora_layers(folder)
+    except (OSError, SafetensorError):
+        return False
+
+
+def has_lora_layers(folder: Path) -> bool:
     from safetensors import safe_open
 
-    for path in visible(folder_of(part), "*.safetensors"):
+    for path in visible(folder, "*.safetensors"):
         with safe_open(path, "pt") as file:
             keys = " ".join(file.keys())
         if ".lora_" in keys or ".base_layer." in keys:
