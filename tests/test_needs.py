@@ -449,4 +449,8 @@ def test_models_lists_every_family(capsys):
     assert cli.main(["models"]) == 0
     told = capsys.readouterr().out
     assert all(name in told for name in models.FAMILIES)
+    columns = {head: [row[at] for row in models.support()] for at, head in enumerate(models.SUPPORT)}
+    without = {name for name, can in zip(columns["pipeline"], columns["negative prompt"], strict=True) if can == "no"}
+    assert without == {"FluxPipeline", "Flux2KleinPipeline"}
+    assert "embedded, 3.5; step-distilled: none" in columns["guidance"]
     assert cli.main(["models", "flux"]) == 2 and "takes no arguments" in capsys.readouterr().err

@@ -376,7 +376,9 @@ def with_range() -> list[str]:
     return [pipeline for pipeline, kind in kinds.items() if kind.scale_input is not None]
 
 
-SUPPORT = ("pipeline", "recipe", "predicts", "guidance", "guidance range", "LoRA file", "kohya file")
+SUPPORT = (
+    "pipeline", "recipe", "predicts", "guidance", "guidance range", "negative prompt", "image-to-image", "LoRA file", "kohya file",
+)  # fmt: skip
 
 
 def support() -> list[tuple[str, ...]]:
@@ -385,9 +387,10 @@ def support() -> list[tuple[str, ...]]:
     for pipeline, (module, name) in FAMILIES.items():
         kind = getattr(importlib.import_module(module), name)
         guidance = f"embedded, {kind.embedded_guidance:g}" if kind.embedded_guidance is not None else f"{kind.default_guidance:g}"
+        guidance += "; step-distilled: none" if "takes_guidance" in vars(kind) else ""
         predicts = "flow" if kind.flow else "eps, v or x0"
-        files = ("yes" if can else "no" for can in (kind.scale_input, kind.saves_lora(), kind.kohya))
-        rows.append((pipeline, family_name(pipeline), predicts, guidance, *files))
+        abilities = (kind.scale_input, kind.takes_negative_prompt(), kind.draws_from_pictures(), kind.saves_lora(), kind.kohya)
+        rows.append((pipeline, family_name(pipeline), predicts, guidance, *("yes" if can else "no" for can in abilities)))
     return rows
 
 
