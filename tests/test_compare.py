@@ -96,6 +96,38 @@ def test_the_table_says_what_a_picture_costs_and_which_code_made_it():
     text = render.markdown(summary.summarise({("GNDM", 1): one, ("GNDM", 2): two}), {}, PLAN)
     assert "network evaluations per image | seconds per image |" in text and " | 4 | 0.500 ± 3.177 | " in text
     assert "0123456+ (1 cell); version 0.1.0 (1 cell)." in text
+    one["commit"], more = "version 0.0.9", {("GNDM", seed): two | {"seed": seed} for seed in (2, 3)}
+    text = render.markdown(summary.summarise({("GNDM", 1): one} | more), {}, PLAN)
+    assert "differ: version 0.1.0 (2 cells); version 0.0.9 (1 cell)." in text
+
+
+def test_the_table_says_where_a_budget_stood_and_what_a_training_took():
+    """Of a judge of before nobody knows whether it had stopped."""
+    logs = {"dm/score": -3.0, "weights/kl": 3.2, "weights/budget": 2.0, "weights/weight": 0.5, "weights/weight_at_cap": 0.25}
+    judge = {"budget": 2.0, "fresh": 5.0, "gap": 1.0, "updates": 30}
+    cells = {}
+    for seed, more in ((1, {}), (2, {"converged": True})):
+        flops = {"student": 2e12, "teacher": 1e12}
+        cells["GNDMR adaptive", seed] = cell("GNDMR adaptive", seed, 1.0) | {"trace": [logs], "judge": judge | more, "flops": flops}
+    text = render.markdown(summary.summarise(cells), {}, PLAN)
+    assert (
+        "GNDMR adaptive: over the last quarter the KL is 1.600 ± 0.000 of its budget, the weight 0.500 ± 0.000, at its cap in 25% of the "
+        "updates; of the finished student a fresh fake finds 2.500 ± 0.000 of the budget, 0.500 ± 0.000 more than the run's own fake, "
+        "after 30 updates; its KL is known to have stopped rising in 50% of the cells"
+    ) in text
+    assert "| GNDMR adaptive | 2 | 10 | 3.0 |" in text
+
+
+def test_the_table_says_how_far_a_distance_climbed_again():
+    along = [{"fd_clip_teacher": fd, "fd_clip_data": 1.0} for fd in (9.0, 5.0, 4.0, 1.0, 4.0, 5.0, 6.0, 8.0, 10.0)]
+    long = "GNDM, constant rates, thrice as long"
+    text = render.markdown(summary.summarise({(long, 7): cell(long, 7, 1.0) | {"along": along}}), {}, PLAN)
+    assert f"{long}, seed 7: FD to teacher has a smoothed minimum of 3.000 along the training; the last third is at 8.000, stand" in text
+
+
+def test_the_table_has_as_many_digits_as_a_number_needs_whatever_its_sign():
+    found = [render.number(*told) for told in ((-12.34, 0.56), (12.34, math.nan), (-9.8765, 1.0), (0.0, 0.0004))]
+    assert found == ["-12.3 ± 0.6", "12.3", "-9.877 ± 1.000", "0.000 ± 0.000"]
 
 
 @pytest.mark.parametrize(
@@ -311,8 +343,27 @@ def test_a_kept_cell_is_used_only_if_made_in_the_same_way(tmp_path, capsys):
     longer = Plan(tmp_path, 200, 2, 4, 1)  # of a student's training: the teacher's cell stays what it is
     assert kept(longer).keys() == {("teacher, 28 steps", 0)}
     assert "gndm-seed0.json: made with other settings, not used" in capsys.readouterr().out
+    for other in (Plan(tmp_path, 100, 3, 4, 1), Plan(tmp_path, 100, 2, 5, 1)):  # another sample: the teacher's distances are not its
+        assert kept(other) == {}
     cell_path(plan, "GNDM", 0).write_text('{"stamp": {"con')
     assert kept(plan).keys() == {("teacher, 28 steps", 0)} and "gndm-seed0.json: damaged, not used" in capsys.readouterr().out
+
+
+def test_a_stamp_has_what_a_rows_training_costs(monkeypatch):
+    """A row whose share is another than it was is made anew."""
+    row = EVERY_ROW["GNDM, half the cost"]
+    before = stamp_of(PLAN, row.name, 0)
+    monkeypatch.setitem(BY_NAME, row.name, row._replace(cost=0.25))
+    assert (before["evaluations"], stamp_of(PLAN, row.name, 0)["evaluations"]) == (50, 25)
+
+
+def test_a_cell_is_kept_where_the_student_that_it_began_from_was_not(tmp_path):
+    """As where cells alone are copied or committed: students are large."""
+    plan, row = Plan(tmp_path, 100, 2, 4, 1), FROM_ONE[0].name
+    path = cell_path(plan, row, 7)
+    path.parent.mkdir()
+    path.write_text(json.dumps(cell(row, 7, 1.0) | {"stamp": stamp_of(plan, row, 7), "begun": "a digest"}))
+    assert kept(plan).keys() == {(row, 7)}
 
 
 def test_a_cell_of_other_settings_is_replaced_only_where_one_says_so(tmp_path, monkeypatch):

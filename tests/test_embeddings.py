@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import fresh
 import pytest
 import torch
+from pipelines.parts import clip_tokenizer
 from safetensors.torch import load_file, save_file
 
 from fewstep import models
@@ -87,6 +88,27 @@ def test_another_limit_of_a_tokenizer_and_another_version_of_what_encodes_are_an
     assert encoded == ["a cat"] * 5
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [{"padding_side": "left"}, {"pad_token": "<|startoftext|>"}, {"chat_template": "{{ messages }}"}, {"model_max_length": 6}],
+    ids=str,
+)
+def test_what_else_a_tokenizer_does_is_another_encoder(setting):
+    tokenizer = clip_tokenizer()
+    before = embeddings.fingerprint([tokenizer])
+    assert embeddings.fingerprint([clip_tokenizer()]) == before
+    for name, value in setting.items():
+        setattr(tokenizer, name, value)
+    assert embeddings.fingerprint([tokenizer]) != before
+
+
+def test_two_families_never_share_conditions(teachers):
+    """As of FLUX.2 [klein] and Z-Image, which have one text encoder and read it in two ways."""
+    backbone = models.load(str(teachers / "StableDiffusionPipeline"))
+    other = type("Other", (type(backbone),), {})(backbone.pipe, backbone.source)
+    assert other.embeddings.path("a cat") != backbone.embeddings.path("a cat")
+
+
 def test_a_damaged_file_is_made_anew_and_named(teachers, encoded):
     backbone = models.load(str(teachers / "StableDiffusionPipeline"))
     before = backbone.encode(["a cat"])
@@ -157,4 +179,5 @@ def test_a_disk_that_will_not_hold_all_conditions_is_named_before_it_is_full(mon
         kept.fill(kept.missing(prompts), sharers=2)
     kept.fill(kept.missing(prompts))
     assert not kept.missing(prompts) and kept.path("number 7").stat().st_size == one
+    assert kept.missing(["another", "number 7", "another"]) == ["another"]  # it is encoded once
     assert "conditions of prompts" in capsys.readouterr().out

@@ -261,6 +261,14 @@ def test_a_flow_schedule_is_refused():
             drawing.solver("DDIM", config)
 
 
+@pytest.mark.parametrize("name", drawing.SOLVERS)
+def test_a_solver_begins_at_pure_noise_whatever_steps_its_teacher_takes(name):
+    for spacing in ("leading", "linspace"):
+        solver = drawing.solver(name, {"beta_schedule": "scaled_linear", "timestep_spacing": spacing})
+        solver.set_timesteps(4)
+        assert solver.timesteps.tolist() == [999, 749, 499, 249]
+
+
 def error_of_a_gaussian_teacher(scheduler, steps, mean=0.7, deviation=0.5):
     """The largest distance of what a scheduler makes of its noise to where the teacher's ODE ends, for latents of N(mean, deviation^2).
 

@@ -435,6 +435,13 @@ def test_the_card_says_what_a_picture_is_drawn_again_with(runs, exported, tmp_pa
         assert "manual_seed" not in card(2)
 
 
+def test_the_cards_lines_draw_at_the_first_size_that_was_trained_at(runs, tmp_path):
+    _, run = runs("StableDiffusionPipeline")
+    student = export.Averaged(dataclasses.replace(run.config, size=["16x24", "24x16"]), run.backbone, None, {}, 3, {})
+    for to in ("diffusers", "lora"):
+        assert "height=16, width=24" in export.usage(student, to, tmp_path, name=None)
+
+
 def test_the_card_has_guidance_as_the_teachers_pipeline_counts_it(runs, tmp_path):
     from fewstep.models.z_image import ZImage
 

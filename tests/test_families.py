@@ -301,6 +301,14 @@ def test_what_is_cut_is_what_the_text_encoder_does_not_read(teachers, name):
     torch.testing.assert_close(backbone.to_pipeline(mine), output, rtol=1e-4, atol=1e-4)
 
 
+def test_prompts_are_looked_through_to_the_last(teachers, monkeypatch):
+    """Which are tokenized some at a time."""
+    monkeypatch.setattr("fewstep.models.backbone.TOKENIZED", 2)
+    backbone, long = models.load(str(teachers / "StableDiffusionPipeline")), "x " * 99
+    assert backbone.cut(["a cat", f"a {long}", "a dog", "a hat", f"b {long}"]) == [f"a {long}", f"b {long}"]
+    assert backbone.cut([]) == []
+
+
 @every_family
 @pytest.mark.parametrize("rank", [0, 2])
 def test_gradients_reach_the_trained_weights_and_no_others(teachers, name, rank):

@@ -80,6 +80,10 @@ def test_pictures_are_rounded_as_a_file_holds_them():
 def test_small_pictures_are_not_cropped_and_squares_of_the_size_are_left_alone():
     images = to_bytes(pictures(1, 300, 298))
     assert torch.equal(crop(images, 299), images)
+    for margin, first in ((1, 0), (3, 2), (5, 2), (7, 4), (4, 2)):  # halves go to the even number, as torchvision's go
+        rows = torch.arange(64 + margin).view(1, 1, -1, 1).expand(1, 3, -1, 64)
+        kept = torch.arange(first, first + 64).view(1, 1, -1, 1).expand(1, 3, -1, 64)
+        assert torch.equal(crop(rows, 64), kept) and torch.equal(crop(rows.mT, 64), kept.mT)
     even = to_bytes(pictures(1, 64, 64))
     assert square(even, 64) is even and square(images, None) is images
 

@@ -98,10 +98,15 @@ def test_a_picture_that_comes_again_is_drawn_anew_from_what_the_autoencoder_make
     assert len(rows[:].unique(dim=0)) == 5
 
 
-def test_pictures_that_are_enlarged_are_counted(folder, encoder, tmp_path):
+def test_pictures_that_are_enlarged_are_counted(folder, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "Shards", functools.partial(Shards, size=2))
     backbone, _ = encoder
     with pytest.warns(UserWarning, match="5 of 5 pictures are smaller than 24 x 32 and were enlarged"):
         latents.of_pictures(str(folder), backbone, [(16, 16), (24, 32)], cache=tmp_path / "cache", progress=False)
+    for path in (tmp_path / "cache").glob("*-00002.safetensors"):
+        path.unlink()
+    with pytest.warns(UserWarning, match="1 of 1 pictures"):  # of those that were looked at
+        latents.of_pictures(str(folder), backbone, [(24, 32)], cache=tmp_path / "cache", progress=False)
 
 
 def test_a_run_at_several_sizes_sees_each_in_its_own(folder, teacher_folder, prompt_file, tmp_path):

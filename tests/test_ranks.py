@@ -226,16 +226,19 @@ def test_whichever_tensor_is_another_it_is_seen(tmp_path):
 
 
 def test_the_first_of_a_machine_goes_before_its_others(tmp_path):
+    """On each of two machines, whose caches are their own."""
+
     def seen(ranks):
-        os.environ["LOCAL_RANK"] = str(ranks.rank)
+        machine, place = divmod(ranks.rank, 2)
+        os.environ["LOCAL_RANK"] = str(place)
         with ranks.first_on_its_machine():
-            found = (tmp_path / "made").exists()
-            if ranks.rank == 0:
+            found = (tmp_path / f"made on {machine}").exists()
+            if place == 0:
                 time.sleep(0.1)
-                (tmp_path / "made").touch()
+                (tmp_path / f"made on {machine}").touch()
         return found
 
-    assert in_processes(2, seen, tmp_path) == [False, True]
+    assert in_processes(4, seen, tmp_path) == [False, True, False, True]
 
 
 def test_a_process_that_ended_is_missed_at_once(tmp_path):

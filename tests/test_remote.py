@@ -533,6 +533,12 @@ def test_the_servers_own_faults_mask(server):
     assert bool(torch.isfinite(reward.ask(pictures(3), ["p"] * 3)).all())  # and it goes on
 
 
+def test_a_score_that_is_not_finite_is_null():
+    """JSON has no other word for it: one infinite score would mask all pictures of its request."""
+    assert serve.as_numbers(torch.tensor([0.5, math.inf, -math.inf, math.nan]), 4) == [0.5, None, None, None]
+    assert serve.as_numbers([None, 1], 2) == [None, 1.0]
+
+
 def multipart(*fields):
     parts = [f'--x\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n'.encode() + body + b"\r\n" for name, more, body in fields]
     return b"".join([*parts, b"--x--\r\n"])

@@ -94,6 +94,20 @@ def test_a_curve_stands_where_its_numbers_are():
     assert abs(rows_of(curves.COLOURS[1], 75).mean() - row_of(1.0)) < 2 and not len(rows_of(curves.COLOURS[1], 25))
 
 
+def test_a_panel_holds_all_that_its_curves_are_means_of():
+    """Least and largest value with a twentieth of their distance above and below; around a curve that stays where it is, too."""
+    means = [[(1.0, 2.0, 0.0, 3.0), (2.0, 4.0, 3.5, 5.0)], [(1.0, 6.0, 6.0, 10.0)]]
+    assert curves.bounds(means) == (-0.5, 10.5)
+    assert curves.bounds([[(1.0, -2.0, -2.0, -2.0)]]) == (-2.1, -1.9) and curves.bounds([[(1.0, 0.0, 0.0, 0.0)]]) == (-1.0, 1.0)
+
+
+def test_every_panel_ends_where_the_run_has_come_to(monkeypatch):
+    ends = []
+    monkeypatch.setattr(curves, "draw_panel", lambda title, found, last: ends.append(last) or Image.new("RGB", (8, 8)))
+    curves.draw(panels(LOGS))  # of curves whose last points are of the first, the second and the third update
+    assert ends == [3] * 7
+
+
 @pytest.mark.parametrize("logs", [LOGS, LOGS[:1], [{"update": 5, "grad_norm": 0.0}]], ids=["several", "one", "a zero"])
 def test_a_picture_has_room_for_every_panel(logs, tmp_path):
     path = tmp_path / "metrics.jsonl"
@@ -177,3 +191,9 @@ def test_a_grid_has_each_sample_in_the_row_of_its_prompt_under_its_model():
     rows = [row for row in found if row]
     wanted = [[20 * i + 5 for model in (0, 6) for i in range(model + prompt, model + prompt + 3)] for prompt in (0, 3)]
     assert rows == [[one for one in row for _ in range(96)] for row in wanted for _ in range(96)]
+
+
+@pytest.mark.parametrize(("edge", "shown"), [(8, 96), (40, 120), (64, 128), (96, 96), (100, 100)])
+def test_no_picture_of_a_grid_is_smaller_than_it_can_be_looked_at(edge, shown):
+    size = (grid.LABEL + shown + 2 + 2 * grid.GAP, grid.HEAD + shown + 2 + grid.GAP)
+    assert grid.draw({"student": torch.zeros(1, 1, 3, edge, edge)}, [""]).size == size

@@ -274,6 +274,18 @@ def test_a_model_without_tokenizer_takes_the_published_processors(tmp_path):
         PickScore.load(bare)
 
 
+def test_what_a_model_has_itself_is_not_taken_from_beside_it(tmp_path):
+    whole, bare, beside = (save_clip(tmp_path / name, preprocess=name != "bare") for name in ("whole", "bare", "beside"))
+    CLIPImageProcessorPil(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16}).save_pretrained(whole)
+    for folder in (whole, bare):
+        tokenizer = tiny_tokenizer()
+        tokenizer.model_max_length = 7
+        tokenizer.save_pretrained(folder)
+    found = [CLIPScore.load(folder, processor=beside) for folder in (whole, bare)]
+    assert [scorer.preprocess.resize for scorer in found] == [20, 16]
+    assert [scorer.tokenizer.model_max_length for scorer in found] == [7, 7]
+
+
 def test_a_folders_own_code_is_not_run(tmp_path):
     folder, mark = save_clip(tmp_path / "clip"), tmp_path / "executed"
     (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")

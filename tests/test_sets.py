@@ -279,6 +279,9 @@ def test_features_of_pictures_are_kept_and_shared(folder, tmp_path, monkeypatch)
     assert len(asked) == 6
     pictures.features(found, {"means": counting}, tmp_path / "two", **options | {"versions": {"torch": "2"}})
     assert len(asked) == 9
+    for number, told in enumerate(({"config": "another"}, {"resize": "to eight pixels"}), 1):  # which no weight tells
+        pictures.features(found, {"means": counting._replace(**told)}, tmp_path / "two", **options)
+        assert len(asked) == 9 + 3 * number
 
 
 @pytest.mark.parametrize("pixels, most", [(2**24, 4), (3 * 24, 3), (1, 1)])
@@ -314,6 +317,9 @@ def test_pictures_that_cannot_be_had_are_named(folder, tmp_path, monkeypatch):
     (tmp_path / "deep").mkdir()
     Image.new("I;16", (8, 6), 1000).save(tmp_path / "deep" / "grey.png")
     with pytest.raises(ValueError, match=r"grey.png: cannot be read as a picture \(it holds grey values of more than 8 bits \(mode I;16\)"):
+        pictures.open_pictures(str(tmp_path / "deep")).get(0)
+    Image.new("F", (8, 6), 1000).save(tmp_path / "deep" / "depth.tiff")
+    with pytest.raises(ValueError, match=r"depth.tiff: cannot be read as a picture \(it holds grey values of more than 8 bits \(mode F\)"):
         pictures.open_pictures(str(tmp_path / "deep")).get(0)
     with pytest.raises(ValueError, match=r"bad.png: cannot be read as a picture"):
         options = {"versions": VERSIONS, "batch": 1, "device": "cpu", "progress": False}
