@@ -191,7 +191,7 @@ def test_tensors_travel_in_buckets_and_come_back_in_their_shapes(tmp_path, monke
         sizes = [(2, 3), (4,), (1,), (11,), (3, 2), (), (5,)]
         floats = [torch.arange(math.prod(size), dtype=torch.float32).view(size) + 100 * ranks.rank for size in sizes]
         turned = torch.arange(6.0).view(2, 3).t()  # not contiguous
-        whole = torch.tensor([2**40])  # no float32 holds it beside one
+        whole = torch.tensor([2**40 + 1])  # which no float32 holds
         mixed = [*floats[:3], whole, None, turned, *floats[3:]]
         ranks.all_reduce(mixed)
         alone = [len(bucket) for bucket in buckets(floats)]
@@ -200,7 +200,7 @@ def test_tensors_travel_in_buckets_and_come_back_in_their_shapes(tmp_path, monke
     found = in_processes(2, added, tmp_path)
     expected = [(2 * torch.arange(math.prod(size)).view(size) + 100).tolist() for size in [(2, 3), (4,), (1,), (11,), (3, 2), (), (5,)]]
     for each in found:
-        assert each["floats"] == expected and each["whole"] == [2**41]
+        assert each["floats"] == expected and each["whole"] == [2**41 + 2]
         assert each["turned"] == (2 * torch.arange(6.0).view(2, 3).t()).tolist()
         assert each["buckets"] == [2, 1, 1, 2, 1]
 
@@ -221,6 +221,8 @@ def test_whichever_tensor_is_another_it_is_seen(tmp_path):
     def drifted(ranks):
         with pytest.raises(RuntimeError, match="what they hold of process 1, 2 is no longer that of process 0"):
             ranks.check_same([torch.ones(2), torch.tensor([1.0, 1.0 + 1e-6 * ranks.rank])], "what they hold")
+        with pytest.raises(RuntimeError, match="what they hold of process 1, 2 is no longer"):  # beside many that are the same
+            ranks.check_same([torch.ones(2**20).index_fill(0, torch.tensor([7]), 1.0 + 1e-3 * ranks.rank)], "what they hold")
 
     in_processes(3, drifted, tmp_path)
 
