@@ -346,6 +346,18 @@ def test_a_shipped_sample_is_found_under_other_names_and_not_for_other_weights()
     assert store.nameless(one) != store.nameless(network("first", bias=1e-3)) != store.nameless(network("first").half())
 
 
+def test_a_shipped_sample_is_of_its_schedule_alone():
+    """Whatever else a version of diffusers writes into its configuration."""
+
+    def content(**changed):
+        pipe = SimpleNamespace(components={}, scheduler=SimpleNamespace(config={"beta_schedule": "linear"} | changed))
+        return samples.content_of(pipe, ["a cat"], 2, 4, {}, None)
+
+    for key in ("prediction_type", "beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr", "timestep_spacing"):
+        assert content(**{key: "another"}) != content()
+    assert content(_diffusers_version="another") == content()
+
+
 def test_measure_equals_the_metrics_by_hand(scorer):
     images, group = pictures(18), torch.arange(6).repeat_interleave(3)
     data, teacher = clip_features(scorer, pictures(30, seed=1)), clip_features(scorer, pictures(18, seed=2))

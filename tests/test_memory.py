@@ -384,9 +384,13 @@ def test_bfloat16_where_nothing_is_trained(teacher_folder, prompt_file):
 
 def test_full_weights_are_trained_in_float32_beside_frozen_ones_in_bfloat16(teacher_folder):
     """A step of an optimizer is mostly smaller than bfloat16 tells apart."""
-    roles = models.load(str(teacher_folder), dtype=torch.bfloat16).roles(fake_steps=4)
+    backbone = models.load(str(teacher_folder), dtype=torch.bfloat16)
+    roles = backbone.roles(fake_steps=4)
     kinds = {name: {p.dtype for p in getattr(roles, name).parameters()} for name in ("teacher", "student", "fake")}
     assert kinds == {"teacher": {torch.bfloat16}, "student": {torch.float32}, "fake": {torch.float32}}
+    with backbone.drawing(roles.student, backbone.scheduler(1)) as pipe:  # with the other parts, which are in bfloat16
+        images = pipe("a cat", num_inference_steps=1, output_type="pt", **backbone.student_call).images
+    assert bool(torch.isfinite(images).all())
 
 
 def test_a_discriminator_on_bfloat16_parts_learns_and_resumes(teacher_folder, prompt_file, tmp_path):
