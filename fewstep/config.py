@@ -186,6 +186,8 @@ class MemoryConfig:
 
 @dataclass
 class Config:
+    """A run"""
+
     teacher: str = "world"
     """A diffusers pipeline folder, a hub id (owner/name[@revision], else the newest), or `world`, the teacher that ships with fewstep."""
     prompts: str | None = None

@@ -350,8 +350,12 @@ def as_values(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def flag_values(arguments: list[str]) -> dict[str, str]:
-    """What follows each flag, the last one winning."""
-    return dict(itertools.pairwise([*arguments, ""])) | dict(a.split("=", 1) for a in arguments if "=" in a)
+    """What each flag is given, after it or behind its =, the last one winning."""
+    found: dict[str, str] = {}
+    for argument, following in itertools.pairwise([*arguments, ""]):
+        flag, equals, value = argument.partition("=")
+        found[flag] = value if equals else following
+    return found
 
 
 def as_arguments(values: dict[str, Any], prefix: str = "") -> list[str]:

@@ -67,12 +67,19 @@ def test_help_is_quick_and_imports_neither_torch_nor_diffusers():
     assert seconds - (time.perf_counter() - empty) < 0.5
 
 
+def test_of_a_flag_in_both_its_forms_the_last_one_counts():
+    """Of code too, which only the user's own flag may name."""
+    one, other = ["--scorer.x=one.py:f"], ["--scorer.x", "other.py:f"]
+    assert flags.parse_config(["--reward.x=1", *one, *other]).scorer == {"x": "other.py:f"}
+    assert flags.parse_config(["--reward.x=1", *other, *one]).scorer == {"x": "one.py:f"}
+
+
 @pytest.mark.parametrize("asked", ["--help", "-h"])
 def test_every_config_field_is_documented_in_the_help(capsys, asked):
     with pytest.raises(SystemExit):
         cli.main(["distill", asked])
     text = capsys.readouterr().out
-
+    assert "<factory>" not in text  # of Python's own signature of a class without a docstring
     for name in flags.field_names(Config):
         assert f"--{name}" in text
     assert "Samples per prompt (G)" in text
