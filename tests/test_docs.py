@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import pytest
+import small_run
 import torch
 from PIL import Image
 
@@ -52,6 +53,25 @@ def test_the_curves_are_those_of_committed_cells():
 
 def test_the_page_of_rewards_has_the_table_of_the_code():
     assert markdown_table(rows()[0], rows()[1:]) in (ROOT / "docs" / "rewards.md").read_text()
+
+
+def test_the_page_of_rewards_has_every_key_that_a_run_logs(tmp_path):
+    """By the names of small runs' rewards and judges, and none that no run logs but those of servers."""
+    reuse = ("--reuse.evaluation", "2", "--reuse.rollout", "1")
+    logged = set()
+    for options in (small_run.SEVERAL, (*reuse, "--reward.discriminator", "0.1")):
+        trainer = small_run.trainer_of(options)
+        list(trainer.run(tmp_path, stop=lambda: False))
+        for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+            for key in json.loads(line):
+                first, _, rest = key.partition("/")
+                if first in trainer.config.reward and key != "discriminator/own_loss":
+                    key = re.sub(r"/(judge|parted)/.*", r"/\1/JUDGE", f"NAME/{rest}")
+                logged.add("evaluations/NAME" if first == "evaluations" else key)
+        (tmp_path / "metrics.jsonl").unlink()
+    section = (ROOT / "docs" / "rewards.md").read_text().partition("### What a run logs\n")[2].partition("\n### ")[0]
+    keys = {key for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for key in re.findall(r"`(.+?)`", row)}
+    assert keys - {"NAME/retries", "NAME/faults/KIND"} == logged
 
 
 class OnAnotherDevice(torch.Tensor):
