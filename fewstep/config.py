@@ -9,6 +9,7 @@ from operator import attrgetter
 from typing import Any, Literal
 
 from fewstep.rewards.address import TIMEOUT
+from fewstep.weights import START
 
 RESERVED = {
     "dm": "distribution matching itself",
@@ -31,7 +32,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "fake.lr": POSITIVE, "fake.betas": BETAS, "fake.max_norm": NO_LIMIT, "fake.decay": SHARE, "fake.updates": AT_LEAST_0,
     "matching.gamma": SHARE, "matching.shift": POSITIVE, "matching.draws": AT_LEAST_1,
     "reuse.rollout": AT_LEAST_1, "reuse.evaluation": AT_LEAST_1, "reuse.rho_max": AT_LEAST_1, "reuse.min_ess": SHARE,
-    "weights.eta": POSITIVE, "weights.cap": (lambda v: v > 0.05, "be above 0.05, where the weight starts"),
+    "weights.eta": POSITIVE, "weights.cap": (lambda v: v > START, f"be above {START}, where the weight starts"),
     "weights.lag_limit": AT_LEAST_0, "weights.clip": POSITIVE, "weights.max_masked": SHARE,
     "remote.timeout": (lambda v: 0 < v <= 86400, "be positive and at most a day (86400)"),
     "memory.micro_groups": (lambda v: v >= 0, "be 0 (all) or more"), "discriminator.lr": POSITIVE,

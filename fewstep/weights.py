@@ -9,7 +9,8 @@ from typing import Any
 
 from fewstep.alarms import Persistence
 
-KEPT = ("updates", "log_weight", "integral", "kl", "lag", "b", "told")  # of an adaptive weight, by a checkpoint
+KEPT = ("log_weight", "integral", "kl", "lag", "b", "told")  # of an adaptive weight, by a checkpoint
+START = 0.05  # lambda as its warm-up ends, unless told otherwise
 UNREACHED = math.log(100)  # a weight this far below where it starts moves nothing
 OUTGROWN = 0.6  # of the warm-up's KL: a budget on what matching has left so far behind holds nothing
 
@@ -47,25 +48,25 @@ class Fixed:
 class Adaptive:
     """lambda_k = lambda pi_k, with one dual variable lambda for one fidelity budget, eq. (7).
 
-    For `warmup` updates lambda is 0 and the KL that distribution matching alone reaches is measured; the budget b is
+    For `warmup` evaluations of R_dm lambda is 0 and the KL that distribution matching alone reaches is measured; the budget b is
     `budget` times it. KL is the running mean of -score of R_dm plus the fake's held-out lag in the same unit: a fake that
     lags makes the KL look small. lambda never grows while the lag is above `lag_limit` times b.
 
-    The running mean is 1 / (1 - decay) updates late, in a loop with a student that itself answers slowly: a sum of its errors alone
+    The running mean is 1 / (1 - decay) evaluations late, in a loop with a student that itself answers slowly: a sum of its errors alone
     swings around the budget. So lambda also leads the sum by what that delay withholds from it, eta / (1 - decay) times the error at
-    hand, which makes it the sum of the errors of the updates themselves but for the clip. The sum ends where the weight moves nothing any
-    more: what it gathered below would have to be undone before a KL that comes under its budget is answered.
+    hand, which makes it the sum of the errors of the evaluations themselves but for the clip. The sum ends where the weight moves nothing
+    any more: what it gathered below would have to be undone before a KL that comes under its budget is answered.
     """
 
     shares: dict[str, float]  # pi_k, made to sum to 1
     budget: float  # multiple of the KL that the warm-up reaches
-    warmup: int
+    warmup: int  # evaluations of R_dm
     eta: float = 0.1
     cap: float = 10.0
-    start: float = 0.05  # lambda before its first step and lead, which are taken as the warm-up ends
+    start: float = START  # lambda before its first step and lead, which are taken as the warm-up ends
     lag_limit: float = 0.5
     decay: float = 0.95  # of the running means
-    updates: int = 0
+    observed: int = field(default=0, init=False)  # evaluations of R_dm
     log_weight: float = field(default=0.0, init=False)
     integral: float = field(default=0.0, init=False)  # the log weight without its lead: the sum of the errors
     kl: float | None = field(default=None, init=False)
@@ -77,6 +78,8 @@ class Adaptive:
     def __post_init__(self) -> None:
         if not self.budget >= 1:  # NaN neither
             raise ValueError(f"budget is a multiple of the KL that distribution matching alone reaches: at least 1, got {self.budget}")
+        if not self.cap > self.start:
+            raise ValueError(f"cap must be above {self.start}, where the weight starts, got {self.cap}")
         total = sum(self.shares.values())
         if not self.shares or min(self.shares.values()) < 0 or total <= 0:
             raise ValueError(f"shares must be non-negative and not all zero, got {self.shares}")
@@ -84,7 +87,7 @@ class Adaptive:
         self.log_weight = self.integral = math.log(self.start)
 
     def observe(self, score: float, lag: float | None) -> dict[str, float]:
-        """Take in one update's mean score of R_dm and, when there is a new one, the lag; returns what is logged.
+        """Take in the mean score of one evaluation of R_dm and, when there is a new one, the lag; returns what is logged.
 
         Raises FloatingPointError for what is not finite, which the running means would keep, and when the warm-up ends at a KL that is
         not positive: no multiple of it is a budget.
@@ -93,16 +96,16 @@ class Adaptive:
             raise FloatingPointError(f"the KL to the teacher cannot be followed: the mean score of R_dm is {score}, its lag {lag}")
         if lag is not None:
             self.lag = lag if self.lag is None else self.lag + 0.2 * (lag - self.lag)
-        self.kl = -score if self.kl is None else self.kl + mean_rate(self.updates, self.decay) * (-score - self.kl)
+        self.kl = -score if self.kl is None else self.kl + mean_rate(self.observed, self.decay) * (-score - self.kl)
         known_lag = self.lag or 0.0  # none has been measured before the second rollout
         kl = self.kl + known_lag
-        self.updates += 1
-        if self.updates >= self.warmup:
+        self.observed += 1
+        if self.observed >= self.warmup:
             if self.b is None:
                 if not kl > 0:
                     raise FloatingPointError(
-                        f"the KL measured in the {self.warmup} updates of weights.warmup is {kl:.3g}: no budget can be a multiple of it; "
-                        "raise weights.warmup or the batch"
+                        f"the KL measured in the {self.warmup} evaluations of weights.warmup is {kl:.3g}: no budget can be a multiple of "
+                        "it; raise weights.warmup or the batch"
                     )
                 self.b = self.budget * kl
             least = math.log(self.start) - UNREACHED
@@ -135,12 +138,13 @@ class Adaptive:
         return {name: self.now_total() * share for name, share in self.shares.items()}
 
     def state(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in KEPT} | {"outgrown": self.outgrown.state()}
+        return {"updates": self.observed} | {key: getattr(self, key) for key in KEPT} | {"outgrown": self.outgrown.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Raises KeyError for what the state lacks."""
         # an earlier version's log weight had no lead: it was the sum itself; and it kept nothing of its alarms
         state = {"integral": state["log_weight"], "told": False, "outgrown": Persistence().state()} | state
+        self.observed = state["updates"]
         for key in KEPT:
             setattr(self, key, state[key])
         self.outgrown.load_state(state["outgrown"])

@@ -22,7 +22,7 @@ TABLE = {
     "losses": "schedule",
     "denoiser": "ranks schedule",
     "student": "denoiser schedule types",
-    "config": "rewards.address",
+    "config": "rewards.address weights",
     "metrics": "disk transforms types",
     "rewards": "",
     "rewards.base": "errors transforms types",

@@ -105,8 +105,11 @@ def test_a_budget_below_what_can_be_reached_and_a_kl_without_a_sign_are_refused(
         with pytest.raises(ValueError, match="shares"):
             Adaptive(nothing, budget=1.5, warmup=1)
     assert Adaptive({"a": 0.5, "b": 0.0}, budget=1.5, warmup=1).shares == {"a": 1.0, "b": 0.0}
+    for cap in (0.01, 0.05):  # there it would stand from the first step on
+        with pytest.raises(ValueError, match=r"cap must be above 0\.05"):
+            Adaptive({"a": 1.0}, budget=1.5, warmup=1, cap=cap)
     for score in (0.3, 0.0):
-        with pytest.raises(FloatingPointError, match="warmup"):
+        with pytest.raises(FloatingPointError, match="1 evaluations of weights"):
             Adaptive({"a": 1.0}, budget=1.5, warmup=1).observe(score, None)
 
 
@@ -130,7 +133,7 @@ def test_what_it_measures_is_no_argument():
     weights = Adaptive({"a": 1.0}, budget=1.5, warmup=1, start=0.2)
     assert weights.log_weight == weights.integral == math.log(0.2) and weights.told is weights.outgrown.found is False
     assert weights.kl is weights.lag is weights.b is None
-    for name in ("log_weight", "integral", "kl", "lag", "b", "told", "outgrown"):
+    for name in ("observed", "log_weight", "integral", "kl", "lag", "b", "told", "outgrown"):
         with pytest.raises(TypeError, match=name):
             Adaptive({"a": 1.0}, budget=1.5, warmup=1, **{name: getattr(weights, name)})
 
