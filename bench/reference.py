@@ -70,7 +70,7 @@ class Reference:
         )
         self.fake_optimizer = adamw(roles.fake_parameters.values(), lr=fake.lr, betas=fake.betas, weight_decay=0.0)
         for denoiser in roles[:3]:
-            denoiser.largest = config.memory.micro_groups * config.group_size
+            denoiser.micro_batch = config.memory.micro_groups * config.group_size
 
     def precision(self):
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.config.precision == "bf16" else nullcontext()

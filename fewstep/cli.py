@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from fewstep.disk import DISK  # the rest is each command's own: a reward's server needs little of it
-from fewstep.errors import LostProcess, RewardError, UserError, nearest
+from fewstep.errors import LostProcess, RewardError, UserError, first_words, nearest
 from fewstep.launch import anything_prints, first_alone_prints, launched
 
 HELP = """usage: fewstep COMMAND [OPTIONS]
@@ -75,8 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        first = ". ".join(str(error).split(". ")[:2])  # what was asked for; torch goes on about its allocator
-        return complain(f"{first}. {SMALLER.get(arguments[0], '')} {noted(error)}".strip(), code=1)
+        return complain(f"{first_words(error)}. {SMALLER.get(arguments[0], '')} {noted(error)}".strip(), code=1)
 
 
 SMALLER = {  # what takes less of a device's memory, by command

@@ -10,6 +10,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 
+def in_passes(forwards: int, backwards: int) -> int:
+    """Network evaluations in forward passes of one sample; a backward costs two."""
+    return forwards + 2 * backwards
+
+
 class Counted:
     """A function of a batch, or a reward of a sample, that counts what goes through it.
 
@@ -31,8 +36,8 @@ class Counted:
 
     @property
     def cost(self) -> int:
-        """In forward passes of one sample; a backward costs two."""
-        return self.forwards + 2 * self.backwards
+        """In forward passes of one sample."""
+        return in_passes(self.forwards, self.backwards)
 
 
 def added_product(to: torch.Size, left: torch.Size, right: torch.Size, **beside: Any) -> int:

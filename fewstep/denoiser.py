@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fewstep.cost import in_passes
 from fewstep.ranks import Ranks
 from fewstep.schedule import Schedule, bcast
 
@@ -98,7 +99,7 @@ class Denoiser(nn.Module):
     network: called with xt (B, C, H, W), its native timestep (B,) and cond, a dict of tensors with B rows.
     uncond: the condition of the empty prompt, one row; needed for guidance other than 1.
     negative: that of the prompt that guidance leads away from, one row; None: the empty one.
-    `largest`: samples that pass through the network together (0: all); of a larger batch one part after the other does.
+    `micro_batch`: samples that pass through the network together (0: all); of a larger batch one part after the other does.
     `ranks`: the processes that share a pass without gradient, each holding the whole batch before it and after it; None: no other has it.
     """
 
@@ -114,14 +115,14 @@ class Denoiser(nn.Module):
         super().__init__()
         self.network = network
         self.schedule, self.prediction, self.uncond, self.negative = schedule, prediction, uncond, negative
-        self.largest = 0
+        self.micro_batch = 0
         self.ranks: Ranks | None = None
         self.forwards, self.backwards = 0, 0  # network evaluations so far, in samples
 
     @property
     def cost(self) -> int:
-        """Network evaluations in forward passes of one sample; a backward costs two."""
-        return self.forwards + 2 * self.backwards
+        """Network evaluations in forward passes of one sample."""
+        return in_passes(self.forwards, self.backwards)
 
     def counted(self, output: Tensor) -> Tensor:
         """`output`, counted as a forward pass now and as a backward one when a gradient comes back through it: a graph that is
@@ -145,10 +146,10 @@ class Denoiser(nn.Module):
         return self.ranks.all_gather(self.pass_through(xt[own], timestep[own], {key: value[own] for key, value in cond.items()}))
 
     def pass_through(self, xt: Tensor, timestep: Tensor, cond: Any) -> Tensor:
-        """The network's output (B, C, H, W), part by part where the batch is larger than `largest`."""
-        if not 0 < self.largest < len(xt):
+        """The network's output (B, C, H, W), part by part where the batch is larger than `micro_batch`."""
+        if not 0 < self.micro_batch < len(xt):
             return self.counted(self.network(xt, timestep, cond))
-        parts = [slice(at, at + self.largest) for at in range(0, len(xt), self.largest)]
+        parts = [slice(at, at + self.micro_batch) for at in range(0, len(xt), self.micro_batch)]
         outputs = [self.network(xt[rows], timestep[rows], {key: value[rows] for key, value in cond.items()}) for rows in parts]
         return self.counted(torch.cat(outputs))
 

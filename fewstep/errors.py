@@ -23,6 +23,11 @@ def sentence(text: str) -> str:
     return text if text.endswith("?") else f"{text}."
 
 
+def first_words(error: BaseException) -> str:
+    """Of torch's complaint about memory what was asked for; it goes on about its allocator."""
+    return ". ".join(str(error).split(". ")[:2])
+
+
 def nearest(word: str, known: Any) -> str:
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(known)}"

@@ -80,7 +80,9 @@ def noise_levels(group: Tensor, t_range: tuple[float, float], levels: Levels, de
     u = torch.rand(len(group), dtype=torch.float64, device=group.device)
     if levels == "stratified":
         rank, size = rank_in_group(group)
-        place, peers = rank_in_group(size * (len(group) + 1) + rank, shuffle=True)  # among those with the same stratum
+        # the j-th of G is one stratum, for all groups of that size
+        _, stratum = torch.unique(torch.stack([size, rank], 1), dim=0, return_inverse=True)
+        place, peers = rank_in_group(stratum, shuffle=True)
         u = (rank + (place + u) / peers) / size
     low, high = density.rank(torch.tensor(t_range, dtype=torch.float64)).tolist()
     return density.at(low + (high - low) * u)

@@ -27,7 +27,7 @@ from fewstep.composition import (
     training_grid,
 )
 from fewstep.disk import alone, check_cache, naming, replace_text
-from fewstep.errors import RewardError, UserError
+from fewstep.errors import RewardError, UserError, first_words
 from fewstep.evaluate.command import measure_student
 from fewstep.flags import as_plain
 from fewstep.folder import (
@@ -458,8 +458,7 @@ def draw_progress(run: Run, output: Path, prompts: list[str], curves: Curves) ->
 
 
 def lacking_memory(error: BaseException) -> str:
-    first = ". ".join(str(error).split(". ")[:2])  # what was asked for; torch goes on about its allocator
-    return f"since memory is too small to draw them beside the training ({first})"
+    return f"since memory is too small to draw them beside the training ({first_words(error)})"
 
 
 def remove_results(output: Path) -> None:
@@ -487,7 +486,8 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
     pipe = backbone.student_pipeline(run.roles, weights, config.steps)
     student = export.Averaged(config, backbone, pipe, weights, trainer.update, trainer.weights.now())
     export.write_diffusers(student, output)
-    results, best = None, "DPM-Solver++" if not backbone.flow else "its own solver"
+    best = "its own solver" if backbone.flow else "DPM-Solver++"
+    results = None
     if config.evaluate and config.teacher == "world":
         report = measure_student(
             output, source, config.sizes()[0], scale=config.student_guidance(), output=output / "evaluation.json", steps=config.steps,

@@ -21,6 +21,10 @@ class Schedule:
     def t_of(self, timestep: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def noised(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """alpha(t) x0 + sigma(t) noise. x0, noise (B, ...); t (B,)."""
+        return bcast(self.alpha(t), x0) * x0 + bcast(self.sigma(t), x0) * noise
+
     def snr(self, t: Tensor) -> Tensor:
         """Signal-to-noise ratio alpha^2 / sigma^2, (B,) -> (B,)."""
         return (self.alpha(t) / self.sigma(t)) ** 2

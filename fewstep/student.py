@@ -45,7 +45,7 @@ class Student:
         if not 0 <= k < self.steps - 1:
             raise ValueError(f"step {k} of {self.steps} has no next state: the last prediction is the sample")
         t = self.t(k + 1, len(x0), x0.device)
-        return bcast(self.schedule.alpha(t), x0) * x0 + bcast(self.schedule.sigma(t), x0) * noise
+        return self.schedule.noised(x0, t, noise)
 
     @torch.no_grad()
     def rollout(
@@ -94,7 +94,8 @@ class Student:
     def log_prob(self, rollout: Rollout) -> Tensor:
         """Log-probability of each stochastic transition of a rollout under today's weights, (B, K-1) float64, differentiable.
 
-        Raises ValueError for a one-step student, which has none.
+        For a caller that holds the graph of all of them at once; the trainer goes transition by transition (`log_prob_from`). Raises
+        ValueError for a one-step student, which has none.
         """
         if self.steps == 1:
             raise ValueError("a one-step student is deterministic: it has no transition, hence no log-probability")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fewstep import checkpoint, importance, losses
 from fewstep.alarms import FROM_BEFORE, Watch
 from fewstep.config import Config
+from fewstep.cost import in_passes
 from fewstep.denoiser import Cond, Denoiser, widened
 from fewstep.errors import RewardError
 from fewstep.metrics import MetricsLog, health, known, ratios_of, rms, spread_of
@@ -173,7 +174,7 @@ class Trainer:
         self.running: dict[str, float] = {}
         self.denoisers = [denoiser for denoiser in self.counted.values() if isinstance(denoiser, Denoiser)]
         for denoiser in self.denoisers:
-            denoiser.largest = config.memory.micro_groups * config.group_size
+            denoiser.micro_batch = config.memory.micro_groups * config.group_size
 
     # -- one update ------------------------------------------------------------------------------------------------
 
@@ -365,7 +366,7 @@ class Trainer:
             advantage = {name: advantages(signal.score.detach(), group) for name, signal in signals.items()}
             return modulate(anchor, advantage, values), None, logs
         pulls = {
-            name: pull(anchor, signal.direction, values[name], group, valid[name], mode=own.mode, opposing=not own.project)
+            name: pull(anchor, signal.direction, values[name], group, valid[name], mode=own.mode, projected=own.project)
             for name, signal in signals.items()
         }
         force = {name: rms(part) for name, part in pulls.items()}
@@ -578,7 +579,7 @@ class Trainer:
         if self.block.served == self.config.reuse.evaluation:
             logs |= self.finish_block()
         self.update += 1
-        logs |= {f"evaluations/{name}": float(forwards + 2 * backwards) for name, (forwards, backwards) in self.passes().items()}
+        logs |= {f"evaluations/{name}": float(in_passes(*counts)) for name, counts in self.passes().items()}
         logs = known(logs)
         for alarm in self.alarms.observe(logs):
             warnings.warn(f"update {self.update}: {alarm}", stacklevel=2)

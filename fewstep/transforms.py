@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-CLIP = 5.0  # of an advantage where it multiplies R_dm's direction: one outlier of a large group is not to outweigh all others
+LARGEST_ADVANTAGE = 5.0  # of an advantage where it multiplies R_dm's direction: one outlier of a large group is not to outweigh all others
 
 
 def group_mean(value: Tensor, group: Tensor, *, leave_one_out: bool = False) -> Tensor:
@@ -119,7 +119,7 @@ def weigh(
         raise KeyError(f"no weight for {', '.join(missing)}; weights are given for {', '.join(weights) or 'none'}")
     total = anchor
     for name, direction in directions.items():
-        total = total + weights[name] * unit(direction, group, (valid or {}).get(name))
+        total = total + pull(anchor, direction, weights[name], group, (valid or {}).get(name))
     return total
 
 
@@ -144,18 +144,18 @@ def pull(
     valid: Tensor | None = None,
     *,
     mode: Literal["fixed", "adaptive", "sum"] = "fixed",
-    opposing: bool = True,
+    projected: bool = False,
 ) -> Tensor:
     """What one reward adds to the anchor, by `weights.mode`: its term of eq. (6), or in mode `sum` its weighted raw gradient.
 
-    anchor, direction (B, C, H, W); group (B,); valid (B,): rows that the reward could score, the others are not pulled. opposing False
-    drops what opposes the anchor, sample by sample, from the direction at RMS 1: what little is left of one that opposes is not blown
-    up to full size.
+    anchor, direction (B, C, H, W); group (B,); valid (B,): rows that the reward could score, the others are not pulled. projected:
+    without what opposes the anchor, sample by sample, taken from the direction at RMS 1: what little is left of one that opposes is not
+    blown up to full size.
     """
     if mode == "sum":
         return weight * masked(direction, valid)
     one = unit(direction, group, valid)
-    return weight * (one if opposing else project(anchor, one))
+    return weight * (project(anchor, one) if projected else one)
 
 
 def modulate(anchor: Tensor, advantage: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
@@ -166,6 +166,8 @@ def modulate(anchor: Tensor, advantage: dict[str, Tensor], weights: dict[str, fl
     """
     if not advantage:
         return anchor
-    pushes = [weights[name] * masked(value.clamp(-CLIP, CLIP), ~value.isnan()) for name, value in advantage.items()]
+    pushes = [
+        weights[name] * masked(value.clamp(-LARGEST_ADVANTAGE, LARGEST_ADVANTAGE), ~value.isnan()) for name, value in advantage.items()
+    ]
     factor = (1 + torch.stack(pushes).sum(0)).clamp(min=0)
     return factor.to(anchor).view(-1, *[1] * (anchor.ndim - 1)) * anchor

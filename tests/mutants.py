@@ -390,8 +390,6 @@ HARMLESS: dict[tuple[str, str], str] = {
         )
     },
     ("student", "dimensions = x0[ -1].numel()"): "every row has as many elements",
-    ("student", "return bcast(self.schedule.alpha(t), noise) * x0 + bcast(self.schedule.sigma(t), x0) * noise"): SAME_SIZE,
-    ("student", "return bcast(self.schedule.alpha(t), x0) * x0 + bcast(self.schedule.sigma(t), noise) * noise"): SAME_SIZE,
     ("student", "t = self.t(k + 1, len(noise), x0.device)"): SAME_SIZE,
     ("student", "t = self.t(k + 1, len(x0), noise.device)"): SAME_SIZE,
     ("transforms", "count = torch.zeros_like(largest).index_add_( -1, index, rows).clamp(min=1)"): ONE_DIMENSION,
@@ -407,14 +405,6 @@ HARMLESS: dict[tuple[str, str], str] = {
     ("transforms", "count.clamp_(min= 2)"): "a group with one valid score gives 0 whatever it is divided by",
     ("transforms", "groups = int(index.max()) + 2"): "one group more, empty and never read",
     ("transforms", "rows = torch.ones_like(flat[:, -1]) if valid is None else valid.to(flat)"): "every column is as long",
-    **{
-        ("levels", f"place, peers = rank_in_group({key}, shuffle=True)  # among those with the same stratum"):
-            "another key that no two pairs of size and rank share"
-        for key in (
-            "size * (len(group) - 1) + rank", "size * (len(group) + 0) + rank", "size * (len(group) + 2) + rank",
-            "size * (len(group) + 1) - rank", "size / (len(group) + 1) + rank",
-        )
-    },
     ("levels", "start = torch.cumsum(count, -1) - count"): ONE_DIMENSION,
     ("levels", "\"uniform\": Density( lambda u: u,lambda t: t, torch.ones_like),"): "both are the identity",
     ("rewards.distribution", "grid = torch.linspace(*t_range, 4096, dtype=torch.float64)"): "the integral's error is 1e-7 either way",
@@ -422,8 +412,6 @@ HARMLESS: dict[tuple[str, str], str] = {
     ("rewards.distribution", "noise = torch.randn_like(old.x0)"): SAME_SIZE,
     ("rewards.distribution", "t = self.noise_levels(torch.ones_like(new.group), \"stratified\")"): "one group under another name",
     ("rewards.distribution", "t = self.noise_levels(torch.zeros_like(old.group), \"stratified\")"): SAME_SIZE,
-    ("rewards.distribution", "return bcast(self.schedule.alpha(t), noise) * x0 + bcast(self.schedule.sigma(t), x0) * noise"): SAME_SIZE,
-    ("rewards.distribution", "return bcast(self.schedule.alpha(t), x0) * x0 + bcast(self.schedule.sigma(t), noise) * noise"): SAME_SIZE,
     ("rewards.distribution", "return scale_direction(difference, magnitude, torch.ones_like(group), leave_one_out=self.leave_one_out)"):
         "one group under another name",
     ("rewards.distribution", "t = self.noise_levels(torch.ones_like(sample.group), \"stratified\")[torch.randperm(len(sample.group))]"):

@@ -20,7 +20,7 @@ TABLE = {
     "ranks": "errors launch",
     "importance": "schedule",
     "losses": "schedule",
-    "denoiser": "ranks schedule",
+    "denoiser": "cost ranks schedule",
     "student": "denoiser schedule types",
     "config": "rewards.address weights",
     "metrics": "disk transforms types",
@@ -31,7 +31,7 @@ TABLE = {
     "rewards.pixels": "",
     "rewards.heldout": "rewards.base types",
     "rewards.distribution": "denoiser levels losses schedule transforms types",
-    "rewards.discriminator": "denoiser levels schedule types",
+    "rewards.discriminator": "denoiser levels types",
     "rewards.clip": "rewards.base rewards.files rewards.pixels types",
     "rewards.aesthetic": "rewards.base rewards.clip rewards.files rewards.pixels types",
     "rewards.hps": "rewards.clip rewards.pixels",
@@ -41,7 +41,7 @@ TABLE = {
     "rewards.serve": "device rewards rewards.sources",
     "models": "config denoiser disk hub schedule",
     "world": "checkpoint evaluate rewards.clip",
-    "trainer": "alarms checkpoint config denoiser errors importance losses metrics prompts ranks "
+    "trainer": "alarms checkpoint config cost denoiser errors importance losses metrics prompts ranks "
     "rewards.base rewards.heldout student transforms types weights",
     "evaluate": "denoiser disk hub models prompts types "
     "rewards.base rewards.clip rewards.distribution rewards.files rewards.remote rewards.sources",

@@ -133,26 +133,26 @@ def test_each_mode_pulls_by_its_own_rule():
     anchor, direction = random(1), random(2)
     unit = direction / plain_rms(direction).view(-1, 1, 1, 1)
     wanted = {
-        ("fixed", True): 0.3 * unit,  # its term of eq. (6)
-        ("adaptive", True): 0.3 * unit,
-        ("sum", True): 0.3 * direction,  # in the reward's units
-        ("fixed", False): 0.3 * project(anchor, unit),
+        ("fixed", False): 0.3 * unit,  # its term of eq. (6)
+        ("adaptive", False): 0.3 * unit,
+        ("sum", False): 0.3 * direction,  # in the reward's units
+        ("fixed", True): 0.3 * project(anchor, unit),
     }
-    for (mode, opposing), expected in wanted.items():
-        out = pull(anchor, direction, 0.3, GROUP, mode=mode, opposing=opposing)
+    for (mode, projected), expected in wanted.items():
+        out = pull(anchor, direction, 0.3, GROUP, mode=mode, projected=projected)
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
         whole = weigh(anchor, {"a": direction}, {"a": 0.3}, GROUP)
-        assert torch.allclose(anchor + out, whole) == (mode != "sum" and opposing)
-    assert torch.equal(pull(anchor, direction, 0.3, GROUP), pull(anchor, direction, 0.3, GROUP, mode="fixed", opposing=True))
+        assert torch.allclose(anchor + out, whole) == (mode != "sum" and not projected)
+    assert torch.equal(pull(anchor, direction, 0.3, GROUP), pull(anchor, direction, 0.3, GROUP, mode="fixed", projected=False))
 
 
-@pytest.mark.parametrize("mode, opposing", [("fixed", True), ("fixed", False), ("sum", True)])
-def test_a_sample_without_a_score_is_not_pulled_and_weakens_no_other(mode, opposing):
+@pytest.mark.parametrize("mode, projected", [("fixed", False), ("fixed", True), ("sum", False)])
+def test_a_sample_without_a_score_is_not_pulled_and_weakens_no_other(mode, projected):
     anchor, direction = random(1), random(2)
     valid = torch.tensor([True, False, True, True, True, True])
     poisoned = torch.where(valid.view(-1, 1, 1, 1), direction, torch.full_like(direction, float("nan")))
-    out = pull(anchor, poisoned, 0.3, GROUP, valid, mode=mode, opposing=opposing)
-    alone = pull(anchor[valid], direction[valid], 0.3, GROUP[valid], mode=mode, opposing=opposing)
+    out = pull(anchor, poisoned, 0.3, GROUP, valid, mode=mode, projected=projected)
+    alone = pull(anchor[valid], direction[valid], 0.3, GROUP[valid], mode=mode, projected=projected)
     assert torch.equal(out[1], torch.zeros_like(out[1]))
     torch.testing.assert_close(out[valid], alone, rtol=1e-12, atol=1e-12)
 

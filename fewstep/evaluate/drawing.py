@@ -16,9 +16,10 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
+from fewstep.evaluate import TEACHER_STEPS
+
 Noise = Literal["picture", "batch"]  # what has a generator of its own
 SOLVERS = {"DDIM": "DDIMScheduler", "DPM-Solver++": "DPMSolverMultistepScheduler", "UniPC": "UniPCMultistepScheduler"}
-TEACHER_STEPS = 28
 BATCH = 16  # pictures drawn at a time; where noise is a batch's, it decides with the seed which picture gets which noise
 NO_ONE_STEP = "its scheduler has no time for a single one (shift_terminal)"
 GRID_BATCH = 4  # of a run's own grids, which are drawn beside all that the training holds

@@ -107,7 +107,7 @@ def hold(matching: DistributionMatching, sample: Sample) -> Held:
     """A batch at noise levels that cover the range evenly, seen by the teacher."""
     t = matching.noise_levels(torch.zeros_like(sample.group), "stratified")
     t, noise = t[torch.randperm(len(t), device=t.device)], torch.randn_like(sample.x0)
-    xt = matching.renoise(sample.x0, t, noise)
+    xt = matching.schedule.noised(sample.x0, t, noise)
     return Held(sample, t, noise, xt, matching.teacher(xt, t, sample.cond))
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fewstep.denoiser import Denoiser, repeat, widened
 from fewstep.levels import noise_levels
-from fewstep.schedule import bcast
 from fewstep.types import Sample, Signal
 
 
@@ -55,8 +54,7 @@ class Discriminator:
 
     def features(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the frozen backbone's middle makes of x0 (B, C, H, W) renoised to t (B,), without a prompt; (B, F, h, w)."""
-        schedule = self.backbone.schedule
-        xt = bcast(schedule.alpha(t), x0) * x0 + bcast(schedule.sigma(t), x0) * noise
+        xt = self.backbone.schedule.noised(x0, t, noise)
         return widened(self.backbone.features(xt, t, repeat(self.backbone.uncond, len(x0))))
 
     def draw_for_call(self, sample: Sample) -> dict[str, Tensor]:

@@ -120,9 +120,6 @@ class DistributionMatching:
         """Times (B,) float64 in this object's range, of its density."""
         return noise_levels(group, self.t_range, levels, self.density)
 
-    def renoise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        return bcast(self.schedule.alpha(t), x0) * x0 + bcast(self.schedule.sigma(t), x0) * noise
-
     def fake_cond(self, cond: Any, k: Tensor | None) -> Any:
         if not self.step_condition:
             return cond
@@ -152,7 +149,7 @@ class DistributionMatching:
             raise ValueError(f"R_dm needs some noise at every level, and t = {t.min().item():g} has none")
         t = self.noise_levels(group, self.levels) if t is None else t
         noise = torch.randn_like(x0) if noise is None else noise
-        xt = self.renoise(x0, t, noise)
+        xt = self.schedule.noised(x0, t, noise)
         scale = cond["guidance"] if self.guidance is None else self.guidance
         if self.guidance == 1.0:
             conditional = guided = self.teacher(xt, t, cond)
@@ -198,8 +195,7 @@ class DistributionMatching:
         """Score and direction of each sample, the mean over its `draws`; xt and t only where one draw says where that was."""
         n = self.draws
         if n == 1:
-            result = self.evaluate(sample.x0, sample.cond, sample.group, k=sample.k)
-            return Signal(result.score, result.direction, result.xt, result.t, result.magnitude, result.moments)
+            return Signal(**self.evaluate(sample.x0, sample.cond, sample.group, k=sample.k)._asdict())
         # draw by draw, so that the strata of a group, counted in this order, spread each sample's draws over the range
         cond = {key: torch.cat([value] * n) for key, value in sample.cond.items()}
         k = None if sample.k is None else torch.cat([sample.k] * n)
@@ -218,7 +214,7 @@ class DistributionMatching:
         if t is None or noise is None:
             drawn = self.draw(sample)
             t, noise = drawn["t"] if t is None else t, drawn["noise"] if noise is None else noise
-        prediction, kind = self.fake_prediction(self.renoise(x0, t, noise), t, sample)
+        prediction, kind = self.fake_prediction(self.schedule.noised(x0, t, noise), t, sample)
         return denoising(prediction, target(x0, noise, self.schedule.alpha(t), self.schedule.sigma(t), kind))
 
     @torch.no_grad()
@@ -247,7 +243,7 @@ class DistributionMatching:
         noise = torch.randn_like(new.x0)
         losses, gaps = [], []
         for sample in (new, old):
-            xt = self.renoise(sample.x0, t, noise)
+            xt = self.schedule.noised(sample.x0, t, noise)
             loss, score = self.known(sample, xt, t, noise, teacher=self.teacher(xt, t, sample.cond) if kl else None)
             losses.append(loss)
             gaps.append(score)

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fewstep.evaluate import TEACHER_STEPS as TEACHER_STEPS
+
 ASSETS = Path(__file__).parent / "assets"
 TEACHER = ASSETS / "teacher"
 SAMPLES = ASSETS / "samples"  # what evaluation sees of the teacher's own pictures
 IMAGES_PER_PROMPT = 8  # of an evaluation, unless told otherwise
-TEACHER_STEPS = 28
 TEACHER_GUIDANCE = 3.0
 VARIANTS = 8  # jittered copies of each picture in the reference features; the first is the picture itself
 TWINS = {"clip": ASSETS / "clip-heldout", "preference": Path(__file__).parent / "utility.py"}  # what each reward's `held_out` judge is
