@@ -324,7 +324,7 @@ def make_terms(config: Config, roles: Any, functions: dict[str, Any], real: Real
             terms[name] = Term(
                 Discriminator(roles.teacher, head, *real.latents, t_range=config.matching.t_range),
                 dict(head.named_parameters()), lr=config.discriminator.lr, decay=own.decay,
-                betas=own.betas, updates=own.updates, max_norm=own.max_norm,
+                betas=own.betas, updates=own.updates, on=own.on, max_norm=own.max_norm,
             )  # fmt: skip
         else:
             try:
@@ -458,7 +458,7 @@ def build(
     matching = DistributionMatching(roles.teacher, roles.fake, schedule, **inside, step_condition=conditioned)
     fake = config.fake
     term = Term(
-        matching, roles.fake_parameters, lr=fake.lr, decay=fake.decay, betas=fake.betas, updates=fake.updates,
+        matching, roles.fake_parameters, lr=fake.lr, decay=fake.decay, betas=fake.betas, updates=fake.updates, on=fake.on,
         max_norm=fake.max_norm, anchor=True,
     )  # fmt: skip
     own = config.weights

@@ -60,18 +60,18 @@ class FakeConfig:
     lr: float = 3e-4
     """Learning rate of the fake (AdamW)."""
     decay: float = 1.0
-    """Share of the run, at its end, over which the fake's learning rate falls linearly to zero (0: constant). Falling with the
-    student's, it lets the fake average over more of the student's outputs as they move less."""
+    """Share of the run, at its end, over which the learning rate of the fake, and of a discriminator, falls linearly to zero (0:
+    constant). Falling with the student's, it lets the fake average over more of the student's outputs as they move less."""
     betas: tuple[float, float] = (0.9, 0.99)
-    """Adam betas of the fake."""
+    """Adam betas of the fake, and of a discriminator."""
     updates: int = 4
-    """Fake updates per student update (two time-scale rule)."""
+    """Updates of the fake, and of a discriminator, per student update (two time-scale rule)."""
     on: Literal["all", "last"] = "all"
-    """Whether the fake learns the student's predictions at all K steps or only the finished samples."""
+    """Whether the fake, and a discriminator, learns the student's predictions at all K steps or only the finished samples."""
     condition: Literal["step", "none"] = "step"
     """Whether the fake is told which of the student's steps made a sample."""
     max_norm: float = 1.0
-    """Gradient norm above which the fake's gradient is scaled down."""
+    """Gradient norm above which the gradient of the fake, or of a discriminator, is scaled down."""
 
 
 @dataclass
@@ -158,7 +158,7 @@ class ReuseConfig:
 @dataclass
 class DiscriminatorConfig:
     lr: float = 1e-4
-    """Learning rate of the discriminator's head (AdamW)."""
+    """Learning rate of the discriminator's head (AdamW); all else of its training is as the fake's (`fake.*`)."""
     latents: str | None = None
     """Of real pictures: a folder of them, or a data set on the hub (owner/name[@revision][:split]), which the teacher's autoencoder encodes
     once for every size; or a safetensors file with `latents` (N, C, H, W). The world brings its own."""
@@ -237,7 +237,7 @@ class Config:
     student: StudentConfig = field(default_factory=StudentConfig)
     """The student's optimizer."""
     fake: FakeConfig = field(default_factory=FakeConfig)
-    """The fake and its optimizer."""
+    """The fake and its optimizer; all but lr and condition are a discriminator's too."""
     matching: MatchingConfig = field(default_factory=MatchingConfig)
     """R_dm, distribution matching as a reward."""
     reward: dict[str, float] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -147,7 +147,7 @@ class Trainer:
             for name, term in terms.items()
             if term.parameters is not None
         }
-        self.update, self.rollouts = 0, 0
+        self.update, self.rollouts = 0, 0  # rollouts that the student was trained on, the present one among them
         self.anchors = [name for name, term in terms.items() if term.anchor]
         if len(self.anchors) > 1:
             raise ValueError(f"one anchor at most, got {', '.join(self.anchors)}")
@@ -196,13 +196,17 @@ class Trainer:
             for denoiser in self.denoisers:
                 denoiser.ranks = None
 
-    def new_rollout(self, until: int | None = None) -> Rollout:
-        """A rollout of the next prompts from fresh noise, up to state `until` or the last. Raises FloatingPointError where the student
-        predicts what is not finite, before any reward sees it."""
+    def size_of(self, number: int) -> int:
+        """Which of `latent_shapes` the rollout of this number has, counted from 0: they take the sizes in turn."""
+        return number % len(self.latent_shapes)
+
+    def new_rollout(self, until: int | None = None, *, number: int | None = None) -> Rollout:
+        """A rollout of the next prompts from fresh noise, up to state `until` or the last; of the size that comes next, or of that of the
+        rollout of this number. Raises FloatingPointError where the student predicts what is not finite, before any reward sees it."""
         prompts, group = self.batches.next()
         cond = self.conditions(prompts, self.draw_guidance(group))
-        shape = self.latent_shapes[self.rollouts % len(self.latent_shapes)]
-        noise = torch.randn(len(prompts), *shape, device=self.device)
+        place = self.size_of(self.rollouts if number is None else number)
+        noise = torch.randn(len(prompts), *self.latent_shapes[place], device=self.device)
         with self.precision(), self.sharing():
             rollout = self.student.rollout(noise, cond, group=group.to(self.device), prompts=prompts, until=until)
         finite_or_stop(rollout.x0, "the student's prediction", self.update)  # its states are made of it
@@ -267,7 +271,7 @@ class Trainer:
         rollout's evaluations: up to K see each state once."""
         if self.config.reuse.backward_simulation:
             return last_step(rollout)
-        turn = -(-self.rollouts // len(self.latent_shapes))  # of its size, each of which goes through every step
+        turn = math.ceil(self.rollouts / len(self.latent_shapes))  # among those of its size, so that each size goes through every step
         return (rollout.group + self.used + turn) % self.student.steps
 
     def ask_anchor(self, sample: Sample, lag: float | None) -> tuple[Tensor, Signal, dict[str, float]]:
@@ -501,16 +505,17 @@ class Trainer:
         return logs
 
     def online_updates(self, rollout: Rollout, times: int) -> dict[str, float]:
-        """Each online reward learns the student's predictions, `updates` times for each of `times`, with fresh noise every time."""
+        """Each online reward learns the student's predictions, `updates` times for each of `times`, with fresh noise every time. Of
+        backward simulation each time has a size of its own, in turn."""
         logs = {}
         for name, optimizer in self.online.items():
             term = self.terms[name]
-            for _ in range(term.updates * times):
-                if self.config.reuse.backward_simulation:
-                    rollout = self.simulate(last=self.config.fake.on == "last")
+            for turn in range(term.updates * times):
+                if self.config.reuse.backward_simulation:  # the size that the student was just trained at, then the others
+                    rollout = self.simulate(last=term.on == "last", number=self.rollouts - 1 + turn)
                     sample = self.sample_of(rollout, last_step(rollout))
                 else:
-                    sample = self.sample_of(rollout, self.online_step(rollout))
+                    sample = self.sample_of(rollout, self.online_step(rollout, term.on))
                 optimizer.zero_grad(set_to_none=True)
                 loss = self.online_loss(term.reward, sample)
                 self.ranks.all_reduce([loss, *(parameter.grad for parameter in term.parameters.values())])
@@ -539,14 +544,16 @@ class Trainer:
                 total += loss.detach()
         return total
 
-    def simulate(self, *, last: bool = False) -> Rollout:
-        """Fresh prompts simulated up to one state, drawn anew (DMD2's backward simulation), or up to the last one."""
+    def simulate(self, *, last: bool = False, number: int | None = None) -> Rollout:
+        """Fresh prompts simulated up to one state, drawn anew (DMD2's backward simulation), or up to the last one; of the size that comes
+        next, or of that of the rollout of this number."""
         steps = self.student.steps
-        return self.new_rollout(until=steps - 1 if last else int(torch.randint(steps, (1,))))
+        return self.new_rollout(steps - 1 if last else int(torch.randint(steps, (1,))), number=number)
 
-    def online_step(self, rollout: Rollout) -> Tensor:
-        """A step for each sample, (B,): every step equally often up to rounding, which sample gets which drawn anew."""
-        if self.config.fake.on == "last":
+    def online_step(self, rollout: Rollout, on: Literal["all", "last"]) -> Tensor:
+        """The step at which an online reward learns each sample, (B,): the last, or every step equally often up to rounding, which sample
+        gets which drawn anew."""
+        if on == "last":
             return last_step(rollout)
         return (torch.randperm(len(rollout.group)) % self.student.steps).to(self.device)
 
@@ -557,7 +564,7 @@ class Trainer:
             reward = self.terms[name].reward
             if not hasattr(reward, "lag"):
                 continue
-            k, wanted = self.online_step(new), isinstance(self.weights, Adaptive) and name in self.anchors
+            k, wanted = self.online_step(new, self.terms[name].on), isinstance(self.weights, Adaptive) and name in self.anchors
             with self.precision(), self.sharing():
                 found = reward.lag(self.sample_of(new, k), self.sample_of(old, k), kl=wanted)
             logs[f"{name}/lag"] = found.loss
@@ -619,10 +626,9 @@ class Trainer:
 
     def roll_out(self) -> tuple[dict[str, float], float | None]:
         """Puts a new rollout in the place of the last and scores its samples for the policies; (logs, the anchor's lag or None)."""
-        sizes = len(self.latent_shapes)
         if self.rollout is not None:
-            self.earlier[(self.rollouts - 1) % sizes] = self.rollout
-        old = self.earlier.pop(self.rollouts % sizes, None)  # outputs of another size are harder or easier to denoise
+            self.earlier[self.size_of(self.rollouts - 1)] = self.rollout
+        old = self.earlier.pop(self.size_of(self.rollouts), None)  # outputs of another size are harder or easier to denoise
         self.rollout, self.used, self.advantages, self.old_log_prob = self.new_rollout(), 0, {}, None
         self.rollouts += 1
         logs, lag = ({}, None) if old is None else self.lags(self.rollout, old)

@@ -112,6 +112,7 @@ class Term:
     decay: float = 0.0  # share of the run, at its end, over which lr falls to zero
     betas: tuple[float, float] = (0.9, 0.99)
     updates: int = 1  # per student update
+    on: Literal["all", "last"] = "all"  # which of the student's predictions it learns: those of all steps, or the finished samples
     max_norm: float = 1.0
     anchor: bool = False
     via: Literal["pathwise", "policy"] = "pathwise"

@@ -74,13 +74,14 @@ def trainer_of(options, ranks=None, judges=None):
         normalize=config.matching.normalize, gamma=config.matching.gamma, draws=config.matching.draws, step_condition=True,
         score_weight="matching",
     )  # fmt: skip
-    terms = {"dm": Term(matching, dict(fake.named_parameters()), lr=config.fake.lr, updates=config.fake.updates, anchor=True)}
+    own = config.fake
+    terms = {"dm": Term(matching, dict(fake.named_parameters()), lr=own.lr, updates=own.updates, on=own.on, anchor=True)}
     functions = {"redness": redness, "contrast": contrast}
     for name in config.reward:
         if name == "discriminator":
             head = nn.Sequential(nn.Flatten(), nn.Linear(8 * 16, 1), nn.Flatten(0))
             lookalike = Discriminator(teacher, head, torch.randn(20, 3, 4, 4))
-            terms[name] = Term(lookalike, dict(head.named_parameters()), lr=1e-2)
+            terms[name] = Term(lookalike, dict(head.named_parameters()), lr=1e-2, on=own.on)
         else:
             terms[name] = Term(as_reward(functions[name], name), via=config.via.get(name, "pathwise"))
     adaptive = config.weights.mode == "adaptive"

@@ -140,7 +140,7 @@ def test_an_online_reward_needs_no_draw_to_learn_in_parts(teacher_folder, prompt
     """One with module and loss alone (base.OnlineReward) learns from parts what it learns from the whole."""
     loop = run_of(teacher_folder, prompt_file, "--precision", "fp32", "--groups", "3", "--memory.micro-groups", "2").trainer
     rollout = loop.new_rollout()
-    sample = loop.sample_of(rollout, loop.online_step(rollout))
+    sample = loop.sample_of(rollout, loop.online_step(rollout, "all"))
 
     class Learner:
         module = torch.nn.Linear(sample.x0[0].numel(), 1)

@@ -181,11 +181,12 @@ def test_a_fake_and_a_discriminator_learn_as_they_are_told(teacher_folder, promp
     """A discriminator has a rate of its own, and all else from the fake and the matching."""
     save_file({"latents": torch.randn(5, 4, 4, 4)}, tmp_path / "real.safetensors")
     told = ("--fake.lr", "7e-4", "--fake.betas", "[0.5,0.8]", "--fake.decay", "0.25", "--fake.updates", "3", "--fake.max-norm", "0.5")
+    told += ("--fake.on", "last", "--fake.condition", "none")
     told += ("--reward.discriminator", "0.1", "--discriminator.latents", str(tmp_path / "real.safetensors"), "--discriminator.lr", "3e-4")
     terms = run_of(teacher_folder, prompt_file, *told, "--matching.t-range", "[0.3,0.6]").trainer.terms
     assert {name: term.lr for name, term in terms.items()} == {"dm": 7e-4, "discriminator": 3e-4}
     for term in terms.values():
-        assert (term.betas, term.decay, term.updates, term.max_norm) == ((0.5, 0.8), 0.25, 3, 0.5)
+        assert (term.betas, term.decay, term.updates, term.max_norm, term.on) == ((0.5, 0.8), 0.25, 3, 0.5, "last")
         assert term.reward.t_range == (0.3, 0.6)
 
 
@@ -654,7 +655,7 @@ def test_evaluations_rotate_over_rollouts_and_the_fake_learns_every_step(teacher
     for trainer.rollouts in range(4):
         at.append(trainer.evaluate(rollout, None)[0].k)
     assert torch.equal(torch.stack(at).sort(0).values, torch.arange(4)[:, None].expand(4, 4))
-    steps = [trainer.online_step(rollout) for _ in range(20)]
+    steps = [trainer.online_step(rollout, "all") for _ in range(20)]
     assert all(sorted(k.tolist()) == [0, 1, 2, 3] for k in steps)
     assert len({tuple(k.tolist()) for k in steps}) > 5  # which sample gets which is drawn anew
 
@@ -977,6 +978,20 @@ def test_a_backward_simulation_ends_at_every_state():
     ends = [len(trainer.simulate().states) for _ in range(60)]
     assert all(ends.count(states) >= 10 for states in (1, 2, 3)) and len(ends) == 60
     assert {len(trainer.simulate(last=True).states) for _ in range(5)} == {3}
+
+
+@pytest.mark.parametrize("sizes, updates", [(2, 1), (2, 2), (3, 2)])
+def test_each_network_that_learns_along_sees_the_size_that_the_student_was_just_trained_at(sizes, updates):
+    """Of backward simulation, whatever the number of its rollouts in an update has in common with that of the sizes."""
+    trainer = small_run.trainer_of(("--reuse.backward-simulation", "--reuse.rollout", "1", "--reward.discriminator", "0.1"))
+    trainer.latent_shapes = [(3, 4, 4)] * sizes  # a discriminator's head has one size: they are told apart by their place
+    trainer.terms["dm"].updates = trainer.terms["discriminator"].updates = updates
+    seen, place = [], trainer.size_of
+    trainer.size_of = lambda number: seen.append(place(number)) or seen[-1]
+    for update in range(4):
+        seen.clear()
+        trainer.step()
+        assert seen == [update % sizes, *[(update + turn) % sizes for turn in range(updates)] * 2]
 
 
 def test_every_simulation_is_new_to_the_judges():
