@@ -146,7 +146,7 @@ class Ours:
         from fewstep.flags import parse_config
 
         self.config.reuse = self.trainer.config.reuse = parse_config(REUSE[reuse]).reuse
-        self.trainer.used = self.config.reuse.rollout  # the last rollout has served
+        self.trainer.fed = self.config.reuse.rollout  # the last rollout has served
 
     def cycle(self, meter: Meter) -> tuple[int, int]:
         """A rollout and all the updates it feeds; returns (student updates, fake updates)."""

@@ -450,12 +450,13 @@ def build(
         raise UserError(f"teacher: {error}") from error
     except ImportError as error:
         raise UserError(str(error)) from error
-    inside = dataclasses.asdict(config.matching) | {"guidance": guidance if config.matching.guidance_range is None else None}
-    del inside["negative_prompt"]  # the teacher has it
+    told = {key: value for key, value in dataclasses.asdict(config.matching).items() if key != "negative_prompt"}  # the teacher has it
     if backbone.embedded_guidance is not None:
-        inside["guidance"] = 1.0
+        told["guidance"] = 1.0  # the network itself is told its scale (FLUX.1)
+    elif config.matching.guidance_range is not None:
+        told["guidance"] = None  # each sample's own
     schedule = backbone.schedule()
-    matching = DistributionMatching(roles.teacher, roles.fake, schedule, **inside, step_condition=conditioned)
+    matching = DistributionMatching(roles.teacher, roles.fake, schedule, **told, step_condition=conditioned)
     fake = config.fake
     term = Term(
         matching, roles.fake_parameters, lr=fake.lr, decay=fake.decay, betas=fake.betas, updates=fake.updates, on=fake.on,

@@ -33,6 +33,7 @@ from fewstep.types import Rollout, Sample, Signal, Term
 from fewstep.weights import Adaptive, Fixed
 
 Parameters = dict[str, nn.Parameter]
+SAVED_AS = {"served_anchor": "used"}  # a field of a block -> its key in a checkpoint, where it has another
 NEVER_REUSED = 20  # evaluations refused a second use, and not one allowed, after which a run says so
 
 
@@ -47,7 +48,7 @@ class Block:
     extra: Tensor | None  # (B, C, H, W), the other rewards' part: it belongs to x0, not to xt, and is reused unweighted
     xt: Tensor | None  # (B, C, H, W), where R_dm was evaluated; without it there is nothing to weigh
     t: Tensor | None  # (B,)
-    used: int = 0  # updates that R_dm's part has served
+    served_anchor: int = 0  # updates that R_dm's part has served
     served: int = 0  # updates that the other rewards' part has
 
 
@@ -148,9 +149,10 @@ class Trainer:
             if term.parameters is not None
         }
         self.update, self.rollouts = 0, 0  # rollouts that the student was trained on, the present one among them
-        self.anchors = [name for name, term in terms.items() if term.anchor]
-        if len(self.anchors) > 1:
-            raise ValueError(f"one anchor at most, got {', '.join(self.anchors)}")
+        anchors = [name for name, term in terms.items() if term.anchor]
+        if len(anchors) != 1:
+            raise ValueError(f"exactly one term is the anchor, got {', '.join(anchors) or 'none'}")
+        (self.anchor,) = anchors
         self.weights = weights or Fixed({})
         unweighted = [name for name, term in terms.items() if not term.anchor and name not in self.weights.now()]
         if unweighted:
@@ -159,7 +161,7 @@ class Trainer:
         self.news = news or {}
         self.rollout: Rollout | None = None
         self.earlier: dict[int, Rollout] = {}  # the last of each other size, by its place in `latent_shapes`
-        self.used = 0  # evaluations the current rollout has fed
+        self.fed = 0  # evaluations that have been made of the current rollout
         self.block: Block | None = None
         self.advantages: dict[str, Tensor] = {}  # (B,) of the current rollout, by reward, for policy gradients
         self.old_log_prob: Tensor | None = None  # (B, K-1) of the current rollout, once a policy gradient has been taken of it
@@ -170,7 +172,7 @@ class Trainer:
         policies = dict.fromkeys((name for name, term in terms.items() if term.via == "policy"), "policy")
         if policies and student.steps == 1:
             raise ValueError(f"a one-step student is deterministic: no policy gradient for the term {', '.join(policies)}; use pathwise")
-        self.alarms = Watch(dict.fromkeys(self.anchors, "anchor") | policies)
+        self.alarms = Watch({self.anchor: "anchor"} | policies)
         self.running: dict[str, float] = {}
         self.denoisers = [denoiser for denoiser in self.counted.values() if isinstance(denoiser, Denoiser)]
         for denoiser in self.denoisers:
@@ -250,12 +252,18 @@ class Trainer:
         with self.precision(), torch.set_grad_enabled(grad):
             return widened(self.student.predict(xk, k, rollout.cond))
 
+    def student_x0(self, rollout: Rollout, xk: Tensor, k: Tensor, *, fresh: bool) -> Predicted:
+        """The student's x0 where it is evaluated. An update of several parts predicts each of them again, for its graph, so that here a
+        fresh rollout's own numbers serve, which are of the same weights."""
+        if fresh and len(self.parts(len(k))) > 1:
+            return Predicted(widened(at_steps(rollout.x0, k)), None)
+        return self.predict(rollout, xk, k)
+
     def evaluate(self, rollout: Rollout, lag: float | None) -> tuple[Block, Predicted, dict[str, float]]:
         """Ask every reward about the student's predictions; returns what its updates need, the predictions, and the logs."""
         k = self.evaluated_steps(rollout)
-        xk, fresh = at_steps(rollout.states, k), self.used == 0
-        in_parts = fresh and len(self.parts(len(k))) > 1  # the rollout's are of the same weights: their graph is made part by part
-        x0 = Predicted(widened(at_steps(rollout.x0, k)), None) if in_parts else self.predict(rollout, xk, k)
+        xk, fresh = at_steps(rollout.states, k), self.fed == 0
+        x0 = self.student_x0(rollout, xk, k, fresh=fresh)
         others = {name: term.reward for name, term in self.terms.items() if term.via == "pathwise" and not term.anchor}
         # R_dm brings its own gradient; the rewards beside it may need one in x0, but for those that only scale R_dm's direction
         wanted = bool(others) and self.config.weights.mode != "advantage"
@@ -272,36 +280,34 @@ class Trainer:
         if self.config.reuse.backward_simulation:
             return last_step(rollout)
         turn = math.ceil(self.rollouts / len(self.latent_shapes))  # among those of its size, so that each size goes through every step
-        return (rollout.group + self.used + turn) % self.student.steps
+        return (rollout.group + self.fed + turn) % self.student.steps
 
     def ask_anchor(self, sample: Sample, lag: float | None) -> tuple[Tensor, Signal, dict[str, float]]:
         """(R_dm's direction (B, C, H, W), its whole signal, logs); the weights of the other rewards hear its score."""
-        anchor, at, logs = torch.zeros_like(sample.x0), Signal(None, None), {}
-        for name in self.anchors:
-            try:
-                with self.precision(), self.sharing():
-                    at = checked(name, self.terms[name].reward(sample), sample)
-            except FloatingPointError as error:  # it names the network, which knows of no update
-                raise FloatingPointError(f"{error} at update {self.update}; nothing was updated with it") from error
-            if at.direction is None:
-                raise RewardError(f"{name} is the anchor and gave no direction")
-            anchor = at.direction
-            finite_or_stop(anchor, f"the direction of {name}", self.update)
-            logs[f"{name}/direction_rms"] = rms(anchor)
-            if at.magnitude is not None:  # latents that collapse, or a teacher that reproduces them, make the scale of eq. (5) vanish
-                logs[f"{name}/scale_min"] = float(group_mean(at.magnitude, sample.group).min())
-            if at.moments is not None:
-                logs |= {f"{name}/{key}": value for key, value in health(at.moments).items()}
-            if at.score is not None:
-                logs[f"{name}/score"] = float(at.score.mean())
-                logs |= {f"weights/{key}": value for key, value in self.weights.observe(logs[f"{name}/score"], lag).items()}
-        return anchor, at, logs
+        name = self.anchor
+        try:
+            with self.precision(), self.sharing():
+                at = checked(name, self.terms[name].reward(sample), sample)
+        except FloatingPointError as error:  # it names the network, which knows of no update
+            raise FloatingPointError(f"{error} at update {self.update}; nothing was updated with it") from error
+        if at.direction is None:
+            raise RewardError(f"{name} is the anchor and gave no direction")
+        finite_or_stop(at.direction, f"the direction of {name}", self.update)
+        logs = {f"{name}/direction_rms": rms(at.direction)}
+        if at.magnitude is not None:  # latents that collapse, or a teacher that reproduces them, make the scale of eq. (5) vanish
+            logs[f"{name}/scale_min"] = float(group_mean(at.magnitude, sample.group).min())
+        if at.moments is not None:
+            logs |= {f"{name}/{key}": value for key, value in health(at.moments).items()}
+        if at.score is not None:
+            logs[f"{name}/score"] = float(at.score.mean())
+            logs |= {f"weights/{key}": value for key, value in self.weights.observe(logs[f"{name}/score"], lag).items()}
+        return at.direction, at, logs
 
     def ask_anchor_again(self, rollout: Rollout, block: Block, x0: Tensor) -> dict[str, float]:
         """R_dm's part of a block, made anew at the same states where the student is now, x0 (B, C, H, W); the others' part stays."""
         sample = self.sample_of(rollout, block.k, x0)
         block.anchor, at, logs = self.ask_anchor(sample, None)
-        block.x0, block.xt, block.t, block.used = sample.x0, at.xt, at.t, 0
+        block.x0, block.xt, block.t, block.served_anchor = sample.x0, at.xt, at.t, 0
         return logs
 
     def ask_in_parts(self, rewards: dict[str, Reward], sample: Sample) -> dict[str, Signal]:
@@ -376,7 +382,7 @@ class Trainer:
         force = {name: rms(part) for name, part in pulls.items()}
         # an advantage of size 1 pushes as hard as a direction of RMS 1 (policy_updates)
         force |= {name: values[name] * rms(value[torch.isfinite(value)]) for name, value in self.advantages.items()}
-        whole = rms(anchor) + sum(force.values())
+        whole = rms(anchor) + sum(force.values())  # zero where neither pulls, as at first a fake that is still the unguided teacher
         logs |= {f"{name}/share": part / whole if whole else math.nan for name, part in force.items()}
         if not signals:
             return anchor, None, logs
@@ -390,11 +396,8 @@ class Trainer:
         many samples their score, and FloatingPointError for a direction that is not finite."""
         valid, logs = {}, {}
         for name, signal in signals.items():
-            valid[name], logs[f"{name}/masked"] = self.scored(name, signal, len(group))
-            if signal.score is not None:
-                score = signal.score.detach()
-                logs[f"{name}/score"] = float(score[valid[name]].mean())
-                logs |= {f"{name}/{key}": value for key, value in spread_of(score, group).items()}
+            valid[name], of_scores = self.scored(name, signal.score, group)
+            logs |= of_scores
             if self.config.weights.mode == "advantage":
                 if signal.score is None:
                     raise RewardError(f"reward {name!r} gave no score, which weights.mode advantage needs")
@@ -406,13 +409,20 @@ class Trainer:
             logs |= {f"{name}/direction_rms": rms(signal.direction[valid[name]]), f"{name}/cosine": float(cosine.mean())}
         return valid, logs
 
-    def scored(self, name: str, signal: Signal, size: int) -> tuple[Tensor, float]:
-        """(which samples the reward could score (B,), how many it could not). Raises RewardError when too many failed."""
-        valid = torch.ones(size, dtype=torch.bool, device=self.device) if signal.score is None else torch.isfinite(signal.score.detach())
+    def scored(self, name: str, score: Tensor | None, group: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """(which samples a reward could score (B,), logs of its scores (B,)); all of them where it gives none. Raises RewardError when too
+        many failed."""
+        size = len(group)
+        valid = torch.ones(size, dtype=torch.bool, device=self.device) if score is None else torch.isfinite(score.detach())
         masked = size - int(valid.sum())
         if masked > self.config.weights.max_masked * size:
             raise RewardError(f"reward {name!r} could not score {masked} of {size} samples at update {self.update} (weights.max_masked)")
-        return valid, float(masked)
+        logs = {f"{name}/masked": float(masked)}
+        if score is not None:
+            score = score.detach()
+            logs[f"{name}/score"] = float(score[valid].mean())
+            logs |= {f"{name}/{key}": value for key, value in spread_of(score, group).items()}
+        return valid, logs
 
     def student_update(self, rollout: Rollout, block: Block, x0: Predicted, weight: Tensor | None) -> dict[str, float]:
         """One step of the student along a block's direction, from its predictions; weight (B,) of R_dm's part or None."""
@@ -430,22 +440,32 @@ class Trainer:
         if self.advantages:
             policy_loss, logs = self.policy_updates(rollout)
             loss = loss + policy_loss
-        self.ranks.all_reduce([loss, *(parameter.grad for parameter in self.parameters.values())])
-        finite_or_stop(loss, "the student's loss", self.update)
-        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.student.max_norm)
-        finite_or_stop(norm, "the student's gradient norm", self.update)
-        for settings in self.optimizer.param_groups:
-            settings["lr"] = learning_rate(self.config.student.lr, self.progress(), self.config.student.decay)
-        self.optimizer.step()
-        self.optimizer.zero_grad()  # frees them: no two networks' gradients are held at once
-        self.ema.step(list(self.parameters.values()))
-        block.used, block.served = block.used + 1, block.served + 1
+        own, parameters = self.config.student, list(self.parameters.values())
+        lr = learning_rate(own.lr, self.progress(), own.decay)
+        norm = self.descend(self.optimizer, parameters, loss, lr=lr, max_norm=own.max_norm, who="the student")
+        self.ema.step(parameters)
+        block.served_anchor, block.served = block.served_anchor + 1, block.served + 1
         return logs | {
             "loss": float(loss),
             "grad_norm": float(norm),
             "x0_mean": float(x0.whole.mean()),
             "x0_std": float(x0.whole.std()),
         }
+
+    def descend(
+        self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], loss: Tensor, *, lr: float, max_norm: float, who: str
+    ) -> Tensor:
+        """One step of an optimizer on loss and gradients summed over the processes, which become those sums; returns the gradient norm.
+        who: whose they are. Raises FloatingPointError for what is not finite, before anything is updated."""
+        self.ranks.all_reduce([loss, *(parameter.grad for parameter in parameters)])
+        finite_or_stop(loss, f"the loss of {who}", self.update)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        finite_or_stop(norm, f"the gradient norm of {who}", self.update)
+        for settings in optimizer.param_groups:
+            settings["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()  # frees them: no two networks' gradients are held at once
+        return norm
 
     def policy_updates(self, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
         """Adds the gradient of the clipped policy loss of every reward that goes by its score, over the K-1 stochastic transitions;
@@ -498,9 +518,7 @@ class Trainer:
         for name, signal in found.items():
             if signal.score is None:
                 raise RewardError(f"reward {name!r} gave no score, which a policy gradient needs")
-            valid, logs[f"{name}/masked"] = self.scored(name, signal, len(rollout.group))
-            logs[f"{name}/score"] = float(signal.score[valid].mean())
-            logs |= {f"{name}/{key}": value for key, value in spread_of(signal.score, rollout.group).items()}
+            logs |= self.scored(name, signal.score, rollout.group)[1]
             self.advantages[name] = advantages(signal.score, rollout.group)
         return logs
 
@@ -510,6 +528,7 @@ class Trainer:
         logs = {}
         for name, optimizer in self.online.items():
             term = self.terms[name]
+            parameters = list(term.parameters.values())
             for turn in range(term.updates * times):
                 if self.config.reuse.backward_simulation:  # the size that the student was just trained at, then the others
                     rollout = self.simulate(last=term.on == "last", number=self.rollouts - 1 + turn)
@@ -518,14 +537,8 @@ class Trainer:
                     sample = self.sample_of(rollout, self.online_step(rollout, term.on))
                 optimizer.zero_grad(set_to_none=True)
                 loss = self.online_loss(term.reward, sample)
-                self.ranks.all_reduce([loss, *(parameter.grad for parameter in term.parameters.values())])
-                finite_or_stop(loss, f"the loss of {name}'s own network", self.update)
-                for settings in optimizer.param_groups:
-                    settings["lr"] = learning_rate(term.lr, self.progress(), term.decay)
-                norm = torch.nn.utils.clip_grad_norm_(list(term.parameters.values()), term.max_norm)
-                finite_or_stop(norm, f"the gradient norm of {name}'s own network", self.update)
-                optimizer.step()
-                optimizer.zero_grad()
+                lr = learning_rate(term.lr, self.progress(), term.decay)
+                self.descend(optimizer, parameters, loss, lr=lr, max_norm=term.max_norm, who=f"{name}'s own network")
                 logs[f"{name}/own_loss"] = float(loss)
         return logs
 
@@ -558,13 +571,14 @@ class Trainer:
         return (torch.randperm(len(rollout.group)) % self.student.steps).to(self.device)
 
     def lags(self, new: Rollout, old: Rollout) -> tuple[dict[str, float], float | None]:
-        """(how much worse each online reward knows the newest outputs than those it was trained on; the anchor's in its score's unit)."""
+        """(logs: how much worse each online reward knows the newest outputs than those it was trained on; the anchor's lag in the unit of
+        its score, None where nobody asks)."""
         logs, kl = {}, None
         for name in self.online:
             reward = self.terms[name].reward
             if not hasattr(reward, "lag"):
                 continue
-            k, wanted = self.online_step(new, self.terms[name].on), isinstance(self.weights, Adaptive) and name in self.anchors
+            k, wanted = self.online_step(new, self.terms[name].on), isinstance(self.weights, Adaptive) and name == self.anchor
             with self.precision(), self.sharing():
                 found = reward.lag(self.sample_of(new, k), self.sample_of(old, k), kl=wanted)
             logs[f"{name}/lag"] = found.loss
@@ -609,7 +623,7 @@ class Trainer:
             if block.extra is None:
                 logs |= self.finish_block()
             else:  # what the other rewards said of x0 bears the move, and may have cost far more
-                logs |= self.online_updates(self.rollout, block.used)
+                logs |= self.online_updates(self.rollout, block.served_anchor)
                 logs |= self.ask_anchor_again(self.rollout, block, x0.whole)
         return x0, weight, logs
 
@@ -617,9 +631,9 @@ class Trainer:
         """(the student's predictions, logs) of a new block at the next states, those of a new rollout where this one has served."""
         logs, lag = {}, None
         if self.config.reuse.backward_simulation:
-            self.rollout, self.used = self.simulate(), 0
+            self.rollout, self.fed = self.simulate(), 0
             self.rollouts += 1
-        elif self.rollout is None or self.used == self.config.reuse.rollout:
+        elif self.rollout is None or self.fed == self.config.reuse.rollout:
             logs, lag = self.roll_out()
         self.block, x0, more = self.evaluate(self.rollout, lag)
         return x0, logs | more
@@ -629,15 +643,15 @@ class Trainer:
         if self.rollout is not None:
             self.earlier[self.size_of(self.rollouts - 1)] = self.rollout
         old = self.earlier.pop(self.size_of(self.rollouts), None)  # outputs of another size are harder or easier to denoise
-        self.rollout, self.used, self.advantages, self.old_log_prob = self.new_rollout(), 0, {}, None
+        self.rollout, self.fed, self.advantages, self.old_log_prob = self.new_rollout(), 0, {}, None
         self.rollouts += 1
         logs, lag = ({}, None) if old is None else self.lags(self.rollout, old)
         return logs | self.score_finished(self.rollout), lag
 
     def finish_block(self) -> dict[str, float]:
         """The evaluation has served: now the online rewards may change, as often as the student did."""
-        logs = self.online_updates(self.rollout, self.block.used)
-        self.used, self.block = self.used + 1, None
+        logs = self.online_updates(self.rollout, self.block.served_anchor)
+        self.fed, self.block = self.fed + 1, None
         return logs
 
     def reweigh(self, rollout: Rollout, block: Block) -> tuple[Predicted, Tensor | None, bool, dict[str, float]]:
@@ -659,7 +673,7 @@ class Trainer:
             "reuse/refused": float(refused),
         }
         logs |= {f"reuse/{key}": value for key, value in ratios_of(log_ratio).items()}
-        if block.used == 1:
+        if block.served_anchor == 1:
             least = max(reuse.min_ess, 1e-3)
             logs["reuse/permitted"] = min(importance.permitted_updates(moves[rows], min_ess=least) for rows in quarters)
             if refused and block.extra is None:
@@ -715,7 +729,7 @@ class Trainer:
         return {
             "update": self.update,
             "rollouts": self.rollouts,
-            "used": self.used,
+            "used": self.fed,
             "running": self.running,
             "student": {name: p.detach() for name, p in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -726,7 +740,7 @@ class Trainer:
             "batches": self.batches.state(),
             "rollout": None if self.rollout is None else kept(self.rollout),
             "earlier": {size: kept(rollout) for size, rollout in self.earlier.items()},
-            "block": None if self.block is None else vars(self.block),
+            "block": None if self.block is None else {SAVED_AS.get(name, name): value for name, value in vars(self.block).items()},
             "advantages": self.advantages,
             "old_log_prob": self.old_log_prob,
             "weights": self.weights.state(),
@@ -746,12 +760,12 @@ class Trainer:
         load_optimizer(self.optimizer, state["optimizer"])
         self.ema.load_state_dict(state["ema"])
         self.ema.to(self.device)
-        self.update, self.rollouts, self.used, self.running = state["update"], state["rollouts"], state["used"], state["running"]
+        self.update, self.rollouts, self.fed, self.running = state["update"], state["rollouts"], state["used"], state["running"]
         self.batches.load_state(state["batches"])
         self.rollout = None if state["rollout"] is None else self.as_rollout(state["rollout"])
         self.earlier = {size: self.as_rollout(saved) for size, saved in state["earlier"].items()}
         block = state["block"]  # by name: KeyError for what an earlier version's lacks
-        self.block = None if block is None else Block(*(self.here(block[field.name]) for field in fields(Block)))
+        self.block = None if block is None else Block(*(self.here(block[SAVED_AS.get(field.name, field.name)]) for field in fields(Block)))
         self.advantages = {name: self.here(value) for name, value in state["advantages"].items()}
         # an earlier version kept none: its policy gradients go on from the weights at hand
         self.old_log_prob = self.here(state.get("old_log_prob"))

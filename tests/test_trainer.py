@@ -518,7 +518,7 @@ def test_the_lowest_noise_levels_decide_whether_an_evaluation_serves_again(teach
     trainer = run_of(teacher_folder, prompt_file, "--reuse.evaluation", "2", "--groups", "4", "--group-size", "4").trainer
     rollout = trainer.new_rollout()
     block, _, _ = trainer.evaluate(rollout, None)
-    block.used = 1
+    block.served_anchor = 1
     block.t = torch.linspace(0.02, 0.98, 16, dtype=torch.float64)[torch.randperm(16)]
     away = torch.randn_like(block.x0)
     away /= away.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
@@ -886,7 +886,7 @@ def test_nan_of_a_direction_a_loss_and_a_gradient_is_named(teacher_folder, promp
             trainer.step()
         trainer.terms[name] = whole
     handle = next(iter(trainer.parameters.values())).register_hook(lambda gradient: gradient * math.nan)
-    with pytest.raises(FloatingPointError, match=r"^the student's gradient norm is nan at update 0"):
+    with pytest.raises(FloatingPointError, match=r"^the gradient norm of the student is nan at update 0"):
         trainer.step()
     handle.remove()
     assert all(torch.equal(p, before[name]) for name, p in trainer.parameters.items())
@@ -1005,6 +1005,17 @@ def test_a_sample_is_told_the_state_that_it_was_predicted_from():
     sample = trainer.sample_of(rollout, k)
     assert torch.equal(sample.t_k, trainer.student.times[k]) and torch.equal(sample.k, k)
     assert all(torch.equal(x0, rollout.x0[step, i]) for i, (x0, step) in enumerate(zip(sample.x0, k, strict=True)))
+
+
+def test_one_term_is_the_anchor():
+    old = small_run.trainer_of(("--reward.redness", "0.3"))
+    for anchors, said in (((), "none"), (("dm", "redness"), "dm, redness")):
+        terms = {name: dataclasses.replace(term, anchor=name in anchors) for name, term in old.terms.items()}
+        with pytest.raises(ValueError, match=f"exactly one term is the anchor, got {said}$"):
+            Trainer(
+                old.student, old.parameters, terms, old.batches, encode=old.encode, decode=old.decode,
+                latent_shapes=old.latent_shapes, config=old.config, weights=old.weights,
+            )  # fmt: skip
 
 
 def test_a_term_without_a_weight_is_named(teacher_folder, prompt_file):
@@ -1177,7 +1188,7 @@ def test_policy_ratio_is_one_on_policy_and_moves_afterwards(teacher_folder, prom
         assert not torch.allclose(trainer.student.log_prob(trainer.rollout), old_log_prob(trainer.student, trainer.rollout))
     ratios.clear()
     trainer.step()
-    assert trainer.used == 2 and all(bool((ratio != 0).all()) for ratio in ratios)
+    assert trainer.fed == 2 and all(bool((ratio != 0).all()) for ratio in ratios)
 
 
 def test_the_first_update_of_every_rollout_is_on_policy():
