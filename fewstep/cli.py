@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from fewstep.disk import DISK  # the rest is each command's own: a reward's server needs little of it
-from fewstep.errors import LostProcess, RewardError, UserError, first_words, nearest
+from fewstep.errors import LostProcess, NumericalError, RewardError, UserError, first_words, nearest
 from fewstep.launch import anything_prints, first_alone_prints, launched
 
 HELP = """usage: fewstep COMMAND [OPTIONS]
@@ -56,8 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
         return complain(f"{error}. Nothing was updated with it. {kept(arguments[0], error)}".strip(), code=1)
     except KeyboardInterrupt as error:
         return complain(f"stopped. {kept(arguments[0], error)}".strip(), code=130)
-    except FloatingPointError as error:  # nothing was updated or saved after it: the last checkpoint is the state to go on from
-        return complain(f"{error}. Lower student.lr or fake.lr. {kept(arguments[0], error)}".strip(), code=1)
+    except NumericalError as error:  # nothing was updated or saved after it: the last checkpoint is the state to go on from
+        return complain(f"{error}. {kept(arguments[0], error)}".strip(), code=1)
     except OSError as error:
         if error.errno not in DISK or error.filename is None:
             raise

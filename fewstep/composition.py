@@ -430,6 +430,10 @@ def build(
     except models.UnsupportedTeacher as error:
         raise UserError(f"teacher: {error}") from error
     times, latent_shapes = training_grid(backbone, config)  # before the prompts are encoded, which may take hours
+    try:
+        backbone.check_decoder()
+    except ValueError as error:
+        raise UserError(f"teacher: {source}: {error}") from error
     say_what_looks_wrong(backbone, config, times)
     conditioned = config.fake.condition == "step" and config.steps > 1
     guidance, negative_prompt = config.matching.guidance, config.matching.negative_prompt

@@ -14,6 +14,10 @@ class RewardError(ValueError):
     """A reward that does not keep its contract; the message names it and says what it must return."""
 
 
+class NumericalError(FloatingPointError):
+    """A number that nothing can go on with, NaN as a rule; the message says what gave it and what to do about that."""
+
+
 class LostProcess(RuntimeError):
     """Another process of the run has ended."""
 

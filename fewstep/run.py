@@ -27,7 +27,7 @@ from fewstep.composition import (
     training_grid,
 )
 from fewstep.disk import alone, check_cache, naming, replace_text
-from fewstep.errors import RewardError, UserError, first_words
+from fewstep.errors import NumericalError, RewardError, UserError, first_words
 from fewstep.evaluate.command import measure_student
 from fewstep.flags import as_plain
 from fewstep.folder import (
@@ -183,7 +183,7 @@ def noting_what_is_kept(output: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         # these come again as long as the settings are the same
-        error.add_note(way_on(output, anew=isinstance(error, (FloatingPointError, RewardError))))
+        error.add_note(way_on(output, anew=isinstance(error, (NumericalError, RewardError))))
         raise
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.disk import check_writable, naming
-from fewstep.errors import UserError
+from fewstep.errors import NumericalError, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,7 @@ def command(arguments: list[str]) -> int:
                 path = save(image, output, number, line)
                 log.write(json.dumps({"file": path.name} | line | ({} if scale is None else {"guidance": scale})) + "\n")
                 print(path, flush=True)
-    except FloatingPointError as error:
+    except NumericalError as error:
         raise UserError(f"{options.folder}: {error}") from error
     return 0
 

@@ -21,7 +21,7 @@ from fewstep.alarms import FROM_BEFORE, Watch
 from fewstep.config import Config
 from fewstep.cost import in_passes
 from fewstep.denoiser import Cond, Denoiser, widened
-from fewstep.errors import RewardError
+from fewstep.errors import NumericalError, RewardError
 from fewstep.metrics import MetricsLog, health, known, ratios_of, rms, spread_of
 from fewstep.prompts import Batches
 from fewstep.ranks import Ranks
@@ -34,6 +34,7 @@ from fewstep.weights import Adaptive, Fixed
 
 Parameters = dict[str, nn.Parameter]
 SAVED_AS = {"served_anchor": "used"}  # a field of a block -> its key in a checkpoint, where it has another
+RATES = "student.lr or fake.lr"  # of the networks that R_dm compares
 NEVER_REUSED = 20  # evaluations refused a second use, and not one allowed, after which a run says so
 
 
@@ -59,12 +60,11 @@ class Predicted(NamedTuple):
     own: Tensor | None  # this process's rows with their graph; None where they are several parts: an update predicts each of them again
 
 
-def finite_or_stop(value: Tensor, what: str, update: int) -> None:
-    """NaN or inf stops the run before anything is updated with it."""
+def finite_or_stop(value: Tensor, what: str, update: int, advice: str) -> None:
+    """NaN or inf stops the run before anything is updated with it: raises NumericalError that says what to do."""
     if not bool(torch.isfinite(value).all()):
-        raise FloatingPointError(
-            f"{what} is {value.item() if value.numel() == 1 else 'not finite'} at update {update}; nothing was updated with it"
-        )
+        was = value.item() if value.numel() == 1 else "not finite"
+        raise NumericalError(f"{what} is {was} at update {update}; nothing was updated with it. {advice}")
 
 
 def learning_rate(lr: float, progress: float, decay: float) -> float:
@@ -180,6 +180,15 @@ class Trainer:
 
     # -- one update ------------------------------------------------------------------------------------------------
 
+    def against_nan(self, rates: str) -> str:
+        """What to do about a number that is not finite of the student, or of what it is held to. rates: those that may have made it."""
+        if self.update:
+            return f"Lower {rates}"
+        # the conditions are finite (`Embeddings`), and no rate has had a part in it yet
+        began = f"the teacher {self.config.teacher}" if self.config.init is None else f"the student of {self.config.init}"
+        finer = "" if self.config.precision == "fp32" else ", or try --precision fp32"
+        return f"Nothing has been trained yet: look at the weights of {began}{finer}"
+
     def progress(self) -> float:
         """Share of the run that is over, in [0, 1)."""
         return self.update / self.config.updates
@@ -204,14 +213,14 @@ class Trainer:
 
     def new_rollout(self, until: int | None = None, *, number: int | None = None) -> Rollout:
         """A rollout of the next prompts from fresh noise, up to state `until` or the last; of the size that comes next, or of that of the
-        rollout of this number. Raises FloatingPointError where the student predicts what is not finite, before any reward sees it."""
+        rollout of this number. Raises NumericalError where the student predicts what is not finite, before any reward sees it."""
         prompts, group = self.batches.next()
         cond = self.conditions(prompts, self.draw_guidance(group))
         place = self.size_of(self.rollouts if number is None else number)
         noise = torch.randn(len(prompts), *self.latent_shapes[place], device=self.device)
         with self.precision(), self.sharing():
             rollout = self.student.rollout(noise, cond, group=group.to(self.device), prompts=prompts, until=until)
-        finite_or_stop(rollout.x0, "the student's prediction", self.update)  # its states are made of it
+        finite_or_stop(rollout.x0, "the student's prediction", self.update, self.against_nan("student.lr"))  # its states are made of it
         return rollout
 
     def draw_guidance(self, group: Tensor) -> Tensor | None:
@@ -245,7 +254,7 @@ class Trainer:
         rows = self.ranks.rows(len(k))
         own = self.predict_rows(rollout.rows(rows), xk[rows], k[rows], grad=len(self.parts(len(k))) == 1)
         whole = self.ranks.all_gather(own.detach())
-        finite_or_stop(whole, "the student's prediction", self.update)
+        finite_or_stop(whole, "the student's prediction", self.update, self.against_nan("student.lr"))
         return Predicted(whole, own if own.requires_grad else None)
 
     def predict_rows(self, rollout: Rollout, xk: Tensor, k: Tensor, *, grad: bool = True) -> Tensor:
@@ -288,11 +297,12 @@ class Trainer:
         try:
             with self.precision(), self.sharing():
                 at = checked(name, self.terms[name].reward(sample), sample)
-        except FloatingPointError as error:  # it names the network, which knows of no update
-            raise FloatingPointError(f"{error} at update {self.update}; nothing was updated with it") from error
+        except NumericalError as error:  # it names the network, which knows of no update
+            advice = self.against_nan(RATES)
+            raise NumericalError(f"{error} at update {self.update}; nothing was updated with it. {advice}") from error
         if at.direction is None:
             raise RewardError(f"{name} is the anchor and gave no direction")
-        finite_or_stop(at.direction, f"the direction of {name}", self.update)
+        finite_or_stop(at.direction, f"the direction of {name}", self.update, self.against_nan(RATES))
         logs = {f"{name}/direction_rms": rms(at.direction)}
         if at.magnitude is not None:  # latents that collapse, or a teacher that reproduces them, make the scale of eq. (5) vanish
             logs[f"{name}/scale_min"] = float(group_mean(at.magnitude, sample.group).min())
@@ -393,7 +403,7 @@ class Trainer:
 
     def heard(self, anchor: Tensor, signals: dict[str, Signal], group: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
         """(which samples each reward could score (B,), logs). Raises RewardError where a signal lacks what `weights.mode` needs, or too
-        many samples their score, and FloatingPointError for a direction that is not finite."""
+        many samples their score, and NumericalError for a direction that is not finite."""
         valid, logs = {}, {}
         for name, signal in signals.items():
             valid[name], of_scores = self.scored(name, signal.score, group)
@@ -404,7 +414,10 @@ class Trainer:
                 continue
             if signal.direction is None:
                 raise RewardError(f"reward {name!r} is not differentiable (it gave no direction): use --via.{name} policy")
-            finite_or_stop(signal.direction[valid[name]], f"the direction of {name}", self.update)
+            advice = f"Look at this reward's gradient, as of a root or a norm at 0; --via.{name} policy asks for none"
+            if self.terms[name].parameters is not None:
+                advice = f"Lower {name}.lr"
+            finite_or_stop(signal.direction[valid[name]], f"the direction of {name}", self.update, advice)
             cosine = torch.nn.functional.cosine_similarity(signal.direction.flatten(1), anchor.flatten(1))[valid[name]]
             logs |= {f"{name}/direction_rms": rms(signal.direction[valid[name]]), f"{name}/cosine": float(cosine.mean())}
         return valid, logs
@@ -442,7 +455,8 @@ class Trainer:
             loss = loss + policy_loss
         own, parameters = self.config.student, list(self.parameters.values())
         lr = learning_rate(own.lr, self.progress(), own.decay)
-        norm = self.descend(self.optimizer, parameters, loss, lr=lr, max_norm=own.max_norm, who="the student")
+        advice = self.against_nan("student.lr")
+        norm = self.descend(self.optimizer, parameters, loss, lr=lr, max_norm=own.max_norm, who="the student", advice=advice)
         self.ema.step(parameters)
         block.served_anchor, block.served = block.served_anchor + 1, block.served + 1
         return logs | {
@@ -453,14 +467,22 @@ class Trainer:
         }
 
     def descend(
-        self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], loss: Tensor, *, lr: float, max_norm: float, who: str
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: list[nn.Parameter],
+        loss: Tensor,
+        *,
+        lr: float,
+        max_norm: float,
+        who: str,
+        advice: str,
     ) -> Tensor:
         """One step of an optimizer on loss and gradients summed over the processes, which become those sums; returns the gradient norm.
-        who: whose they are. Raises FloatingPointError for what is not finite, before anything is updated."""
+        who: whose they are. Raises NumericalError with the advice for what is not finite, before anything is updated."""
         self.ranks.all_reduce([loss, *(parameter.grad for parameter in parameters)])
-        finite_or_stop(loss, f"the loss of {who}", self.update)
+        finite_or_stop(loss, f"the loss of {who}", self.update, advice)
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-        finite_or_stop(norm, f"the gradient norm of {who}", self.update)
+        finite_or_stop(norm, f"the gradient norm of {who}", self.update, advice)
         for settings in optimizer.param_groups:
             settings["lr"] = lr
         optimizer.step()
@@ -528,7 +550,7 @@ class Trainer:
         logs = {}
         for name, optimizer in self.online.items():
             term = self.terms[name]
-            parameters = list(term.parameters.values())
+            parameters, advice = list(term.parameters.values()), f"Lower {'fake' if term.anchor else name}.lr"
             for turn in range(term.updates * times):
                 if self.config.reuse.backward_simulation:  # the size that the student was just trained at, then the others
                     rollout = self.simulate(last=term.on == "last", number=self.rollouts - 1 + turn)
@@ -538,7 +560,8 @@ class Trainer:
                 optimizer.zero_grad(set_to_none=True)
                 loss = self.online_loss(term.reward, sample)
                 lr = learning_rate(term.lr, self.progress(), term.decay)
-                self.descend(optimizer, parameters, loss, lr=lr, max_norm=term.max_norm, who=f"{name}'s own network")
+                who = f"{name}'s own network"
+                self.descend(optimizer, parameters, loss, lr=lr, max_norm=term.max_norm, who=who, advice=advice)
                 logs[f"{name}/own_loss"] = float(loss)
         return logs
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fewstep.alarms import Persistence
+from fewstep.errors import NumericalError
 
 KEPT = ("log_weight", "integral", "kl", "lag", "b", "told")  # of an adaptive weight, by a checkpoint
 START = 0.05  # lambda as its warm-up ends, unless told otherwise
@@ -89,11 +90,13 @@ class Adaptive:
     def observe(self, score: float, lag: float | None) -> dict[str, float]:
         """Take in the mean score of one evaluation of R_dm and, when there is a new one, the lag; returns what is logged.
 
-        Raises FloatingPointError for what is not finite, which the running means would keep, and when the warm-up ends at a KL that is
+        Raises NumericalError for what is not finite, which the running means would keep, and when the warm-up ends at a KL that is
         not positive: no multiple of it is a budget.
         """
         if not (math.isfinite(score) and math.isfinite(lag or 0.0)):
-            raise FloatingPointError(f"the KL to the teacher cannot be followed: the mean score of R_dm is {score}, its lag {lag}")
+            raise NumericalError(
+                f"the KL to the teacher cannot be followed: the mean score of R_dm is {score}, its lag {lag}. Lower student.lr or fake.lr"
+            )
         if lag is not None:
             self.lag = lag if self.lag is None else self.lag + 0.2 * (lag - self.lag)
         self.kl = -score if self.kl is None else self.kl + mean_rate(self.observed, self.decay) * (-score - self.kl)
@@ -103,7 +106,7 @@ class Adaptive:
         if self.observed >= self.warmup:
             if self.b is None:
                 if not kl > 0:
-                    raise FloatingPointError(
+                    raise NumericalError(
                         f"the KL measured in the {self.warmup} evaluations of weights.warmup is {kl:.3g}: no budget can be a multiple of "
                         "it; raise weights.warmup or the batch"
                     )

@@ -30,14 +30,15 @@ from safetensors.torch import load_file, save_file
 import fewstep
 from fewstep import checkpoint, cli, composition, disk, flags, models, needs
 from fewstep.config import Config
-from fewstep.errors import UserError
+from fewstep.errors import NumericalError, UserError
 from fewstep.evaluate import drawing
 from fewstep.folder import TEACHER_FILES, check_init, check_output, remove_run, run_of
 from fewstep.launch import torchrun_limit
 from fewstep.ranks import Ranks
-from fewstep.rewards.base import RewardError
+from fewstep.rewards.base import PixelReward, RewardError, asked
 from fewstep.run import distill, heard, noting_what_is_kept, train
 from fewstep.trainer import Trainer
+from fewstep.types import Sample
 
 pytestmark = pytest.mark.usefixtures("small_grid")
 ROOT = Path(fewstep.__file__).parents[1]
@@ -872,7 +873,7 @@ def test_pictures_are_kept_as_they_are_drawn(finished, tmp_path, monkeypatch, ca
     def broken(*args, **told):
         calls.append(args)
         if len(calls) == 3:
-            raise FloatingPointError("1 of 1 pictures hold NaN or inf")
+            raise NumericalError("1 of 1 pictures hold NaN or inf")
         return draw(*args, **told)
 
     monkeypatch.setattr(drawing, "draw", broken)
@@ -1073,6 +1074,7 @@ def test_what_torchrun_leaves_to_a_run_that_stops_is_said(monkeypatch):
         (KeyboardInterrupt(), [], "stopped. Nothing was saved yet"),
         (KeyboardInterrupt(), ["config.yaml"], "stopped. No checkpoint was saved yet: --resume begins at update 0"),
         (KeyboardInterrupt(), ["config.yaml", "checkpoints/step-00000001"], "is whole: go on with fewstep distill --output OUT --resume"),
+        (NumericalError("NaN. Lower x.lr"), ["config.yaml"], "NaN. Lower x.lr. No checkpoint was saved yet: begin anew with --overwrite"),
         (RewardError("no score"), ["config.yaml"], "Nothing was updated with it. No checkpoint was saved yet: begin anew with --overwrite"),
         (RewardError("no score"), ["config.yaml", "checkpoints/step-00000001"], "or with other settings in a new run, --init OUT"),
     ],
@@ -1088,6 +1090,17 @@ def test_what_ends_a_run_says_what_there_is_to_go_on_from(tmp_path, monkeypatch,
     monkeypatch.setattr(cli, "distill_command", ended)
     assert cli.main(["distill"]) in (1, 130)
     assert words.replace("OUT", str(tmp_path)) in capsys.readouterr().err
+
+
+def test_an_error_of_a_rewards_own_arithmetic_is_not_put_down_to_the_training(monkeypatch):
+    def ended(arguments):
+        asked("mine", PixelReward(lambda images, prompts: np.float64(1) / 0, "mine"), Sample(torch.zeros(1, 3, 2, 2), None, {}, ["a"], None,
+              decode=lambda x: x))  # fmt: skip
+
+    monkeypatch.setattr(cli, "distill_command", ended)
+    with np.errstate(all="raise"), pytest.raises(FloatingPointError) as raised:
+        cli.main(["distill"])
+    assert "raised by the reward 'mine'" in raised.value.__notes__[0]
 
 
 def test_what_is_stopped_before_there_is_a_run_names_none(monkeypatch, capsys):

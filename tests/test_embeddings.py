@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fewstep import models
 from fewstep.disk import naming
+from fewstep.errors import NumericalError
 from fewstep.evaluate import store
 from fewstep.models import embeddings
 
@@ -119,6 +120,19 @@ def test_a_damaged_file_is_made_anew_and_named(teachers, encoded):
     assert encoded == ["a cat"] * 2 and all(torch.equal(again[key], before[key]) for key in before)
     backbone.encode(["a cat"])
     assert len(encoded) == 2  # whole again
+
+
+def test_conditions_that_are_not_finite_are_neither_kept_nor_read(tmp_path):
+    value = torch.tensor([[1.0, float("nan")]])
+    kept = embeddings.Embeddings(lambda prompt: {"e": value, "mask": torch.ones(1, 2, dtype=torch.long)}, lambda: [], tmp_path)
+    with pytest.raises(NumericalError, match=r"^the conditions of the prompt 'a cat' hold NaN or inf, and are not kept. .* text encoder$"):
+        kept["a cat"]
+    assert not list(kept.folder.iterdir())
+    save_file({"e": value}, kept.path("a cat"))  # as an earlier version did
+    value = torch.ones(1, 2)
+    with pytest.warns(UserWarning, match="holds NaN or inf; encoding its prompt again"):
+        assert torch.equal(kept["a cat"]["e"], value)
+    assert bool(torch.isfinite(load_file(kept.path("a cat"))["e"]).all())
 
 
 def test_the_empty_prompt_of_sdxl_is_kept_apart_by_what_it_stands_for(teachers, tmp_path):

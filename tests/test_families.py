@@ -1119,6 +1119,17 @@ def test_pictures_become_the_latents_that_are_decoded(teachers, name):
     torch.testing.assert_close(given, encoded, rtol=0, atol=1e-5)
 
 
+@every_family
+def test_an_autoencoder_of_nan_is_seen_before_the_training(teachers, name):
+    backbone = models.load(str(teachers / name))
+    backbone.check_decoder()
+    with torch.no_grad():
+        backbone.pipe.vae.decoder.conv_out.bias.fill_(float("nan"))
+    refused = pytest.raises(UserError, match=rf"^teacher: {re.escape(backbone.source)}: the pictures of its autoencoder hold NaN")
+    with refused, mock.patch.object(models, "load", lambda *_, **__: backbone):
+        composition.build(Config(teacher=backbone.source, precision="fp32"), PROMPTS, backbone.source)
+
+
 def test_sdxl_takes_latents_with_the_autoencoders_mean_and_spread(teachers):
     backbone = models.load(str(teachers / "StableDiffusionXLPipeline"))
     vae = backbone.pipe.vae

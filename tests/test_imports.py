@@ -15,7 +15,7 @@ TABLE = {
     "errors": "", "disk": "errors", "hub": "", "launch": "", "types": "", "schedule": "", "transforms": "", "levels": "", "cost": "",
     "device": "", "prompts": "",
     "report": "disk metrics", "alarms": "",
-    "weights": "alarms",
+    "weights": "alarms errors",
     "checkpoint": "disk",
     "ranks": "errors launch",
     "importance": "schedule",
@@ -30,7 +30,7 @@ TABLE = {
     "rewards.files": "disk hub",
     "rewards.pixels": "",
     "rewards.heldout": "rewards.base types",
-    "rewards.distribution": "denoiser levels losses schedule transforms types",
+    "rewards.distribution": "denoiser errors levels losses schedule transforms types",
     "rewards.discriminator": "denoiser levels types",
     "rewards.clip": "rewards.base rewards.files rewards.pixels types",
     "rewards.aesthetic": "rewards.base rewards.clip rewards.files rewards.pixels types",
@@ -39,11 +39,11 @@ TABLE = {
     "rewards.sources": "config disk rewards rewards.address rewards.files rewards.remote world",
     "rewards.convert": "disk rewards rewards.aesthetic rewards.files rewards.hps rewards.sources",
     "rewards.serve": "device rewards rewards.sources",
-    "models": "config denoiser disk hub schedule",
+    "models": "config denoiser disk errors hub schedule",
     "world": "checkpoint evaluate rewards.clip",
     "trainer": "alarms checkpoint config cost denoiser errors importance losses metrics prompts ranks "
     "rewards.base rewards.heldout student transforms types weights",
-    "evaluate": "denoiser disk hub models prompts types "
+    "evaluate": "denoiser disk errors hub models prompts types "
     "rewards.base rewards.clip rewards.distribution rewards.files rewards.remote rewards.sources",
     "needs": "config cost evaluate folder launch models",
     "flags": "config errors hub models rewards.address rewards.sources",

@@ -20,7 +20,7 @@ from test_distribution import Plain
 
 from fewstep import checkpoint, composition, flags, losses
 from fewstep.config import Config
-from fewstep.errors import UserError
+from fewstep.errors import NumericalError, UserError
 from fewstep.evaluate import drawing
 from fewstep.metrics import MetricsLog
 from fewstep.models import backbone
@@ -870,19 +870,34 @@ def test_nan_stops_before_the_update(teacher_folder, prompt_file, what, options)
     with torch.no_grad():
         network.model.conv_out.bias.fill_(float("nan"))
     before = {name: p.detach().clone() for name, p in run.roles.student_parameters.items()}
-    with pytest.raises(FloatingPointError, match=rf"^the {what}'s prediction .* at update 1; nothing was updated with it"):
+    with pytest.raises(NumericalError, match=rf"^the {what}'s prediction .* at update 1; nothing was updated with it. Lower student.lr"):
         run.trainer.step()
     assert all(torch.equal(p.nan_to_num(), before[name].nan_to_num()) for name, p in run.roles.student_parameters.items())
+
+
+@pytest.mark.parametrize("options, words", [
+    ((), "the weights of the teacher world$"),
+    (("--precision", "bf16"), "the weights of the teacher world, or try --precision fp32$"),
+    (("--init", "earlier"), "the weights of the student of earlier$"),
+], ids=["fp32", "bf16", "init"])  # fmt: skip
+def test_before_the_first_update_no_rate_is_blamed(options, words):
+    """The student is what it begins with, so NaN is in that."""
+    trainer = small_run.trainer_of(options)
+    with torch.no_grad():
+        next(iter(trainer.parameters.values())).fill_(math.nan)
+    words = f"^the student's prediction is not finite at update 0; .*: look at {words}"
+    with pytest.raises(NumericalError, match=words):
+        trainer.step()
 
 
 def test_nan_of_a_direction_a_loss_and_a_gradient_is_named(teacher_folder, prompt_file):
     """Of each in turn, in one run: nothing moves, so what is mended goes on from the same place."""
     trainer = run_of(teacher_folder, prompt_file, "--reward.redness", "0.3", "--fake.updates", "1").trainer
     before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
-    for name in ("dm", "redness"):
+    for name, advice in (("dm", "Nothing has been trained yet: look at the weights of the teacher"), ("redness", "Look at this reward's")):
         whole = trainer.terms[name]
         trainer.terms[name] = dataclasses.replace(whole, reward=lambda sample: Signal(None, torch.full_like(sample.x0, math.nan)))
-        with pytest.raises(FloatingPointError, match=f"^the direction of {name} is not finite at update 0"):
+        with pytest.raises(FloatingPointError, match=f"^the direction of {name} is not finite at update 0; .*{advice}"):
             trainer.step()
         trainer.terms[name] = whole
     handle = next(iter(trainer.parameters.values())).register_hook(lambda gradient: gradient * math.nan)
@@ -895,7 +910,7 @@ def test_nan_of_a_direction_a_loss_and_a_gradient_is_named(teacher_folder, promp
     before = {name: p.detach().clone() for name, p in fake.items()}
     trainer.rollout = rollout = trainer.new_rollout()
     handle = next(iter(fake.values())).register_hook(lambda gradient: gradient * math.nan)
-    with pytest.raises(FloatingPointError, match=r"^the gradient norm of dm's own network is nan at update 0"):
+    with pytest.raises(FloatingPointError, match=r"^the gradient norm of dm's own network is nan at update 0; .* Lower fake.lr"):
         trainer.online_updates(rollout, 1)
     handle.remove()
     trainer.terms["dm"].reward.loss = lambda sample, **drawn: math.nan * sum(p.sum() for p in fake.values())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fewstep.composition import resolve_teacher, unknown_judge
 from fewstep.disk import cache_folder, check_cache, check_writable
-from fewstep.errors import UserError
+from fewstep.errors import NumericalError, UserError
 from fewstep.flags import is_student_folder, student_config, student_parser, table_flags
 from fewstep.launch import launched
 
@@ -459,7 +459,7 @@ def command(arguments: list[str]) -> int:
                 torch.set_num_threads(processors())  # torchrun gives each process one, but the others have done
                 print(f"every share is drawn: measuring, on {processors()} processor{'s' if processors() > 1 else ''}")
                 report = measure_student(request.student, request.teacher, size, **told)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, NumericalError) as error:
         raise UserError(str(error)) from error
     except OSError as error:  # a full disk, a hub out of reach
         raise UserError(f"{error}. Every part that was whole is kept") from error

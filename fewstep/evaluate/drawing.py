@@ -16,6 +16,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
+from fewstep.errors import NumericalError
 from fewstep.evaluate import TEACHER_STEPS
 
 Noise = Literal["picture", "batch"]  # what has a generator of its own
@@ -48,7 +49,7 @@ def draw(pipe: Any, prompts: list[str], generators: torch.Generator | list[torch
 
     generators: of the whole batch, or one a picture, whose noise is then its own whatever it is drawn with. told: a negative prompt
     in it is of every picture.
-    Raises FloatingPointError for a picture with NaN or inf: as a file it would be black, and look like any other.
+    Raises NumericalError for a picture with NaN or inf: as a file it would be black, and look like any other.
     """
     start = time.perf_counter()
     first = generators[0] if isinstance(generators, list) else generators
@@ -61,7 +62,7 @@ def draw(pipe: Any, prompts: list[str], generators: torch.Generator | list[torch
     images = images.float().cpu()
     broken = (~torch.isfinite(images)).flatten(1).any(1).nonzero()[:, 0].tolist()
     if broken:
-        raise FloatingPointError(
+        raise NumericalError(
             f"{len(broken)} of {len(prompts)} pictures hold NaN or inf, the first for the prompt {prompts[broken[0]]!r}: look at the "
             f"pipeline's weights ({type(pipe).__name__}), or draw in a number format of more range"
         )
@@ -143,7 +144,7 @@ def pictures(pipe: Any, prompts: list[str], n: int, *, seed: int, batch: int, ca
     """(prompt, number among its pictures, picture (3, H, W) in [0, 1]), n of each prompt, as they are drawn, `batch` at a time.
 
     A picture's noise is its own, by the seed and its number among its prompt's: to rounding it is the same whatever is drawn beside it.
-    Raises FloatingPointError for a picture with NaN or inf.
+    Raises NumericalError for a picture with NaN or inf.
     """
     rows = [(prompt, index) for prompt in prompts for index in range(n)]
     for start in range(0, len(rows), batch):

@@ -184,7 +184,7 @@ def draw_parts(
     """Draw the wanted parts of a row's sample, look at each as wanted, and keep what is seen as soon as the part is whole.
 
     kept, wanted: by look, and of each part which looks, COST among both. folder: for the pictures themselves.
-    Raises ValueError when a judge's server stays silent, FloatingPointError as `draw` does.
+    Raises ValueError when a judge's server stays silent, NumericalError as `draw` does.
     """
     parts = kept[COST].pictures
     servers = {f"score/{name}": Hearing(server) for name, judge in drawing.judges.items() if (server := server_of(judge)) is not None}

@@ -432,6 +432,14 @@ class Backbone:
         latents = self.to_autoencoder(x0)
         return (vae.decode(latents.to(vae.dtype), return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
 
+    @torch.no_grad()
+    def check_decoder(self) -> None:
+        """Decodes one small picture, before a training that may look at none. Raises ValueError where it holds NaN."""
+        with self.on_device([self.pipe.vae]):
+            picture = self.decode(torch.zeros(1, self.channels(), 8, 8, device=self.device))
+        if bool(torch.isnan(picture).any()):
+            raise ValueError("the pictures of its autoencoder hold NaN: look at the weights in its vae")
+
     def to_autoencoder(self, x0: Tensor) -> Tensor:
         """The network's latents (B, C, H, W) as the autoencoder has them."""
         config = self.pipe.vae.config

@@ -21,6 +21,7 @@ from torch import nn
 
 from fewstep.denoiser import Cond
 from fewstep.disk import cache_folder, replace
+from fewstep.errors import NumericalError
 
 FIRST = 32  # prompts after which the room that the rest takes is reckoned; fewer are encoded without a progress bar
 PROVENANCE = ("_name_or_path", "transformers_version")  # of a configuration: where its part lay and what wrote it, not what it computes
@@ -56,11 +57,16 @@ def fingerprint(parts: list[Any]) -> str:
     return digest.hexdigest()
 
 
+def is_finite(cond: Cond) -> bool:
+    return all(bool(torch.isfinite(value).all()) for value in cond.values())
+
+
 class Embeddings:
     """`embeddings[prompt]` -> that prompt's conditions, on the CPU, each with a first dimension of 1.
 
     encode: makes them; parts: what they depend on beside the prompt (asked when the first one is needed); folder: of the files,
-    by default under $XDG_CACHE_HOME. A file that cannot be read is made anew, and a warning names it.
+    by default under $XDG_CACHE_HOME. A file that cannot be read, or holds NaN, is made anew, and a warning names it. Raises NumericalError
+    for conditions that are not finite, which are not kept.
     """
 
     def __init__(self, encode: Callable[[str], Cond], parts: Callable[[], list[Any]], folder: Path | None = None):
@@ -79,10 +85,19 @@ class Embeddings:
         path = self.path(prompt)
         if path.is_file():
             try:
-                return load_file(path)
+                kept = load_file(path)
+                if is_finite(kept):
+                    return kept
+                problem = "holds NaN or inf"  # as an earlier version kept it
             except (OSError, SafetensorError) as error:
-                warnings.warn(f"{path}: cannot be read ({error}); encoding its prompt again", stacklevel=2)
+                problem = f"cannot be read ({error})"
+            warnings.warn(f"{path}: {problem}; encoding its prompt again", stacklevel=2)
         cond = {key: value.detach().cpu().contiguous() for key, value in self.encode(prompt).items()}
+        if not is_finite(cond):
+            raise NumericalError(
+                f"the conditions of the prompt {prompt!r} hold NaN or inf, and are not kept. Look at the weights of the teacher's text "
+                "encoder"
+            )
         replace(path, lambda temporary: save_file(cond, temporary))
         return cond
 

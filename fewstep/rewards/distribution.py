@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Denoiser, Prediction, guide, target, to_x0
+from fewstep.errors import NumericalError
 from fewstep.levels import Density, DensityName, Levels, density_named, noise_levels
 from fewstep.losses import denoising
 from fewstep.schedule import Schedule, bcast
@@ -143,7 +144,7 @@ class DistributionMatching:
 
         Given t (B,) and noise (B, C, H, W) it is deterministic; otherwise both are drawn. No gradient flows: eq. (3) is
         already the gradient in x0, and the dependence of q on the student adds nothing (E_q[grad log q] = 0). Raises ValueError for
-        a t without noise, where (4) has no value, and FloatingPointError where a network predicts what is not finite.
+        a t without noise, where (4) has no value, and NumericalError where a network predicts what is not finite.
         """
         if t is not None and not bool((self.schedule.sigma(t) > 0).all()):
             raise ValueError(f"R_dm needs some noise at every level, and t = {t.min().item():g} has none")
@@ -161,7 +162,7 @@ class DistributionMatching:
         fake = self.fake(xt, t, self.fake_cond(cond, k))
         for name, value in (("teacher", guided), ("fake", fake)):
             if not bool(torch.isfinite(value).all()):
-                raise FloatingPointError(f"the {name}'s prediction holds NaN or inf")
+                raise NumericalError(f"the {name}'s prediction holds NaN or inf")
 
         error = x0 - guided
         magnitude = error.abs().flatten(1).mean(1)
