@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -16,6 +17,11 @@ RESERVED = {
     **dict.fromkeys(("student", "teacher", "fake", "decoder"), "the passes of one of the run's own networks"),
     **dict.fromkeys(("weights", "rewards", "reuse", "policy", "evaluations"), "numbers of the run's own"),
 }  # names that no reward can have, and what metrics.jsonl has under them
+# what may differ between a run and its continuation
+FREE_ON_RESUME = ("updates", "teacher_guidance", "save_every", "sample_every", "evaluate", "device", "judge", "remote",
+                  "memory.micro_groups", "memory.checkpointing", "compile")  # fmt: skip
+OF_A_CALL = ("resume", "overwrite", "dry_run", "output")  # and not of the run
+MOVABLE = ("teacher", "prompts", "scorer", "init", "discriminator.latents")  # what lies elsewhere by then may be the same
 LIMITS = ("student.max_norm", "fake.max_norm", "weights.lag_limit", "weights.clip", "reuse.rho_max")  # infinite: no limit
 POSITIVE, NO_LIMIT = (lambda v: v > 0, "be positive"), (lambda v: v > 0, "be positive (.inf: no limit)")
 AT_LEAST_1, AT_LEAST_0 = (lambda v: v >= 1, "be at least 1"), (lambda v: v >= 0, "be 0 or more")
@@ -290,6 +296,13 @@ class Config:
             return {} if fine else {name: node}
 
         return walk(asdict(self), "")
+
+    def lasting(self) -> dict[str, Any]:
+        """Dotted name -> value, as JSON holds it, of what a checkpoint is of: all that may not change but for what can move."""
+        plain, found = json.loads(json.dumps(asdict(self))), {}
+        for key, value in plain.items():
+            found |= {f"{key}.{name}": inner for name, inner in value.items()} if is_dataclass(getattr(self, key)) else {key: value}
+        return {name: v for name, v in found.items() if {name, name.partition(".")[0]}.isdisjoint((*FREE_ON_RESUME, *OF_A_CALL, *MOVABLE))}
 
     def sizes(self) -> list[tuple[int, int] | None]:
         """(height, width) of each size; None is the teacher's own. Raises ValueError naming what is not HEIGHTxWIDTH."""

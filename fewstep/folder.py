@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep import hub, models
-from fewstep.config import Config
+from fewstep.config import FREE_ON_RESUME, OF_A_CALL, Config
 from fewstep.disk import check_writable, is_one, visible
 from fewstep.errors import UserError
 from fewstep.flags import as_plain, as_values, without_config
@@ -23,10 +23,6 @@ RUN_FILES = (  # with the usual parts of a pipeline: a save that was cut off has
     "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler", "feature_extractor",
     "image_encoder", "pytorch_lora_weights.safetensors", "pictures",
 )  # fmt: skip
-# what may differ between a run and its continuation
-FREE_ON_RESUME = ("updates", "teacher_guidance", "save_every", "sample_every", "evaluate", "device", "judge", "remote",
-                  "memory.micro_groups", "memory.checkpointing", "compile")  # fmt: skip
-OF_A_CALL = ("resume", "overwrite", "dry_run", "output")  # and not of the run
 SAME_FOR_INIT = ("teacher", "steps", "lora_rank", "fake.condition")  # the networks that a run hands on hang on them
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from fewstep.config import Config
+from fewstep.config import FREE_ON_RESUME, Config
 from fewstep.cost import counter
 from fewstep.evaluate.drawing import GRID_BATCH
-from fewstep.folder import FREE_ON_RESUME, SAME_FOR_INIT
+from fewstep.folder import SAME_FOR_INIT
 from fewstep.launch import launched, neighbours
 from fewstep.models import CONFIGURATIONS, UnsupportedTeacher, family, frozen_dtype, index_of, one_line, snapshot
 from fewstep.models.backbone import Backbone, Roles, packed_network

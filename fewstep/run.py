@@ -219,11 +219,12 @@ def find_checkpoint(root: Path, ranks: Ranks) -> tuple[Path | None, Any]:
 
 
 def load_state(run: Run, state: dict[str, Any], folder: Path | None) -> None:
-    """Set a run to the state of the checkpoint in `folder`. Raises UserError for one that is damaged, of other prompts, or of another
-    version of fewstep."""
+    """Set a run to the state of the checkpoint in `folder`. Raises UserError for one that is damaged, of another run, of other prompts, or
+    of another version of fewstep."""
     from fewstep import checkpoint
     from fewstep.prompts import BadPrompts
 
+    check_own(run.config, state.get("config", {}), folder)  # an earlier version kept none
     try:
         run.trainer.load_state(state)
     except checkpoint.DamagedCheckpoint as error:
@@ -234,6 +235,19 @@ def load_state(run: Run, state: dict[str, Any], folder: Path | None) -> None:
         raise UserError(
             f"resume: {folder} holds no {error}: another version of fewstep saved it. Go on with that one, or anew with --overwrite"
         ) from error
+
+
+def check_own(config: Config, before: dict[str, Any], folder: Path | None) -> None:
+    """Raises UserError for a checkpoint that was saved with another value of what may not change in a run: one that was copied from another
+    run's folder. before: what it kept of its config, where a field of another version of fewstep may be missing."""
+    now = config.lasting()
+    changed = next((name for name in before if name in now and before[name] != now[name]), None)
+    if changed is not None:
+        raise UserError(
+            f"resume: {folder} is of a run with {changed} {before[changed]!r}, and this one's config.yaml has {now[changed]!r}: put back "
+            "the checkpoints, or the config.yaml, that belong to this run, or begin a new one with that student, "
+            f"--init {folder} --output NEW"
+        )
 
 
 def start_from(run: Run, folder: Path) -> None:

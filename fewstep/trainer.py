@@ -750,6 +750,7 @@ class Trainer:
             return {"states": rollout.states, "x0": rollout.x0, "group": rollout.group, "prompts": rollout.prompts} | scale
 
         return {
+            "config": self.config.lasting(),
             "update": self.update,
             "rollouts": self.rollouts,
             "used": self.fed,

@@ -36,7 +36,7 @@ from fewstep.folder import TEACHER_FILES, check_init, check_output, remove_run, 
 from fewstep.launch import torchrun_limit
 from fewstep.ranks import Ranks
 from fewstep.rewards.base import PixelReward, RewardError, asked
-from fewstep.run import distill, heard, noting_what_is_kept, train
+from fewstep.run import check_own, distill, heard, noting_what_is_kept, train
 from fewstep.trainer import Trainer
 from fewstep.types import Sample
 
@@ -811,6 +811,23 @@ def test_a_checkpoint_of_another_version_is_refused_by_what_it_lacks(finished, t
     del state["earlier"]
     checkpoint.save(out / "checkpoints", state["update"], state)
     assert f"resume: {newest} holds no 'earlier': another version" in refused(capsys, "distill", "--output", str(out), "--resume")
+
+
+def test_a_checkpoint_of_another_run_is_refused(finished, tmp_path, capsys):
+    """As of two runs that differ in their seeds, whose folders were mixed; one of an earlier version, which says nothing of it, goes on."""
+    out = shutil.copytree(finished, tmp_path / "out")
+    newest = max((out / "checkpoints").iterdir())
+    state = checkpoint.load(newest)
+    own = flags.parse_config(["--output", str(out), "--resume", "--updates", "9"])
+    check_own(own, state["config"], newest)
+    check_own(own, {}, newest)
+    check_own(own, state["config"] | {"of another version": 1}, newest)
+    with pytest.raises(UserError, match=r"of a run with reward {}, and this one's config.yaml has {'clip': 1}"):
+        check_own(dataclasses.replace(own, reward={"clip": 1}), state["config"], newest)
+    state["config"]["student.lr"] = 0.5
+    checkpoint.save(out / "checkpoints", state["update"], state)
+    line = refused(capsys, "distill", "--output", str(out), "--resume")
+    assert f"resume: {newest} is of a run with student.lr 0.5, and this one's config.yaml has {own.student.lr}: put back the" in line
 
 
 def test_resume_takes_the_saved_config_and_goes_further(finished, tmp_path, capsys):

@@ -6,7 +6,7 @@ import math
 import pytest
 from test_trainer import EVERYTHING, run_of
 
-from fewstep.config import RESERVED, Config, WeightsConfig
+from fewstep.config import FREE_ON_RESUME, MOVABLE, OF_A_CALL, RESERVED, Config, WeightsConfig
 from fewstep.errors import UserError
 from fewstep.flags import field_names, parse_config
 
@@ -34,6 +34,14 @@ def config_with(name, value, base=None):
 
 def test_the_defaults_are_fine():
     assert Config().problems() == [] and len(NUMBERS) > 35 and TAKEN.keys() - {"reward"} <= NUMBERS.keys()
+
+
+def test_what_a_checkpoint_keeps_of_a_config_is_all_that_may_not_change():
+    config = Config(reward={"clip": 0.5}, scorer={"clip": "here"}, judge={"clip": None}, teacher="here", prompts="here", output="here")
+    kept = config.lasting()
+    assert kept["reward"] == {"clip": 0.5} and kept["student.betas"] == list(config.student.betas) and "here" not in kept.values()
+    groups = {name.partition(".")[0] for name in field_names(Config) if "." in name}
+    assert field_names(Config).keys() - kept.keys() - groups == {*FREE_ON_RESUME, *OF_A_CALL, *MOVABLE} - {"remote"} | {"remote.timeout"}
 
 
 @pytest.mark.parametrize("name", NUMBERS)
