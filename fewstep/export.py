@@ -136,6 +136,19 @@ def logged_weights(folder: Path, config: Config, update: int | None = None) -> d
     return known
 
 
+def read_results(path: Path) -> str | None:
+    """What a run measured, as its card shows it; None where it has measured nothing. Raises CannotExport for a file that is damaged."""
+    from fewstep.evaluate import tables
+
+    try:
+        return tables.as_markdown(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CannotExport(
+            f"{path}: cut off, or no evaluation ({type(error).__name__}: {error}); put it back as it was, or move it away, and the "
+            "card is without it"
+        ) from error
+
+
 # -- writing it --------------------------------------------------------------------------------------------------------
 
 
@@ -208,7 +221,6 @@ def export(
     from safetensors import SafetensorError
 
     from fewstep import models, world
-    from fewstep.evaluate import tables
 
     if private and repository is None:
         raise CannotExport("--private is for --push ORG/NAME")
@@ -223,12 +235,11 @@ def export(
     student, measured = read(folder, config)
     if to != "diffusers" and not student.weights:
         raise CannotExport(f"{folder}: neither a checkpoint nor pytorch_lora_weights.safetensors there: the LoRA is gone")
+    results = read_results(folder / "evaluation.json") if measured else None
     try:
         output.mkdir(parents=True, exist_ok=True)
         write(student, to, output, name=own_name(folder))
-        results = None
-        if measured and (folder / "evaluation.json").is_file():
-            results = tables.as_markdown(json.loads((folder / "evaluation.json").read_text(encoding="utf-8")))
+        if results is not None:
             shutil.copy(folder / "evaluation.json", output)
         if measured and (folder / "samples.png").is_file():
             shutil.copy(folder / "samples.png", output)

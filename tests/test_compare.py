@@ -267,7 +267,7 @@ def test_a_rows_cost_is_a_share_of_the_plans(tmp_path):
     assert 60 <= sum(half["costs"][name] for name in making.NETWORKS) < 120 and half["updates"] == 2  # of the three of the whole
 
 
-def test_a_teachers_sample_of_another_plan_is_drawn_anew(tmp_path, monkeypatch):
+def test_a_teachers_sample_of_another_plan_is_drawn_anew(tmp_path, monkeypatch, capsys):
     plan, opened = small(tmp_path, 300), []
     monkeypatch.setattr(world, "TEACHER_STEPS", 1)
     monkeypatch.setattr(drawing, "open_pipeline", lambda *told, own=drawing.open_pipeline: opened.append(told) or own(*told))
@@ -278,7 +278,12 @@ def test_a_teachers_sample_of_another_plan_is_drawn_anew(tmp_path, monkeypatch):
         drawn = making.reference(other, world.TEACHER_GUIDANCE)
         assert drawn.shape == standing_in.shape and not bool((drawn == standing_in).all())
     assert len(opened) == 1  # and kept
+    path = tmp_path / "reference.safetensors"
+    start = path.read_bytes()[:100]
+    path.unlink()  # `drawn` is that file, mapped
+    path.write_bytes(start)
     making.reference(dataclasses.replace(plan, prompts=2), world.TEACHER_GUIDANCE)
+    assert f"{path}: damaged (" in capsys.readouterr().out
     assert len(opened) == 2
 
 
@@ -347,6 +352,9 @@ def test_a_kept_cell_is_used_only_if_made_in_the_same_way(tmp_path, capsys):
         assert kept(other) == {}
     cell_path(plan, "GNDM", 0).write_text('{"stamp": {"con')
     assert kept(plan).keys() == {("teacher, 28 steps", 0)} and "gndm-seed0.json: damaged, not used" in capsys.readouterr().out
+    for text in ('{"stamp": {"con', "{}", "null", "5"):
+        cell_path(plan, "GNDM", 0).write_text(text)
+        assert kept(plan).keys() == {("teacher, 28 steps", 0)} and "gndm-seed0.json: damaged, not used" in capsys.readouterr().out
 
 
 def test_a_stamp_has_what_a_rows_training_costs(monkeypatch):
@@ -484,6 +492,9 @@ def test_a_row_that_others_begin_from_comes_first(tmp_path, monkeypatch, capsys)
     with pytest.raises(UserError, match=r"without the student that others begin from \(dmd--twice-as-long-seed7.json\)"):
         again()
     assert again(overwrite=True) == [BEGUN.name, rows[0].name]
+    (kept_one / "manifest.json").write_text("{")
+    with pytest.warns(UserWarning, match="manifest.json: unreadable manifest .*; this student is trained again"):
+        assert student_digest(plan, BEGUN.name, 7) is None
     checkpoint.save(kept_one.parent, 2, {"student": torch.zeros(())}, keep=1)
     capsys.readouterr()
     assert again(overwrite=True) == [rows[0].name]  # it began from another than this one

@@ -313,7 +313,7 @@ def test_a_finished_run_is_exported_as_it_was_left(teachers, prompt_file, tmp_pa
     assert "the LoRA is gone" in refused(capsys, folder, "--to", "kohya", "--output", tmp_path / "none")
 
 
-def test_what_was_measured_goes_with_the_student_it_was_measured_on(teachers, runs, tmp_path):
+def test_what_was_measured_goes_with_the_student_it_was_measured_on(teachers, runs, tmp_path, capsys):
     """A finished run that went on and was interrupted has pictures and numbers of its earlier student: not of the one exported."""
     folder = tmp_path / "run"
     shutil.copytree(runs("StableDiffusionPipeline")[0], folder)
@@ -326,6 +326,14 @@ def test_what_was_measured_goes_with_the_student_it_was_measured_on(teachers, ru
     assert cli.main(["export", str(folder), "--to", "lora", "--output", str(tmp_path / "finished")]) == 0
     assert (tmp_path / "finished" / "samples.png").is_file()
     assert "samples.png" in (tmp_path / "finished" / "README.md").read_text()
+    (folder / "evaluation.json").write_text('{"protocol": {')
+    line = refused(capsys, str(folder), "--to", "lora", "--output", str(tmp_path / "damaged"))
+    assert f"{folder / 'evaluation.json'}: cut off, or no evaluation (" in line
+    assert not (tmp_path / "damaged").exists()  # nothing has been written by then
+    for text in ("{}", "[]", "5"):
+        (folder / "evaluation.json").write_text(text)
+        with pytest.raises(export.CannotExport, match="cut off, or no evaluation"):
+            export.read_results(folder / "evaluation.json")
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -10,6 +10,7 @@ import functools
 import json
 import platform
 import subprocess
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,16 @@ def commit() -> str:
 
 
 def student_digest(plan: Plan, row: str, seed: int) -> str | None:
-    """SHA-256 of the finished student of a row that others begin from; None where none was kept."""
+    """SHA-256 of the finished student of a row that others begin from; None where none was kept, or it is
+    damaged, of which a warning tells."""
     from fewstep import checkpoint
 
     left = checkpoint.checkpoints(student_path(plan, row, seed) / "checkpoints")
-    return checkpoint.recorded(left[-1])[checkpoint.FILES[0]][1] if left else None
+    try:
+        return checkpoint.recorded(left[-1])[checkpoint.FILES[0]][1] if left else None
+    except checkpoint.DamagedCheckpoint as error:
+        warnings.warn(f"{error}; this student is trained again where another begins from it", stacklevel=2)
+        return None
 
 
 @functools.cache
@@ -142,14 +148,14 @@ def kept(plan: Plan) -> Cells:
     for path in visible(plan.output, "cells/*.json"):
         try:
             cell = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            row, seed, stamp = (cell[key] for key in ("row", "seed", "stamp"))
+        except (ValueError, KeyError, TypeError):
             print(f"{path.name}: damaged, not used")
             continue
-        row, seed = cell["row"], cell["seed"]
         begins = beginning((row, seed))
         if row not in BY_NAME:
             print(f"{path.name}: of no row that is known, not used")
-        elif cell["stamp"] != stamp_of(plan, row, seed):
+        elif stamp != stamp_of(plan, row, seed):
             print(f"{path.name}: made with other settings, not used")
         elif begins and student_digest(plan, *begins) not in (None, cell["begun"]):
             print(f"{path.name}: begun from another student of {begins[0]!r} than the one that is there, not used")

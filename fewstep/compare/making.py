@@ -53,7 +53,7 @@ def observe_pipeline(plan: Plan, pipe: Any, *, steps: int, guidance: float, seed
 
 def reference(plan: Plan, guidance: float) -> Any:
     """FD-clip features of the teacher's 28-step sample that cells are compared to; drawn once and kept."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file, save_file
 
     from fewstep.evaluate.features import scaled
@@ -63,8 +63,11 @@ def reference(plan: Plan, guidance: float) -> Any:
     path = plan.output / ("reference.safetensors" if guidance == world.TEACHER_GUIDANCE else f"reference-guidance-{guidance:g}.safetensors")
     kept = None
     if path.is_file():
-        with safe_open(path, "pt") as file:
-            kept = file.metadata()
+        try:
+            with safe_open(path, "pt") as file:
+                kept = file.metadata()
+        except SafetensorError as error:
+            print(f"{path}: damaged ({error}), drawn again")
     if kept != made:
         pipe = drawing.open_pipeline(world.TEACHER, plan.device)
         observed = observe_pipeline(plan, pipe, steps=world.TEACHER_STEPS, guidance=guidance, seed=REFERENCE_SEED)

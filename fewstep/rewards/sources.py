@@ -194,11 +194,19 @@ def records(
 
 
 def told_so_far(path: Path) -> list[dict[str, Any]]:
-    """What a run's `rewards.json` holds, from its first start on, if there is one. Raises ValueError for one that is cut off."""
+    """What a run's `rewards.json` holds, from its first start on, if there is one. Raises ValueError for one that is damaged."""
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     if not isinstance(kept, list):
         raise ValueError("no JSON list")
+    if not all(is_record(entry) for entry in kept):
+        raise ValueError("an entry of it names no rewards")
     return kept
+
+
+def is_record(entry: Any) -> bool:
+    """Whether it is what `write_records` appends."""
+    rewards = entry.get("rewards") if isinstance(entry, dict) else None
+    return isinstance(rewards, dict) and all(isinstance(each, dict) and "source" in each for each in rewards.values())
 
 
 def write_records(path: Path, told: dict[str, dict[str, str]], update: int) -> list[str]:
