@@ -1018,6 +1018,7 @@ def test_an_edited_config_of_a_run_runs_no_code(tmp_path, capsys):
     [
         (None, "FILE:f", "no such file"),
         ("1 / 0", "FILE:f", "running it raised ZeroDivisionError: division by zero"),
+        ("exit()", "FILE:f", "running it raised SystemExit"),
         ("x = 3", "FILE:f", "has no function 'f'"),
         ("f = 3", "FILE:f", "has no function 'f'"),
     ],

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 from unittest import mock
 
 import numpy as np
@@ -165,6 +166,12 @@ def test_any_array_of_numbers_is_a_score(array):
     numbers = array(np.arange(4.0))
     signal = PixelReward(lambda images, prompts: numbers, "array")(sample_of())
     torch.testing.assert_close(signal.score, torch.tensor([float(n) if n is not None else math.nan for n in numbers]), equal_nan=True)
+
+
+def test_a_reward_does_not_end_the_process():
+    """As a script's own check does, with a code that says that all is well."""
+    with pytest.raises(RewardError, match=r"reward 'mine' called sys\.exit"):
+        PixelReward(lambda images, prompts: sys.exit(0), "mine")(sample_of())
 
 
 @pytest.mark.parametrize(

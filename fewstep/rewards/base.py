@@ -85,10 +85,12 @@ def score_of(function: Callable[[Tensor, list[str]], Any], name: str, images: Te
     """(B,) what a function says of images (B, 3, H, W) in [0, 1] and their B prompts; in a list, None is NaN: no score.
 
     The function has a copy of both, for it may change them in place, and others are asked about the same pictures. name: what errors call
-    it. Raises RewardError for anything but one number a picture on the pictures' device.
+    it. Raises RewardError for anything but one number a picture on the pictures' device, and for a function that calls sys.exit.
     """
     try:
         score = function(images.clone(), list(prompts))
+    except SystemExit as error:  # it would end the command as if all were done
+        raise RewardError(f"reward {name!r} called sys.exit; it must raise an error, or return NaN for what it cannot score") from error
     except Exception as error:
         error.add_note(f"raised by the reward {name!r}, called as a function of (images, prompts) with {len(prompts)} pictures")
         raise

@@ -77,7 +77,7 @@ def load_function(value: str) -> Callable[..., Any]:
         sys.modules[module_name] = module  # dataclasses and pickles inside the file look it up
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[module_name]
             raise ValueError(f"{path}: running it raised {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
