@@ -41,7 +41,10 @@ def naming(folder: Path) -> Iterator[None]:
         number = errno_of(error)
         if number not in DISK or getattr(error, "filename", None) is not None:
             raise
-        raise OSError(number, f"could not be written to: {os.strerror(number)}", str(folder)) from error
+        root = cache_root()
+        movable = root is not None and folder.absolute().is_relative_to(root.absolute())
+        advice = "; XDG_CACHE_HOME moves what is kept there to another disk" if movable else ""
+        raise OSError(number, f"could not be written to: {os.strerror(number)}{advice}", str(folder)) from error
 
 
 def check_writable(name: str, folder: Path) -> None:
@@ -55,9 +58,20 @@ def check_writable(name: str, folder: Path) -> None:
         raise UserError(f"{name}: cannot write to {folder} ({error.strerror})") from error
 
 
+def cache_root() -> Path | None:
+    """Where all lies that can be made again; None for a user without a home, as a container's that is a number alone."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep"
+    except RuntimeError:
+        return None
+
+
 def cache_folder(kind: str) -> Path:
-    """Where things of a kind are kept that can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep" / kind
+    """Where things of a kind are kept that can be made again. Raises UserError where there is no such place."""
+    root = cache_root()
+    if root is None:
+        raise UserError(f"XDG_CACHE_HOME: not set, and there is no home folder; set it to a folder under which fewstep can keep its {kind}")
+    return root / kind
 
 
 def check_cache(kind: str, what: str) -> None:

@@ -174,6 +174,10 @@ def test_a_disk_that_takes_no_more_is_named_and_left_clean(small_files, tmp_path
             write()
         assert caught.value.filename == str(kept.folder) and caught.value.errno == errno.EFBIG
         assert not list(kept.folder.iterdir())
+        assert "XDG_CACHE_HOME" not in str(caught.value)
+    kept = embeddings.Embeddings(kept.encode, kept.parts)
+    with pytest.raises(OSError, match="File too large; XDG_CACHE_HOME moves what is kept there to another disk"):
+        kept["a cat"]
     with pytest.raises(ZeroDivisionError), naming(tmp_path):  # anything else is what it is
         _ = 1 / 0
 

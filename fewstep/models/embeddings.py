@@ -70,11 +70,11 @@ class Embeddings:
     """
 
     def __init__(self, encode: Callable[[str], Cond], parts: Callable[[], list[Any]], folder: Path | None = None):
-        self.encode, self.parts, self.root = encode, parts, folder or cache_folder("embeddings")
+        self.encode, self.parts, self.root = encode, parts, folder
 
     @cached_property
     def folder(self) -> Path:
-        folder = self.root / fingerprint(self.parts())[:32]
+        folder = (self.root or cache_folder("embeddings")) / fingerprint(self.parts())[:32]  # not before: drawing a student needs none
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
