@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[0] not in commands:
         return complain(f"unknown command {arguments[0]!r}{nearest(arguments[0], commands)}")
     try:
+        check_text(arguments)
         with anything_prints():
             return commands[arguments[0]](arguments[1:])
     except UserError as error:
@@ -76,6 +77,15 @@ def main(arguments: list[str] | None = None) -> int:
         if type(error).__name__ != "OutOfMemoryError":
             raise
         return complain(f"{first_words(error)}. {SMALLER.get(arguments[0], '')} {noted(error)}".strip(), code=1)
+
+
+def check_text(arguments: list[str]) -> None:
+    """Raises UserError for an argument in another encoding, as a folder's name may be: all that is written and printed is UTF-8."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{argument!r} holds bytes that are not UTF-8 text; give it in UTF-8, or rename the folder") from error
 
 
 SMALLER = {  # what takes less of a device's memory, by command

@@ -89,12 +89,15 @@ def read_options(arguments: list[str]) -> Any:
 
 
 def read_prompts(given: list[str], source: str | None) -> list[str]:
-    """Those of `--prompt`, then those of `--prompts`, in their order. Raises UserError where there are none, or an empty one."""
+    """Those of `--prompt`, then those of `--prompts`, in their order. Raises UserError for none, or one that cannot be drawn."""
     from fewstep.evaluate import sets
     from fewstep.prompts import BadPrompts
 
     if any(not prompt.strip() for prompt in given):
         raise UserError("--prompt: empty; say what to draw")
+    problems = [problem for prompt in given if (problem := sets.problem_of({"prompt": prompt}))]
+    if problems:
+        raise UserError(f"--prompt: {problems[0]}")
     if not given and source is None:
         raise UserError("--prompt: missing; say what to draw, or give --prompts FILE")
     try:
