@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
+import shlex
+import subprocess
 from typing import Any
 
 
@@ -30,6 +33,11 @@ def sentence(text: str) -> str:
 def first_words(error: BaseException) -> str:
     """Of torch's complaint about memory what was asked for; it goes on about its allocator."""
     return ". ".join(str(error).split(". ")[:2])
+
+
+def as_word(path: Any) -> str:
+    """A path as one word of a command for the user to give, quoted where their shell needs it."""
+    return subprocess.list2cmdline([str(path)]) if os.name == "nt" else shlex.quote(str(path))
 
 
 def nearest(word: str, known: Any) -> str:

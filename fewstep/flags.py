@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from fewstep import hub
-from fewstep.errors import UserError, nearest
+from fewstep.errors import UserError, as_word, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -247,7 +247,7 @@ def read_config(arguments: list[str]) -> tuple[Config, list[str], list[str]]:
 
 def without_config(output: str | Path) -> str:
     """What to do about a run whose config is lost or damaged."""
-    return f"put its config.yaml back as it was, or begin a new run with its student, --init {output} --output NEW"
+    return f"put its config.yaml back as it was, or begin a new run with its student, --init {as_word(output)} --output NEW"
 
 
 def parse(arguments: list[str], names: dict[str, type]) -> tuple[Config, list[str], list[str]]:

@@ -10,7 +10,7 @@ from typing import Any
 from fewstep import hub, models
 from fewstep.config import FREE_ON_RESUME, OF_A_CALL, Config
 from fewstep.disk import check_writable, is_one, visible
-from fewstep.errors import UserError
+from fewstep.errors import UserError, as_word
 from fewstep.flags import as_plain, as_values, without_config
 from fewstep.rewards import sources
 from fewstep.rewards.address import is_remote
@@ -238,5 +238,5 @@ def check_same_run(config: Config, path: Path) -> None:
             free = ", ".join(FREE_ON_RESUME)
             ranges = [isinstance(held.get("matching.guidance"), list) for held in (before, now)]  # which adds to the networks
             same = name in SAME_FOR_INIT or (name == "matching.guidance" and len(set(ranges)) > 1)
-            other = "" if same else f"; with others a new run may begin from it, --init {path.parent} --output NEW"
+            other = "" if same else f"; with others a new run may begin from it, --init {as_word(path.parent)} --output NEW"
             raise UserError(f"resume: {name} is {is_now}, the run in {path.parent} has {was}; only {free} may change{other}")

@@ -27,7 +27,7 @@ from fewstep.composition import (
     training_grid,
 )
 from fewstep.disk import alone, check_cache, naming, replace_text
-from fewstep.errors import NumericalError, RewardError, UserError, first_words
+from fewstep.errors import NumericalError, RewardError, UserError, as_word, first_words
 from fewstep.evaluate.command import measure_student
 from fewstep.flags import as_plain
 from fewstep.folder import (
@@ -195,8 +195,8 @@ def way_on(output: Path, *, anew: bool) -> str:
         return "Nothing was saved yet"
     if not checkpoint.checkpoints(output / "checkpoints"):
         return "No checkpoint was saved yet: " + ("begin anew with --overwrite" if anew else "--resume begins at update 0")
-    on = f"The last checkpoint is whole: go on with fewstep distill --output {output} --resume"
-    return on + (f", or with other settings in a new run, --init {output} --output NEW" if anew else "")
+    on = f"The last checkpoint is whole: go on with fewstep distill --output {as_word(output)} --resume"
+    return on + (f", or with other settings in a new run, --init {as_word(output)} --output NEW" if anew else "")
 
 
 def find_checkpoint(root: Path, ranks: Ranks) -> tuple[Path | None, Any]:
@@ -246,7 +246,7 @@ def check_own(config: Config, before: dict[str, Any], folder: Path | None) -> No
         raise UserError(
             f"resume: {folder} is of a run with {changed} {before[changed]!r}, and this one's config.yaml has {now[changed]!r}: put back "
             "the checkpoints, or the config.yaml, that belong to this run, or begin a new one with that student, "
-            f"--init {folder} --output NEW"
+            f"--init {as_word(folder)} --output NEW"
         )
 
 
@@ -383,7 +383,8 @@ def train(run: Run, output: Path, prompts: list[str]) -> bool:
             if due and ranks.rank == 0:
                 draw_progress(run, output, grid_prompts(config, prompts), curves)
     if ranks.any(bool(stopping)):
-        print(f"stopped at update {trainer.update} of {config.updates}; saved. Go on with: fewstep distill --output {output} --resume")
+        on = f"fewstep distill --output {as_word(output)} --resume"
+        print(f"stopped at update {trainer.update} of {config.updates}; saved. Go on with: {on}")
         return False
     return True
 
@@ -510,7 +511,7 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
         assert report is not None
         results, best = tables.as_markdown(report), next(r["solver"] for r in report["rows"] if r["name"] == report["best_solver"])
     elif config.evaluate:
-        print(f"not measured: fewstep evaluate {output} --prompts FILE, with --extractor.NAME and --judge.NAME")
+        print(f"not measured: fewstep evaluate {as_word(output)} --prompts FILE, with --extractor.NAME and --judge.NAME")
     card = export.model_card(student, "diffusers", output, results=results)
     card.save(output / "README.md")  # before the pictures: should they fail, the student has its card
     shown, look = grid_prompts(config, prompts), f"look at {output / 'samples.png'}"
@@ -518,7 +519,7 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
         columns = teacher_grids(run, shown, best) | {f"student, {config.steps} steps": student_grid(run, shown, weights)}
     except torch.OutOfMemoryError as error:
         warnings.warn(f"there is no samples.png, {lacking_memory(error)}", stacklevel=2)
-        look = f"for pictures: fewstep sample {output} --prompt TEXT"
+        look = f"for pictures: fewstep sample {as_word(output)} --prompt TEXT"
     else:
         grid.save(columns, shown, output / "samples.png")
     curves.Curves(output / "metrics.jsonl").save(output / "curves.png")

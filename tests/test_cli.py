@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -30,7 +31,7 @@ from safetensors.torch import load_file, save_file
 import fewstep
 from fewstep import checkpoint, cli, composition, disk, flags, models, needs
 from fewstep.config import Config
-from fewstep.errors import NumericalError, UserError
+from fewstep.errors import NumericalError, UserError, as_word
 from fewstep.evaluate import drawing
 from fewstep.folder import TEACHER_FILES, check_init, check_output, remove_run, run_of
 from fewstep.launch import torchrun_limit
@@ -924,11 +925,27 @@ def test_a_student_of_the_hub_is_drawn_with(finished, tmp_path, monkeypatch, cap
 def test_what_is_to_be_drawn_must_be_said(finished, tmp_path, capsys):
     assert "--prompt: missing; " in refused(capsys, "sample", finished)
     assert "--prompt: empty; " in refused(capsys, "sample", finished, "--prompt", "a cat", "--prompt", " ")
+    assert "--prompt: holds a NUL" in refused(capsys, "sample", finished, "--prompt", "a cat", "--prompt", "a" * 100_000)
     assert f"--prompts: {tmp_path / 'none.txt'}" in refused(capsys, "sample", finished, "--prompts", tmp_path / "none.txt")
     assert "no such folder, and not a hub id" in refused(capsys, "sample", tmp_path / "none", "--prompt", "a cat")
     (tmp_path / "file").touch()
     line = refused(capsys, "sample", finished, "--prompt", "a cat", "--output", tmp_path / "file")
     assert f"--output: cannot write to {tmp_path / 'file'}" in line
+
+
+@pytest.mark.parametrize("arguments", [["sample", "OUT", "--prompt", "caf\udce9"], ["distill", "--output", "/data/caf\udce9"]])
+def test_an_argument_in_another_encoding_is_refused_before_anything_is_done(capsys, arguments):
+    """As Python has a byte of the command line that is not UTF-8."""
+    line = refused(capsys, *arguments)
+    assert line.endswith("caf\\udce9' holds bytes that are not UTF-8 text; give it in UTF-8, or rename the folder")
+
+
+def test_a_user_without_a_home_is_told_where_the_cache_may_lie(teacher_folder, prompt_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", mock.Mock(side_effect=RuntimeError("Could not determine home directory.")))
+    line = refused(capsys, "distill", "--teacher", teacher_folder, "--prompts", prompt_file, "--output", tmp_path / "out")
+    assert "XDG_CACHE_HOME: not set, and there is no home folder; set it to a folder under which fewstep can keep its embeddings" in line
+    models.load(str(teacher_folder))  # as a student is, whose pictures need no cache
 
 
 def test_a_cache_that_cannot_be_written_is_told_before_anything_is_loaded(
@@ -1100,8 +1117,10 @@ def test_what_torchrun_leaves_to_a_run_that_stops_is_said(monkeypatch):
     ],
 )
 def test_what_ends_a_run_says_what_there_is_to_go_on_from(tmp_path, monkeypatch, capsys, error, files, words):
+    tmp_path = tmp_path / "my run"  # a folder that has to be quoted
     for name in files:
-        (tmp_path / name).mkdir(parents=True) if "step" in name else (tmp_path / name).touch()
+        (tmp_path / name if "step" in name else tmp_path).mkdir(parents=True, exist_ok=True)
+        "step" in name or (tmp_path / name).touch()
 
     def ended(arguments):
         with noting_what_is_kept(tmp_path):
@@ -1109,7 +1128,7 @@ def test_what_ends_a_run_says_what_there_is_to_go_on_from(tmp_path, monkeypatch,
 
     monkeypatch.setattr(cli, "distill_command", ended)
     assert cli.main(["distill"]) in (1, 130)
-    assert words.replace("OUT", str(tmp_path)) in capsys.readouterr().err
+    assert words.replace("OUT", as_word(tmp_path)) in capsys.readouterr().err and shlex.split(as_word(tmp_path)) == [str(tmp_path)]
 
 
 def test_an_error_of_a_rewards_own_arithmetic_is_not_put_down_to_the_training(monkeypatch):
