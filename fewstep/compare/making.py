@@ -208,7 +208,7 @@ def judged_kl(run: Any, most: int) -> dict[str, Any]:
             rollout = trainer.new_rollout()
             left.extend([rollout] * trainer.student.steps)
         rollout = left.pop()
-        return trainer.sample_of(rollout, trainer.online_step(rollout))
+        return trainer.sample_of(rollout, trainer.online_step(rollout, trainer.terms["dm"].on))
 
     matching = trainer.terms["dm"].reward
     fake = run.backbone.roles(fake_steps=config.steps if matching.step_condition else 0).fake
