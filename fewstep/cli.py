@@ -30,6 +30,7 @@ commands:
 `fewstep COMMAND --help` lists a command's options; `fewstep --version` prints the version."""
 
 
+@anything_prints()
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -49,8 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         return complain(f"unknown command {arguments[0]!r}{nearest(arguments[0], commands)}")
     try:
         check_text(arguments)
-        with anything_prints():
-            return commands[arguments[0]](arguments[1:])
+        return commands[arguments[0]](arguments[1:])
     except UserError as error:
         return complain(str(error))
     except RewardError as error:

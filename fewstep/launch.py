@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 
 def launched() -> tuple[int, int]:
@@ -43,18 +45,62 @@ def first_alone_prints() -> Iterator[None]:
         yield
 
 
+# what a write is answered whose reader is gone: a pipe's, a terminal's that was closed, a pipe's on Windows
+GONE = (errno.EPIPE, errno.EIO, errno.EINVAL)
+
+
+class Outlasting(io.FileIO):
+    """The file under a stream; once whoever reads it is gone, stderr takes its place, which says so, and nothing where that is gone too."""
+
+    def write(self, data: Any) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+        give_way(self.fileno())
+        return super().write(data)
+
+
+def give_way(number: int) -> None:
+    """Put stderr, or nothing where that takes no word, in the place of an open file."""
+    try:
+        error = sys.stderr.fileno()
+        os.write(error, b"fewstep: nobody reads what is printed any more: the rest is printed here\n")
+        os.dup2(error, number)
+    except (OSError, AttributeError):  # gone as well, or there was none
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), number)
+
+
+def outlasting(stream: Any) -> Any:
+    """A text stream as one over an `Outlasting` file; what lies over none, as a notebook's and a Windows console's, as it is."""
+    held = getattr(stream, "buffer", None)
+    if not isinstance(stream, io.TextIOWrapper) or not isinstance(getattr(held, "raw", held), io.FileIO):
+        return stream
+    stream.flush()
+    raw = Outlasting(stream.fileno(), "wb", closefd=False)
+    buffer = io.BufferedWriter(raw) if hasattr(held, "raw") else raw  # none under python -u
+    how = {"encoding": stream.encoding, "errors": stream.errors, "line_buffering": stream.line_buffering}
+    return io.TextIOWrapper(buffer, **how, write_through=stream.write_through)
+
+
 @contextlib.contextmanager
 def anything_prints() -> Iterator[None]:
     """Within, what stdout has no character for is printed as a question mark: on Windows a file or a pipe takes those of a code page, which
-    has no arrows, and the word of a prompt may be in any script."""
-    out = sys.stdout
-    if not isinstance(out, io.TextIOWrapper):  # a notebook's takes all
-        yield
-        return
-    before = out.errors
-    out.reconfigure(errors="replace")
+    has no arrows, and the word of a prompt may be in any script. And who reads it may go, as a `tee` that the same Ctrl-C ends."""
+    given = sys.stdout, sys.stderr
+    out, error = sys.stdout, sys.stderr = outlasting(given[0]), outlasting(given[1])
+    before = out.errors if isinstance(out, io.TextIOWrapper) else None  # a notebook's takes all
+    if before is not None:
+        out.reconfigure(errors="replace")
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # of a pipe that nobody reads any more
-            out.reconfigure(errors=before)
+        for stream, own in zip((out, error), given, strict=True):
+            if stream is not own:
+                stream.flush()
+        sys.stdout, sys.stderr = given
+        if before is not None:
+            with contextlib.suppress(OSError):  # of a pipe that nobody reads any more
+                out.reconfigure(errors=before)

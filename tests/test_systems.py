@@ -338,6 +338,26 @@ def test_a_notebook_prints_as_it_does(monkeypatch):
     assert notebook.getvalue() == "↓\n"
 
 
+@pytest.mark.parametrize("how, same", [((), False), (("-u",), True)], ids=["stdout", "both, unbuffered"])
+def test_a_command_goes_on_where_nobody_reads_what_it_prints(tmp_path, how, same):
+    """As after a `tee` that the Ctrl-C ends which is to save a run: rich would end the process in silence."""
+    whole = (
+        "import pathlib, sys\nfrom rich.progress import track\nfrom fewstep import cli\n"
+        "def command(arguments):\n    for i in track(range(3)):\n        print('update', i, flush=True)\n"
+        f"    pathlib.Path({str(tmp_path / 'saved')!r}).touch()\n    print('saved')\n    return 130\n"
+        "cli.models_command = command\nsys.exit(cli.main(['models']))"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    err = write if same else subprocess.PIPE
+    done = subprocess.run([sys.executable, *how, "-c", whole], stdout=write, stderr=err, cwd=ROOT.parent, text=True)
+    os.close(write)
+    assert done.returncode == 130 and (tmp_path / "saved").exists()
+    if not same:
+        said = done.stderr.splitlines()
+        assert said[0].startswith("fewstep: nobody reads what is printed any more") and "saved" in said and len(said) < 10, said
+
+
 # Names
 
 
