@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Collection
@@ -25,6 +26,8 @@ from torch import Tensor
 from fewstep.disk import errno_of, rename, replace, sync
 
 FILES = ("state.safetensors", "state.json")
+NAME = re.compile(r"step-\d{8,}")
+LEFT = re.compile(r"\.(stale|writing)-\d{8,}(-\d+)?")  # by a killed save; earlier versions wrote their process's number too
 TENSOR = "__tensor__"
 KEYS = "__keys__"
 
@@ -74,7 +77,7 @@ def digest(path: Path) -> str:
 
 
 def save(root: str | Path, step: int, tree: Any, *, keep: int = 2) -> Path:
-    """Write `root/step-XXXXXXXX` atomically and keep the newest `keep` checkpoints. Returns the folder.
+    """Write `root/step-XXXXXXXX` atomically and keep it and those before it, `keep` in all. Returns the folder.
 
     One process writes a run's folder: what a killed save left in it is cleared first. Raises OSError naming the folder and the bytes when
     they cannot be written; what was saved before is whole, what was half written removed.
@@ -108,7 +111,7 @@ def save(root: str | Path, step: int, tree: Any, *, keep: int = 2) -> Path:
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         number = errno_of(error) or errno.EIO
         raise OSError(number, f"could not write checkpoint of {size} bytes: {os.strerror(number)}", str(final)) from error
-    for old in checkpoints(root)[:-keep]:
+    for old in [folder for folder in checkpoints(root) if int(step_of(folder)) <= step][:-keep]:
         discard(old)
     return final
 
@@ -116,14 +119,14 @@ def save(root: str | Path, step: int, tree: Any, *, keep: int = 2) -> Path:
 def discard(folder: Path) -> None:
     """Remove what is not needed any more; on Windows what another process reads just then stays until the next save, which this says."""
     try:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
     except PermissionError as error:
         warnings.warn(f"{folder}: not needed any more, and cannot be removed yet ({error.strerror})", stacklevel=3)
 
 
 def clear(root: Path) -> None:
     """Remove what killed saves left under `root`, and put back, with a warning, the checkpoint that one had moved aside."""
-    for stale in root.glob(".stale-*"):
+    for stale in left_by_kills(root, ".stale-*"):
         final = root / f"step-{step_of(stale)}"
         if is_whole(stale) and not is_whole(final):
             shutil.rmtree(final, ignore_errors=True)
@@ -131,12 +134,16 @@ def clear(root: Path) -> None:
             warnings.warn(f"{final}: the save that was to take its place was killed; the earlier one is back", stacklevel=2)
         else:
             discard(stale)
-    for left in root.glob(".writing-*"):
-        shutil.rmtree(left)
+    for left in left_by_kills(root, ".writing-*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def left_by_kills(root: Path, pattern: str) -> list[Path]:
+    return [path for path in root.glob(pattern) if LEFT.fullmatch(path.name)]
 
 
 def step_of(folder: Path) -> str:
-    """The eight digits of a checkpoint's name, or of what a save left behind."""
+    """The digits of a checkpoint's name, or of what a save left behind."""
     return folder.name.split("-")[1]
 
 
@@ -149,8 +156,9 @@ def is_whole(folder: Path) -> bool:
 
 
 def checkpoints(root: str | Path) -> list[Path]:
-    """Finished checkpoints under `root`, oldest first."""
-    return sorted(path for path in Path(root).glob("step-*") if path.is_dir())
+    """Finished checkpoints under `root`, oldest first; none is a folder with more or less in its name, as a copy that someone made."""
+    found = (path for path in Path(root).glob("step-*") if path.is_dir() and NAME.fullmatch(path.name))
+    return sorted(found, key=lambda path: int(step_of(path)))
 
 
 def recorded(folder: Path) -> dict[str, tuple[int, str]]:
@@ -192,12 +200,16 @@ def load(folder: str | Path, *, only: Collection[str] | None = None) -> Any:
 def newest(root: str | Path, *, only: Collection[str] | None = None) -> tuple[Path, Any] | None:
     """The newest *valid* checkpoint and its contents (or those keys of it), or None when there is none at all.
 
-    Damaged ones are skipped with a warning that names them; when every one is damaged that is an error, never a
-    silent start from step 0. One that a killed save of the same step had moved aside is read where it lies (another process may
-    be the folder's writer), and the next save, or `clear`, puts it back.
+    Damaged ones are skipped with a warning that names them, as are folders whose name is only like a checkpoint's; when nothing else is
+    there that is an error, never a silent start from step 0. One that a killed save of the same step had moved aside is read where it
+    lies (another process may be the folder's writer), and the next save, or `clear`, puts it back.
     """
-    found = sorted([*checkpoints(root), *Path(root).glob(".stale-*")], key=lambda path: (step_of(path), path.name.startswith("step-")))
+    stale = left_by_kills(Path(root), ".stale-*")
+    found = sorted([*checkpoints(root), *stale], key=lambda path: (int(step_of(path)), path.name.startswith("step-")))
     problems = []
+    for folder in sorted(path for path in Path(root).glob("step-*") if path.is_dir() and path not in found):
+        problems.append(f"{folder}: a checkpoint is named step- and eight digits; keep a copy in another folder")
+        warnings.warn(f"passed over: {problems[-1]}", stacklevel=2)
     for folder in reversed(found):
         try:
             return folder, load(folder, only=only)

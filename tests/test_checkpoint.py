@@ -68,6 +68,34 @@ def test_old_ones_are_pruned_and_the_newest_valid_one_is_found(tmp_path):
     assert checkpoint.newest(tmp_path / "nothing") is None
 
 
+@pytest.mark.filterwarnings("ignore:passed over")
+def test_a_copy_beside_the_checkpoints_is_none_and_stays(tmp_path):
+    """Letters come after digits: a copy was the newest for ever, and what was saved after it the first to go."""
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, {"step": step})
+    copies = [shutil.copytree(tmp_path / "step-00000002", tmp_path / name) for name in ("step-best", "step-final", "step-00000002-good")]
+    checkpoint.save(tmp_path, 4, {"step": 4})
+    with pytest.warns(UserWarning, match="step-best: a checkpoint is named step- and eight digits; keep a copy in another folder"):
+        assert checkpoint.newest(tmp_path) == (tmp_path / "step-00000004", {"step": 4})
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+    assert all(copy.is_dir() for copy in copies)
+    for folder in checkpoint.checkpoints(tmp_path):
+        shutil.rmtree(folder)
+    with pytest.warns(UserWarning), pytest.raises(checkpoint.DamagedCheckpoint, match=r"no checkpoint can be read:\n.*step-00000002-good"):
+        checkpoint.newest(tmp_path)
+
+
+def test_what_is_saved_after_an_earlier_checkpoint_is_kept_beside_later_ones(tmp_path):
+    """As where a run goes on from before those that are damaged; nor does a number with a digit more come first."""
+    for step in (7, 8, 9, 5, 6):
+        checkpoint.save(tmp_path, step, {"step": step}, keep=3)
+    assert [path.name[-1] for path in checkpoint.checkpoints(tmp_path)] == ["5", "6", "7", "8", "9"]
+    for step in (99_999_999, 100_000_000):
+        checkpoint.save(tmp_path, step, {"step": step}, keep=1)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-100000000"]
+    assert checkpoint.newest(tmp_path)[1] == {"step": 100_000_000}
+
+
 def test_every_truncation_and_bit_flips_are_refused(tmp_path):
     folder = checkpoint.save(tmp_path, 1, {"x": torch.arange(4.0)})
     generator = torch.Generator().manual_seed(0)
@@ -145,6 +173,7 @@ def test_what_earlier_kills_left_is_cleared_and_what_they_moved_aside_put_back(t
     checkpoint.save(tmp_path, 1, {"x": 1})
     checkpoint.save(tmp_path, 2, {"x": 2}).rename(tmp_path / ".stale-00000002-77")
     (tmp_path / ".writing-00000002-77").mkdir()
+    (tmp_path / ".writing-00000003").touch()
     assert checkpoint.newest(tmp_path) == (tmp_path / ".stale-00000002-77", {"x": 2})
     with pytest.warns(UserWarning, match=r"step-00000002: the save .* was killed; the earlier one is back"):
         checkpoint.clear(tmp_path)
