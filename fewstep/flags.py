@@ -36,6 +36,7 @@ def field_names(config: type, prefix: str = "") -> dict[str, type]:
 
 # fields that are tables: the user names their keys
 TABLES = ("reward", "via", "scorer", "judge")
+OPTIONAL_TEXTS = ("prompts", "init", "discriminator.latents")  # null where there is none
 ONLY_BY_FLAG = "a file runs no code here: leave it out and give your own flag, --{} {}"
 
 
@@ -117,9 +118,9 @@ def recipe_path(argument: str) -> str:
     return str(named)
 
 
-def check_recipe(path: Path, names: dict[str, type]) -> None:
-    """Raises UserError, naming file and key, for a key of a YAML recipe that is unknown, comes twice or has no value, and for code: a file
-    runs none."""
+def check_recipe(path: Path, names: dict[str, type]) -> dict[str, Any]:
+    """What a YAML recipe holds. Raises UserError, naming file and key, for a key that is unknown, comes twice or has no value, and
+    for code: a file runs none."""
     import yaml
 
     from fewstep.rewards.sources import is_code
@@ -153,6 +154,7 @@ def check_recipe(path: Path, names: dict[str, type]) -> None:
 
     walk(recipe, "")
     check_once(path, yaml.compose(text, Loader=yaml.SafeLoader))
+    return recipe
 
 
 def check_once(path: Path, table: Any, prefix: str = "") -> None:
@@ -170,7 +172,9 @@ def check_once(path: Path, table: Any, prefix: str = "") -> None:
 
 WRONG_TYPE = re.compile(r"Parser key \"([\w.]+)\": .*?Expected an? (.+?)\. Got value: (.*)")
 PAIR = "two numbers in brackets, as [0.9, 0.99]"
+TEXT = "a text, which needs quotes in a file where YAML reads something else"
 KINDS = {
+    "<class 'str'>": TEXT,
     "<class 'int'>": "a whole number", "<class 'float'>": "a number", "<class 'bool'>": "true or false",
     "<class 'dict'>": "a table of NAME: value", "<class 'tuple'>": PAIR, "tuple with 2 elements": PAIR,
 }  # fmt: skip
@@ -181,10 +185,15 @@ NUMBER_OR_PAIR = re.compile(
 )
 
 
+TEXT_OR_NONE = re.compile(r"Parser key \"([\w.]+)\": .*Union subtypes Subtypes: \[<class 'str'>, <class 'NoneType'>\].*Given value: (.*)")
+
+
 def in_plain_words(message: str) -> str:
     """What the parser says of a value of the wrong type, without the names that types have in Python."""
     if found := NUMBER_OR_PAIR.search(message):
         return f"{found[1]}: must be a number, or two in brackets, as [1.5, 8]; got {found[2]}"
+    if found := TEXT_OR_NONE.search(message):
+        return f"{found[1]}: must be {TEXT}, or null for none; got {found[2]}"
     found = WRONG_TYPE.search(message)
     if found is None:
         return message.replace("Parser key", "key")
@@ -255,15 +264,31 @@ def parse(arguments: list[str], names: dict[str, type]) -> tuple[Config, list[st
     from fewstep.config import Config
 
     recipes, flags = recipes_and_flags(arguments)
-    for recipe in recipes:
-        check_recipe(Path(recipe), names)
+    held = [check_recipe(Path(recipe), names) for recipe in recipes]
     parser = config_parser()
     try:
-        parsed = parser.instantiate(parser.parse_args([part for recipe in recipes for part in ("--config", recipe)] + flags))
+        parsed = parser.parse_args([part for recipe in recipes for part in ("--config", recipe)] + flags)
+        parsed = parser.instantiate(texts_as_given(parsed, held, flags))
     except UserError:
         check_types(recipes)
         raise
     return at_home(Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})), recipes, flags
+
+
+NONE = ("null", "Null", "NULL", "~")
+
+
+def texts_as_given(parsed: Any, recipes: list[dict[str, Any]], flags: list[str]) -> Any:
+    """What the parser has read, with the texts that may be none as recipes and flags have them: it reads one that YAML has no word in, as
+    `#1.txt`, for none, even in quotes. A flag's `null` is none."""
+    texts = {name: value for recipe in recipes for name, value in as_values(recipe).items()}
+    texts |= {flag.removeprefix("--"): None if text.strip() in NONE else text for flag, text in flag_values(flags).items()}
+    for name, text in texts.items():
+        if name in OPTIONAL_TEXTS and parsed[name] is None:
+            parsed[name] = text
+        elif name.startswith("judge.") and parsed["judge"].get(key := name.removeprefix("judge."), "") is None:
+            parsed["judge"][key] = text
+    return parsed
 
 
 def at_home(config: Config) -> Config:
@@ -367,6 +392,24 @@ def as_arguments(values: dict[str, Any], prefix: str = "") -> list[str]:
         elif value is not None:
             out.append(f"--{prefix}{key}={json.dumps(value) if isinstance(value, (bool, list, tuple)) else value}")
     return out
+
+
+def as_yaml(plain: dict[str, Any]) -> str:
+    """A config as a file that reads as what it is: the parser takes `1e-5` for a number, for which PyYAML writes it without quotes."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    def represent(dumper: Any, text: str) -> Any:
+        try:
+            float(text)
+        except ValueError:
+            return dumper.represent_str(text)
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'")
+
+    Dumper.add_representer(str, represent)
+    return yaml.dump(plain, Dumper=Dumper, sort_keys=False)
 
 
 def as_plain(config: Config) -> dict[str, Any]:

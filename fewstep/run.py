@@ -29,7 +29,7 @@ from fewstep.composition import (
 from fewstep.disk import alone, check_cache, naming, replace_text
 from fewstep.errors import NumericalError, RewardError, UserError, as_word, first_words
 from fewstep.evaluate.command import measure_student
-from fewstep.flags import as_plain
+from fewstep.flags import as_plain, as_yaml
 from fewstep.folder import (
     GIVEN,
     TEACHER_FILES,
@@ -271,14 +271,12 @@ def start_from(run: Run, folder: Path) -> None:
 def write_record(run: Run, prompts: list[str], source: str, functions: dict[str, Any], judges: dict[str, Any], device: str) -> None:
     """Write into a run's folder what it is: its config, prompts that were given, hashes of its teacher's weights, and the versions of its
     rewards and judges; says which versions have changed. device: as it was asked for, since a run may go on where `auto` is another."""
-    import yaml
-
     from fewstep import models
     from fewstep.rewards import sources
 
     config, output = run.config, Path(run.config.output)
     kept = as_plain(config) | {"device": device, "resume": False, "overwrite": False}  # the last two are of this call, not of the run
-    replace_text(output / "config.yaml", yaml.safe_dump(kept, sort_keys=False))
+    replace_text(output / "config.yaml", as_yaml(kept))
     if keeps_prompts(config):  # again where --overwrite has deleted what was read
         replace_text(output / GIVEN, json.dumps(prompts, indent=0, ensure_ascii=False))
     if Path(source).is_dir() and not (output / TEACHER_FILES).is_file():

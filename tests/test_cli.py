@@ -175,6 +175,8 @@ def test_bad_input_gets_one_clear_line(capsys, tmp_path, prompt_file, arguments,
         ("output: ~", "output has no value"),
         ("judge:", "judge has no value"),
         ("reward: {clip: }", "reward.clip has no value"),
+        ("output: 1e-5", "output: must be a text, which needs quotes in a file where YAML reads something else; got 1e-05"),
+        ("prompts: 1e3", "needs quotes in a file where YAML reads something else, or null for none; got 1000"),
         ("student: {lr: 1e-5}\nsteps: 2\nstudent: {ema: 0.9}", "student comes twice, in line 1 and in line 3, of which one would be lost"),
         ("reward:\n  clip: 1\n  clip: 2", "reward.clip comes twice, in line 2 and in line 3"),
     ],
@@ -191,6 +193,18 @@ def test_a_recipe_may_say_that_there_is_none(tmp_path):
     path.write_text("prompts:\ninit: null\ndiscriminator: {latents: ~}\nreward: {clip: 1}\njudge: {preference: }\n")
     config = flags.parse_config([str(path)])
     assert (config.prompts, config.init, config.discriminator.latents, config.judge) == (None, None, None, {"preference": None})
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1.e4", "+1E5", "007", "no", "#1.txt", "&", "---", "a: b", "'q'", "a\nb "])
+def test_a_text_is_what_was_written_whatever_yaml_reads_in_it(tmp_path, text):
+    """By a flag, and again from the run's own file: a run in a folder named by its learning rate went on no more."""
+    told = [f"--{name}={text}" for name in ("output", "prompts", "init", "matching.negative-prompt", "discriminator.latents")]
+    told += [f"--{table}.a={text}" for table in ("scorer", "judge") if text not in ("#1.txt", "&", "---", "a: b")]
+    (tmp_path / "config.yaml").write_text(flags.as_yaml(flags.as_plain(flags.without_code(told))))
+    for config in (flags.without_code(told), flags.saved_config(tmp_path)):
+        texts = [config.output, config.prompts, config.init, config.matching.negative_prompt, config.discriminator.latents]
+        assert {*texts, *config.scorer.values(), *config.judge.values()} == {text}
+    assert flags.without_code([str(tmp_path / "config.yaml"), "--prompts", "null", "--init=null"]).prompts is None
 
 
 def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
