@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -71,10 +72,12 @@ def logged(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """What lines of a metrics.jsonl hold; one that was cut, as by a kill, is left out."""
+    """What lines of a metrics.jsonl hold; one that is no update's is left out, as one that a kill cut, or a disk damaged."""
     for line in lines:
         with suppress(ValueError):
-            yield json.loads(line)
+            found = json.loads(line)
+            if isinstance(found, dict) and isinstance(found.get("update"), int):
+                yield found
 
 
 class MetricsLog:
@@ -82,10 +85,13 @@ class MetricsLog:
 
     def __init__(self, output: Path, update: int):
         self.path = output / "metrics.jsonl"
-        kept = []
-        if self.path.exists():
-            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if line and is_before(line, update)]
-        replace_text(self.path, "".join(line + "\n" for line in kept))
+        *lines, cut = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
+        found = [*parsed(lines)]
+        damaged = len(lines) - len(found)
+        found += parsed([cut])
+        if damaged:
+            warnings.warn(f"{self.path}: {damaged} of its lines cannot be read and are left out", stacklevel=2)
+        replace_text(self.path, "".join(json.dumps(logs) + "\n" for logs in found if logs["update"] <= update))
         self.file = self.path.open("a", encoding="utf-8")
         self.board = None
         try:
@@ -106,11 +112,3 @@ class MetricsLog:
         self.file.close()
         if self.board:
             self.board.close()
-
-
-def is_before(line: str, update: int) -> bool:
-    """Whether a metrics line belongs to an update that the checkpoint holds; a line cut by a kill does not."""
-    try:
-        return json.loads(line)["update"] <= update
-    except (ValueError, KeyError):
-        return False

@@ -22,7 +22,7 @@ from fewstep import checkpoint, composition, flags, losses
 from fewstep.config import Config
 from fewstep.errors import NumericalError, UserError
 from fewstep.evaluate import drawing
-from fewstep.metrics import MetricsLog
+from fewstep.metrics import MetricsLog, logged
 from fewstep.models import backbone
 from fewstep.prompts import Batches, read
 from fewstep.rewards.base import PixelReward, RewardError, as_reward
@@ -966,6 +966,20 @@ def test_metrics_are_numbers_and_a_missing_one_does_not_stay(teacher_folder, pro
     assert ["redness/share" in line for line in lines] == [False, True]  # of an update that nothing pushes there is none
     with pytest.raises(ValueError, match="JSON"):
         MetricsLog(tmp_path, 0).write(1, {"loss": math.inf})
+
+
+def test_a_damaged_line_of_the_metrics_stops_no_run(tmp_path):
+    """As a disk leaves it after a power cut: the rest is kept as it is, and what is lost is said."""
+    whole = [json.dumps({"update": update, "loss": 0.1 * update, "word": "é"}).encode() for update in range(1, 4)]
+    damaged = [b'{"update": 2, "lo\xb6s": 1}', b"5", b"\0" * 9, b'{"loss": 1}', b'{"update": "2"}', b"null"]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([whole[0], *damaged, *whole[1:], b'{"upda']))
+    with pytest.warns(UserWarning, match=r"metrics.jsonl: 6 of its lines cannot be read and are left out"):
+        MetricsLog(tmp_path, 2).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(line + b"\n" for line in whole[:2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MetricsLog(tmp_path, 1).close()
+    assert [*logged(tmp_path / "metrics.jsonl")] == [json.loads(whole[0])]
 
 
 def test_what_an_update_logged_is_there_when_it_is_over_and_what_was_lost_leaves_no_trace(tmp_path, monkeypatch):
