@@ -16,7 +16,7 @@ from fewstep.rewards import sources
 from fewstep.rewards.address import is_remote
 
 GIVEN = "prompts.json"  # prompts that were given as a list
-TEACHER_FILES = "teacher.json"  # what the teacher's weights are, of one that is a folder
+TEACHER_FILES = "teacher.json"  # what the teacher's weights and configurations are, of one that is a folder
 RUN_FILES = (  # with the usual parts of a pipeline: a save that was cut off has no model_index.json
     "checkpoints", "samples", "tensorboard", "config.yaml", GIVEN, TEACHER_FILES, "rewards.json", "metrics.jsonl", "samples.png",
     "curves.png", "evaluation.json", "evaluation", "README.md", "export", "model_index.json", "unet", "transformer", "vae", "text_encoder",
@@ -95,7 +95,7 @@ def check_init(config: Config, source: str) -> None:
 
 
 def check_same_teacher(source: str, run: Path) -> None:
-    """Raises UserError for a teacher whose weights are not those that the run in a folder began with, where it is known."""
+    """Raises UserError for a teacher whose files are not those that the run in a folder began with, where it is known."""
     changed = changed_since(source, run)
     if changed:
         raise UserError(
@@ -105,8 +105,9 @@ def check_same_teacher(source: str, run: Path) -> None:
 
 
 def changed_since(source: str, run: Path) -> str | None:
-    """The first weights file of a teacher's folder that is not what it was when the run began; None where all are, or it is not known:
-    the run is of an earlier version, or its teacher of the hub, at a commit. Raises UserError for hashes that cannot be read."""
+    """The first file of a teacher's folder, of weights or a configuration, that is not what it was when the run began; None where all are,
+    or it is not known: the run is of an earlier version, or its teacher of the hub, at a commit. Raises UserError for hashes that cannot be
+    read."""
     kept, folder = run / TEACHER_FILES, Path(source)
     if not kept.is_file() or not folder.is_dir():
         return None
@@ -120,6 +121,8 @@ def changed_since(source: str, run: Path) -> str | None:
             f"{source} is the teacher that the run began with: if you do, delete it"
         ) from error
     now = models.weights_in(folder)
+    if any(not name.endswith(".safetensors") for name in before):  # an earlier version kept those of weights alone
+        now |= models.configurations_in(folder)
     return next((name for name in sorted(before | now) if before.get(name) != now.get(name)), None)
 
 

@@ -269,7 +269,7 @@ def start_from(run: Run, folder: Path) -> None:
 
 
 def write_record(run: Run, prompts: list[str], source: str, functions: dict[str, Any], judges: dict[str, Any], device: str) -> None:
-    """Write into a run's folder what it is: its config, prompts that were given, hashes of its teacher's weights, and the versions of its
+    """Write into a run's folder what it is: its config, prompts that were given, hashes of its teacher's files, and the versions of its
     rewards and judges; says which versions have changed. device: as it was asked for, since a run may go on where `auto` is another."""
     from fewstep import models
     from fewstep.rewards import sources
@@ -280,7 +280,7 @@ def write_record(run: Run, prompts: list[str], source: str, functions: dict[str,
     if keeps_prompts(config):  # again where --overwrite has deleted what was read
         replace_text(output / GIVEN, json.dumps(prompts, indent=0, ensure_ascii=False))
     if Path(source).is_dir() and not (output / TEACHER_FILES).is_file():
-        replace_text(output / TEACHER_FILES, json.dumps(models.weights_in(Path(source)), indent=1))
+        replace_text(output / TEACHER_FILES, json.dumps(models.weights_in(Path(source)) | models.configurations_in(Path(source)), indent=1))
     records = sources.records(config.reward, config.scorer, functions, assets=assets(config))
     records |= {f"judge.{name}": record for name, record in judge_records(config, judges).items()}
     if run.real is not None:

@@ -33,7 +33,7 @@ from fewstep import checkpoint, cli, composition, disk, flags, models, needs
 from fewstep.config import Config
 from fewstep.errors import NumericalError, UserError, as_word
 from fewstep.evaluate import drawing
-from fewstep.folder import TEACHER_FILES, check_init, check_output, remove_run, run_of
+from fewstep.folder import TEACHER_FILES, check_init, check_output, check_same_teacher, remove_run, run_of
 from fewstep.launch import torchrun_limit
 from fewstep.ranks import Ranks
 from fewstep.rewards.base import PixelReward, RewardError, asked
@@ -707,6 +707,17 @@ def test_a_run_goes_on_with_the_teacher_that_it_began_with_alone(capsys, teacher
     assert f"its unet/{path.name} has changed" in refused(capsys, *again)
     assert f"unet/{path.name} of {teacher} has changed" in refused(capsys, "export", str(out), "--to", "diffusers")
     path.write_bytes(whole)
+    for name, key, value in (("scheduler/scheduler_config.json", "beta_schedule", "linear"), ("unet/config.json", "act_fn", "gelu"),
+                             ("model_index.json", "requires_safety_checker", True)):  # fmt: skip
+        plain = (teacher / name).read_text()
+        (teacher / name).write_text(json.dumps({"_diffusers_version": "9.9"} | json.loads(plain) | {key: value}))
+        with pytest.raises(UserError, match=f"not the teacher that this run began with, for its {name} has changed"):
+            check_same_teacher(str(teacher), out)
+        (teacher / name).write_text(json.dumps(json.loads(plain) | {"_diffusers_version": "9.9"}, sort_keys=True))  # saved again
+        check_same_teacher(str(teacher), out)
+    (teacher / "tokenizer" / "more.txt").touch()
+    assert "its tokenizer/more.txt has changed" in refused(capsys, *again)
+    (teacher / "tokenizer" / "more.txt").unlink()
     moved, same = shutil.move(teacher, tmp_path / "moved"), shutil.copy(prompt_file, tmp_path / "same.txt")
     other = tmp_path / "other.txt"
     other.write_text("a cat\n")
@@ -714,7 +725,11 @@ def test_a_run_goes_on_with_the_teacher_that_it_began_with_alone(capsys, teacher
     assert "prompts: these 1 prompts are not" in refused(capsys, *again, "--teacher", str(moved), "--prompts", str(other))
     again += ["--teacher", f"{moved}/", "--prompts", str(same)]
     assert cli.main(again) == 0 and cli.main(["export", str(out), "--to", "diffusers"]) == 0
-    (out / TEACHER_FILES).unlink()  # as of an earlier version
+    (out / TEACHER_FILES).write_text(json.dumps(models.weights_in(moved)))  # as earlier versions kept it
+    plain = moved / "scheduler" / "scheduler_config.json"
+    plain.write_text(json.dumps(json.loads(plain.read_text()) | {"mine": 1}))
+    check_same_teacher(str(moved), out)
+    (out / TEACHER_FILES).unlink()  # or did not
     assert cli.main(again) == 0 and (out / TEACHER_FILES).is_file()
 
 

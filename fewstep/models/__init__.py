@@ -11,6 +11,7 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,10 @@ UNMERGED = (
 
 
 STRETCHES, STRETCH = 64, 2**16  # of a file that are looked at, and their bytes
+
+
+# of a configuration: where its part lay and what wrote it, not what it computes
+PROVENANCE = ("_name_or_path", "name_or_path", "_diffusers_version", "transformers_version")
 
 
 CONFIGURATIONS = ("*.json", "*.txt", "*.model", "*.jinja")  # of a repository, everything but its weights
@@ -183,6 +188,30 @@ def weights_in(folder: Path) -> dict[str, str]:
                 digest.update(file.read(STRETCH))
         found[path.relative_to(folder).as_posix()] = digest.hexdigest()
     return found
+
+
+def configurations_in(folder: Path) -> dict[str, str]:
+    """A hash of each configuration and tokenizer's file of a pipeline's folder, by its place there: of the schedule as of the encoders.
+
+    Of a configuration's `content`: another version that saves the pipeline again writes its own name. Raises UnsupportedTeacher.
+    """
+    parts = [name for name, entry in index_of(str(folder)).items() if isinstance(entry, list) and not is_null(entry)]
+    found = {}
+    for path in visible(folder, "model_index.json", *(f"{part}/{pattern}" for part in parts for pattern in CONFIGURATIONS)):
+        data = path.read_bytes()
+        if path.name in ("config.json", "model_index.json") or path.name.endswith("_config.json"):
+            with suppress(ValueError):  # whoever loads the teacher says what is wrong
+                data = json.dumps(content(json.loads(data)), sort_keys=True).encode()
+        if not path.name.endswith(".index.json"):  # of weights
+            found[path.relative_to(folder).as_posix()] = hashlib.sha256(data).hexdigest()
+    return found
+
+
+def content(config: Any) -> Any:
+    """A configuration, a dictionary of others, without PROVENANCE at any depth."""
+    if isinstance(config, dict):
+        return {key: content(value) for key, value in config.items() if key not in PROVENANCE}
+    return config
 
 
 def pipeline_class(source: str) -> str:

@@ -22,16 +22,9 @@ from torch import nn
 from fewstep.denoiser import Cond
 from fewstep.disk import cache_folder, replace
 from fewstep.errors import NumericalError
+from fewstep.models import content
 
 FIRST = 32  # prompts after which the room that the rest takes is reckoned; fewer are encoded without a progress bar
-PROVENANCE = ("_name_or_path", "transformers_version")  # of a configuration: where its part lay and what wrote it, not what it computes
-
-
-def content(config: Any) -> Any:
-    """A configuration, a dictionary of others, without PROVENANCE at any depth."""
-    if isinstance(config, dict):
-        return {key: content(value) for key, value in config.items() if key not in PROVENANCE}
-    return config
 
 
 def fingerprint(parts: list[Any]) -> str:
