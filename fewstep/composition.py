@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -182,24 +183,27 @@ def resolve_judges(config: Config, functions: dict[str, Any], rewards: dict[str,
     from fewstep.rewards.address import check_url, is_remote
 
     def not_trained_on(judge: list[Any], what: str, instead: str = "") -> None:
-        reward = next((name for name, others in trained.items() if any(is_same(one, two) for one in judge for two in others)), None)
+        reward = next((name for name, others in trained().items() if any(is_same(one, two) for one in judge for two in others)), None)
         if reward is not None:
             raise ValueError(f"{what} is what the student is trained on, as the reward {reward!r}; a judge is held out{instead}")
 
-    found, named = dict(functions), dict.fromkeys(functions) | config.judge
+    @cache  # a folder's weights are read for it, and by no judge that is the world's own twin
+    def trained() -> dict[str, list[Any]]:
+        known = {}
+        for name, scorer in ((name, config.scorer.get(name)) for name in config.reward):
+            try:
+                if name in rewards:
+                    known[name] = known_of(rewards[name], scorer)
+                elif name in REWARDS:
+                    known[name] = known_of(None, sources.locate(name, scorer, assets=assets(config)), weights=weights)
+            except (OSError, ValueError) as error:
+                raise UserError(f"scorer.{name}: {error}") from error
+        return known
+
+    found, weights = dict(functions), not config.dry_run  # which reads none
     if functions and not config.reward:
         raise UserError("judge: nothing to judge: add a reward")
-    trained = {}
-    for name in config.reward if named else ():
-        scorer = config.scorer.get(name)
-        try:
-            if name in rewards:
-                trained[name] = known_of(rewards[name], scorer)
-            elif name in REWARDS:
-                trained[name] = known_of(None, sources.locate(name, scorer, assets=assets(config)))
-        except (OSError, ValueError) as error:
-            raise UserError(f"scorer.{name}: {error}") from error
-    for name, source in named.items():
+    for name, source in (dict.fromkeys(functions) | config.judge).items():
         try:
             if name in functions:
                 not_trained_on(known_of(functions[name]), "it")
@@ -222,7 +226,7 @@ def resolve_judges(config: Config, functions: dict[str, Any], rewards: dict[str,
                 world.held_out(name)
             elif name in REWARDS:
                 located = sources.locate(name, source, assets=assets(config), flag=f"--judge.{name}")
-                not_trained_on(known_of(None, located), located)
+                not_trained_on(known_of(None, located, weights=weights), located)
                 if source is not None:
                     config.judge[name] = located
             else:
@@ -239,9 +243,9 @@ def unknown_judge(name: str) -> str:
     return f"{sentence(f'judge.{name}: unknown reward{nearest(name, REWARDS)}')} {sources.own_hint(f'--judge.{name}')}"
 
 
-def known_of(function: Any, source: str | None = None) -> list[Any]:
+def known_of(function: Any, source: str | None = None, *, weights: bool = True) -> list[Any]:
     """All that a reward or judge is known by, any of which makes two of them one: the function itself, the place or address that it is
-    from, and the version that a server of it states."""
+    from, the version that a server of it states, and, where `weights` are to be read, that of a folder."""
     from fewstep.rewards import sources
     from fewstep.rewards.address import check_url, is_remote
 
@@ -251,7 +255,7 @@ def known_of(function: Any, source: str | None = None) -> list[Any]:
     elif sources.is_code(source):
         known.append(sources.function_version(str(source)))
     elif function is None and source is not None:
-        known += [place_of(source), sources.weights_version(source)]
+        known += [place_of(source), *([sources.weights_version(source)] if weights else [])]
     return known
 
 

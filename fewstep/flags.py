@@ -282,7 +282,8 @@ def texts_as_given(parsed: Any, recipes: list[dict[str, Any]], flags: list[str])
     """What the parser has read, with the texts that may be none as recipes and flags have them: it reads one that YAML has no word in, as
     `#1.txt`, for none, even in quotes. A flag's `null` is none."""
     texts = {name: value for recipe in recipes for name, value in as_values(recipe).items()}
-    texts |= {flag.removeprefix("--"): None if text.strip() in NONE else text for flag, text in flag_values(flags).items()}
+    given = {flag.removeprefix("--"): text for flag, text in flag_values(flags).items() if flag.startswith("--")}  # not a value
+    texts |= {name: None if text.strip() in NONE else text for name, text in given.items()}
     for name, text in texts.items():
         if name in OPTIONAL_TEXTS and parsed[name] is None:
             parsed[name] = text

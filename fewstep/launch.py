@@ -79,7 +79,7 @@ def outlasting(stream: Any) -> Any:
     if not isinstance(stream, io.TextIOWrapper) or not isinstance(getattr(held, "raw", held), io.FileIO):
         return stream
     stream.flush()
-    raw = Outlasting(stream.fileno(), "wb", closefd=False)
+    raw = Outlasting(os.dup(stream.fileno()), "wb")  # its own, which a library's log may hold for longer than the caller's file is open
     buffer = io.BufferedWriter(raw) if hasattr(held, "raw") else raw  # none under python -u
     how = {"encoding": stream.encoding, "errors": stream.errors, "line_buffering": stream.line_buffering}
     return io.TextIOWrapper(buffer, **how, write_through=stream.write_through)
@@ -97,10 +97,10 @@ def anything_prints() -> Iterator[None]:
     try:
         yield
     finally:
-        for stream, own in zip((out, error), given, strict=True):
-            if stream is not own:
-                stream.flush()
         sys.stdout, sys.stderr = given
-        if before is not None:
-            with contextlib.suppress(OSError):  # of a pipe that nobody reads any more
+        with contextlib.suppress(OSError):  # of a full disk under it: what could be written has been
+            for stream, own in zip((out, error), given, strict=True):
+                if stream is not own:
+                    stream.flush()
+            if before is not None:
                 out.reconfigure(errors=before)

@@ -355,7 +355,8 @@ def train(run: Run, output: Path, prompts: list[str]) -> bool:
         if len(stopping) > (ranks.size > 1):
             raise KeyboardInterrupt
         stopping.append(number)
-        print(f"\nstopping: saving at the end of this update{torchrun_limit()}", flush=True)
+        with suppress(RuntimeError):  # a signal that comes in the middle of another print: that one is not reentrant
+            print(f"\nstopping: saving at the end of this update{torchrun_limit()}", flush=True)
 
     trainer, config = run.trainer, run.config
     text = TextColumn("R_dm {task.fields[score]}  lag {task.fields[lag]}  {task.fields[rate]} updates/s")

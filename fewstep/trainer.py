@@ -182,11 +182,11 @@ class Trainer:
 
     def against_nan(self, rates: str) -> str:
         """What to do about a number that is not finite of the student, or of what it is held to. rates: those that may have made it."""
+        finer = "" if self.config.precision == "fp32" else ", or try --precision fp32"
         if self.update:
-            return f"Lower {rates}"
+            return f"Lower {rates}" + (f"; where it is the teacher's, look at its weights{finer}" if rates == RATES else "")
         # the conditions are finite (`Embeddings`), and no rate has had a part in it yet
         began = f"the teacher {self.config.teacher}" if self.config.init is None else f"the student of {self.config.init}"
-        finer = "" if self.config.precision == "fp32" else ", or try --precision fp32"
         return f"Nothing has been trained yet: look at the weights of {began}{finer}"
 
     def progress(self) -> float:

@@ -207,6 +207,14 @@ def test_a_text_is_what_was_written_whatever_yaml_reads_in_it(tmp_path, text):
     assert flags.without_code([str(tmp_path / "config.yaml"), "--prompts", "null", "--init=null"]).prompts is None
 
 
+@pytest.mark.parametrize("name", ["init", "prompts", "discriminator.latents", "judge.clip"])
+def test_a_value_that_is_called_as_a_flag_is_a_value(name):
+    told = ["--judge.clip"] if name == "judge.clip" else []
+    config = flags.without_code([*told, "--output", name, "--steps", "2"])
+    assert (config.output, config.steps, config.prompts, config.init, config.discriminator.latents) == (name, 2, None, None, None)
+    assert config.judge == dict.fromkeys(["clip"] if told else [])
+
+
 def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
     """No shell expands it after an equals sign, in a recipe or in Python."""
     monkeypatch.setenv("HOME", str(tmp_path))

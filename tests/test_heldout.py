@@ -419,6 +419,16 @@ def test_no_judge_is_what_the_student_is_trained_on_by_its_content(tmp_path, mon
         composition.resolve_judges(config, {}, trained)
 
 
+@pytest.mark.parametrize("flag", ["--judge.clip=held-out", "--dry-run"])
+def test_no_weights_are_read_for_a_twin_of_the_worlds_nor_in_a_dry_run(tmp_path, monkeypatch, flag):
+    monkeypatch.delattr(sources, "weights_version")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    told = ["--reward.clip=1", f"--scorer.clip={tmp_path / 'one'}", flag]
+    config = flags.parse_config(told if "judge" in flag else [*told, f"--judge.pickscore={tmp_path / 'two'}"])
+    assert composition.resolve_judges(config, {}, {}) == {}
+
+
 @pytest.mark.parametrize("given", [redness, Scorer().score], ids=["function", "method"])
 def test_no_judge_from_python_is_what_the_student_is_trained_on(given):
     config = flags.parse_config(["--reward.red", "1"])

@@ -358,6 +358,28 @@ def test_a_command_goes_on_where_nobody_reads_what_it_prints(tmp_path, how, same
         assert said[0].startswith("fewstep: nobody reads what is printed any more") and "saved" in said and len(said) < 10, said
 
 
+def test_what_a_library_logs_later_is_in_no_other_file(tmp_path, monkeypatch):
+    """It holds on to the stream that stood there when it was imported, and the caller may have closed the file under that one since."""
+    with (tmp_path / "log").open("w") as log:
+        monkeypatch.setattr(sys, "stderr", log)
+        with launch.anything_prints():
+            held = sys.stderr
+        assert sys.stderr is log
+    with (tmp_path / "mine.csv").open("w"):
+        print("late", file=held, flush=True)
+    assert ((tmp_path / "mine.csv").read_text(), (tmp_path / "log").read_text()) == ("", "late\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full device")
+def test_a_full_disk_under_what_is_printed_hides_no_error(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(KeyError), launch.anything_prints():
+            print("a line")
+            raise KeyError
+        assert sys.stdout is full
+
+
 # Names
 
 

@@ -410,7 +410,7 @@ def test_every_part_of_the_state_matters(teacher_folder, prompt_file, a_run, key
 
 def test_the_earlier_rollout_of_each_size_matters(teacher_folder, prompt_file, a_run):
     fresh, saved, later = a_run(*SIZES, save_at=3, go_on=2)
-    assert set(saved) == {*ALONE, *BESIDE, "earlier", "alarms"} and saved["earlier"]  # every key of the state has its test
+    assert set(saved) == {*ALONE, *BESIDE, "earlier", "alarms", "config"} and saved["earlier"]  # every key of the state has its test
     for state, same in ((saved, True), (saved | {"earlier": fresh["earlier"]}, False)):
         trainer = run_of(teacher_folder, prompt_file, *SIZES).trainer
         trainer.load_state(copy.deepcopy(state))
@@ -870,7 +870,8 @@ def test_nan_stops_before_the_update(teacher_folder, prompt_file, what, options)
     with torch.no_grad():
         network.model.conv_out.bias.fill_(float("nan"))
     before = {name: p.detach().clone() for name, p in run.roles.student_parameters.items()}
-    with pytest.raises(NumericalError, match=rf"^the {what}'s prediction .* at update 1; nothing was updated with it. Lower student.lr"):
+    advice = "Lower student.lr" + ("" if what == "student" else " or fake.lr; where it is the teacher's, look at its weights")
+    with pytest.raises(NumericalError, match=rf"^the {what}'s prediction .* at update 1; nothing was updated with it. {advice}"):
         run.trainer.step()
     assert all(torch.equal(p.nan_to_num(), before[name].nan_to_num()) for name, p in run.roles.student_parameters.items())
 
