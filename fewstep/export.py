@@ -15,7 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from fewstep import hub
 from fewstep.disk import replace_text, visible
 from fewstep.flags import EXPORTED
-from fewstep.folder import TEACHER_FILES, changed_since
+from fewstep.folder import SAVED_AGAIN, TEACHER_FILES, changed_since
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +81,10 @@ def read(folder: Path, config: Config) -> tuple[Averaged, bool]:
             raise CannotExport(f"{folder}: no checkpoint was saved yet; let the run go on (save_every {config.save_every})")
         changed = changed_since(teacher, folder) if found is not None else None
         if changed:
-            raise CannotExport(f"teacher: {changed} of {teacher} has changed since the run began: the student would be merged into another")
+            raise CannotExport(
+                f"teacher: {changed} of {teacher} has changed since the run began: the student would be merged into another; "
+                f"{SAVED_AGAIN.format(folder / TEACHER_FILES)}"
+            )
         kept_in = models.stored_dtype(folder) if finished else models.frozen_dtype(config)
         backbone = models.load(str(folder) if found is None else teacher, dtype=kept_in)
     except checkpoint.DamagedCheckpoint as error:

@@ -17,6 +17,7 @@ from fewstep.rewards.address import is_remote
 
 GIVEN = "prompts.json"  # prompts that were given as a list
 TEACHER_FILES = "teacher.json"  # what the teacher's weights and configurations are, of one that is a folder
+SAVED_AGAIN = "where you know that it is the same one, saved again, delete {}"
 RUN_FILES = (  # with the usual parts of a pipeline: a save that was cut off has no model_index.json
     "checkpoints", "samples", "tensorboard", "config.yaml", GIVEN, TEACHER_FILES, "rewards.json", "metrics.jsonl", "samples.png",
     "curves.png", "evaluation.json", "evaluation", "README.md", "export", "model_index.json", "unet", "transformer", "vae", "text_encoder",
@@ -89,6 +90,8 @@ def check_init(config: Config, source: str) -> None:
         why = f"its {changed} is not that of {source}" if changed else f"not {source}"
         same_name = other and hub.split(teacher)[0] == hub.split(source)[0]
         way = f"give --teacher {teacher}, that commit of it" if same_name else "begin with one of this teacher"
+        if changed:
+            way += f", or, {SAVED_AGAIN.format(folder / TEACHER_FILES)}"
         raise UserError(f"init: the student of {folder} is of another teacher, {teacher}: {why}; {way}")
     if teacher != config.teacher and not (hashed and Path(source).is_dir()):
         print(f"init: the student of {folder} is of the teacher {teacher}: whether that is {source} is not known")
@@ -100,14 +103,15 @@ def check_same_teacher(source: str, run: Path) -> None:
     if changed:
         raise UserError(
             f"resume: {source} is not the teacher that this run began with, for its {changed} has changed; give that one back, or begin "
-            "anew with another --output"
+            f"anew with another --output; {SAVED_AGAIN.format(run / TEACHER_FILES)}"
         )
 
 
 def changed_since(source: str, run: Path) -> str | None:
-    """The first file of a teacher's folder, of weights or a configuration, that is not what it was when the run began; None where all are,
-    or it is not known: the run is of an earlier version, or its teacher of the hub, at a commit. Raises UserError for hashes that cannot be
-    read."""
+    """The first file of a teacher's folder, of weights or a configuration, that is not what it was when the run began (of configurations
+    see `models.same_configuration`); None where all are, or it is not known: the run is of an earlier version, or its teacher of the hub,
+    at a commit. Raises UserError for hashes that cannot be read.
+    """
     kept, folder = run / TEACHER_FILES, Path(source)
     if not kept.is_file() or not folder.is_dir():
         return None
@@ -123,7 +127,7 @@ def changed_since(source: str, run: Path) -> str | None:
     now = models.weights_in(folder)
     if any(not name.endswith(".safetensors") for name in before):  # an earlier version kept those of weights alone
         now |= models.configurations_in(folder)
-    return next((name for name in sorted(before | now) if before.get(name) != now.get(name)), None)
+    return next((name for name in sorted(before | now) if not models.same_configuration(before.get(name), now.get(name))), None)
 
 
 def check_record(path: Path) -> None:

@@ -558,7 +558,8 @@ def test_a_run_may_begin_with_another_runs_student(capsys, finished, teacher_fol
     assert f"init: the student of {first} has 4 steps, this run 2; set --steps 4" in two_steps
     hashes = (first / TEACHER_FILES).read_text()
     (first / TEACHER_FILES).write_text(hashes.replace("unet/", "unet/other-"))
-    assert "is of another teacher" in refused(capsys, *told, "--output", str(out), "--init", str(first))
+    another = refused(capsys, *told, "--output", str(out), "--init", str(first))
+    assert "is of another teacher" in another and f"delete {first / TEACHER_FILES}" in another
     (first / TEACHER_FILES).write_text(hashes)
     capsys.readouterr()
     assert cli.main([*told, "--output", str(out), "--init", str(first), "--updates", "1", "--student.lr", "1e-9"]) == 0
@@ -713,7 +714,8 @@ def test_a_run_goes_on_with_the_teacher_that_it_began_with_alone(capsys, teacher
     save_file(weights | {key: weights[key] + 1}, path, {"format": "pt"})
     again = ["distill", "--output", str(out), "--resume", "--updates", "2"]
     assert f"its unet/{path.name} has changed" in refused(capsys, *again)
-    assert f"unet/{path.name} of {teacher} has changed" in refused(capsys, "export", str(out), "--to", "diffusers")
+    not_exported = refused(capsys, "export", str(out), "--to", "diffusers")
+    assert f"unet/{path.name} of {teacher} has changed" in not_exported and f"delete {out / TEACHER_FILES}" in not_exported
     path.write_bytes(whole)
     for name, key, value in (("scheduler/scheduler_config.json", "beta_schedule", "linear"), ("unet/config.json", "act_fn", "gelu"),
                              ("model_index.json", "requires_safety_checker", True)):  # fmt: skip
@@ -723,6 +725,20 @@ def test_a_run_goes_on_with_the_teacher_that_it_began_with_alone(capsys, teacher
             check_same_teacher(str(teacher), out)
         (teacher / name).write_text(json.dumps(json.loads(plain) | {"_diffusers_version": "9.9"}, sort_keys=True))  # saved again
         check_same_teacher(str(teacher), out)
+    later = {  # words of a later diffusers, and of how transformers has read what it writes
+        "unet/config.json": {"dropout": 0.0}, "scheduler/scheduler_config.json": {"rescale_betas_zero_snr": False},
+        "model_index.json": {"image_encoder": [None, None]}, "tokenizer/tokenizer_config.json": {"local_files_only": 1, "is_local": 0},
+    }  # fmt: skip
+    began = json.loads((out / TEACHER_FILES).read_text())
+    earlier = began | {name: {key: began[name][key] for key in began[name].keys() - words.keys()} for name, words in later.items()}
+    for name, words in later.items():
+        (teacher / name).write_text(json.dumps(json.loads((teacher / name).read_text()) | words))
+    (out / TEACHER_FILES).write_text(json.dumps(earlier))
+    check_same_teacher(str(teacher), out)
+    (teacher / "unet" / "config.json").write_text(json.dumps(json.loads((teacher / "unet" / "config.json").read_text()) | {"dropout": 0.1}))
+    with pytest.raises(UserError, match=f"unet/config.json has changed; .*; where you know .*, delete {out / TEACHER_FILES}"):
+        check_same_teacher(str(teacher), out)
+    (teacher / "unet" / "config.json").write_text(json.dumps(began["unet/config.json"]))
     (teacher / "tokenizer" / "more.txt").touch()
     assert "its tokenizer/more.txt has changed" in refused(capsys, *again)
     (teacher / "tokenizer" / "more.txt").unlink()

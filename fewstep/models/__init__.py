@@ -6,6 +6,7 @@ import copy
 import functools
 import hashlib
 import importlib
+import inspect
 import json
 import logging
 import os
@@ -82,8 +83,8 @@ UNMERGED = (
 STRETCHES, STRETCH = 64, 2**16  # of a file that are looked at, and their bytes
 
 
-# of a configuration: where its part lay and what wrote it, not what it computes
-PROVENANCE = ("_name_or_path", "name_or_path", "_diffusers_version", "transformers_version")
+# of a configuration: where its part lay, how it was read and what wrote it, not what it computes
+PROVENANCE = ("_name_or_path", "name_or_path", "is_local", "local_files_only", "_diffusers_version", "transformers_version")
 
 
 CONFIGURATIONS = ("*.json", "*.txt", "*.model", "*.jinja")  # of a repository, everything but its weights
@@ -190,21 +191,35 @@ def weights_in(folder: Path) -> dict[str, str]:
     return found
 
 
-def configurations_in(folder: Path) -> dict[str, str]:
-    """A hash of each configuration and tokenizer's file of a pipeline's folder, by its place there: of the schedule as of the encoders.
-
-    Of a configuration's `content`: another version that saves the pipeline again writes its own name. Raises UnsupportedTeacher.
+def configurations_in(folder: Path) -> dict[str, Any]:
+    """Each configuration's `content` and a hash of each tokenizer's file of a pipeline's folder, by its place there: of the schedule as of
+    the encoders. To be compared by `same_configuration`. Raises UnsupportedTeacher.
     """
     parts = [name for name, entry in index_of(str(folder)).items() if isinstance(entry, list) and not is_null(entry)]
     found = {}
     for path in visible(folder, "model_index.json", *(f"{part}/{pattern}" for part in parts for pattern in CONFIGURATIONS)):
-        data = path.read_bytes()
+        if path.name.endswith(".index.json"):  # of weights
+            continue
+        name, data = path.relative_to(folder).as_posix(), path.read_bytes()
+        found[name] = hashlib.sha256(data).hexdigest()
         if path.name in ("config.json", "model_index.json") or path.name.endswith("_config.json"):
             with suppress(ValueError):  # whoever loads the teacher says what is wrong
-                data = json.dumps(content(json.loads(data)), sort_keys=True).encode()
-        if not path.name.endswith(".index.json"):  # of weights
-            found[path.relative_to(folder).as_posix()] = hashlib.sha256(data).hexdigest()
+                found[name] = content(json.loads(data))
     return found
+
+
+def same_configuration(one: Any, other: Any) -> bool:
+    """Whether two of `configurations_in` compute the same: a later diffusers that saves a pipeline again writes settings which the class
+    has got since, at their defaults, and null for parts which the pipeline has got. What transformers writes has to be equal."""
+    if one == other or not (isinstance(one, dict) and isinstance(other, dict)):
+        return one == other
+    import diffusers
+
+    kind = getattr(diffusers, str(one.get("_class_name")), None)
+    parameters = inspect.signature(kind).parameters.values() if inspect.isclass(kind) else ()
+    defaults = {p.name: list(p.default) if isinstance(p.default, tuple) else p.default for p in parameters}  # JSON has no tuples
+    full = [defaults | {key: None if is_null(value) else value for key, value in config.items()} for config in (one, other)]
+    return full[0] == full[1]
 
 
 def content(config: Any) -> Any:
