@@ -603,6 +603,8 @@ def test_a_one_step_student_is_shown_and_measured_where_its_teacher_has_no_singl
     assert "the teacher has no row at 1 step: its scheduler" in capsys.readouterr().out
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["student, 1 steps", "teacher, 2 steps"]
+    assert cli.main([*measure, "--teacher-steps", "1", "--output", str(tmp_path / "one.json")]) == 2
+    assert "the teacher is not drawn at 1: its scheduler has no time for a single one (shift_terminal); give 2" in capsys.readouterr().err
 
 
 def test_a_run_keeps_the_device_that_it_was_asked_for(teachers, prompt_file, tmp_path, monkeypatch):

@@ -320,7 +320,7 @@ def draw_teacher(
     """A teacher at `many` steps (None: the default, or its own where it is itself a student) and at the student's with each solver.
 
     wanted: looks that distances are taken by; without any there is no second sample. Raises ValueError for `many` steps that a teacher
-    which is itself a student does not have.
+    which is itself a student does not have, and for a single one that its scheduler has no time for.
     """
     original, drawing = opened(teacher, sampler.drawing.device), sampler.drawing
     schedulers = schedulers_of(original.pipe)
@@ -330,6 +330,8 @@ def draw_teacher(
         if many not in (None, made_for):
             raise ValueError(f"teacher_steps: the teacher is itself a student of {made_for} steps and has no other, got {many}")
         many, guidance, few_step = made_for, 1.0, []
+    elif many is not None and not draws_in(original.pipe.scheduler.config, many):
+        raise ValueError(f"teacher_steps: the teacher is not drawn at {many}: {NO_ONE_STEP}; give 2 or more")
     elif not draws_in(original.pipe.scheduler.config, steps):
         sampler.say(f"the teacher has no row at {steps} step: {NO_ONE_STEP}")
         few_step = []
