@@ -1161,6 +1161,9 @@ def test_reports_of_before_stand_in_one_table_with_todays():
     names = later["rows"][0]["metrics"]
     assert protocol.compared(protocol.stamp_of(early), protocol.stamp_of(later), names) == ({}, ["preprocess", "teacher.call"])
     teacher = protocol.stamp_of(early)["teacher"] | {"call": {"guidance_scale": 3.0}}
+    without = {key: value for key, value in protocol.stamp_of(later).items() if key not in ("extractors", "precision")}
+    seconds = ["seconds_per_image"]  # of no extractor
+    assert protocol.compared(without, protocol.stamp_of(later), seconds)[0] == {"precision: none / fp32": seconds}
     today = early | {"protocol": early["protocol"] | {"teacher": teacher, "preprocess": {}}}
     text = " ".join(text_of(tables.beside({"today": today, "early": early})).split())
     assert "†" not in text and "early or today is of an earlier version, whose stamp lacks preprocess, teacher.call: not compared" in text

@@ -244,11 +244,12 @@ def deciding_of(metric: str, stamp: dict[str, Any]) -> dict[str, Any]:
         "seeds": ["rows", "reference"] if to_teacher else ["rows"],
         "versions": [package for package in stamp["versions"] if features or package not in ("torch-fidelity", "pillow")],
     }  # fmt: skip
-    return {
+    found = {
         field: {key: part for key, part in value.items() if key in parts[field]} if field in parts else value
         for field, value in stamp.items()
         if decides.get(field, True)
     }
+    return {field: value for field, value in found.items() if value != {}}  # as of an early report, which lacks the field
 
 
 def compared(stamp: dict[str, Any], other: dict[str, Any], metrics: Collection[str]) -> tuple[dict[str, list[str]], list[str]]:
