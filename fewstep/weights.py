@@ -93,7 +93,7 @@ class Adaptive:
         Raises NumericalError for what is not finite, which the running means would keep, and when the warm-up ends at a KL that is
         not positive: no multiple of it is a budget.
         """
-        if not (math.isfinite(score) and math.isfinite(lag or 0.0)):
+        if not (math.isfinite(score) and (lag is None or math.isfinite(lag))):
             raise NumericalError(
                 f"the KL to the teacher cannot be followed: the mean score of R_dm is {score}, its lag {lag}. Lower student.lr or fake.lr"
             )
