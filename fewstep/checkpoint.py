@@ -135,7 +135,7 @@ def clear(root: Path) -> None:
         else:
             discard(stale)
     for left in left_by_kills(root, ".writing-*"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+        discard(left)
 
 
 def left_by_kills(root: Path, pattern: str) -> list[Path]:

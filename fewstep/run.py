@@ -418,8 +418,8 @@ def teacher_grids(run: Run, prompts: list[str], best: str) -> dict[str, Any]:
     """Grids of the teacher by column title: at its many steps and, with the named solver, at the student's; of a teacher that is itself
     a student of K steps, at those alone, without guidance. Of a column that cannot be drawn this warns: the student's is what counts.
     """
-    from fewstep import models, world
-    from fewstep.evaluate.drawing import NO_ONE_STEP, draws_in, solver
+    from fewstep import models
+    from fewstep.evaluate.drawing import NO_ONE_STEP, TEACHER_STEPS, draws_in, solver
 
     backbone, steps = run.backbone, run.config.steps
     call = backbone.teacher_call(run.config.shown_guidance(), run.config.shown_negative_prompt()) | backbone.told_size(
@@ -431,7 +431,7 @@ def teacher_grids(run: Run, prompts: list[str], best: str) -> dict[str, Any]:
         call = backbone.student_call | backbone.told_size(run.config.sizes()[0])
         columns = {f"teacher, {made_for} steps": (made_for, own)}
     else:
-        columns = {f"teacher, {world.TEACHER_STEPS} steps": (world.TEACHER_STEPS, own)}
+        columns = {f"teacher, {TEACHER_STEPS} steps": (TEACHER_STEPS, own)}
         if draws_in(own.config, steps):
             columns[f"teacher, {steps} steps ({best})"] = (steps, own if backbone.flow else solver(best, own.config))
         else:
@@ -441,7 +441,7 @@ def teacher_grids(run: Run, prompts: list[str], best: str) -> dict[str, Any]:
         with backbone.drawing(run.roles.teacher, scheduler) as pipe:
             try:
                 grids[title] = sample_grid(pipe, prompts, steps=n, call=call)
-            except FloatingPointError as error:
+            except NumericalError as error:
                 warnings.warn(f"samples.png lacks the column {title!r}: {error}", stacklevel=2)
     return grids
 

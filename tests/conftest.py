@@ -88,7 +88,7 @@ def prompt_file(tmp_path_factory):
 def small_grid(monkeypatch):
     """A run's last picture shows one sample a prompt, and a teacher of two steps: drawing it takes as long as all its updates do here."""
     monkeypatch.setattr("fewstep.run.SAMPLES_PER_PROMPT", 1)
-    monkeypatch.setattr("fewstep.world.TEACHER_STEPS", 2)
+    monkeypatch.setattr("fewstep.evaluate.drawing.TEACHER_STEPS", 2)
 
 
 @pytest.fixture

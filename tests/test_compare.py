@@ -269,7 +269,7 @@ def test_a_rows_cost_is_a_share_of_the_plans(tmp_path):
 
 def test_a_teachers_sample_of_another_plan_is_drawn_anew(tmp_path, monkeypatch, capsys):
     plan, opened = small(tmp_path, 300), []
-    monkeypatch.setattr(world, "TEACHER_STEPS", 1)
+    monkeypatch.setattr(drawing, "TEACHER_STEPS", 1)
     monkeypatch.setattr(drawing, "open_pipeline", lambda *told, own=drawing.open_pipeline: opened.append(told) or own(*told))
     standing_in = making.reference(plan, world.TEACHER_GUIDANCE)
     assert len(standing_in) == 72 and not opened

@@ -362,7 +362,7 @@ def finished(teachers, prompt_file, tmp_path_factory):
             options = ["--teacher", str(teachers / name), "--prompts", str(prompt_file), *SMALL, "--size", "8x16", *RANGE]
             with pytest.MonkeyPatch.context() as small:
                 small.setattr("fewstep.run.SAMPLES_PER_PROMPT", 1)
-                small.setattr("fewstep.world.TEACHER_STEPS", 2)
+                small.setattr("fewstep.evaluate.drawing.TEACHER_STEPS", 2)
                 assert cli.main(["distill", *options, "--lora-rank", "2", "--teacher-guidance", "9", "--output", str(made[name])]) == 0
         return made[name]
 

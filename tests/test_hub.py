@@ -17,9 +17,10 @@ from fewstep import hub as naming
 TEACHER, SCORER, STUDENT = "me/teacher", "me/clip", "me/student"
 MAIN = """
 import json, sys
-import fewstep.run, fewstep.world
+import fewstep.run
 from fewstep import cli
-fewstep.run.SAMPLES_PER_PROMPT, fewstep.world.TEACHER_STEPS = 1, 2
+from fewstep.evaluate import drawing
+fewstep.run.SAMPLES_PER_PROMPT, drawing.TEACHER_STEPS = 1, 2
 sys.exit(cli.main(json.loads(sys.argv[1])))
 """
 

@@ -62,7 +62,7 @@ def base(teacher_folder, prompt_file):
 
 
 def test_two_processes_leave_what_one_leaves(base, tmp_path, monkeypatch):
-    monkeypatch.setattr("fewstep.world.TEACHER_STEPS", 2)  # of the teacher's pictures
+    monkeypatch.setattr("fewstep.evaluate.drawing.TEACHER_STEPS", 2)  # of the teacher's pictures
     options = [*base, "--updates", "2", "--save-every", "1", "--output"]
     assert cli.main([*options, str(tmp_path / "one")]) == 0
     with two_processes([*options, str(tmp_path / "two")], tmp_path) as children:
@@ -91,7 +91,7 @@ def test_a_signal_to_one_process_saves_the_run_of_all_and_one_goes_on(base, tmp_
     assert "saved. Go on with" in said(tmp_path, 0)
     _, state = checkpoint.newest(output / "checkpoints")
     assert 2 <= state["update"] < 400 and len(log.read_text().splitlines()) == state["update"]
-    monkeypatch.setattr("fewstep.world.TEACHER_STEPS", 2)
+    monkeypatch.setattr("fewstep.evaluate.drawing.TEACHER_STEPS", 2)
     assert cli.main(["distill", "--output", str(output), "--resume", "--updates", str(state["update"] + 1)]) == 0
     assert checkpoint.newest(output / "checkpoints")[1]["update"] == state["update"] + 1
 

@@ -78,8 +78,7 @@ def commit() -> str:
 
 
 def student_digest(plan: Plan, row: str, seed: int) -> str | None:
-    """SHA-256 of the finished student of a row that others begin from; None where none was kept, or it is
-    damaged, of which a warning tells."""
+    """SHA-256 of the finished student of a row that others begin from; None where none was kept, or it is damaged, which is told."""
     from fewstep import checkpoint
 
     left = checkpoint.checkpoints(student_path(plan, row, seed) / "checkpoints")

@@ -70,7 +70,7 @@ def reference(plan: Plan, guidance: float) -> Any:
             print(f"{path}: damaged ({error}), drawn again")
     if kept != made:
         pipe = drawing.open_pipeline(world.TEACHER, plan.device)
-        observed = observe_pipeline(plan, pipe, steps=world.TEACHER_STEPS, guidance=guidance, seed=REFERENCE_SEED)
+        observed = observe_pipeline(plan, pipe, steps=drawing.TEACHER_STEPS, guidance=guidance, seed=REFERENCE_SEED)
         features = scaled(observed["features/clip-heldout"]).contiguous()
         disk.replace(path, lambda temporary: save_file({"features": features}, temporary, metadata=made))
     return load_file(path)["features"]

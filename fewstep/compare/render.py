@@ -7,11 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from fewstep import world
 from fewstep.compare.cells import Plan
 from fewstep.compare.rows import BEGUN, COSTS, DISTANCES, EVERY_ROW, MANY_STEPS_ROW, METRICS, PRICE, TEACHER_ROWS, Row
 from fewstep.compare.summary import METHODS, POINT, Pair, corner, fronts, method_of
-from fewstep.evaluate import tables
+from fewstep.evaluate import drawing, tables
 
 COMMIT = re.compile(r"^([0-9a-f]{7})[0-9a-f]{33}")  # shortened as Git does
 
@@ -119,7 +118,7 @@ def note_on_fronts(summary: Summary) -> str:
         return ""
     return (
         f"Hypervolume of preference against FD to teacher, from the best few-step teacher's distance and the "
-        f"{world.TEACHER_STEPS}-step teacher's preference: {areas}."
+        f"{drawing.TEACHER_STEPS}-step teacher's preference: {areas}."
     )
 
 

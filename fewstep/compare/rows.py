@@ -151,11 +151,11 @@ class TeacherRow(NamedTuple):
     solver: str | None = None  # its own when None
 
 
-MANY_STEPS_ROW = f"teacher, {world.TEACHER_STEPS} steps"
+MANY_STEPS_ROW = f"teacher, {drawing.TEACHER_STEPS} steps"
 TEACHER_ROWS = {
-    MANY_STEPS_ROW: TeacherRow(world.TEACHER_STEPS, world.TEACHER_GUIDANCE),
+    MANY_STEPS_ROW: TeacherRow(drawing.TEACHER_STEPS, world.TEACHER_GUIDANCE),
     **{f"teacher, 4 steps, {name}": TeacherRow(4, world.TEACHER_GUIDANCE, name) for name in drawing.SOLVERS},
-    f"{MANY_STEPS_ROW}, guidance 1": TeacherRow(world.TEACHER_STEPS, UNGUIDED),
+    f"{MANY_STEPS_ROW}, guidance 1": TeacherRow(drawing.TEACHER_STEPS, UNGUIDED),
 }
 BY_NAME: dict[str, TeacherRow | Row] = {**TEACHER_ROWS, **EVERY_ROW}  # in the table's order
 

@@ -17,9 +17,9 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from fewstep.errors import NumericalError
-from fewstep.evaluate import TEACHER_STEPS
 
 Noise = Literal["picture", "batch"]  # what has a generator of its own
+TEACHER_STEPS = 28  # at which a teacher is shown and measured, in a run's pictures, an evaluation and the comparison alike
 SOLVERS = {"DDIM": "DDIMScheduler", "DPM-Solver++": "DPMSolverMultistepScheduler", "UniPC": "UniPCMultistepScheduler"}
 BATCH = 16  # pictures drawn at a time; where noise is a batch's, it decides with the seed which picture gets which noise
 NO_ONE_STEP = "its scheduler has no time for a single one (shift_terminal)"

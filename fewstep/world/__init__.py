@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fewstep.evaluate import TEACHER_STEPS as TEACHER_STEPS
-
 ASSETS = Path(__file__).parent / "assets"
 TEACHER = ASSETS / "teacher"
 SAMPLES = ASSETS / "samples"  # what evaluation sees of the teacher's own pictures

@@ -162,7 +162,7 @@ def measure(pictures: list[data.Picture], pipe: StableDiffusionPipeline, models:
     (assets / "pictures.json").write_text(json.dumps(rows), encoding="utf-8")
 
     held_prompts = json.loads((assets / "prompts.json").read_text(encoding="utf-8"))["evaluate"]
-    sampling = {"steps": world.TEACHER_STEPS, "guidance": world.TEACHER_GUIDANCE}
+    sampling = {"steps": drawing.TEACHER_STEPS, "guidance": world.TEACHER_GUIDANCE}
     sample = {seed: drawing.generate(pipe, held_prompts, 4, seed=seed, **sampling)[0] for seed in (0, 1)}
     first, second = (clip_features(extractor, images) for images in sample.values())
     precision, recall = precision_recall(features["heldout"], first, k=world.NEIGHBOURS)
@@ -175,7 +175,7 @@ def measure(pictures: list[data.Picture], pipe: StableDiffusionPipeline, models:
         },
         "teacher": {
             "parameters": {"unet": count(pipe.unet), "text_encoder": count(pipe.text_encoder)},
-            "steps": world.TEACHER_STEPS,
+            "steps": drawing.TEACHER_STEPS,
             "guidance": world.TEACHER_GUIDANCE,
             "n": len(first),
             "features": "FD-clip of clip-heldout",
