@@ -21,8 +21,8 @@ from fewstep.evaluate.tables import markdown_table
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {"**student, 4 steps**": "distill.json", "student, 4 steps, 2050 updates": "distill-2050.json"}
 BEYOND = {
-    "`gndmr`, 4 steps, 305 updates": "gndmr.json",
-    "`gndmr`, 600 updates, preference behind a server": "gndmr-remote.json",
+    "budget 1.5, 305 updates": "gndmr.json",
+    "budget 1.5, 600 updates, preference behind a server": "gndmr-remote.json",
 }
 SCORES = {
     "clip": "CLIPScore, trained on ↑",
@@ -36,10 +36,10 @@ MEASURED = "# Measured (docs/results/compare): "
 BEGIN, END = "<!-- {name}: python docs/readme_table.py -->", "<!-- end -->"
 RECIPES = {
     "gndm": ("GNDM", "the default: group-normalised distribution matching"),
-    "gndmr": ("GNDMR adaptive", "GNDM, `clip` and `preference` with an adaptive weight"),
-    "gndmr-1": ("GNDMR-1", "the same with `preference` alone"),
+    "gndmr": ("GNDMR adaptive, budget 1.5", "GNDM, `clip` and `preference` with an adaptive weight"),
+    "gndmr-1": ("GNDMR-1, budget 1.5", "the same with `preference` alone"),
     "gndm-is": ("GNDM-IS", "GNDM with rollouts reused, and evaluations where importance weights allow it (next to none here)"),
-    "gndmr-is": ("GNDMR-IS", "GNDMR with both kinds of reuse"),
+    "gndmr-is": ("GNDMR-IS, budget 1.5", "GNDMR with both kinds of reuse"),
     "dmd": ("DMD", "baseline: each sample divided by its own denoising error"),
     "dmd2": ("DMD2", "baseline: DMD with a discriminator, backward simulation and one unconditioned fake"),
     "dmdr": ("DMDR (sum)", "baseline: DMD with raw reward gradients added (the plain sum, not the whole of arXiv 2511.13649)"),
@@ -91,12 +91,20 @@ def compared() -> list[dict[str, Any]]:
 
 def expected(recipe: str) -> str:
     """A recipe's file with what it reached in the comparison, below the comment that says what it is."""
-    (row,) = (row for row in compared() if row["row"] == RECIPES[recipe][0])
+    name = RECIPES[recipe][0]
+    (row,) = (row for row in compared() if row["row"] == name)
     told = [f"{COMPARED[key][:-2]} {number(*row['metrics'][key])}" for key in REACHED]
     seeds = f"{len(row['seeds'])} seeds" if len(row["seeds"]) > 1 else "one seed"
+    seeds += f", with a {other}" if (other := apart(name)) else ""
     lines = [line for line in recipe_file(recipe).read_text().splitlines() if not line.startswith(MEASURED[:10])]
     about = next(i for i, line in enumerate(lines) if not line.startswith("#"))
     return "\n".join([*lines[:about], f"{MEASURED}{', '.join(told)}; {seeds}.", *lines[about:]]) + "\n"
+
+
+def apart(row: str) -> str:
+    """In what a row is not its recipe, in words: "budget of 1.5"; nothing where it is."""
+    setting, _, value = row.partition(", ")[2].rpartition(" ")
+    return f"{setting} of {value}" if setting else ""
 
 
 def recipe_file(recipe: str) -> Path:
@@ -108,6 +116,7 @@ def recipes() -> str:
     rows = {row["row"]: row for row in compared()}
     body = []
     for recipe, (name, text) in RECIPES.items():
+        text += f" (measured with a {other})" if (other := apart(name)) else ""
         numbers = [number(*rows[name]["metrics"][key]) if name in rows else "not run yet" for key in REACHED]
         body.append([f"`{recipe}`", text, *numbers])
     return markdown_table(["recipe", "what it is", *(COMPARED[key] for key in REACHED)], body)

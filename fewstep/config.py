@@ -127,7 +127,7 @@ class WeightsConfig:
     advantage: rewards only scale R_dm's direction."""
     project: bool = False
     """Drop the part of each reward's direction that opposes R_dm's (fixed only)."""
-    budget: float = 1.5
+    budget: float = 1.2
     """Adaptive: the KL allowed, as a multiple of the KL that distribution matching alone reaches."""
     warmup: int = 50
     """Adaptive: evaluations of R_dm (an update each, without reuse.evaluation) at weight 0 in which that KL is measured."""

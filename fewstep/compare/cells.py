@@ -26,6 +26,7 @@ FIELDS_ADDED_SINCE = (
     "init", "size", "memory", "compile", "dry_run", "judge", "remote", "matching.level_density", "matching.shift",
     "matching.negative_prompt",
 )  # fmt: skip
+UNREAD_BUDGET = 1.5  # of stamps whose row has no adaptive weight: the default when the first cells were made
 Key = tuple[str, int]  # row and seed
 Cells = dict[Key, dict[str, Any]]
 
@@ -127,6 +128,8 @@ def stamp_of(plan: Plan, name: str, seed: int) -> dict[str, Any]:
             inside, default = functools.reduce(lambda at, section: (at[0][section], at[1][section]), sections, (plain, untouched))
             if inside[last] == default[last]:
                 del inside[last]
+        if config.weights.mode != "adaptive":
+            plain["weights"]["budget"] = UNREAD_BUDGET
         recipe = store.sha256(plain)
     return {
         "config": recipe,

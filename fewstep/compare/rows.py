@@ -32,6 +32,7 @@ REWARDS = ("--reward.clip", "0.1", "--reward.preference", "0.1")
 CONSTANT = ("--student.decay", "0", "--fake.decay", "0")
 EXPENSIVE = ("gndm", "--reward.preference", "0.1")
 ADAPTIVE = ("--weights.mode", "adaptive", "--weights.budget", "1.3", "--weights.eta", "0.2")
+WIDER = ("--weights.budget", "1.5")
 PRICE = 32.0  # one update of these: 1536 network evaluations, and 6144 for the reward's forward and backward on 64 pictures
 TWO_UPDATES = ("--fake.updates=2", "--fake.lr=4e-4")
 HALF_BATCH = ("--groups=16", "--student.lr=1.4e-4")
@@ -43,7 +44,9 @@ ROWS = (
     Row("GNDM", ("gndm",), "DMD", MAIN_SEEDS),
     Row("DMDR (sum)", ("dmdr",), "DMD", MAIN_SEEDS),
     Row("GNDMR adaptive", ("gndmr",), "GNDM", MAIN_SEEDS),
+    Row("GNDMR adaptive, budget 1.5", ("gndmr", *WIDER), "GNDM", MAIN_SEEDS),
     Row("GNDMR-1", ("gndmr-1",), "DMDR (sum)"),  # both have the preference alone
+    Row("GNDMR-1, budget 1.5", ("gndmr-1", *WIDER), "DMDR (sum)"),
     Row("GNDMR fixed", ("gndm", *REWARDS), "GNDM"),
     Row("DMD2", ("dmd2",), "DMD"),
     Row("GNDM, batch scale", ("gndm", "--matching.normalize", "batch"), "GNDM"),
@@ -62,7 +65,7 @@ ROWS = (
     Row("GNDM, evaluation reuse 4", ("gndm", "--reuse.evaluation", "4"), "GNDM"),
     Row("GNDM, evaluation reuse 4, unweighted", ("gndm", "--reuse.evaluation", "4", "--reuse.weighted", "false"), "GNDM"),
     Row("GNDM-IS", ("gndm-is",), "GNDM"),
-    Row("GNDMR-IS", ("gndmr-is",), "GNDMR adaptive"),
+    Row("GNDMR-IS, budget 1.5", ("gndmr-is", *WIDER), "GNDMR adaptive, budget 1.5"),
     Row("GNDMR fixed, evaluation reuse 4", ("gndm", *REWARDS, "--reuse.evaluation", "4"), "GNDMR fixed"),
     Row("GNDMR, expensive reward", EXPENSIVE, None, cost=2.0, price=PRICE),
     *(
