@@ -27,7 +27,7 @@ from fewstep.disk import errno_of, rename, replace, sync
 
 FILES = ("state.safetensors", "state.json")
 NAME = re.compile(r"step-\d{8,}")
-LEFT = re.compile(r"\.(stale|writing)-\d{8,}(-\d+)?")  # by a killed save; earlier versions wrote their process's number too
+LEFT = re.compile(r"\.(stale|writing)-\d{8,}")  # by a killed save
 TENSOR = "__tensor__"
 KEYS = "__keys__"
 
@@ -242,8 +242,7 @@ def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
         if state.keys() != {"cpu"}:
             warnings.warn(f"the checkpoint is of a run on a GPU, which goes on on the {device.type.upper()}", stacklevel=2)
         return
-    # an earlier version kept every GPU's by its number
-    own = state.get("device", state.get(f"cuda{device.index or 0}"))
+    own = state.get("device")
     if own is None:
         warnings.warn(f"the checkpoint has no random state of {device}, as one saved on a CPU: that begins with the seed", stacklevel=2)
     else:

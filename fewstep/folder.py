@@ -109,8 +109,8 @@ def check_same_teacher(source: str, run: Path) -> None:
 
 def changed_since(source: str, run: Path) -> str | None:
     """The first file of a teacher's folder, of weights or a configuration, that is not what it was when the run began (of configurations
-    see `models.same_configuration`); None where all are, or it is not known: the run is of an earlier version, or its teacher of the hub,
-    at a commit. Raises UserError for hashes that cannot be read.
+    see `models.same_configuration`); None where all are, or it is not known: the record was deleted, or the teacher is of the hub, at a
+    commit. Raises UserError for hashes that cannot be read.
     """
     kept, folder = run / TEACHER_FILES, Path(source)
     if not kept.is_file() or not folder.is_dir():
@@ -124,9 +124,7 @@ def changed_since(source: str, run: Path) -> str | None:
             f"{kept}: cut off, or no hashes of a teacher's weights ({error}); put it back as it was. Without it nobody knows whether "
             f"{source} is the teacher that the run began with: if you do, delete it"
         ) from error
-    now = models.weights_in(folder)
-    if any(not name.endswith(".safetensors") for name in before):  # an earlier version kept those of weights alone
-        now |= models.configurations_in(folder)
+    now = models.weights_in(folder) | models.configurations_in(folder)
     return next((name for name in sorted(before | now) if not models.same_configuration(before.get(name), now.get(name))), None)
 
 

@@ -62,7 +62,7 @@ class Batches:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Raises BadPrompts where the position is one among other prompts."""
-        if state.get("prompts", self.identity) != self.identity:  # an earlier version kept none
+        if state["prompts"] != self.identity:
             raise BadPrompts(f"these {len(self.prompts)} prompts are not, in this order, those that the run began with")
         self.epoch, self.position = state["epoch"], state["position"]
 

@@ -224,8 +224,8 @@ def load_state(run: Run, state: dict[str, Any], folder: Path | None) -> None:
     from fewstep import checkpoint
     from fewstep.prompts import BadPrompts
 
-    check_own(run.config, state.get("config", {}), folder)  # an earlier version kept none
     try:
+        check_own(run.config, state["config"], folder)
         run.trainer.load_state(state)
     except checkpoint.DamagedCheckpoint as error:
         raise UserError(f"resume: {error}") from error

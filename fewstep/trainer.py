@@ -788,16 +788,15 @@ class Trainer:
         self.batches.load_state(state["batches"])
         self.rollout = None if state["rollout"] is None else self.as_rollout(state["rollout"])
         self.earlier = {size: self.as_rollout(saved) for size, saved in state["earlier"].items()}
-        block = state["block"]  # by name: KeyError for what an earlier version's lacks
+        block = state["block"]  # by name: KeyError for what another version's lacks
         self.block = None if block is None else Block(*(self.here(block[SAVED_AS.get(field.name, field.name)]) for field in fields(Block)))
         self.advantages = {name: self.here(value) for name, value in state["advantages"].items()}
-        # an earlier version kept none: its policy gradients go on from the weights at hand
-        self.old_log_prob = self.here(state.get("old_log_prob"))
+        self.old_log_prob = self.here(state["old_log_prob"])
         self.weights.load_state(state["weights"])
         for (name, judge), parting in self.partings.items():  # a judge that is new to the run begins anew
             if f"{name} {judge}" in state["partings"]:
                 parting.load_state(state["partings"][f"{name} {judge}"])
-        self.alarms.load_state(state.get("alarms", {}))  # an earlier version kept none
+        self.alarms.load_state(state["alarms"])
         for name, (forwards, backwards) in state["counted"].items():
             first = self.ranks.rank == 0  # of all processes together
             self.counted[name].forwards, self.counted[name].backwards = (forwards, backwards) if first else (0, 0)

@@ -145,8 +145,6 @@ class Adaptive:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Raises KeyError for what the state lacks."""
-        # an earlier version's log weight had no lead: it was the sum itself; and it kept nothing of its alarms
-        state = {"integral": state["log_weight"], "told": False, "outgrown": Persistence().state()} | state
         self.observed = state["updates"]
         for key in KEPT:
             setattr(self, key, state[key])

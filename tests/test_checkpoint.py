@@ -169,12 +169,11 @@ def test_a_kill_at_any_point_of_a_save_leaves_the_old_or_the_new(tmp_path, step)
 
 
 def test_what_earlier_kills_left_is_cleared_and_what_they_moved_aside_put_back(tmp_path):
-    """Names that hold another process's number, as earlier versions wrote them."""
     checkpoint.save(tmp_path, 1, {"x": 1})
-    checkpoint.save(tmp_path, 2, {"x": 2}).rename(tmp_path / ".stale-00000002-77")
-    (tmp_path / ".writing-00000002-77").mkdir()
+    checkpoint.save(tmp_path, 2, {"x": 2}).rename(tmp_path / ".stale-00000002")
+    (tmp_path / ".writing-00000002").mkdir()
     (tmp_path / ".writing-00000003").touch()
-    assert checkpoint.newest(tmp_path) == (tmp_path / ".stale-00000002-77", {"x": 2})
+    assert checkpoint.newest(tmp_path) == (tmp_path / ".stale-00000002", {"x": 2})
     with pytest.warns(UserWarning, match=r"step-00000002: the save .* was killed; the earlier one is back"):
         checkpoint.clear(tmp_path)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000001", "step-00000002"]
@@ -279,11 +278,10 @@ def test_a_gpu_without_a_saved_random_state_keeps_its_own_and_says_so(monkeypatc
     with pytest.warns(UserWarning, match="no random state of cuda:0, as one saved on a CPU"):
         checkpoint.set_rng_state(state, gpu)
     assert not given and torch.equal(torch.rand(3), drawn)
-    for key in ("device", "cuda0"):  # as an earlier version named it
-        checkpoint.set_rng_state(state | {key: torch.ones(1)}, gpu)
-        with pytest.warns(UserWarning, match="of a run on a GPU, which goes on on the CPU"):
-            checkpoint.set_rng_state(state | {key: torch.ones(1)}, cpu)
-    assert given == [(torch.ones(1), gpu)] * 2
+    checkpoint.set_rng_state(state | {"device": torch.ones(1)}, gpu)
+    with pytest.warns(UserWarning, match="of a run on a GPU, which goes on on the CPU"):
+        checkpoint.set_rng_state(state | {"device": torch.ones(1)}, cpu)
+    assert given == [(torch.ones(1), gpu)]
 
 
 def test_manifest_is_json(tmp_path):

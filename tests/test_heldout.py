@@ -127,22 +127,6 @@ def test_its_state_does_not_grow_and_nothing_is_kept_once_they_have_parted():
     assert watch.state() == state
 
 
-@pytest.mark.parametrize("kept", [0, 7, 30], ids=["none yet", "few", "many"])
-def test_the_whole_history_of_an_earlier_version_is_read(kept):
-    """Its checkpoints hold every block."""
-    blocks = [[float(i) + 0.3 * (i % 3), float(-abs(i - 20))] for i in range(30 + kept)]
-    straight, resumed = Parting(), Parting()
-    for block in blocks[:kept]:
-        straight.take(tuple(block))
-    straight.running = [(1.0, 2.0)]
-    resumed.load_state({"blocks": blocks[:kept], "running": [[1.0, 2.0]], "parted": False})
-    assert resumed == straight
-    said = [[watch.observe(*pair) for pair in blocks[kept:] for _ in range(BLOCK)] for watch in (straight, resumed)]
-    assert said[0] == said[1] and resumed == straight and resumed.parted
-    resumed.load_state({"blocks": blocks, "running": [], "parted": True})
-    assert resumed.parted and resumed.observe(0.0, 0.0) is None
-
-
 def test_it_needs_both_to_move_and_names_the_window_of_the_best_judge():
     n = 4 * WINDOW
     up = torch.linspace(0, 10, n)

@@ -252,7 +252,7 @@ def test_a_run_goes_on_and_ends_well_where_memory_is_too_small_to_draw(teacher_f
 def test_a_teacher_whose_pictures_are_no_numbers_is_left_out_of_the_samples(teacher_folder, prompt_file, monkeypatch):
     """Its student is there, and no rate of its training is to blame."""
     run, shown = run_of(teacher_folder, prompt_file), torch.zeros(1, 3, 3, 8, 8)
-    monkeypatch.setattr("fewstep.run.sample_grid", mock.Mock(side_effect=[shown, FloatingPointError("3 of 3 pictures hold NaN or inf")]))
+    monkeypatch.setattr("fewstep.run.sample_grid", mock.Mock(side_effect=[shown, NumericalError("3 of 3 pictures hold NaN or inf")]))
     with pytest.warns(UserWarning, match=r"samples.png lacks the column 'teacher, 4 steps \(DDIM\)': 3 of 3 pictures hold NaN or inf"):
         grids = teacher_grids(run, ["a cat"], "DDIM")
     assert list(grids) == ["teacher, 28 steps"]

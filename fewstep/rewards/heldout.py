@@ -89,15 +89,10 @@ class Parting:
         return asdict(self)
 
     def load_state(self, state: dict[str, Any]) -> None:
-        blocks, self.running = ([(float(a), float(b)) for a, b in state[key]] for key in ("blocks", "running"))
-        self.parted = state["parted"]
-        if "count" in state:
-            self.blocks, self.count, self.moved = blocks, state["count"], tuple(state["moved"])
-            self.best = tuple(state["best"]) if state["best"] else None
-        else:  # an earlier version kept every block
-            self.blocks, self.count, self.moved, self.best = [], 0, (0.0, 0.0), None
-            for block in blocks:
-                self.take(block)
+        """Raises KeyError for what the state lacks."""
+        self.blocks, self.running = ([(float(a), float(b)) for a, b in state[key]] for key in ("blocks", "running"))
+        self.parted, self.count, self.moved = state["parted"], state["count"], tuple(state["moved"])
+        self.best = tuple(state["best"]) if state["best"] else None
 
 
 def mean(pairs: list[tuple[float, float]]) -> tuple[float, float]:
