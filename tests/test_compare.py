@@ -690,10 +690,14 @@ def test_fields_that_came_after_the_first_cells_leave_their_stamps_alone(tmp_pat
     plain = flags.as_plain(config_of(plan, EVERY_ROW["GNDM"], 100)) | anywhere
     first = {key: value for key, value in plain.items() if key not in FIELDS_ADDED_SINCE}
     first["matching"] = {key: value for key, value in first["matching"].items() if f"matching.{key}" not in FIELDS_ADDED_SINCE}
+    first["weights"] = plain["weights"] | {"budget": 1.5}  # the default of then, which this row does not read
     assert stamp_of(plan, "GNDM", 100)["config"] == store.sha256(first)
     for turned in ("--memory.checkpointing", "--matching.level-density=shifted", "--matching.negative-prompt=blurry"):
         other = dataclasses.replace(plan, options=(*plan.options, turned))
         assert stamp_of(other, "GNDM", 100)["config"] != store.sha256(first)
+    budgets = [stamp_of(plan, name, 100)["config"] for name in ("GNDMR adaptive", "GNDMR adaptive, budget 1.5")]
+    read = dataclasses.replace(plan, options=("--weights.budget", "1.5"))
+    assert budgets[0] != budgets[1] == stamp_of(read, "GNDMR adaptive", 100)["config"]
 
 
 def test_a_stamp_is_the_same_on_every_machine(tmp_path):

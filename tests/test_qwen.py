@@ -37,7 +37,7 @@ def test_a_size_is_a_whole_number_of_patches(backbones, name):
     with torch.no_grad():
         assert backbone.predict(backbone.model, noise, torch.full((1,), 500.0), backbone.encode(["a cat"])).shape == noise.shape
     with pytest.raises(ValueError, match=f"multiple of {step} pixels"):
-        backbone.latent_shape((step, step + backbone.scale()))
+        backbone.latent_shape((step, step + backbone.pixels_per_latent()))
 
 
 def test_the_prompt_of_qwens_guidance_is_a_blank(backbones):

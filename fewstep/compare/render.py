@@ -214,7 +214,7 @@ def plot_pareto(summary: Summary, path: Path) -> None:
     }
     shown = [kind for kind in BESIDE if any(points[f"{method}{kind}, preference"] for method in STYLES)]
     figure, axes = plt.subplots(1, len(shown), figsize=(6.4 * len(shown), 4.6), layout="constrained", squeeze=False)
-    begins = corner(summary)
+    reference = corner(summary)
     for axis, kind in zip(axes[0], shown, strict=True):
         for method, (color, marker, offset, side) in STYLES.items():
             front = points[f"{method}{kind}, preference"]
@@ -225,10 +225,10 @@ def plot_pareto(summary: Summary, path: Path) -> None:
             if name in by_row:
                 fill = "none" if name in EVERY_ROW else "full"
                 axis.plot(*by_row[name], marker="*", markersize=11, color="#333333", fillstyle=fill, linestyle="none")
-                axis.annotate(label, by_row[name], textcoords="offset points", xytext=(6, -10), fontsize=8)
-        if begins:
+                axis.annotate(label, by_row[name], textcoords="offset points", xytext=(6, 6), fontsize=8)
+        if reference:
             label = "corner of the hypervolumes"
-            axis.plot(*begins, marker="+", markersize=14, color="#777777", linestyle="none", label=label)
+            axis.plot(*reference, marker="+", markersize=14, color="#777777", linestyle="none", label=label)
         axis.set_xlabel("FD-clip to teacher (lower is better)")
         axis.set_ylabel("preference, trained on (higher is better)")
         axis.grid(alpha=0.3)

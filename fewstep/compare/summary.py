@@ -149,8 +149,8 @@ def fronts(summary: list[dict[str, Any]]) -> dict[str, float]:
     for entry in summary:
         if (method := method_of(entry["row"])) in METHODS:
             points.setdefault(method, []).append(tuple(entry["metrics"][key][0] for key in POINT))
-    begins = corner(summary)
-    return {method: hypervolume(at, begins) for method, at in points.items()} if begins else {}
+    reference = corner(summary)
+    return {method: hypervolume(at, reference) for method, at in points.items()} if reference else {}
 
 
 class Pair(NamedTuple):
@@ -163,8 +163,8 @@ class Pair(NamedTuple):
 
 def paired_fronts(cells: Cells, summary: list[dict[str, Any]]) -> dict[str, Pair]:
     """GNDMR's fronts beside DMDR's, seed by seed, by GNDMR's method; of those that begin from one student only seeds where all did."""
-    begins, out = corner(summary), {}
-    if not begins:
+    reference, out = corner(summary), {}
+    if not reference:
         return {}
     for method in (name for name in METHODS if name.startswith("GNDMR")):
         pair = method, method.replace("GNDMR", "DMDR")
@@ -175,7 +175,7 @@ def paired_fronts(cells: Cells, summary: list[dict[str, Any]]) -> dict[str, Pair
             every = [cell for of_method in of_seed for cell in of_method]
             if None in every or len({cell.get("begun") for cell in every}) > 1:
                 continue
-            a, b = (hypervolume([tuple(cell["metrics"][key] for key in POINT) for cell in of], begins) for of in of_seed)
+            a, b = (hypervolume([tuple(cell["metrics"][key] for key in POINT) for cell in of], reference) for of in of_seed)
             areas[seed] = a, b
         if areas:
             of_each = [sum(column) / len(areas) for column in zip(*areas.values(), strict=True)]

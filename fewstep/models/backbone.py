@@ -401,13 +401,13 @@ class Backbone:
     def channels(self) -> int:
         return self.model.config.in_channels
 
-    def scale(self) -> int:
-        """Pixels per latent, along an edge."""
+    def pixels_per_latent(self) -> int:
+        """Along an edge."""
         return self.pipe.vae_scale_factor
 
     def size_step(self) -> int:
         """Pixels that a picture's height and width are a multiple of."""
-        return self.scale()
+        return self.pixels_per_latent()
 
     def size_limit(self) -> tuple[int, int] | None:
         """(height, width) in pixels of the largest picture that the network has positions for; None: it has them for any."""
@@ -417,7 +417,7 @@ class Backbone:
         """(height, width) in pixels of the stock pipeline's pictures."""
         size = self.model.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
-        return height * self.scale(), width * self.scale()
+        return height * self.pixels_per_latent(), width * self.pixels_per_latent()
 
     def told_size(self, size: tuple[int, int] | None = None) -> dict[str, int]:
         """Height and width in pixels, as the stock pipeline is told them. size: (height, width), None for the teacher's own.
@@ -599,13 +599,13 @@ class Backbone:
         Raises ValueError for a size that the family cannot draw.
         """
         height, width = size or self.default_size()
-        scale, step = self.scale(), self.size_step()
+        edge, step = self.pixels_per_latent(), self.size_step()
         if height % step or width % step or height < step or width < step:
             raise ValueError(f"a picture of {type(self).__name__} measures a multiple of {step} pixels each way, got {height} x {width}")
         limit = self.size_limit()
         if limit and (height > limit[0] or width > limit[1]):
             raise ValueError(f"{self.source} has positions for pictures up to {limit[0]} x {limit[1]} pixels, got {height} x {width}")
-        return self.channels(), height // scale, width // scale
+        return self.channels(), height // edge, width // edge
 
     def scheduler(self, steps: int) -> Any:
         """The K-step scheduler that the student is exported with; its grid is the only list of training times."""

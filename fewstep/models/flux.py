@@ -90,7 +90,7 @@ class Flux1(Flux):
         return self.model.config.in_channels // 4
 
     def size_step(self) -> int:
-        return 2 * self.scale()
+        return 2 * self.pixels_per_latent()
 
     def to_pipeline(self, latents: Tensor) -> Tensor:
         return tokens(F.pixel_unshuffle(latents, 2))

@@ -54,7 +54,7 @@ class Flux2Klein(Flux):
     def longest_text(self) -> tuple[Any, int]:
         return self.pipe.tokenizer, QWEN_TOKENS - chat_opening(self.pipe.tokenizer, enable_thinking=False)
 
-    def scale(self) -> int:
+    def pixels_per_latent(self) -> int:
         return 2 * self.pipe.vae_scale_factor
 
     def mean_and_std(self, like: Tensor) -> tuple[Tensor, Tensor]:

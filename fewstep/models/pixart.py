@@ -61,7 +61,7 @@ class PixArtSigma(Backbone):
         return both[:, : xt.shape[1]]
 
     def size_step(self) -> int:
-        return self.model.config.patch_size * self.scale()
+        return self.model.config.patch_size * self.pixels_per_latent()
 
     def longest_text(self) -> tuple[Any, int]:
         return self.pipe.tokenizer, TOKENS

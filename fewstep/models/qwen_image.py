@@ -67,10 +67,10 @@ class QwenImage(Backbone):
         return self.model.config.in_channels // 4
 
     def size_step(self) -> int:
-        return 2 * self.scale()
+        return 2 * self.pixels_per_latent()
 
     def default_size(self) -> tuple[int, int]:
-        edge = self.pipe.default_sample_size * self.scale()
+        edge = self.pipe.default_sample_size * self.pixels_per_latent()
         return edge, edge
 
     def decode(self, x0: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class StableDiffusion3(Backbone):
         )[0]  # fmt: skip
 
     def size_step(self) -> int:
-        return self.model.config.patch_size * self.scale()
+        return self.model.config.patch_size * self.pixels_per_latent()
 
     def size_limit(self) -> tuple[int, int]:
         edge = self.model.config.pos_embed_max_size * self.size_step()

@@ -37,7 +37,7 @@ class StableDiffusionXL(UNet):
         return {"prompt_embeds": text, "text_embeds": (self.pipe.text_encoder_2.config.projection_dim,)}
 
     def predict(self, model: nn.Module, xt: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
-        height, width = (n * self.scale() for n in xt.shape[-2:])
+        height, width = (n * self.pixels_per_latent() for n in xt.shape[-2:])
         # original size, crop, target size: an uncropped picture of the size it is drawn at
         sizes = torch.tensor([height, width, 0, 0, height, width], dtype=xt.dtype, device=xt.device).expand(len(xt), 6)
         added = {"text_embeds": cond["text_embeds"], "time_ids": sizes}

@@ -59,7 +59,7 @@ class ZImage(Backbone):
         return self.pipe.tokenizer, TOKENS - chat_opening(self.pipe.tokenizer, enable_thinking=True)
 
     def size_step(self) -> int:
-        return 2 * self.scale()
+        return 2 * self.pixels_per_latent()
 
     def size_limit(self) -> tuple[int, int]:
         _, rows, columns = self.model.config.axes_lens
