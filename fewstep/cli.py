@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fewstep.disk import DISK  # the rest is each command's own: a reward's server needs little of it
 from fewstep.errors import LostProcess, NumericalError, RewardError, UserError, first_words, nearest
-from fewstep.launch import anything_prints, first_alone_prints, launched
+from fewstep.launch import anything_prints, first_alone_prints, launched, sigterm_ends_as_ctrl_c
 
 HELP = """usage: fewstep COMMAND [OPTIONS]
 
@@ -31,6 +31,7 @@ commands:
 
 
 @anything_prints()
+@sigterm_ends_as_ctrl_c()
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -95,7 +96,7 @@ SMALLER = {  # what takes less of a device's memory, by command
 }
 
 
-KEPT = {  # after Ctrl-C or a disk that takes no more, by command
+KEPT = {  # after Ctrl-C, SIGTERM or a disk that takes no more, by command
     "evaluate": "Every part that was whole is kept: the same call goes on",
     "compare": "Every finished cell is kept: the same call goes on",
     "sample": "The pictures that were drawn are kept",

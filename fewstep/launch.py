@@ -6,7 +6,9 @@ import contextlib
 import errno
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,6 +45,21 @@ def first_alone_prints() -> Iterator[None]:
         return
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
+
+
+@contextlib.contextmanager
+def sigterm_ends_as_ctrl_c() -> Iterator[None]:
+    """Within, SIGTERM ends this process as Ctrl-C does: it says what is kept, and nothing half written stays. A handler of the caller's own
+    does too. Not of several processes: what waits for another one in torch's own code hears no handler, and must end at once."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or launched()[1] > 1 or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # what a write is answered whose reader is gone: a pipe's, a terminal's that was closed, a pipe's on Windows

@@ -1161,6 +1161,26 @@ def test_what_torchrun_leaves_to_a_run_that_stops_is_said(monkeypatch):
         (KeyboardInterrupt(), ["config.yaml", "checkpoints/step-00000001"], "is whole: go on with fewstep distill --output OUT --resume"),
         (NumericalError("NaN. Lower x.lr"), ["config.yaml"], "NaN. Lower x.lr. No checkpoint was saved yet: begin anew with --overwrite"),
         (RewardError("no score"), ["config.yaml"], "Nothing was updated with it. No checkpoint was saved yet: begin anew with --overwrite"),
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_ends_a_command_as_ctrl_c_does(monkeypatch, processes):
+    """Not one of several processes, which may wait for another in torch's own code, where no handler is heard."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr(cli, "evaluate_command", lambda arguments: signal.raise_signal(signal.SIGTERM))
+    status, said = command("evaluate", before=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if processes > 1:
+        assert (status, said) == (-signal.SIGTERM, "")
+    else:
+        assert status == 130 and "stopped. Every part that was whole is kept: the same call goes on" in said
+
+
+def test_a_handler_of_the_callers_own_hears_sigterm_while_a_command_runs(monkeypatch):
+    heard_by_caller = []
+    monkeypatch.setattr(cli, "evaluate_command", lambda arguments: signal.raise_signal(signal.SIGTERM) or 0)
+    with heard(lambda number, frame: heard_by_caller.append(number)):
+        assert cli.main(["evaluate"]) == 0
+    assert heard_by_caller == [signal.SIGTERM]
+
+
         (RewardError("no score"), ["config.yaml", "checkpoints/step-00000001"], "or with other settings in a new run, --init OUT"),
     ],
 )
