@@ -23,7 +23,7 @@ from unittest import mock
 
 import pytest
 import torch
-from forked import ended, free_port, start
+from forked import ended, free_port, speak_into, start
 from PIL import Image
 
 import fewstep
@@ -476,6 +476,60 @@ def served_by_fork(what, *options):
     finally:
         os.kill(child, signal.SIGTERM)
         ended(child)
+
+
+STUCK = """
+import time
+
+def stuck(images, prompts):
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_stop_waits_for_what_is_being_scored_but_not_for_ever(tmp_path, monkeypatch, times):
+    """Told to stop, a server answers what it could not score in GRACE seconds, so that it is asked again elsewhere; told twice, it ends."""
+    monkeypatch.setitem(serve.SETTINGS, "timeout_graceful_shutdown", 0.3 if times == 1 else 600)
+    (tmp_path / "stuck.py").write_text(STUCK)
+    port, said = free_port(), tmp_path / "said"
+
+    def work():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with said.open("w") as into:
+            speak_into(into.fileno(), into.fileno())
+            return cli.main(["serve-reward", f"{tmp_path / 'stuck.py'}:stuck", "--port", str(port), "--device", "cpu"])
+
+    child = start(work)
+    try:
+        while not answers(f"http://127.0.0.1:{port}"):
+            time.sleep(0.02)
+        body, kind = encode((pictures(1) * 255).byte().permute(0, 2, 3, 1).contiguous(), ["p"], raw=True)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.request("POST", "/score", body, {"Content-Type": kind})
+        time.sleep(0.3)  # it is being scored
+        for number in [signal.SIGTERM] if times == 1 else [signal.SIGINT] * 2:
+            os.kill(child, number)
+            time.sleep(0.1)
+        if times == 1:
+            answer = connection.getresponse()
+            assert (answer.status, json.loads(answer.read())) == (503, {"error": "the server ends"})
+        connection.close()
+        assert ended(child) == 0
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        raise
+    assert "Traceback" not in said.read_text()
+
+
+def test_a_stop_waits_for_no_model_that_is_being_tried(monkeypatch):
+    """A SIGTERM, that is: the process in which it is loaded hears none."""
+    child, pool = mock.Mock(), mock.MagicMock()
+    pool.return_value.__enter__.return_value.submit.return_value.result.side_effect = KeyboardInterrupt
+    monkeypatch.setattr(serve, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(serve.multiprocessing, "active_children", lambda: [child])
+    with pytest.raises(KeyboardInterrupt):
+        serve.tried(argparse.Namespace(what="mine.py:f"))
+    child.terminate.assert_called_once_with()
 
 
 @pytest.fixture(scope="module")

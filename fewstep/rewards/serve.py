@@ -134,16 +134,19 @@ def application(name: str, version: str, score: Score, *, batch: int = 16, worke
             prompts = read_list(form.get("prompts"), "prompts", str)
             if len(prompts) != len(uploads) or not uploads:
                 raise Refused(f"{len(prompts)} prompts for {len(uploads)} images")
-            async with one_at_a_time:
-                if await request.is_disconnected():  # it waited too long, and has sent its pictures again by now
-                    raise Refused("the client has hung up", 499)
-                held = [(await upload.read(), upload.content_type) for upload in uploads]  # type: ignore[union-attr]
-                images = await run_in_threadpool(read_images, held, form.get("shape"))
-                try:
-                    scores = await run_in_threadpool(scored, images, prompts)
-                except Exception as error:
-                    traceback.print_exc()
-                    return JSONResponse({"error": f"{type(error).__name__}: {error}"[:500], "version": version}, status_code=500)
+            try:
+                async with one_at_a_time:
+                    if await request.is_disconnected():  # it waited too long, and has sent its pictures again by now
+                        raise Refused("the client has hung up", 499)
+                    held = [(await upload.read(), upload.content_type) for upload in uploads]  # type: ignore[union-attr]
+                    images = await run_in_threadpool(read_images, held, form.get("shape"))
+                    try:
+                        scores = await run_in_threadpool(scored, images, prompts)
+                    except Exception as error:
+                        traceback.print_exc()
+                        return JSONResponse({"error": f"{type(error).__name__}: {error}"[:500], "version": version}, status_code=500)
+            except asyncio.CancelledError as error:  # by uvicorn alone, once GRACE is over
+                raise Refused("the server ends", 503) from error
         return JSONResponse({"scores": scores, "name": name, "version": version})
 
     async def refuse(request: Request, error: Exception) -> JSONResponse:
@@ -254,7 +257,9 @@ def busy(port: int, error: OSError) -> ValueError:
     return ValueError(f"--port: {HOST}:{port} cannot be listened on ({error.strerror}); end what listens there, or choose another port")
 
 
-SETTINGS: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}  # of uvicorn
+SETTINGS: dict[str, Any] = {  # of uvicorn; with its lifespan, which nothing here uses, a second Ctrl+C ends in a traceback
+    "log_level": "warning", "access_log": False, "server_header": False, "lifespan": "off", "timeout_graceful_shutdown": GRACE
+}  # fmt: skip
 
 
 def end_with_parent() -> None:
@@ -286,6 +291,10 @@ def tried(options: argparse.Namespace) -> tuple[str, str]:
             return pool.submit(built, options).result()
         except BrokenProcessPool as error:
             raise ValueError(f"{options.what}: the process in which its model was tried has ended before that was loaded") from error
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():  # which may load for minutes: it hears a terminal's Ctrl+C, and no SIGTERM
+                process.terminate()
+            raise
 
 
 def work(options: argparse.Namespace, held: socket.socket, ready: Any) -> None:
