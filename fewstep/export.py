@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from fewstep import hub
-from fewstep.disk import replace_text, visible
+from fewstep.disk import alone, errno_of, rename, replace_text, visible
 from fewstep.flags import EXPORTED
 from fewstep.folder import SAVED_AGAIN, TEACHER_FILES, changed_since
 
@@ -221,8 +223,6 @@ def export(
 
     output: an empty folder, None: `export/FORM` in the run's. Raises CannotExport.
     """
-    from safetensors import SafetensorError
-
     from fewstep import models, world
 
     if private and repository is None:
@@ -239,20 +239,40 @@ def export(
     if to != "diffusers" and not student.weights:
         raise CannotExport(f"{folder}: neither a checkpoint nor pytorch_lora_weights.safetensors there: the LoRA is gone")
     results = read_results(folder / "evaluation.json") if measured else None
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        write(student, to, output, name=own_name(folder))
+    with all_at_once(output) as made:
+        write(student, to, made, name=own_name(folder))
         if results is not None:
-            shutil.copy(folder / "evaluation.json", output)
+            shutil.copy(folder / "evaluation.json", made)
         if measured and (folder / "samples.png").is_file():
-            shutil.copy(folder / "samples.png", output)
-        model_card(student, to, output, name=repository, results=results).save(output / "README.md")
-    except (OSError, SafetensorError) as error:
-        raise CannotExport(f"--output: cannot write to {output} ({error})") from error
+            shutil.copy(folder / "samples.png", made)
+        save_card(model_card(student, to, made, name=repository or own_name(output), results=results), made)
     print(f"exported to {output}")
     if repository is not None:
         print(push(output, repository, private=private))
     return output
+
+
+@contextmanager
+def all_at_once(output: Path) -> Iterator[Path]:
+    """A folder for what is to lie in `output`, which comes there once all of it is written: an export that ended early leaves nothing that
+    could be taken for one, or that keeps the same call from beginning anew. Raises CannotExport."""
+    from safetensors import SafetensorError
+
+    made = output / ".writing"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with alone("--output", output):
+            try:
+                shutil.rmtree(made, ignore_errors=True)  # of one that was killed
+                made.mkdir()
+                yield made
+                for path in sorted(made.iterdir(), key=lambda path: (path.is_file(), path.name)):  # a pipeline's parts before its index
+                    rename(path, output / path.name)
+            finally:
+                shutil.rmtree(made, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        number = errno_of(error)
+        raise CannotExport(f"--output: cannot write to {output} ({error if number is None else os.strerror(number)})") from error
 
 
 def write(student: Averaged, to: str, folder: Path, *, name: str) -> None:
@@ -530,6 +550,11 @@ with another number of steps or another scheduler it is no longer the model that
 {results or "Not measured."}
 """
     return with_pictures(ModelCard(text), folder)
+
+
+def save_card(card: ModelCard, folder: Path) -> None:
+    """A student's card as the README.md of its folder, where an earlier one stays if the disk takes no other."""
+    replace_text(folder / "README.md", str(card))
 
 
 def with_pictures(card: ModelCard, folder: Path) -> ModelCard:

@@ -512,7 +512,7 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
     elif config.evaluate:
         print(f"not measured: fewstep evaluate {as_word(output)} --prompts FILE, with --extractor.NAME and --judge.NAME")
     card = export.model_card(student, "diffusers", output, results=results)
-    card.save(output / "README.md")  # before the pictures: should they fail, the student has its card
+    export.save_card(card, output)  # before the pictures: should they fail, the student has its card
     shown, look = grid_prompts(config, prompts), f"look at {output / 'samples.png'}"
     try:
         columns = teacher_grids(run, shown, best) | {f"student, {config.steps} steps": student_grid(run, shown, weights)}
@@ -522,5 +522,5 @@ def finish(run: Run, output: Path, source: str, prompts: list[str]) -> None:
     else:
         grid.save(columns, shown, output / "samples.png")
     curves.Curves(output / "metrics.jsonl").save(output / "curves.png")
-    export.with_pictures(card, output).save(output / "README.md")
+    export.save_card(export.with_pictures(card, output), output)
     print(f"student in {output}; {look}")

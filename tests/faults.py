@@ -447,7 +447,8 @@ the [alarms](rewards.md#alarms) it is one on a Gaussian teacher.
 {table}
 
 A kill at every single call of a save into the file system is in `tests/test_checkpoint.py`; a reward's server that fails in every way of a
-list in `tests/test_remote.py` ([rewards](rewards.md)); processes of one run that fail or are stopped in `tests/test_processes.py`.
+list, or is stopped, in `tests/test_remote.py` ([rewards](rewards.md)); processes of one run that fail or are stopped in
+`tests/test_processes.py`; an export that a full disk or a kill ends in `tests/test_export.py`.
 Of a run's folder `tests/test_cli.py` has a disk that is full when it goes on, a second run there, another teacher in its own's place and
 an `--overwrite` of what the new run reads or of another program's folder; `tests/test_hub.py` a hub that has moved on or is out of reach.
 """

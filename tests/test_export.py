@@ -1,8 +1,10 @@
 """What `fewstep export` writes is the student, in every tool of stock diffusers that the card speaks of; nothing else leaves the house."""
 
 import dataclasses
+import errno
 import itertools
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -12,11 +14,12 @@ from unittest import mock
 import pytest
 import torch
 import yaml
+from forked import forked
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fewstep import cli, composition, export, flags, models
+from fewstep import cli, composition, disk, export, flags, models
 from fewstep.models import kohya
 from fewstep.models.sdxl import StableDiffusionXL
 
@@ -637,6 +640,30 @@ def test_what_cannot_be_exported_gets_one_clear_line(teachers, runs, tmp_path, c
         line = refused(capsys, *(names.get(argument, argument) for argument in arguments))
     assert words.replace("RUN", str(tmp_path / "run")) in line
     assert [path.name for path in (tmp_path / "held").iterdir()] == ["thesis.txt"]
+
+
+def test_an_export_that_ends_early_leaves_none_and_the_same_call_makes_it(runs, exported, tmp_path, capsys, monkeypatch):
+    """In its card, its last part: of a full disk; and killed, when nothing tidies up."""
+    folder, output, whole = runs("StableDiffusionPipeline")[0], tmp_path / "out", exported("StableDiffusionPipeline", "lora")
+    arguments = [str(folder), "--to", "lora", "--output", str(output)]
+    read = export.read(folder, flags.saved_config(folder))
+    monkeypatch.setattr(export, "read", lambda *_: read)
+
+    def full(card, made):
+        assert [*made.rglob("*.safetensors")] and made.parent == output
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export, "save_card", full)
+        assert f"cannot write to {output} (No space left on device)" in refused(capsys, *arguments)
+        assert not [*output.iterdir()]
+        patched.setattr(export, "save_card", lambda card, made: os._exit(9))
+        assert forked(lambda: cli.main(["export", *arguments])) == 9 and not disk.visible(output, "*")
+    assert cli.main(["export", *arguments]) == 0
+    files = [sorted(path.relative_to(root) for path in root.rglob("*")) for root in (output, whole)]
+    assert (
+        files[0] == files[1] and (output / "README.md").read_text().replace('"out"', f'"{whole.name}"') == (whole / "README.md").read_text()
+    )
 
 
 def test_a_family_without_a_lora_loader_has_the_full_folder_alone(runs, tmp_path, capsys):
