@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewstep.disk import check_writable, naming
+from fewstep.disk import check_writable, naming, replace
 from fewstep.errors import NumericalError, UserError
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ def command(arguments: list[str]) -> int:
         print("drawn at {height}x{width}, the network's own size: nothing there says at which it was trained (--size)".format(**call))
     try:
         listing = output / "pictures.jsonl"
+        drop_cut_line(listing)
         with naming(output), listing.open("a", buffering=1, encoding="utf-8") as log:  # a line is there with its picture
             told = {"num_inference_steps": steps} | call
             drawn = pictures(pipe, prompts, options.n, seed=options.seed, batch=BATCH, call=told)
@@ -106,6 +109,14 @@ def read_prompts(given: list[str], source: str | None) -> list[str]:
         raise UserError(f"--prompts: {error}") from error
 
 
+def drop_cut_line(listing: Path) -> None:
+    """Take off the line, with a warning, that a full disk or a kill cut: the next one would be written behind it."""
+    held = listing.read_bytes() if listing.is_file() else b""
+    if held and not held.endswith(b"\n"):
+        warnings.warn(f"{listing}: its last line was cut off and is left out", stacklevel=2)
+        os.truncate(listing, held.rfind(b"\n") + 1)
+
+
 def save(image: Tensor, folder: Path, number: int, line: dict[str, Any]) -> Path:
     """The PNG of a picture. Its name holds a hash, never the prompt: any text may be a prompt, not any text a file name."""
     from PIL import Image
@@ -113,5 +124,5 @@ def save(image: Tensor, folder: Path, number: int, line: dict[str, Any]) -> Path
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     digest = hashlib.sha256(f"{line['seed']}\0{line['prompt']}".encode() + pixels.tobytes()).hexdigest()[:8]
     path = folder / f"step{line['steps']}-{number:03d}-{digest}.png"
-    Image.fromarray(pixels).save(path)
+    replace(path, lambda temporary: Image.fromarray(pixels).save(temporary, format="PNG"))
     return path

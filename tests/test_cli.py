@@ -24,12 +24,13 @@ import pytest
 import torch
 import yaml
 from forked import command, forked
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import fewstep
-from fewstep import checkpoint, cli, composition, disk, flags, models, needs
+from fewstep import checkpoint, cli, composition, disk, export, flags, models, needs
 from fewstep.config import Config
 from fewstep.errors import NumericalError, UserError, as_word
 from fewstep.evaluate import drawing
@@ -1013,13 +1014,37 @@ def test_a_cache_that_cannot_be_written_is_told_before_anything_is_loaded(
 
 
 def test_a_disk_that_takes_no_more_pictures_is_told_in_one_line(finished, tmp_path, monkeypatch, capsys):
-    def full(self, path):
+    def full(self, path, **told):
         raise OSError(errno.ENOSPC, "No space left on device")  # as the system says it of an open file
 
     monkeypatch.setattr(Image.Image, "save", full)
     assert cli.main(["sample", str(finished), "--prompt", "a cat", "--output", str(tmp_path)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{tmp_path}: could not be written to: No space left on device. The pictures that were drawn are kept" in line
+
+
+def test_a_line_that_a_full_disk_cut_costs_no_later_one(finished, tmp_path):
+    arguments = ["sample", str(finished), "--prompt", "a cat", "--output", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    listing = tmp_path / "pictures.jsonl"
+    first = listing.read_text()
+    for cut in (first + first[:20], first[:20]):
+        listing.write_text(cut)
+        with pytest.warns(UserWarning, match="its last line was cut off and is left out"):
+            assert cli.main(arguments) == 0
+        assert listing.read_text() == first * (1 + cut.count("\n"))
+
+
+def test_a_disk_that_takes_no_other_card_leaves_the_first(tmp_path):
+    resource = pytest.importorskip("resource")  # of Unix alone
+    export.save_card(ModelCard("---\n---\nfirst"), tmp_path)
+
+    def second():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        with pytest.raises(OSError, match="could not be written to"):
+            export.save_card(ModelCard("---\n---\n" + "longer " * 100), tmp_path)
+
+    assert forked(second) == 0 and (tmp_path / "README.md").read_text().endswith("first")
 
 
 def test_a_device_that_is_full_is_told_in_one_line_with_what_takes_less(finished, monkeypatch, capsys):
@@ -1136,6 +1161,26 @@ def test_a_signal_ends_a_run_in_its_last_update_too(tmp_path, capsys, last):
     assert f"stopped at update 1 of {last}; saved. Go on with" in said and "torchrun" not in said
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_ends_a_command_as_ctrl_c_does(monkeypatch, processes):
+    """Not one of several processes, which may wait for another in torch's own code, where no handler is heard."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr(cli, "evaluate_command", lambda arguments: signal.raise_signal(signal.SIGTERM))
+    status, said = command("evaluate", before=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if processes > 1:
+        assert (status, said) == (-signal.SIGTERM, "")
+    else:
+        assert status == 130 and "stopped. Every part that was whole is kept: the same call goes on" in said
+
+
+def test_a_handler_of_the_callers_own_hears_sigterm_while_a_command_runs(monkeypatch):
+    heard_by_caller = []
+    monkeypatch.setattr(cli, "evaluate_command", lambda arguments: signal.raise_signal(signal.SIGTERM) or 0)
+    with heard(lambda number, frame: heard_by_caller.append(number)):
+        assert cli.main(["evaluate"]) == 0
+    assert heard_by_caller == [signal.SIGTERM]
+
+
 def test_signals_are_whose_they_were_once_a_run_has_ended():
     """As a notebook's, which goes on."""
     numbers, told = (signal.SIGINT, signal.SIGTERM), []
@@ -1161,26 +1206,6 @@ def test_what_torchrun_leaves_to_a_run_that_stops_is_said(monkeypatch):
         (KeyboardInterrupt(), ["config.yaml", "checkpoints/step-00000001"], "is whole: go on with fewstep distill --output OUT --resume"),
         (NumericalError("NaN. Lower x.lr"), ["config.yaml"], "NaN. Lower x.lr. No checkpoint was saved yet: begin anew with --overwrite"),
         (RewardError("no score"), ["config.yaml"], "Nothing was updated with it. No checkpoint was saved yet: begin anew with --overwrite"),
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_ends_a_command_as_ctrl_c_does(monkeypatch, processes):
-    """Not one of several processes, which may wait for another in torch's own code, where no handler is heard."""
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    monkeypatch.setattr(cli, "evaluate_command", lambda arguments: signal.raise_signal(signal.SIGTERM))
-    status, said = command("evaluate", before=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    if processes > 1:
-        assert (status, said) == (-signal.SIGTERM, "")
-    else:
-        assert status == 130 and "stopped. Every part that was whole is kept: the same call goes on" in said
-
-
-def test_a_handler_of_the_callers_own_hears_sigterm_while_a_command_runs(monkeypatch):
-    heard_by_caller = []
-    monkeypatch.setattr(cli, "evaluate_command", lambda arguments: signal.raise_signal(signal.SIGTERM) or 0)
-    with heard(lambda number, frame: heard_by_caller.append(number)):
-        assert cli.main(["evaluate"]) == 0
-    assert heard_by_caller == [signal.SIGTERM]
-
-
         (RewardError("no score"), ["config.yaml", "checkpoints/step-00000001"], "or with other settings in a new run, --init OUT"),
     ],
 )
