@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import secrets
+import shutil
 import stat
 import time
 import warnings
@@ -23,7 +24,10 @@ LOCK = ".lock"
 
 def errno_of(error: Exception) -> int | None:
     """The system's number of a failed write; safetensors has it in the text of an error of its own, as `(os error 28)`, by Windows' own
-    numbers there."""
+    numbers there, and what copies folders in that of each file's, as `[Errno 28]`."""
+    if isinstance(error, shutil.Error):
+        found = re.search(r"\[Errno (\d+)\]", str(error))
+        return int(found[1]) if found else None
     if isinstance(error, OSError):
         return error.errno
     # by its name, for its module is not imported here

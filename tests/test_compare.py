@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import math
@@ -414,6 +415,21 @@ def test_a_picture_of_fronts_goes_with_their_cells(tmp_path, monkeypatch):
     for name in ("pareto.png", "compare.md"):
         (tmp_path / name).touch()
     assert cli.compare_command(["--output", str(tmp_path)]) == 0 and not (tmp_path / "pareto.png").exists()
+
+
+@pytest.mark.parametrize("draw", [render.plot, render.plot_pareto])
+def test_a_picture_that_finds_no_room_leaves_the_last_one_and_names_its_folder(tmp_path, monkeypatch, draw):
+    def full(figure, file, **told):
+        Path(file).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    rows = summary.summarise({(name, 1): cell(name, 1, 1.0) for name in ("teacher, 28 steps", "GNDMR, preference 0.1")})
+    (tmp_path / "a.png").write_text("earlier")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.raises(OSError) as told:
+        draw(rows, tmp_path / "a.png")
+    assert told.value.filename == str(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"] and (tmp_path / "a.png").read_text() == "earlier"
 
 
 class Pool:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from pipelines.parts import clip_tokenizer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_evaluate import PROMPTS, text_config, tiny_clip, tiny_tokenizer, to_pil
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, GemmaTokenizer, SiglipConfig, SiglipModel
@@ -619,6 +620,24 @@ def test_a_pickle_runs_no_code_and_is_never_loaded_as_it_is(tmp_path, capsys, pr
     (clip / "model.safetensors").rename(clip / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pytorch_model.bin is a pickle, which is never loaded"):
         CLIPScore.load(clip)
+
+
+def test_a_disk_that_takes_no_reward_is_named(tmp_path, capsys, opened_here, monkeypatch):
+    clip = save_clip(tmp_path / "clip", model=head_clip())
+    torch.save(open_clip_state(), tmp_path / "held.pt")
+    (tmp_path / "out").mkdir()
+
+    def full(*told, **how):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    for where, words in (
+        ("transformers.PreTrainedModel.save_pretrained", f"{tmp_path / 'out'}: could not be written to: No space left on device"),
+        ("safetensors.torch.save_file", "held.pt: cannot be converted: its tensors cannot be written (Error while serializing"),
+    ):
+        monkeypatch.setattr(where, full)
+        arguments = [str(tmp_path / "held.pt"), "--output", str(tmp_path / "out" / "made"), "--clip", str(clip)]
+        assert cli.main(["convert-reward", "hps", *arguments]) in (1, 2)
+        assert words in capsys.readouterr().err and not [*(tmp_path / "out").iterdir()]
 
 
 def test_what_cannot_be_converted_is_named(tmp_path, capsys, opened_here):

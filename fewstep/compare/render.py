@@ -10,6 +10,7 @@ from typing import Any
 from fewstep.compare.cells import Plan
 from fewstep.compare.rows import BEGUN, COSTS, DISTANCES, EVERY_ROW, MANY_STEPS_ROW, METRICS, PRICE, TEACHER_ROWS, Row
 from fewstep.compare.summary import METHODS, POINT, Pair, corner, fronts, method_of
+from fewstep.disk import replace
 from fewstep.evaluate import drawing, tables
 
 COMMIT = re.compile(r"^([0-9a-f]{7})[0-9a-f]{33}")  # shortened as Git does
@@ -186,7 +187,7 @@ def plot(summary: Summary, path: Path) -> None:
         axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_ylim(len(summary) - 0.4, -0.6)
-    figure.savefig(path, dpi=110)
+    replace(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
     plt.close(figure)
 
 
@@ -233,5 +234,5 @@ def plot_pareto(summary: Summary, path: Path) -> None:
         axis.set_ylabel("preference, trained on (higher is better)")
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(path, dpi=110)
+    replace(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
     plt.close(figure)

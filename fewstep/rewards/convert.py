@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fewstep.disk import give_usual_mode, rename, replace, visible
+from fewstep.disk import give_usual_mode, naming, rename, visible
 from fewstep.rewards import REWARDS, files, sources
 
 # argv: pickle, safetensors. weights_only refuses everything but tensors and plain containers; nothing of fewstep is imported.
@@ -29,7 +29,11 @@ except Exception as error:  # of many kinds, with advice to load it as a pickle;
 state = held.get("state_dict", held) if isinstance(held, dict) else None
 if not state or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
     sys.exit("it holds no state dict of tensors")
-save_file({name.removeprefix("module."): value.clone().contiguous() for name, value in state.items()}, sys.argv[2])
+state = {name.removeprefix("module."): value.clone().contiguous() for name, value in state.items()}
+try:
+    save_file(state, sys.argv[2])
+except Exception as error:
+    sys.exit(f"its tensors cannot be written ({error})")
 """
 
 
@@ -64,7 +68,7 @@ def convert(name: str, file: Path, output: Path, *, clip: str | None = None) -> 
         beside = tempfile.TemporaryDirectory(dir=output.parent)  # on its file system: made whole, then renamed
     except OSError as error:
         raise ValueError(f"{output}: cannot be written ({error.strerror})") from error
-    with beside as folder:
+    with naming(output.parent), beside as folder:
         held = Path(folder) / "state.safetensors"
         done = subprocess.run([sys.executable, "-I", "-c", OPEN, str(file), str(held)], capture_output=True, text=True)
         if done.returncode != 0:
@@ -78,6 +82,8 @@ def convert(name: str, file: Path, output: Path, *, clip: str | None = None) -> 
             (write_aesthetic if name == "aesthetic" else write_clip)(name, state, source, made)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
+        for path in visible(made, "*.safetensors"):
+            give_usual_mode(path)
         rename(made, output)
 
 
@@ -87,7 +93,7 @@ def write_aesthetic(name: str, state: dict[str, Any], source: str, folder: Path)
     from fewstep.rewards.aesthetic import check_head
 
     head = check_head(state)
-    replace(folder / "model.safetensors", lambda path: save_file(head, path))
+    save_file(head, folder / "model.safetensors")
     local = Path(source).expanduser()
     named = {"clip": str(local.resolve()) if local.is_dir() else source}
     (folder / "reward.json").write_text(json.dumps(named) + "\n", encoding="utf-8")
@@ -111,8 +117,6 @@ def write_clip(name: str, state: dict[str, Any], source: str, folder: Path) -> N
         odd = ", ".join([*report.missing_keys, *unknown][:4])
         raise ValueError(f"not weights of the model in {source}: missing or unknown {odd}")
     model.save_pretrained(folder)
-    for path in visible(folder, "*.safetensors"):
-        give_usual_mode(path)
     for path in visible(words, *files.WORDS):
         if path.is_file() and not (folder / path.name).exists() and path.name != "model.safetensors.index.json":
             shutil.copy(path, folder)
