@@ -20,6 +20,8 @@ from fewstep.errors import UserError
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)  # what a disk answers that takes no more
 
 LOCK = ".lock"
+TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{8}")  # a name that `beside` gives
+DAY = 86_400  # seconds
 
 
 def errno_of(error: Exception) -> int | None:
@@ -165,6 +167,14 @@ def beside(path: Path) -> Path:
     """A temporary name in the same folder."""
     # two machines that share the disk may have given their processes one number, as containers do
     return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+
+
+def clear(folder: Path) -> None:
+    """Remove the files that a killed process left half written in a folder: temporary ones that nobody has written to for a day."""
+    for path in folder.glob(".*"):
+        with suppress(OSError):  # another process may be at it
+            if TEMPORARY.fullmatch(path.name) and path.is_file() and time.time() - path.stat().st_mtime > DAY:
+                path.unlink()
 
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:

@@ -13,7 +13,7 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fewstep.disk import cache_folder
+from fewstep.disk import cache_folder, clear
 from fewstep.evaluate import pictures, protocol, store
 from fewstep.evaluate.configs import config_hash
 from fewstep.evaluate.store import Rows, Shards
@@ -66,9 +66,10 @@ def of_pictures(source: str, backbone: Any, sizes: Sequence[tuple[int, int]], *,
         "autoencoder": [store.fingerprint(vae), config_hash(vae), str(vae.dtype), type(backbone).__name__],
         "versions": {name: protocol.version(name) for name in ("fewstep", "diffusers", "torch", "pillow")},
     }
-    found = []
+    folder, found = cache or cache_folder("latents"), []
+    clear(folder)
     for height, width in sizes:
-        shards = Shards(cache or cache_folder("latents"), made_by | {"size": [height, width]}, real.n)
+        shards = Shards(folder, made_by | {"size": [height, width]}, real.n)
         missing, enlarged = shards.missing(), 0
         with backbone.on_device([vae]):
             for i in track(missing, f"latents of real pictures, {height} x {width}", disable=not (progress and missing)):

@@ -26,7 +26,7 @@ from fewstep.composition import (
     say_what_looks_wrong,
     training_grid,
 )
-from fewstep.disk import alone, check_cache, naming, replace_text
+from fewstep.disk import alone, check_cache, clear, naming, replace_text
 from fewstep.errors import NumericalError, RewardError, UserError, as_word, first_words
 from fewstep.evaluate.command import measure_student
 from fewstep.flags import as_plain, as_yaml
@@ -123,6 +123,7 @@ def distill(
         if rank == 0:
             check_output(config)
             held.enter_context(alone("output", Path(config.output)))
+            clear(Path(config.output))
         if size > 1:
             print(f"waiting until all {size} processes are there", flush=True)
         ranks = Ranks.join(config.device)

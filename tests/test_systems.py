@@ -189,6 +189,30 @@ def test_a_text_is_on_the_disk_before_its_name_is(monkeypatch, tmp_path):
     assert seen == ["file", "name", "folder"]
 
 
+def test_a_folder_whose_copy_finds_no_room_is_named(tmp_path):
+    """What copies folders goes on after a file that fails, and tells of all of them in one error without a number."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").touch()
+
+    def full(*names):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="could not be written to") as told, disk.naming(tmp_path):
+        shutil.copytree(tmp_path / "a", tmp_path / "c", copy_function=full)
+    assert told.value.errno == errno.ENOSPC and told.value.filename == str(tmp_path)
+
+
+def test_what_a_killed_process_left_half_written_goes_after_a_day(tmp_path):
+    left, of_another, names = disk.beside(tmp_path / "a.png"), disk.beside(tmp_path / "a.png"), (".DS_Store", "a.png.12.0123abcd", "a.png")
+    for path in (left, of_another, *(tmp_path / name for name in names)):
+        path.touch()
+        if path != of_another:
+            os.utime(path, (0, 0))
+    disk.clear(tmp_path)
+    disk.clear(tmp_path / "not there")
+    assert {path.name for path in tmp_path.iterdir()} == {of_another.name, *names}
+
+
 @pytest.mark.skipif(os.name == "nt", reason="it has no such modes")
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
 def test_what_safetensors_writes_has_the_mode_of_any_new_file(tmp_path, umask):

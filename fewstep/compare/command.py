@@ -140,6 +140,8 @@ def compare(
     which every cell is compared with, could not be drawn.
     """
     plan.output.mkdir(parents=True, exist_ok=True)
+    for folder in (plan.output, plan.output / "cells"):
+        disk.clear(folder)
     teacher_seeds = range(first_seed, first_seed + (seeds or max(row.seeds for row in rows)))
     compared = {world.TEACHER_GUIDANCE, *(target_guidance(plan, row) for row in rows)}
     wanted = [(name, seed) for name, row in TEACHER_ROWS.items() if row.guidance in compared for seed in teacher_seeds]

@@ -20,7 +20,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from fewstep.disk import replace_text
+from fewstep.disk import clear, replace_text
 from fewstep.evaluate.configs import pipeline_config
 from fewstep.evaluate.distances import FeatureSet, bootstrap
 from fewstep.evaluate.drawing import (
@@ -240,6 +240,8 @@ def evaluate(
         say(f"{held}, and a part is drawn by one process: {share[1] - parts} of {share[1]} draw nothing")
     with tempfile.TemporaryDirectory() as scratch:
         own_folder, folder = Path(work or scratch), Path(cache or scratch)
+        for kept in (own_folder, folder):
+            clear(kept)
         identity, pipe_configs = {"student": pipeline_fingerprint(own.pipe)}, {"student": pipeline_config(own.pipe)}
         row = {"name": f"student, {steps} steps", "solver": "its own", "steps": steps, "guidance": own.guidance, "seed": seed}
         samples = [sampler.collect(own, row, identity | {"config": pipe_configs["student"]}, own_folder)]

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fewstep.denoiser import Cond
-from fewstep.disk import cache_folder, replace
+from fewstep.disk import cache_folder, clear, replace
 from fewstep.errors import NumericalError
 from fewstep.models import content
 
@@ -69,6 +69,7 @@ class Embeddings:
     def folder(self) -> Path:
         folder = (self.root or cache_folder("embeddings")) / fingerprint(self.parts())[:32]  # not before: drawing a student needs none
         folder.mkdir(parents=True, exist_ok=True)
+        clear(folder)
         return folder
 
     def path(self, prompt: str) -> Path:
