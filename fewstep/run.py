@@ -477,8 +477,9 @@ def lacking_memory(error: BaseException) -> str:
 
 
 def remove_results(output: Path) -> None:
-    """Deletes what tells of an earlier student, but a picture that Windows keeps for the viewer which holds it: it is drawn anew anyway."""
-    for name in ("evaluation.json", "README.md"):
+    """Deletes what tells of an earlier student, also what makes its folder one and its LoRA, for the new one's files take its place one by
+    one; but no picture that Windows keeps for the viewer which holds it: it is drawn anew anyway."""
+    for name in ("model_index.json", "pytorch_lora_weights.safetensors", "evaluation.json", "README.md"):
         (output / name).unlink(missing_ok=True)
     for name in ("samples.png", "curves.png"):
         with suppress(PermissionError):

@@ -902,6 +902,16 @@ def test_resume_takes_the_saved_config_and_goes_further(finished, tmp_path, caps
     assert code == 2 and str(newest) in capsys.readouterr().err
 
 
+def test_a_student_that_is_written_anew_is_none_until_it_is_whole(finished, tmp_path, monkeypatch, capsys):
+    """Else a kill leaves weights of the new one beside the LoRA of the old."""
+    out = shutil.copytree(finished, tmp_path / "out")
+    (out / "pytorch_lora_weights.safetensors").touch()
+    monkeypatch.setattr(export, "write_diffusers", mock.Mock(side_effect=KeyboardInterrupt))
+    assert cli.main(["distill", "--output", str(out), "--resume"]) == 130 and "--resume" in capsys.readouterr().err
+    assert "holds no finished student (no model_index.json)" in refused(capsys, "sample", out, "--prompt", "a cat")
+    assert not (out / "pytorch_lora_weights.safetensors").exists()
+
+
 def test_sample_names_never_come_from_the_prompt(finished, tmp_path, capsys):
     prompt = "../../etc/passwd; $(rm -rf) \n"
     assert cli.main(["sample", str(finished), "--prompt", prompt, "--steps", "4", "--seed", "5", "-n", "3", "--output", str(tmp_path)]) == 0
