@@ -40,7 +40,7 @@ def distill(
 
     from fewstep import flags
     from fewstep.errors import UserError
-    from fewstep.launch import anything_prints, first_alone_prints
+    from fewstep.launch import anything_prints, first_alone_prints, leaves_no_trace
     from fewstep.run import distill as run
 
     if not isinstance(teacher, (str, Path)):
@@ -86,7 +86,7 @@ def distill(
     own = {"teacher": teacher, "prompts": prompts if given is None else None, "steps": steps, "output": output, "reward": weights}
     own |= {"scorer": scorers, **config}
     arguments = [*flags.as_arguments(own), *(f"--judge.{name}={source or 'null'}" for name, source in beside.items())]
-    with anything_prints(), first_alone_prints():
+    with leaves_no_trace(), anything_prints(), first_alone_prints():
         parsed = flags.parse_config(flags.on_family_recipe(arguments), functions)
         stopped = run(parsed, functions, judging, given) != 0
     if stopped:
@@ -96,6 +96,8 @@ def distill(
 
 def load(path: str | Path) -> Any:
     """The stock diffusers pipeline of a finished student: a bf16 folder as bf16, any other, and a hub id, as float32."""
+    from fewstep.launch import leaves_no_trace
     from fewstep.models import stock_pipeline
 
-    return stock_pipeline(path)
+    with leaves_no_trace():
+        return stock_pipeline(path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fewstep.disk import DISK  # the rest is each command's own: a reward's server needs little of it
 from fewstep.errors import LostProcess, NumericalError, RewardError, UserError, first_words, nearest
-from fewstep.launch import anything_prints, first_alone_prints, launched, sigterm_ends_as_ctrl_c
+from fewstep.launch import anything_prints, first_alone_prints, launched, leaves_no_trace, sigterm_ends_as_ctrl_c
 
 HELP = """usage: fewstep COMMAND [OPTIONS]
 
@@ -30,6 +30,7 @@ commands:
 `fewstep COMMAND --help` lists a command's options; `fewstep --version` prints the version."""
 
 
+@leaves_no_trace()
 @anything_prints()
 @sigterm_ends_as_ctrl_c()
 def main(arguments: list[str] | None = None) -> int:

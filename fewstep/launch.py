@@ -1,4 +1,5 @@
-"""How this process was started: by itself, or as one of several by torchrun or `accelerate launch`; and where what it prints goes."""
+"""How this process was started: by itself, or as one of several by torchrun or `accelerate launch`; where what it prints goes, and what
+of it a call gives back to a caller who goes on, as in a notebook."""
 
 from __future__ import annotations
 
@@ -9,8 +10,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
+
+UNDO: ContextVar[contextlib.ExitStack | None] = ContextVar("UNDO", default=None)  # what the call that lasts has to put back
 
 
 def launched() -> tuple[int, int]:
@@ -60,6 +65,59 @@ def sigterm_ends_as_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def leaves_no_trace() -> Iterator[None]:
+    """Within, the process is fewstep's own: a caller's settings of torch do not reach in. After it the caller has back these, the random
+    numbers of torch, the filters of warnings, and what was to be `put_back`."""
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(warnings.catch_warnings())
+        if "torch" in sys.modules:  # else nobody has set anything, and a mistake is told without it
+            undo.enter_context(torch_as_new())
+        undo.callback(UNDO.reset, UNDO.set(undo))
+        yield
+
+
+@contextlib.contextmanager
+def torch_as_new() -> Iterator[None]:
+    """Within, torch has gradients, float32, the CPU and no autocast unless told otherwise; its random numbers and its current GPU are as
+    they were after it."""
+    import torch
+
+    before, gpus = torch.get_default_dtype(), range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with contextlib.ExitStack() as held:
+        held.enter_context(torch.random.fork_rng(gpus))  # unasked it would warn where they are several
+        if gpus:
+            held.enter_context(torch.cuda.device(torch.cuda.current_device()))
+        held.enter_context(torch.inference_mode(False))
+        held.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                held.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            held.enter_context(torch.device("cpu"))
+        held.callback(torch.set_default_dtype, before)
+        torch.set_default_dtype(torch.float32)
+        yield
+
+
+def put_back(how: Callable[..., Any], *arguments: Any) -> None:
+    """Is called when the call ends that lasts (`leaves_no_trace`), the last given first; never where there is none, as in a process of a
+    comparison."""
+    undo = UNDO.get()
+    if undo is not None:
+        undo.callback(how, *arguments)
+
+
+def set_variable(name: str, value: str) -> None:
+    """Of the environment, for as long as the call lasts."""
+    before = os.environ.get(name)
+    if before is None:
+        put_back(os.environ.pop, name, None)
+    else:
+        put_back(os.environ.__setitem__, name, before)
+    os.environ[name] = value
 
 
 # what a write is answered whose reader is gone: a pipe's, a terminal's that was closed, a pipe's on Windows

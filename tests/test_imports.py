@@ -39,7 +39,7 @@ TABLE = {
     "rewards.sources": "config disk rewards rewards.address rewards.files rewards.remote world",
     "rewards.convert": "disk rewards rewards.aesthetic rewards.files rewards.hps rewards.sources",
     "rewards.serve": "device rewards rewards.sources",
-    "models": "config denoiser disk errors hub schedule",
+    "models": "config denoiser disk errors hub launch schedule",
     "world": "checkpoint evaluate rewards.clip",
     "trainer": "alarms checkpoint config cost denoiser errors importance losses metrics prompts ranks "
     "rewards.base rewards.heldout student transforms types weights",
@@ -57,7 +57,8 @@ TABLE = {
     "run": "checkpoint composition config disk errors evaluate evaluate.command export flags folder hub launch models needs prompts ranks "
     "report rewards.sources world",
     "sample": "config disk errors evaluate evaluate.command flags models prompts",
-    "compare": "checkpoint composition config cost disk errors evaluate flags models rewards.clip rewards.serve run types weights world",
+    "compare": "checkpoint composition config cost disk errors evaluate flags launch models "
+    "rewards.clip rewards.serve run types weights world",
     "cli": "compare disk errors evaluate.command export flags launch models run sample rewards rewards.convert rewards.serve",
     "fewstep": "errors flags launch models run",
 }  # fmt: skip

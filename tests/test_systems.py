@@ -1,9 +1,12 @@
 """What Windows and macOS answer otherwise than Linux, given by the calls themselves, and what fewstep makes of it."""
 
 import ast
+import contextlib
 import errno
+import importlib
 import io
 import json
+import logging
 import os
 import shutil
 import socket
@@ -12,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import types
+import warnings
 from pathlib import Path, PurePath, PureWindowsPath
 from unittest import mock
 
@@ -360,6 +364,55 @@ def test_a_notebook_prints_as_it_does(monkeypatch):
     with launch.anything_prints():
         print("↓")
     assert notebook.getvalue() == "↓\n"
+
+
+def of_this_process():
+    libraries = [importlib.import_module(f"{name}.utils.logging") for name in ("diffusers", "transformers")]
+    return (
+        torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"), torch.get_rng_state().tolist(), list(warnings.filters), warnings.showwarning, dict(os.environ),
+        logging.getLogger("torchao").level, [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries],
+    )  # fmt: skip
+
+
+CALLS = {
+    "distill": (lambda: fewstep.distill(), "fewstep.run.distill"),
+    "load": (lambda: fewstep.load("student"), "fewstep.models.stock_pipeline"),
+    "a command": (lambda: cli.main(["models"]), "fewstep.cli.models_command"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, ZeroDivisionError])
+def test_a_call_has_settings_of_its_own_and_leaves_the_callers(monkeypatch, call, error):
+    from diffusers.utils import logging as of_diffusers
+
+    found, (asked, inside) = [], CALLS[call]
+
+    def work(*arguments):
+        models.quiet_libraries()
+        launch.set_variable("OMP_NUM_THREADS", "7")
+        found.append((*of_this_process()[:5], of_diffusers.get_verbosity(), os.environ["TOKENIZERS_PARALLELISM"]))
+        torch.manual_seed(3)
+        if error:
+            raise error
+        return 0
+
+    monkeypatch.setattr(inside, work)
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    verbosity = of_diffusers.get_verbosity()
+    of_diffusers.set_verbosity_info()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.random.fork_rng([]):
+            before = of_this_process()
+            with contextlib.suppress(KeyboardInterrupt, ZeroDivisionError):
+                asked()
+            assert of_this_process() == before
+    finally:
+        torch.set_default_dtype(torch.float32)
+        of_diffusers.set_verbosity(verbosity)
+    assert found == [(torch.float32, torch.device("cpu"), True, False, False, logging.ERROR, "false")]
 
 
 @pytest.mark.parametrize("how, same", [((), False), (("-u",), True)], ids=["stdout", "both, unbuffered"])

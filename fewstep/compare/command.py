@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import signal
 import sys
 import time
@@ -26,6 +25,7 @@ from fewstep.composition import resolve_hardware
 from fewstep.config import Config
 from fewstep.errors import UserError, nearest
 from fewstep.flags import command_parser
+from fewstep.launch import set_variable
 from fewstep.rewards.serve import end_with_parent
 
 SETS = {"table": ROWS, "pareto": PARETO, "from-one": FROM_ONE, "grid": GRID}  # rows by one name
@@ -159,7 +159,7 @@ def compare(
             f"that others begin from ({replaced[0]}); name another folder, or add --overwrite to make them anew"
         )
     print(f"{len(wanted) - len(missing)} of {len(wanted)} cells are there; making {len(missing)}", flush=True)
-    os.environ["OMP_NUM_THREADS"] = str(plan.threads)  # of the processes started from here
+    set_variable("OMP_NUM_THREADS", str(plan.threads))  # of the processes started from here
     if missing:
         began = time.perf_counter()
         with workers(jobs) as pool:

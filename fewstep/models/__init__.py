@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fewstep import hub
 from fewstep.disk import visible
+from fewstep.launch import put_back, set_variable
 
 if TYPE_CHECKING:
     import torch
@@ -439,13 +440,20 @@ def support() -> list[tuple[str, ...]]:
 
 
 def quiet_libraries() -> None:
-    """Silence the model libraries' start-up remarks (missing torchvision, progress bars): they are no news to a user."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    """Silence the model libraries' start-up remarks (missing torchvision, progress bars): they are no news to a user. For as long as the
+    call lasts: a caller's own models are to be heard again."""
+    if "TOKENIZERS_PARALLELISM" not in os.environ:
+        set_variable("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters on one base are meant
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # imported along by others
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logger = logging.getLogger(name)
+        put_back(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)
     for name in ("diffusers", "transformers"):
         library = importlib.import_module(f"{name}.utils.logging")
+        put_back(library.set_verbosity, library.get_verbosity())
+        if library.is_progress_bar_enabled():
+            put_back(library.enable_progress_bar)
         library.disable_progress_bar()
         library.set_verbosity_error()

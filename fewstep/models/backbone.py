@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from fewstep import hub
 from fewstep.denoiser import SCALE, Cond, Denoiser, Prediction, join
 from fewstep.disk import give_usual_mode, is_one, replace_text
+from fewstep.launch import put_back
 from fewstep.models import (
     KEPT_GUIDANCE,
     PICKLES,
@@ -699,6 +700,7 @@ class Backbone:
                 self.pipe.vae.enable_gradient_checkpointing(recompute(None))
         if compiled:
             # traced for each kind of block and each role, with a gradient and without: beyond its limit torch would stop compiling
+            put_back(setattr, torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, TRACES)
             for block in itertools.chain.from_iterable(map(repeated_blocks, set(models))):
                 block.compile()
