@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_scorers import save_clip
 
 from fewstep import hub as naming
+from fewstep import launch, models
 
 TEACHER, SCORER, STUDENT = "me/teacher", "me/clip", "me/student"
 MAIN = """
@@ -38,6 +39,21 @@ def repositories(teacher_folder, tmp_path):
     scorer = save_clip(tmp_path / "clip")
     (scorer / "pytorch_model.bin").write_bytes(b"code")
     return {TEACHER: folders, SCORER: [scorer]}
+
+
+def test_each_call_asks_the_hub_once(teacher_folder, tmp_path, monkeypatch):
+    """A process may live for days, and the repository go on meanwhile."""
+    commits = []
+
+    def newest(*told, **more):
+        commits.append(tmp_path / str(len(commits)))
+        return shutil.copytree(teacher_folder, commits[-1]) / "model_index.json"
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", newest)
+    for number in range(2):
+        with launch.leaves_no_trace():
+            assert [models.pinned(TEACHER) for _ in range(2)] == [f"{TEACHER}@{number}"] * 2
+    assert len(commits) == 2
 
 
 @pytest.mark.parametrize(

@@ -125,12 +125,13 @@ def index_of(source: str) -> dict[str, Any]:
     return found
 
 
-@functools.cache  # a process asks the hub once
+@functools.cache  # a call asks the hub once
 def index_on_hub(source: str) -> Path:
     """A hub repository's model_index.json. Raises UnsupportedTeacher."""
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    put_back(index_on_hub.cache_clear)  # the next call's may be a newer commit's
     repository, revision = hub.split(source)
     try:
         return Path(huggingface_hub.hf_hub_download(repository, "model_index.json", revision=revision))
