@@ -1020,6 +1020,10 @@ def test_a_file_is_run_once_for_all_its_functions(tmp_path):
     for _ in range(2):  # of one that fails nothing is kept
         with pytest.raises(ValueError, match="running it raised ZeroDivisionError"):
             sources.load_function(f"{file}:f")
+    file.write_text("def f(): pass\nraise KeyboardInterrupt")  # as Ctrl-C while it reads a model
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            sources.load_function(f"{file}:f")
 
 
 @pytest.mark.parametrize("value", ["mine.py", "mine.py:", "mine.py:a.b"])

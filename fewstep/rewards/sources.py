@@ -77,8 +77,10 @@ def load_function(value: str) -> Callable[..., Any]:
         sys.modules[module_name] = module  # dataclasses and pickles inside the file look it up
         try:
             spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:
-            del sys.modules[module_name]
+        except BaseException as error:
+            del sys.modules[module_name]  # also after Ctrl-C: half of it would be taken for the file by a later call
+            if isinstance(error, KeyboardInterrupt):
+                raise
             raise ValueError(f"{path}: running it raised {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
