@@ -170,11 +170,12 @@ class Kept:
         self.block: dict[int, int] | None = None
         self.largest_block = 0
 
-    def keep(self, tensor: Tensor) -> Tensor:
+    def keep(self, tensor: Tensor) -> Any:
+        """Its storage, in its place: in autograd's hands an output would hold its own graph, for as long as the process lives."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self.own:
             (self.outside if self.block is None else self.block)[storage._cdata] = storage.nbytes()
-        return tensor
+        return storage
 
     def checkpoint(self, block: Any, *args: Any) -> Any:
         """In place of torch's: the block's inputs are kept, the rest is made again."""
@@ -190,7 +191,7 @@ class Kept:
         return output
 
     def hooks(self) -> Any:
-        return torch.autograd.graph.saved_tensors_hooks(self.keep, lambda tensor: tensor)
+        return torch.autograd.graph.saved_tensors_hooks(self.keep, lambda storage: storage)
 
     @property
     def bytes(self) -> int:

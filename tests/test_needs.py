@@ -1,8 +1,10 @@
 """What --dry-run says a run needs is what the run then has: bytes of its networks, of what autograd keeps, network evaluations."""
 
 import dataclasses
+import gc
 import json
 import sys
+import weakref
 
 import pytest
 import torch
@@ -348,6 +350,20 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(teachers, prompt_file, tm
     assert "\nless than said: text_encoder counts as in its full bits" in told and "more than said" not in told
     config = dataclasses.replace(config_of("--teacher", str(teacher)), device="cuda")
     assert "\nmore than said in training: on a GPU it stays there" in needs.report(str(teacher), config, 7)
+
+
+def test_a_dry_run_keeps_nothing_in_memory(teacher_folder, monkeypatch):
+    made, skeleton = [], needs.skeleton
+
+    def watched(*told):
+        backbone = skeleton(*told)
+        made.extend(weakref.ref(part) for part in (backbone.model, *backbone.model.parameters()))
+        return backbone
+
+    monkeypatch.setattr(needs, "skeleton", watched)
+    needs.measure(str(teacher_folder), config_of("--teacher", str(teacher_folder), "--lora-rank", "2"), prompts=3)
+    gc.collect()
+    assert made and not any(part() is not None for part in made)
 
 
 def test_a_dry_run_refuses_what_the_run_would(teachers, prompt_file, tmp_path, capsys, monkeypatch):
