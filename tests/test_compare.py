@@ -418,6 +418,15 @@ def test_a_picture_of_fronts_goes_with_their_cells(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("draw", [render.plot, render.plot_pareto])
+def test_plots_leave_the_callers_backend_alone(draw, tmp_path, monkeypatch):
+    """As a notebook's, which shows no picture any more once it is another."""
+    monkeypatch.setattr("matplotlib.use", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    draw(summary.summarise({(row, 1): cell(row, 1, 1.0) for row in ("DMD", *(row.name for row in PARETO))}), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("draw", [render.plot, render.plot_pareto])
 def test_a_picture_that_finds_no_room_leaves_the_last_one_and_names_its_folder(tmp_path, monkeypatch, draw):
     def full(figure, file, **told):
         Path(file).write_bytes(b"half")

@@ -158,12 +158,10 @@ def ticks(low: float, high: float) -> list[float]:
 
 def plot(summary: Summary, path: Path) -> None:
     """Distance to the teacher and to data, a row each, with intervals; on a log scale, since a student may have gone astray."""
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot, whose backend is the caller's
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.34 * len(summary) + 1.4), sharey=True, layout="constrained")
+    figure = Figure(figsize=(11, 0.34 * len(summary) + 1.4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, key in zip(axes, ("fd_clip_teacher", "fd_clip_data"), strict=True):
         for i, entry in enumerate(summary):
             mean, half = entry["metrics"][key]
@@ -188,7 +186,6 @@ def plot(summary: Summary, path: Path) -> None:
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_ylim(len(summary) - 0.4, -0.6)
     replace(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
-    plt.close(figure)
 
 
 # each method's weights stand on its own side of its curve
@@ -203,10 +200,7 @@ BESIDE = {
 def plot_pareto(summary: Summary, path: Path) -> None:
     """Preference against FD to teacher, one curve a method over its weight, the teacher beside them: of students trained from the teacher,
     and of those that begin from one student, a panel each where there are any."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # without pyplot, whose backend is the caller's
 
     by_row = {entry["row"]: [entry["metrics"][key][0] for key in POINT] for entry in summary}
     points = {
@@ -214,7 +208,8 @@ def plot_pareto(summary: Summary, path: Path) -> None:
         for method in METHODS
     }
     shown = [kind for kind in BESIDE if any(points[f"{method}{kind}, preference"] for method in STYLES)]
-    figure, axes = plt.subplots(1, len(shown), figsize=(6.4 * len(shown), 4.6), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(6.4 * len(shown), 4.6), layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False)
     reference = corner(summary)
     for axis, kind in zip(axes[0], shown, strict=True):
         for method, (color, marker, offset, side) in STYLES.items():
@@ -235,4 +230,3 @@ def plot_pareto(summary: Summary, path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend()
     replace(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
-    plt.close(figure)
