@@ -354,7 +354,11 @@ class Config:
             (not backward or self.reuse.rollout == 1, "reuse.rollout", "backward simulation makes fresh rollouts: it cannot reuse one"),
             (not (backward and policies), "via", "a policy gradient needs whole rollouts: not with reuse.backward_simulation"),
             (not backward or mode != "adaptive", "weights.mode", "adaptive needs the lag between rollouts: no backward simulation"),
-            (not (policies and self.steps == 1), "via", f"policy ({policies}): a one-step student has no stochastic step; use pathwise"),
+            (
+                not (policies and self.steps == 1),
+                "via", f"policy ({policies}): a one-step student has no stochastic step; use 2 steps or more, or leave it out: for a "
+                "reward with a gradient, and for one without under weights.mode advantage",
+            ),
             (mode not in ("sum", "advantage") or not policies, "via", f"policy is for fixed and adaptive weights, not {mode}"),
             (
                 not (policies and self.group_size == 1),

@@ -118,7 +118,7 @@ def test_every_config_field_is_documented_in_the_help(capsys, asked):
         (["distill", "--reward.clip", "-1"], "must not be negative"),
         (["distill", "--reward.clip", "1", "--via.clip", "magic"], "via: must be one of pathwise, policy; got magic"),
         (["distill", "--reward.clip", "1", "--via.preference", "policy"], "names ['preference'], not in reward"),
-        (["distill", "--reward.clip", "1", "--via.clip", "policy", "--steps", "1"], "one-step student"),
+        (["distill", "--reward.clip", "1", "--via.clip", "policy", "--steps", "1"], "for one without under weights.mode advantage"),
         (["distill", "--reward.discriminator", "1", "--via.discriminator", "policy"], "via.discriminator: its gradient is what it gives"),
         (["distill", "--matching.leave-one-out", "--matching.normalize", "sample"], "matching.leave_one_out: needs a scale that several"),
         (["distill", "--weights.mode", "adaptive"], "add --reward.NAME SHARE"),
