@@ -3,7 +3,7 @@
 `python docs/readme_table.py` writes the tables between their markers, and in each measured recipe the line that begins with "# Measured".
 
 docs/results/distill.json is the `evaluation.json` of `fewstep distill`, distill-2050.json that of `fewstep distill --updates 2050`,
-gndmr.json and gndmr-remote.json those of the commands in docs/rewards.md;
+gndmr.json, gndmr-remote.json and those in docs/results/budget/ those of the commands in docs/rewards.md;
 docs/results/compare/ is what several calls of `fewstep compare --output docs/results/compare` left: with `--rows table`, with
 `--rows pareto --seeds 3`, and with `--rows NAME --seeds N` for rows of other numbers of seeds.
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 from fewstep.compare.render import number
 from fewstep.compare.rows import DISTANCES, MAIN_SEEDS
+from fewstep.compare.summary import interval
 from fewstep.evaluate.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +32,13 @@ SCORES = {
     "utility": "gold utility, held out ↑",
     "fd_clip_teacher": "FD-clip to teacher ↓",
     "diversity": "diversity within a prompt ↑",
+}
+BY_SEED = {  # the differences are to the teacher's score
+    "preference": "preference, trained on ↑",
+    "utility": "gold utility ↑",
+    "clip": "CLIPScore, trained on ↑",
+    "clip-heldout": "held out ↑",
+    "diversity": "diversity ↑",
 }
 MEASURED = "# Measured (docs/results/compare): "
 BEGIN, END = "<!-- {name}: python docs/readme_table.py -->", "<!-- end -->"
@@ -148,7 +156,28 @@ def beyond() -> str:
     return markdown_table(["", *columns], body)
 
 
-PAGES = {"README.md": {"numbers": main_job, "recipes": recipes, "comparison": comparison}, "docs/rewards.md": {"beyond": beyond}}
+def by_seed() -> str:
+    """Students of the default budget beside GNDM's of the same seeds: distance, and scores minus the teacher's; then their differences."""
+    budget = ROOT / "docs" / "results" / "budget"
+    seeds = sorted(int(path.stem.rpartition("seed")[2]) for path in budget.glob("gndmr-seed*.json"))
+    reports = {
+        (recipe, seed): json.loads((budget / f"{recipe}-seed{seed}.json").read_text()) for seed in seeds for recipe in ("gndm", "gndmr")
+    }
+
+    def columns(report: dict[str, Any]) -> list[dict[str, float]]:
+        return [report["rows"][0]["metrics"]["fd_clip_teacher"], *(report["paired"]["metrics"][key] for key in BY_SEED)]
+
+    body = [[f"`{recipe}`, seed {seed}", *map(cell, columns(report))] for (recipe, seed), report in reports.items()]
+    pairs = [[columns(reports[recipe, seed]) for recipe in ("gndmr", "gndm")] for seed in seeds]
+    moved = [[a["value"] - b["value"] for a, b in zip(*pair, strict=True)] for pair in pairs]
+    body.append([f"`gndmr` − `gndm`, {len(seeds)} seeds", *(number(*interval([*of])) for of in zip(*moved, strict=True))])
+    return markdown_table(["", "FD-clip to teacher ↓", *BY_SEED.values()], body)
+
+
+PAGES = {
+    "README.md": {"numbers": main_job, "recipes": recipes, "comparison": comparison},
+    "docs/rewards.md": {"beyond": beyond, "by seed": by_seed},
+}
 
 
 def written(page: str) -> str:
