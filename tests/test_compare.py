@@ -143,7 +143,7 @@ def test_the_fronts_picture_tells_of_students_of_half_its_training(tmp_path, mon
     """The ones that stand in it beside the teacher: a reward's effect is not to be read from them."""
     said = []
     monkeypatch.setattr("matplotlib.axes.Axes.annotate", lambda axis, text, *told, **how: said.append(text))
-    beside = ("GNDM", "DMD", "GNDMR adaptive")
+    beside = ("GNDM", "DMD", "GNDMR adaptive, budget 1.5")
     names = ("teacher, 28 steps", *beside, "GNDMR, preference 0.1")
     render.plot_pareto(summary.summarise({(name, 1): cell(name, 1, 1.0) for name in names}), tmp_path / "pareto.png")
     assert {"0.1", "teacher, 28 steps", *(f"{name}, half the training" for name in beside)} == set(said)

@@ -192,7 +192,7 @@ def plot(summary: Summary, path: Path) -> None:
 STYLES = {"GNDMR": ("#0072b2", "o", (-6, 4), "right"), "DMDR": ("#d55e00", "s", (6, -9), "left")}
 # students beside the fronts; the table's were trained half as long, which alone moves them as far as a reward does
 BESIDE = {
-    "": {"GNDM": "GNDM, half the training", "DMD": "DMD, half the training", "GNDMR adaptive": "GNDMR adaptive, half the training"},
+    "": {name: f"{name}, half the training" for name in ("GNDM", "DMD", "GNDMR adaptive, budget 1.5")},
     " from one student": {BEGUN.name: "the students they begin from"},
 }
 
