@@ -479,9 +479,10 @@ def served_by_fork(what, *options):
 
 
 STUCK = """
-import time
+import pathlib, time
 
 def stuck(images, prompts):
+    pathlib.Path(__file__).with_name("begun").touch()
     time.sleep(600)
 """
 
@@ -506,7 +507,8 @@ def test_a_stop_waits_for_what_is_being_scored_but_not_for_ever(tmp_path, monkey
         body, kind = encode((pictures(1) * 255).byte().permute(0, 2, 3, 1).contiguous(), ["p"], raw=True)
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         connection.request("POST", "/score", body, {"Content-Type": kind})
-        time.sleep(0.3)  # it is being scored
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.02)
         for number in [signal.SIGTERM] if times == 1 else [signal.SIGINT] * 2:
             os.kill(child, number)
             time.sleep(0.1)
