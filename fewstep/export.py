@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -338,7 +339,10 @@ def push(folder: Path, name: str, *, private: bool) -> str:
         elif status == 403:
             advice = "; the token may not write there"
         reason = " ".join(str(error).split()).rstrip(".") or "no reason given"
-        raise CannotExport(f"--push {name}: {type(error).__name__}: {reason}{advice}. The export itself is in {folder}") from error
+        again = shlex.join(["hf", "upload", name, str(folder), ".", *["--private"] * private])
+        raise CannotExport(
+            f"--push {name}: {type(error).__name__}: {reason}{advice}. The export itself is in {folder}; `{again}` uploads it"
+        ) from error
 
 
 # -- the card ----------------------------------------------------------------------------------------------------------

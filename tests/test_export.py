@@ -584,9 +584,11 @@ def test_what_fails_at_the_hub_is_one_line(runs, hub, tmp_path, capsys, problem,
         "network": OSError("Name or service not known"),
     }
     hub.error = kinds[problem] if problem in kinds else http_error(int(problem))
-    line = refused(capsys, runs("StableDiffusionPipeline")[0], "--to", "lora", "--output", tmp_path / "out", "--push", "me/mine")
-    assert words in line and "me/mine" in line and f"The export itself is in {tmp_path / 'out'}" in line
-    assert (tmp_path / "out" / LORA_FILE).is_file() and not hub.files
+    out, private = tmp_path / "out", ["--private"] * (problem == "403")
+    line = refused(capsys, runs("StableDiffusionPipeline")[0], "--to", "lora", "--output", out, "--push", "me/mine", *private)
+    again = " ".join(["hf upload me/mine", str(out), ".", *private])  # which needs no second export into another folder
+    assert words in line and "--push me/mine" in line and f"The export itself is in {out}; `{again}` uploads it" in line
+    assert (out / LORA_FILE).is_file() and not hub.files
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
