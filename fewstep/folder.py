@@ -231,8 +231,6 @@ def check_same_run(config: Config, path: Path) -> None:
 
     # a field that an earlier version did not have is as it is by default
     before, now = values(as_plain(Config())) | values(yaml.safe_load(path.read_text(encoding="utf-8"))), values(as_plain(config))
-    if before["teacher"] == hub.split(config.teacher)[0]:  # an earlier version did not write the commit
-        before["teacher"] = now["teacher"]
     if (path.parent / TEACHER_FILES).is_file() and "world" not in (before["teacher"], config.teacher) and Path(config.teacher).is_dir():
         before["teacher"] = now["teacher"]  # a folder may have moved: its weights are looked at (`carry_out`)
     for name in before | now:
