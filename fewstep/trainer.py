@@ -33,7 +33,6 @@ from fewstep.types import Rollout, Sample, Signal, Term
 from fewstep.weights import Adaptive, Fixed
 
 Parameters = dict[str, nn.Parameter]
-SAVED_AS = {"served_anchor": "used"}  # a field of a block -> its key in a checkpoint, where it has another
 RATES = "student.lr or fake.lr"  # of the networks that R_dm compares
 NEVER_REUSED = 20  # evaluations refused a second use, and not one allowed, after which a run says so
 
@@ -753,7 +752,7 @@ class Trainer:
             "config": self.config.lasting(),
             "update": self.update,
             "rollouts": self.rollouts,
-            "used": self.fed,
+            "fed": self.fed,
             "running": self.running,
             "student": {name: p.detach() for name, p in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -764,7 +763,7 @@ class Trainer:
             "batches": self.batches.state(),
             "rollout": None if self.rollout is None else kept(self.rollout),
             "earlier": {size: kept(rollout) for size, rollout in self.earlier.items()},
-            "block": None if self.block is None else {SAVED_AS.get(name, name): value for name, value in vars(self.block).items()},
+            "block": None if self.block is None else dict(vars(self.block)),
             "advantages": self.advantages,
             "old_log_prob": self.old_log_prob,
             "weights": self.weights.state(),
@@ -784,12 +783,12 @@ class Trainer:
         load_optimizer(self.optimizer, state["optimizer"])
         self.ema.load_state_dict(state["ema"])
         self.ema.to(self.device)
-        self.update, self.rollouts, self.fed, self.running = state["update"], state["rollouts"], state["used"], state["running"]
+        self.update, self.rollouts, self.fed, self.running = state["update"], state["rollouts"], state["fed"], state["running"]
         self.batches.load_state(state["batches"])
         self.rollout = None if state["rollout"] is None else self.as_rollout(state["rollout"])
         self.earlier = {size: self.as_rollout(saved) for size, saved in state["earlier"].items()}
         block = state["block"]  # by name: KeyError for what another version's lacks
-        self.block = None if block is None else Block(*(self.here(block[SAVED_AS.get(field.name, field.name)]) for field in fields(Block)))
+        self.block = None if block is None else Block(*(self.here(block[field.name]) for field in fields(Block)))
         self.advantages = {name: self.here(value) for name, value in state["advantages"].items()}
         self.old_log_prob = self.here(state["old_log_prob"])
         self.weights.load_state(state["weights"])

@@ -379,7 +379,7 @@ def a_run(teacher_folder, prompt_file):
 
 SIZES = ("--size", "16x8,8x16", "--reuse.rollout", "1")
 TWICE = ("--reuse.rollout", "2")  # saved in the middle of the second rollout, gone on with into the third
-ALONE = ("student", "optimizer", "ema", "online", "online_optimizer", "rng", "batches", "rollout", "used", "rollouts", "update", "running")
+ALONE = ("student", "optimizer", "ema", "online", "online_optimizer", "rng", "batches", "rollout", "fed", "rollouts", "update", "running")
 BESIDE = ("block", "advantages", "old_log_prob", "weights", "partings", "counted")
 
 
