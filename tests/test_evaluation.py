@@ -28,7 +28,7 @@ from fewstep.errors import UserError
 from fewstep.evaluate import configs, distances, drawing, evaluation, features, protocol, samples, store, tables
 from fewstep.evaluate import measure as measuring
 from fewstep.evaluate.command import load_judges, measure_student, source_of
-from fewstep.evaluate.distances import FeatureSet, bootstrap, frechet, jackknife, kernel_distance, polynomial, precision_recall
+from fewstep.evaluate.distances import FeatureSet, bootstrap, frechet, gaussian, jackknife, kernel_distance, polynomial, precision_recall
 from fewstep.evaluate.features import Extractor
 from fewstep.evaluate.measure import measure
 from fewstep.evaluate.pictures import Pictures
@@ -103,6 +103,9 @@ def test_on_disk_is_in_memory(sample, tmp_path, monkeypatch):
     assert small["kid_data"]["value"] == pytest.approx(
         kernel_distance(seen["features/net"], data["net"], polynomial, unbiased=True), abs=1e-9
     )
+    unit = seen["features/unit"] * 8**0.5
+    for name, other in (("cmmd_data", data), ("cmmd_teacher", teacher)):  # a thousand times: so it is published
+        assert small[name]["value"] == pytest.approx(1000 * kernel_distance(unit, other["unit"], gaussian, unbiased=False), abs=1e-6), name
     both = small["precision"]["value"], small["recall"]["value"]
     assert both == pytest.approx(precision_recall(data["net"], seen["features/net"]))
     assert small["bright"]["value"] == pytest.approx(float(seen["score/bright"].mean()), abs=1e-6)
