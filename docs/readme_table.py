@@ -3,7 +3,8 @@
 `python docs/readme_table.py` writes the tables between their markers, and in each measured recipe the line that begins with "# Measured".
 
 docs/results/distill.json is the `evaluation.json` of `fewstep distill`, distill-2050.json that of `fewstep distill --updates 2050`,
-gndmr.json, gndmr-remote.json and those in docs/results/budget/ those of the commands in docs/rewards.md;
+gndmr.json, gndmr-remote.json and those in docs/results/budget/ those of the commands in docs/rewards.md, beside which logs-NAME.json has
+some keys of the same run's `metrics.jsonl`, each with a list of what its updates logged;
 docs/results/compare/ is what several calls of `fewstep compare --output docs/results/compare` left: with `--rows table`, with
 `--rows pareto --seeds 3`, and with `--rows NAME --seeds N` for rows of other numbers of seeds.
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 from fewstep.compare.render import number
 from fewstep.compare.rows import DISTANCES, MAIN_SEEDS
-from fewstep.compare.summary import interval
+from fewstep.compare.summary import interval, settled
 from fewstep.evaluate.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,13 +150,21 @@ def beyond() -> str:
     return markdown_table(["", *columns], body)
 
 
-def by_seed() -> str:
-    """Students of the default budget beside GNDM's of the same seeds: distance, and scores minus the teacher's; then their differences."""
+def of_budget(prefix: str = "") -> dict[tuple[str, int], Any]:
+    """What is kept of the runs under the default budget and of GNDM's of the same seeds, by recipe and seed."""
     budget = ROOT / "docs" / "results" / "budget"
     seeds = sorted(int(path.stem.rpartition("seed")[2]) for path in budget.glob("gndmr-seed*.json"))
-    reports = {
-        (recipe, seed): json.loads((budget / f"{recipe}-seed{seed}.json").read_text()) for seed in seeds for recipe in ("gndm", "gndmr")
+    return {
+        (recipe, seed): json.loads((budget / f"{prefix}{recipe}-seed{seed}.json").read_text())
+        for seed in seeds
+        for recipe in ("gndm", "gndmr")
     }
+
+
+def by_seed() -> str:
+    """Students of the default budget beside GNDM's of the same seeds: distance, and scores minus the teacher's; then their differences."""
+    reports = of_budget()
+    seeds = list(dict.fromkeys(seed for _, seed in reports))
 
     def columns(report: dict[str, Any]) -> list[dict[str, float]]:
         own, paired = report["rows"][0]["metrics"], report["paired"]["metrics"]  # a distance has no pair
@@ -168,9 +177,37 @@ def by_seed() -> str:
     return markdown_table(["", *SCORES.values()], body)
 
 
+def stood() -> str:
+    """Where the default budget and its weight stood over the last quarter of those runs' updates."""
+    labels = (
+        "KL over the budget",
+        "the budget, nats",
+        "minus the score of `gndm` alone, nats",
+        "weight",
+        "both rewards' share of the update",
+    )
+    logs, columns = of_budget("logs-"), {}
+    for recipe, seed in logs:
+        if recipe == "gndm":
+            continue
+        own, alone = logs[recipe, seed], logs["gndm", seed]
+        updates = [{key: value for key, value in zip(own, of, strict=True) if value is not None} for of in zip(*own.values(), strict=True)]
+        at, last = settled(updates), len(updates) // 4
+        share = sum(own["clip/share"][-last:] + own["preference/share"][-last:]) / last
+        columns[f"seed {seed}"] = (
+            f"{at.kl_over_budget:.2f}",
+            f"{own['weights/budget'][-1]:.1f}",
+            f"{-sum(alone['dm/score'][-last:]) / last:.1f}",
+            f"{at.weight:.2f}",
+            f"{share:.0%}",
+        )
+    rows = zip(labels, *columns.values(), strict=True)
+    return markdown_table(["over the last quarter of the updates", *columns], [list(row) for row in rows])
+
+
 PAGES = {
     "README.md": {"numbers": main_job, "recipes": recipes, "comparison": comparison},
-    "docs/rewards.md": {"beyond": beyond, "by seed": by_seed},
+    "docs/rewards.md": {"beyond": beyond, "by seed": by_seed, "where it stood": stood},
 }
 
 
