@@ -103,20 +103,21 @@ def test_the_table_says_what_a_picture_costs_and_which_code_made_it():
 
 
 def test_the_table_says_where_a_budget_stood_and_what_a_training_took():
-    """Of a judge of before nobody knows whether it had stopped."""
+    """A judge that found less than the run's own fake has not converged, whatever it says of itself; the larger KL is the nearer."""
     logs = {"dm/score": -3.0, "weights/kl": 3.2, "weights/budget": 2.0, "weights/weight": 0.5, "weights/weight_at_cap": 0.25}
-    judge = {"budget": 2.0, "fresh": 5.0, "gap": 1.0, "updates": 30}
+    judge = {"budget": 2.0, "fresh": 5.0, "updates": 30, "gap_error": 0.5}
     cells = {}
-    for seed, more in ((1, {}), (2, {"converged": True})):
+    above, below = {"own": 4.0, "gap": 1.0}, {"own": 7.0, "gap": -2.0}
+    for seed, more in ((1, above | {"converged": False}), (2, above | {"converged": True}), (3, below | {"converged": True})):
         flops = {"student": 2e12, "teacher": 1e12}
         cells["GNDMR adaptive", seed] = cell("GNDMR adaptive", seed, 1.0) | {"trace": [logs], "judge": judge | more, "flops": flops}
     text = render.markdown(summary.summarise(cells), {}, PLAN)
     assert (
         "GNDMR adaptive: over the last quarter the KL is 1.600 ± 0.000 of its budget, the weight 0.500 ± 0.000, at its cap in 25% of the "
-        "updates; of the finished student a fresh fake finds 2.500 ± 0.000 of the budget, 0.500 ± 0.000 more than the run's own fake, "
-        "after 30 updates; its KL is known to have stopped rising in 50% of the cells"
+        "updates; of the finished student a fresh fake finds 2.500 ± 0.000 of the budget, 0.000 ± 2.151 more than the run's own fake, "
+        "after 30 updates; the larger of the two, of which each is too small on average, is 2.833 ± 1.434. In 33% of the cells the fresh"
     ) in text
-    assert "| GNDMR adaptive | 2 | 10 | 3.0 |" in text
+    assert "| GNDMR adaptive | 3 | 10 | 3.0 |" in text
 
 
 def test_the_table_says_how_far_a_distance_climbed_again():

@@ -2,12 +2,13 @@
 
 from contextlib import nullcontext
 
+import pytest
 import torch
 from gaussians import SHAPE, D, gaussian_denoiser, spd, vector
 from torch import nn
 
 from fewstep.denoiser import Denoiser
-from fewstep.evaluate.fresh_fake import fresh_kl
+from fewstep.evaluate.fresh_fake import fresh_kl, stopped
 from fewstep.rewards.distribution import DistributionMatching
 from fewstep.schedule import Flow
 from fewstep.types import Sample
@@ -60,8 +61,42 @@ def test_a_fresh_fake_finds_the_kl_that_a_lagging_one_hides():
 
 
 def test_a_fresh_fake_that_had_too_little_time_says_so():
-    """Its rate fell to zero at the end, and its curve with it: that is not taken for convergence."""
     matching, draw, _, fresh = setting()
     verdict = fresh_kl(matching, fresh, draw, most=30, lr=0.003, batches=4, precision=nullcontext)
-    assert not verdict.converged and verdict.updates == 30 and len(verdict.kls) == 31
+    assert not verdict.converged and verdict.updates == 1 + 1 + 2 + 4 + 8 and len(verdict.kls) == 6  # 16 more are beyond 30
     assert verdict.fresh < verdict.own  # it knows less than the run's own
+
+
+def test_a_fresh_fake_that_learns_nothing_has_not_converged():
+    """Its KL stands still, below the run's own: whatever the fake, the KL that it finds is too small on average."""
+    matching, draw, _, fresh = setting()
+    verdict = fresh_kl(matching, fresh, draw, most=200, lr=0.0, batches=4, precision=nullcontext)
+    assert stopped(verdict.kls) and verdict.updates < 200
+    assert verdict.gap < -2 * verdict.gap_error and not verdict.converged
+
+
+@pytest.mark.parametrize(
+    "kls, whether",
+    [
+        ([0.0, 8.0, 8.0], False),  # two short cycles say nothing
+        ([0.0, 8.0, 9.0, 9.08], True),
+        ([0.0, 8.0, 9.0, 9.1], False),
+        ([0.0, 8.0, 9.0, 8.5], True),
+        ([0.0, 9.0, 8.0, 8.5], True),  # of the best, not of the one before
+        ([0.0, -9.0, -8.0, -7.95], True),
+        ([0.0, 5.0, 7.0, 8.0, 8.5, 8.55], True),
+    ],
+)
+def test_a_kl_has_stopped_rising(kls, whether):
+    assert stopped(kls) is whether
+
+
+def test_the_rate_has_fallen_to_zero_wherever_the_kl_is_taken(monkeypatch):
+    """At a constant rate the weights scatter, and a KL stops rising for their noise."""
+    matching, draw, _, fresh = setting()
+    rates = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))[1])
+    verdict = fresh_kl(matching, fresh, draw, most=64, lr=0.01, batches=2, precision=nullcontext)
+    cycles = [2, 2, 4, 8, 16, 32][: len(verdict.kls) - 1]
+    assert rates == pytest.approx([0.01 * (1 - i / length) for length in cycles for i in range(length)]) and len(cycles) > 3

@@ -76,12 +76,14 @@ def note_on_budget(entry: dict[str, Any]) -> str:
     if "settled" not in entry:
         return ""
     settled = entry["settled"]
-    kl, weight, gap, fresh = (number(*settled[key]) for key in ("kl_over_budget", "weight", "gap_over_budget", "fresh_over_budget"))
+    keys = ("kl_over_budget", "weight", "gap_over_budget", "fresh_over_budget", "larger_over_budget")
+    kl, weight, gap, fresh, larger = (number(*settled[key]) for key in keys)
     return (
         f"{entry['row']}: over the last quarter the KL is {kl} of its budget, the weight {weight}, at its cap in "
         f"{settled['at_cap'][0]:.0%} of the updates; of the finished student a fresh fake finds {fresh} of the "
-        f"budget, {gap} more than the run's own fake, after {settled['judge_updates'][0]:.0f} updates; its KL is known "
-        f"to have stopped rising in {settled['judges_converged'][0]:.0%} of the cells, and may be too low in the others."
+        f"budget, {gap} more than the run's own fake, after {settled['judge_updates'][0]:.0f} updates; the larger of the two, of "
+        f"which each is too small on average, is {larger}. In {settled['judges_converged'][0]:.0%} of the cells the fresh one is known to "
+        "have learned what it can."
     )
 
 

@@ -66,6 +66,7 @@ ROWS = (
     Row("GNDM, evaluation reuse 4", ("gndm", "--reuse.evaluation", "4"), "GNDM"),
     Row("GNDM, evaluation reuse 4, unweighted", ("gndm", "--reuse.evaluation", "4", "--reuse.weighted", "false"), "GNDM"),
     Row("GNDM-IS", ("gndm-is",), "GNDM"),
+    Row("GNDMR-IS", ("gndmr-is",), "GNDMR adaptive"),
     Row("GNDMR-IS, budget 1.5", ("gndmr-is", *WIDER), "GNDMR adaptive, budget 1.5"),
     Row("GNDMR fixed, evaluation reuse 4", ("gndm", *REWARDS, "--reuse.evaluation", "4"), "GNDMR fixed"),
     Row("GNDMR, expensive reward", EXPENSIVE, None, cost=2.0, price=PRICE),

@@ -97,8 +97,11 @@ def summarise(cells: Cells) -> list[dict[str, Any]]:
             entry["settled"]["fresh_over_budget"] = interval([judge["fresh"] / judge["budget"] for judge in judges])
             entry["settled"]["gap_over_budget"] = interval([judge["gap"] / judge["budget"] for judge in judges])
             entry["settled"]["judge_updates"] = interval([judge["updates"] for judge in judges])
-            # the first cells' fresh fakes had a fixed number of updates at a rate that fell to zero, which tells nothing
-            entry["settled"]["judges_converged"] = interval([float(judge.get("converged", False)) for judge in judges])
+            # one that finds less than the run's own has not converged, which the cells of before did not ask
+            entry["settled"]["judges_converged"] = interval(
+                [float(judge["converged"] and judge["gap"] >= -2 * judge["gap_error"]) for judge in judges]
+            )
+            entry["settled"]["larger_over_budget"] = interval([max(judge["own"], judge["fresh"]) / judge["budget"] for judge in judges])
         if len(first.get("along", ())) >= MARKS_OF_DRIFT:
             entry["drift"] = {
                 key: {seed: drift([at[key] for at in cell["along"]])._asdict() for seed, cell in own.items()} for key in DISTANCES

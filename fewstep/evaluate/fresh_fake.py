@@ -1,7 +1,8 @@
 """How far a finished student is from its teacher, judged by a fake of its own (method, "Its value").
 
 The fake of a run has chased a moving student, so the KL it reports is too small by its lag, KL(q || q_fake). A fresh one, trained
-on the frozen student alone until the KL that it finds no longer rises, has none: the difference is what the run did not see.
+on the frozen student alone until the KL that it finds no longer rises, has none: the difference is what the run did not see. Whatever the
+fake, the KL that it finds is too small on average, so of two that differ the larger is the nearer.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from fewstep.denoiser import Denoiser
 from fewstep.rewards.distribution import DistributionMatching
 from fewstep.types import Sample
 
-ROUNDS = 30  # that the longest training has: between two of them the KL is taken
-RISE = 0.01  # a round whose KL is not above the best before it by this share of it has found nothing new
-PATIENCE = 2  # such rounds in a row, after which the fake is taken to know what it can learn at this rate
+FIRST = 32  # the first cycle is one in so many of the longest training
+RISE = 0.01  # a cycle, as long as all before it, whose KL is not above theirs by this share of it has found nothing new
 
 
 class Verdict(NamedTuple):
@@ -29,9 +29,9 @@ class Verdict(NamedTuple):
     fresh: float  # by the fresh fake
     gap: float  # fresh - own, mean over batches
     gap_error: float  # standard error of the gap over batches
-    converged: bool  # the KL had stopped rising before the updates were used up: else `fresh` is a lower bound
+    converged: bool  # the fresh KL has stopped rising and is not below the run's own: else it is known to be a lower bound alone
     updates: int  # of the fresh fake
-    kls: list[float]  # by the fresh fake, before its training, after each round at a constant rate, and at the end
+    kls: list[float]  # by the fresh fake, before its training and after each cycle of it
     heldout: list[float]  # its held-out loss, likewise
 
 
@@ -58,49 +58,50 @@ def fresh_kl(
     """Train `fake`, which starts as the teacher, on a frozen student's samples and ask both fakes for the KL.
 
     matching: R_dm as the run holds it; draw: a fresh batch of the frozen student's samples at each call; precision: the networks'
-    autocast context. The rate stays at lr until the KL that the fake finds on `batches` held-out batches has stopped rising: a rate that
-    falls by a plan stops any curve. Then it falls to zero over one round more, which averages the last samples out. `most`: updates in all.
+    autocast context. The rate falls from lr to zero in cycles, each as long as all before it together: at a constant rate the weights
+    scatter, and the KL that they find is smaller for it. It ends when a cycle has not raised the KL on `batches` held-out batches, or where
+    the next one would go beyond `most` updates in all.
     """
     fresh = copy.copy(matching)  # the same settings and teacher, another fake
     fresh.fake = fresh.module = fake
     optimizer = torch.optim.AdamW([p for p in fake.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     with torch.no_grad(), precision():
         held = [hold(matching, draw()) for _ in range(batches)]
-    length = max(most // ROUNDS, 1)
 
-    def train(falling: bool) -> None:
+    def train(length: int) -> None:
         for update in range(length):
             for settings in optimizer.param_groups:
-                settings["lr"] = lr * (1 - update / length) if falling else lr
+                settings["lr"] = lr * (1 - update / length)
             with precision():
                 loss = fresh.loss(draw())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
 
-    found = [asked(fresh, held, precision)]
-    kls, idle, updates = [float(found[0][0].mean())], 0, 0
-    while idle < PATIENCE and updates + 2 * length <= most:
-        train(falling=False)
+    found, updates, length = [asked(fresh, held, precision)], 0, max(most // FIRST, 1)
+    while not stopped(kls := [float(kl.mean()) for kl, _ in found]) and updates + length <= most:
+        train(length)
         updates += length
+        length = updates
         found.append(asked(fresh, held, precision))
-        kl = float(found[-1][0].mean())
-        idle = idle + 1 if kl <= max(kls) + RISE * abs(max(kls)) else 0
-        kls.append(kl)
-    train(falling=True)
-    found.append(asked(fresh, held, precision))
     kl, own = found[-1][0], asked(matching, held, precision)[0]
     gap = kl - own
+    gap_error = float(gap.std() / len(gap) ** 0.5)
     return Verdict(
         own=float(own.mean()),
         fresh=float(kl.mean()),
         gap=float(gap.mean()),
-        gap_error=float(gap.std() / len(gap) ** 0.5),
-        converged=idle >= PATIENCE,
-        updates=updates + length,
-        kls=[*kls, float(kl.mean())],
+        gap_error=gap_error,
+        converged=stopped(kls) and float(gap.mean()) >= -2 * gap_error,
+        updates=updates,
+        kls=kls,
         heldout=[loss for _, loss in found],
     )
+
+
+def stopped(kls: list[float]) -> bool:
+    """Whether the last cycle has not raised the KL; the first two are too short to say."""
+    return len(kls) > 3 and kls[-1] <= max(kls[:-1]) + RISE * abs(max(kls[:-1]))
 
 
 def hold(matching: DistributionMatching, sample: Sample) -> Held:
