@@ -263,9 +263,12 @@ def test_measuring_along_the_training_changes_nothing(tmp_path):
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_rows_cost_is_a_share_of_the_plans(tmp_path):
+def test_a_rows_cost_is_a_share_of_the_plans(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(making, "TOLD_EVERY", 0.0)
     plan, row = small(tmp_path, 120), EVERY_ROW["GNDM"]
     half = making.run_cell(plan, row._replace(cost=0.5), 0)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "  GNDM, seed 0: 0% of its training" and 50 <= int(second[len("  GNDM, seed 0: ") :].partition("%")[0]) < 100
     assert 60 <= sum(half["costs"][name] for name in making.NETWORKS) < 120 and half["updates"] == 2  # of the three of the whole
 
 

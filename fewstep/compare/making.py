@@ -28,6 +28,7 @@ from fewstep.evaluate.features import Extractor
 from fewstep.evaluate.measure import measure as metrics_of
 
 TRACED = ("/score", "/lag", "/ess", "/cosine", "/fake_error", "/inflation")  # of what an update logs, what a cell keeps
+TOLD_EVERY = 600.0  # seconds, of how far a long cell has come
 NETWORKS = ("student", "teacher", "fake")  # one evaluation of each costs the same: the budget of a cell
 
 
@@ -125,8 +126,11 @@ def run_cell(plan: Plan, row: Row, seed: int) -> dict[str, Any]:
 
     trainer.progress = lambda: min(spent() / total, 1.0)  # a cell ends by its network evaluations, and so does its decay
     along: list[dict[str, float]] = []
-    measuring = 0.0  # seconds
+    measuring, told = 0.0, began  # seconds
     while spent() < total:
+        if time.perf_counter() - told >= TOLD_EVERY:
+            told = time.perf_counter()
+            print(f"  {row.name}, seed {seed}: {spent() / total:.0%} of its training", flush=True)
         logs = trainer.step()
         trace.append({key: value for key, value in logs.items() if key.startswith("weights/") or key.endswith(TRACED)})
         if spent() * row.marks >= total * (len(along) + 1):

@@ -83,6 +83,12 @@ ROWS = (
     Row("GNDM, half the cost", ("gndm",), "GNDM, backward simulation", cost=0.5),
     Row("GNDM, half the batch, half the cost", ("gndm", *HALF_BATCH, *TWO_UPDATES), "GNDM, backward simulation", cost=0.5),
     Row("GNDM, backward simulation, half the batch, half the cost", BACKWARD_HALF, "GNDM, backward simulation", cost=0.5),
+    Row(
+        "GNDM, backward simulation, half the batch, two fake updates, half the cost",
+        (*BACKWARD_HALF, *TWO_UPDATES),
+        "GNDM, half the batch, half the cost",
+        cost=0.5,
+    ),
     Row("GNDM, rollout reuse 4, half the cost", ("gndm", "--reuse.rollout", "4"), "GNDM, backward simulation", cost=0.5),
     *(
         Row(f"GNDMR adaptive, {' and '.join(rewards)}", ("gndm", *ADAPTIVE, *(f"--reward.{name}=1" for name in rewards)), None, cost=2.0)
