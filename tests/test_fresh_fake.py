@@ -75,6 +75,13 @@ def test_a_fresh_fake_that_learns_nothing_has_not_converged():
     assert verdict.gap < -2 * verdict.gap_error and not verdict.converged
 
 
+def test_a_fresh_fake_beside_one_that_lags_not_at_all_has_converged():
+    """It comes as near as it can, which is from below."""
+    _, draw, exact, fresh = setting()
+    verdict = fresh_kl(exact, fresh, draw, most=1024, lr=0.03, batches=12, precision=nullcontext)
+    assert verdict.converged and abs(verdict.gap) < 0.02 * verdict.own
+
+
 @pytest.mark.parametrize(
     "kls, whether",
     [
