@@ -85,12 +85,12 @@ def test_a_fresh_fake_beside_one_that_lags_not_at_all_has_converged():
 @pytest.mark.parametrize(
     "kls, whether",
     [
-        ([0.0, 8.0, 8.0], False),  # two short cycles say nothing
-        ([0.0, 8.0, 9.0, 9.08], True),
-        ([0.0, 8.0, 9.0, 9.1], False),
-        ([0.0, 8.0, 9.0, 8.5], True),
-        ([0.0, 9.0, 8.0, 8.5], True),  # of the best, not of the one before
-        ([0.0, -9.0, -8.0, -7.95], True),
+        ([0.0, 8.0, 8.0, 8.0], False),  # three short cycles say nothing
+        ([0.0, 7.0, 8.0, 9.0, 9.08], True),
+        ([0.0, 7.0, 8.0, 9.0, 9.1], False),
+        ([0.0, 7.0, 8.0, 9.0, 8.5], True),
+        ([0.0, 7.0, 9.0, 8.0, 8.5], True),  # of the best, not of the one before
+        ([0.0, -9.5, -9.0, -8.0, -7.95], True),
         ([0.0, 5.0, 7.0, 8.0, 8.5, 8.55], True),
     ],
 )

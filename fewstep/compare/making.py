@@ -28,6 +28,7 @@ from fewstep.evaluate.features import Extractor
 from fewstep.evaluate.measure import measure as metrics_of
 
 TRACED = ("/score", "/lag", "/ess", "/cosine", "/fake_error", "/inflation")  # of what an update logs, what a cell keeps
+JUDGE_RATE = 0.1  # of the run's own
 TOLD_EVERY = 600.0  # seconds, of how far a long cell has come
 NETWORKS = ("student", "teacher", "fake")  # one evaluation of each costs the same: the budget of a cell
 
@@ -198,9 +199,9 @@ def flops_of_a_pass(run: Any) -> dict[str, int]:
 
 
 def judged_kl(run: Any, most: int) -> dict[str, Any]:
-    """The KL of the run's student as it stands, by the run's fake and by a fresh one trained on it alone, beside the budget.
+    """The KL of the run's student as it stands, by the run's fake and by a copy of that trained on it alone, beside the budget.
 
-    most: updates of the fresh one.
+    most: updates of the copy.
     """
     from fewstep.evaluate.fresh_fake import fresh_kl
 
@@ -216,7 +217,9 @@ def judged_kl(run: Any, most: int) -> dict[str, Any]:
 
     matching = trainer.terms["dm"].reward
     fake = run.backbone.roles(fake_steps=config.steps if matching.step_condition else 0).fake
-    verdict = fresh_kl(matching, fake, draw, most=most, lr=config.fake.lr, precision=trainer.precision)
+    # from the teacher it would take longer than the run itself to find as much, and at the run's rate lose at first what this one knows
+    fake.load_state_dict(matching.fake.state_dict())
+    verdict = fresh_kl(matching, fake, draw, most=most, lr=JUDGE_RATE * config.fake.lr, precision=trainer.precision)
     return verdict._asdict() | {
         "budget": trainer.weights.b,
         "kl_of_run": trainer.weights.kl,

@@ -80,9 +80,9 @@ def note_on_budget(entry: dict[str, Any]) -> str:
     kl, weight, gap, fresh, larger = (number(*settled[key]) for key in keys)
     return (
         f"{entry['row']}: over the last quarter the KL is {kl} of its budget, the weight {weight}, at its cap in "
-        f"{settled['at_cap'][0]:.0%} of the updates; of the finished student a fresh fake finds {fresh} of the "
-        f"budget, {gap} more than the run's own fake, after {settled['judge_updates'][0]:.0f} updates; the larger of the two, of "
-        f"which each is too small on average, is {larger}. In {settled['judges_converged'][0]:.0%} of the cells the fresh one is known to "
+        f"{settled['at_cap'][0]:.0%} of the updates; a fake trained on the finished student alone finds {fresh} of "
+        f"the budget, {gap} more than the run's own fake, after {settled['judge_updates'][0]:.0f} updates; the larger of the two, of "
+        f"which each is too small on average, is {larger}. In {settled['judges_converged'][0]:.0%} of the cells the former is known to "
         "have learned what it can."
     )
 

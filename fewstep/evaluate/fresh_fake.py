@@ -55,7 +55,7 @@ def fresh_kl(
     batches: int = 16,
     precision: Callable[[], Any],
 ) -> Verdict:
-    """Train `fake`, which starts as the teacher, on a frozen student's samples and ask both fakes for the KL.
+    """Train `fake` on a frozen student's samples and ask it and the run's own for the KL.
 
     matching: R_dm as the run holds it; draw: a fresh batch of the frozen student's samples at each call; precision: the networks'
     autocast context. The rate falls from lr to zero in cycles, each as long as all before it together: at a constant rate the weights
@@ -100,8 +100,8 @@ def fresh_kl(
 
 
 def stopped(kls: list[float]) -> bool:
-    """Whether the last cycle has not raised the KL; the first two are too short to say."""
-    return len(kls) > 3 and kls[-1] <= max(kls[:-1]) + RISE * abs(max(kls[:-1]))
+    """Whether the last cycle has not raised the KL; the first three are too short to say."""
+    return len(kls) > 4 and kls[-1] <= max(kls[:-1]) + RISE * abs(max(kls[:-1]))
 
 
 def hold(matching: DistributionMatching, sample: Sample) -> Held:
