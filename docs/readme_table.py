@@ -150,35 +150,33 @@ def beyond() -> str:
     return markdown_table(["", *columns], body)
 
 
-def of_budget(prefix: str = "") -> dict[tuple[str, int], Any]:
-    """What is kept of the runs under the default budget and of GNDM's of the same seeds, by recipe and seed."""
+def of_budget(prefix: str = "") -> dict[int, dict[str, Any]]:
+    """What is kept of the runs under the default budget and of GNDM's of the same seeds, by seed and recipe."""
     budget = ROOT / "docs" / "results" / "budget"
     seeds = sorted(int(path.stem.rpartition("seed")[2]) for path in budget.glob("gndmr-seed*.json"))
     return {
-        (recipe, seed): json.loads((budget / f"{prefix}{recipe}-seed{seed}.json").read_text())
+        seed: {recipe: json.loads((budget / f"{prefix}{recipe}-seed{seed}.json").read_text()) for recipe in ("gndm", "gndmr")}
         for seed in seeds
-        for recipe in ("gndm", "gndmr")
     }
 
 
 def by_seed() -> str:
     """Students of the default budget beside GNDM's of the same seeds: distance, and scores minus the teacher's; then their differences."""
-    reports = of_budget()
-    seeds = list(dict.fromkeys(seed for _, seed in reports))
 
     def columns(report: dict[str, Any]) -> list[dict[str, float]]:
         own, paired = report["rows"][0]["metrics"], report["paired"]["metrics"]  # a distance has no pair
         return [paired.get(key, own[key]) for key in SCORES]
 
-    body = [[f"`{recipe}`, seed {seed}", *map(cell, columns(report))] for (recipe, seed), report in reports.items()]
-    pairs = [[columns(reports[recipe, seed]) for recipe in ("gndmr", "gndm")] for seed in seeds]
+    reports = of_budget()
+    body = [[f"`{recipe}`, seed {seed}", *map(cell, columns(report))] for seed, of in reports.items() for recipe, report in of.items()]
+    pairs = [[columns(of[recipe]) for recipe in ("gndmr", "gndm")] for of in reports.values()]
     moved = [[a["value"] - b["value"] for a, b in zip(*pair, strict=True)] for pair in pairs]
-    body.append([f"`gndmr` − `gndm`, {len(seeds)} seeds", *(number(*interval([*of])) for of in zip(*moved, strict=True))])
+    body.append([f"`gndmr` − `gndm`, {len(reports)} seeds", *(number(*interval([*of])) for of in zip(*moved, strict=True))])
     return markdown_table(["", *SCORES.values()], body)
 
 
 def stood() -> str:
-    """Where the default budget and its weight stood over the last quarter of those runs' updates."""
+    """Where the default budget and its weight stood over the last quarter of those runs' updates after the warm-up, as `settled` has it."""
     labels = (
         "KL over the budget",
         "the budget, nats",
@@ -186,23 +184,20 @@ def stood() -> str:
         "weight",
         "both rewards' share of the update",
     )
-    logs, columns = of_budget("logs-"), {}
-    for recipe, seed in logs:
-        if recipe == "gndm":
-            continue
-        own, alone = logs[recipe, seed], logs["gndm", seed]
-        updates = [{key: value for key, value in zip(own, of, strict=True) if value is not None} for of in zip(*own.values(), strict=True)]
-        at, last = settled(updates), len(updates) // 4
-        share = sum(own["clip/share"][-last:] + own["preference/share"][-last:]) / last
+    columns = {}
+    for seed, of in of_budget("logs-").items():
+        own, alone = of["gndmr"], of["gndm"]
+        updates = [{key: at for key, at in zip(own, logged, strict=True) if at is not None} for logged in zip(*own.values(), strict=True)]
+        at, last = settled(updates), sum("weights/budget" in logs for logs in updates) // 4
         columns[f"seed {seed}"] = (
             f"{at.kl_over_budget:.2f}",
             f"{own['weights/budget'][-1]:.1f}",
             f"{-sum(alone['dm/score'][-last:]) / last:.1f}",
             f"{at.weight:.2f}",
-            f"{share:.0%}",
+            f"{sum(own['clip/share'][-last:] + own['preference/share'][-last:]) / last:.0%}",
         )
-    rows = zip(labels, *columns.values(), strict=True)
-    return markdown_table(["over the last quarter of the updates", *columns], [list(row) for row in rows])
+    rows = [list(row) for row in zip(labels, *columns.values(), strict=True)]
+    return markdown_table(["over the last quarter of the updates after the warm-up", *columns], rows)
 
 
 PAGES = {

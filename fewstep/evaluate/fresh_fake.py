@@ -92,7 +92,7 @@ def fresh_kl(
         fresh=float(kl.mean()),
         gap=float(gap.mean()),
         gap_error=gap_error,
-        converged=stopped(kls) and float(gap.mean()) >= -2 * gap_error,
+        converged=stopped(kls) and not finds_less(float(gap.mean()), gap_error),
         updates=updates,
         kls=kls,
         heldout=[loss for _, loss in found],
@@ -102,6 +102,11 @@ def fresh_kl(
 def stopped(kls: list[float]) -> bool:
     """Whether the last cycle has not raised the KL; the first three are too short to say."""
     return len(kls) > 4 and kls[-1] <= max(kls[:-1]) + RISE * abs(max(kls[:-1]))
+
+
+def finds_less(gap: float, gap_error: float) -> bool:
+    """Whether the fresh KL is below the run's own by more than chance, as that of a fake that has learned what it can is not."""
+    return gap < -2 * gap_error
 
 
 def hold(matching: DistributionMatching, sample: Sample) -> Held:
