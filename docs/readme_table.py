@@ -1,10 +1,11 @@
-"""The tables of README.md and docs/rewards.md, and the expected numbers in the recipes, from committed results.
+"""The tables of README.md, docs/rewards.md and docs/evaluation.md, and the expected numbers in the recipes, from committed results.
 
 `python docs/readme_table.py` writes the tables between their markers, and in each measured recipe the line that begins with "# Measured".
 
 docs/results/distill.json is the `evaluation.json` of `fewstep distill`, distill-2050.json that of `fewstep distill --updates 2050`,
 gndmr.json, gndmr-remote.json and those in docs/results/budget/ those of the commands in docs/rewards.md, beside which logs-NAME.json has
 some keys of the same run's `metrics.jsonl`, each with a list of what its updates logged;
+docs/results/coverage.json is that of `python bench/intervals.py --output`;
 docs/results/compare/ is what several calls of `fewstep compare --output docs/results/compare` left: with `--rows table`, with
 `--rows pareto --seeds 3`, and with `--rows NAME --seeds N` for rows of other numbers of seeds.
 """
@@ -200,9 +201,30 @@ def stood() -> str:
     return markdown_table(["over the last quarter of the updates after the warm-up", *columns], rows)
 
 
+def covered() -> str:
+    """How often 95% intervals cover, and how wide they are."""
+    names = {
+        "fid_data": "Frechet distance to real pictures",
+        "fid_teacher": "Frechet distance to the teacher",
+        "kid_data": "KID to real pictures",
+        "precision": "precision",
+        "recall": "recall",
+        "score": "mean of a reward",
+        "diversity": "diversity",
+    }
+    settings = json.loads((ROOT / "docs" / "results" / "coverage.json").read_text())["settings"]
+    columns = [f"{of['prompts']} x {of['images_per_prompt']}{', jackknifed' if of['jackknifed'] else ''}" for of in settings]
+    body = []
+    for name, label in names.items():
+        found = [of["coverage"].get(name) for of in settings]
+        body.append([label, *(f"{each['covered']:.1%} ({each['width']:.2f})" if each else "" for each in found)])
+    return markdown_table(["prompts x pictures", *columns], body)
+
+
 PAGES = {
     "README.md": {"numbers": main_job, "recipes": recipes, "comparison": comparison},
     "docs/rewards.md": {"beyond": beyond, "by seed": by_seed, "where it stood": stood},
+    "docs/evaluation.md": {"coverage": covered},
 }
 
 

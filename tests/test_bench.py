@@ -16,8 +16,8 @@ from fewstep.types import Rollout
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
-dispatch, evaluate, gpu_kernels, memory, networks, step = (
-    importlib.import_module(name) for name in ("dispatch", "evaluate", "gpu_kernels", "memory", "networks", "step")
+dispatch, evaluate, gpu_kernels, intervals, memory, networks, step = (
+    importlib.import_module(name) for name in ("dispatch", "evaluate", "gpu_kernels", "intervals", "memory", "networks", "step")
 )
 
 TINY = ["--groups", "2", '--size=["64x64"]', "--device", "cpu", "--precision", "fp32"]
@@ -432,3 +432,22 @@ def test_evaluation_is_timed_over_every_sample_it_draws(monkeypatch):
     assert {"fid_teacher", "kid_teacher"} <= set(found["metrics"]) and found["disk_mib"] > 0
     assert found["peak_mib"] >= found["peak_mib_drawing"] >= found["libraries_mib"] > 50
     assert found["pictures_per_second"] == pytest.approx(96 / sum(found["seconds"].values()))
+
+
+@pytest.mark.parametrize("jackknifed", [False, True])
+def test_the_study_of_intervals_sees_those_that_are_too_narrow(monkeypatch, jackknifed):
+    found = intervals.coverage(30, 2, 40, jackknifed=jackknifed)
+    assert tuple(found) == intervals.NUMBERS
+    monkeypatch.setattr("fewstep.evaluate.measure.LEVEL", 0.5)  # within 0.67 standard errors, where 95% are within 1.96
+    narrow = intervals.coverage(30, 2, 40, jackknifed=jackknifed)
+    assert all(narrow[name]["covered"] < found[name]["covered"] - 0.15 for name in found)
+    assert all(0.3 < narrow[name]["width"] / found[name]["width"] < 0.4 for name in found)
+
+
+def test_the_study_of_intervals_draws_prompts_that_have_something_in_common():
+    mine, theirs = (x.view(2000, 2, -1) for x in intervals.sample(2000, 2, torch.Generator().manual_seed(0)))
+    for pictures, mean in ((mine, intervals.MOVED), (theirs, 0.0)):
+        own = pictures - mean
+        assert own.square().mean() == pytest.approx(1.0, abs=0.03) and own.mean() == pytest.approx(0.0, abs=0.03)
+        assert (own[:, 0] * own[:, 1]).mean() == pytest.approx(intervals.COMMON, abs=0.03)
+    assert ((mine - intervals.MOVED) * theirs).mean() == pytest.approx(intervals.COMMON, abs=0.03)  # of the same prompts
