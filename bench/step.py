@@ -424,26 +424,17 @@ def flops_of_passes(family: str, device: str, mode: str) -> Flops:
     import networks
     import torch
 
-    from fewstep.cost import flops
+    from fewstep.cost import flops_of_a_pass
     from fewstep.flags import parse_config
 
     config = parse_config(flags(device, family, mode))
     made = networks.with_random_conditions(teacher(family, "meta", torch.float32, reduced=device != "cuda"), 2)
     roles = made.roles(lora_rank=config.lora_rank)
     x, t = torch.zeros(1, *made.latent_shape(config.sizes()[0]), device="meta"), torch.zeros(1, device="meta")
-
-    def count(denoiser: Any, trained: bool) -> tuple[int, int]:
-        def forward() -> torch.Tensor:
-            return denoiser.network(x, t, made.encode([""]))
-
-        def both() -> None:
-            with torch.enable_grad():
-                forward().sum().backward()
-
-        once = flops(forward)
-        return once, flops(both) - once if trained else 0
-
-    return {"teacher": count(roles.teacher, False), "student": count(roles.student, True), "fake": count(roles.fake, True)}
+    given = (x, t, made.encode([""]))
+    return {
+        name: flops_of_a_pass(getattr(roles, name).network, given, trained=name != "teacher") for name in ("teacher", "student", "fake")
+    }
 
 
 def summary(cycles: list[dict[str, Any]], unit: Flops, real: Flops | None, batch: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,3 +57,18 @@ def flops(function: Callable[[], Any]) -> int:
     with counter() as counted:
         function()
     return counted.get_total_flops()
+
+
+def flops_of_a_pass(network: Callable[..., Tensor], given: Sequence[Any], *, trained: bool) -> tuple[int, int]:
+    """Floating-point operations of (a forward pass, its backward pass to what is trained, 0 where nothing is).
+
+    A backward pass of full weights costs two forward passes, one through adapters little more than one: it makes no gradient of the
+    frozen weights.
+    """
+
+    def both() -> None:
+        with torch.enable_grad():
+            network(*given).sum().backward()
+
+    once = flops(lambda: network(*given))
+    return once, flops(both) - once if trained else 0

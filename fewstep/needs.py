@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from fewstep.config import FREE_ON_RESUME, Config
-from fewstep.cost import counter
+from fewstep.cost import flops_of_a_pass
 from fewstep.evaluate.drawing import GRID_BATCH
 from fewstep.folder import SAME_FOR_INIT
 from fewstep.launch import launched, neighbours
@@ -30,7 +30,7 @@ UNUSED = ("FeatureExtractor", "ImageProcessor", "SafetyChecker")  # ends of the 
 
 
 class Needs(NamedTuple):
-    """Bytes, and floating-point operations of one update."""
+    """Bytes, and numbers of parameters."""
 
     networks: int  # teacher, student and fake, with what they train
     decoder: int
@@ -46,7 +46,6 @@ class Needs(NamedTuple):
     student_folder: int  # on disk
     trained: int  # parameters of the student
     parameters: int  # of the teacher's network
-    flops: float
     encoding: int  # on the device, at the start: the teacher's network is there and the text encoders read the prompts
     training: int  # on the device
     drawing: int  # on the device, between two updates and at the end: no gradients, but all that the stock pipeline is made of
@@ -221,24 +220,29 @@ class Peak(TorchDispatchMode):
         self.live -= size
 
 
-def passes(config: Config, guided: bool) -> float:
-    """Forward passes of one sample through the network that an update costs for each of its samples (a backward counts two).
+def passes(config: Config, guided: bool) -> dict[str, tuple[float, float]]:
+    """Role -> (forward, backward) passes that an update costs for each of its samples.
 
     What importance weights will allow is not known before a run, and for a large teacher it is nothing: so R_dm's evaluations are
     counted as if none served twice, where weights decide. Other rewards' directions serve as often as they are asked to.
     """
-    reuse, fake = config.reuse, config.fake.updates
-    trained = 3.0  # forward and backward
+    reuse, updates = config.reuse, config.fake.updates
     served = 1 if reuse.weighted and reuse.min_ess > 0 else reuse.evaluation
-    matching = (2 + guided) * config.matching.draws / served  # teacher (twice when guided) and fake
+    asked = config.matching.draws / served  # how often R_dm asks teacher and fake
     policies = any(config.via.get(name) == "policy" for name in config.reward)
     beside = config.weights.mode != "advantage" and any(config.via.get(name) != "policy" for name in config.reward)
+    trained = 1 + policies * (config.steps - 1)  # predictions of the student that have a gradient
     if reuse.backward_simulation:  # a simulation stops at each of the K states equally often
-        simulated = (config.steps + 1) / 2
-        return simulated * config.batches() / config.updates + matching + trained * (1 + fake)
-    rollouts = 1 / (reuse.rollout * (reuse.evaluation if beside else served))
-    refused = float(served < reuse.evaluation and not beside)  # a prediction that found the weights gone and serves nothing
-    return config.steps * rollouts + refused + matching + trained * (1 + fake + policies * (config.steps - 1))
+        rolled, lag = (config.steps + 1) / 2 * config.batches() / config.updates, 0.0
+    else:
+        rollouts = 1 / (reuse.rollout * (reuse.evaluation if beside else served))
+        refused = float(served < reuse.evaluation and not beside)  # a prediction that found the weights gone and serves nothing
+        rolled, lag = config.steps * rollouts + refused, 2 * rollouts  # the lag: on a rollout's outputs and on those of the one before
+    return {
+        "student": (rolled + trained, trained),
+        "teacher": ((1 + guided) * asked + lag * (config.weights.mode == "adaptive"), 0),
+        "fake": (asked + lag + updates, updates),
+    }
 
 
 def drawn_prompts(config: Config, prompts: int) -> int:
@@ -263,8 +267,7 @@ def measure(source: str, config: Config, prompts: int) -> Needs:
     together = groups_together(config) * config.group_size
     text, decoder = (size(p for m in modules for p in m.parameters()) for modules in (backbone.text_modules(), [backbone.pipe.vae]))
     parameters, base = sum(p.numel() for p in backbone.model.parameters()), size(backbone.model.parameters())
-    guided = config.matching.guidance != 1 and backbone.embedded_guidance is None
-    roles = backbone.roles(lora_rank=config.lora_rank, fake_steps=config.steps, guidance=config.matching.guidance)
+    roles = roles_of(backbone, config)
     held = {id(p): p for role in roles[:3] for p in role.parameters()}
     trained = {"student": [*roles.student_parameters.values()], "fake": [*roles.fake_parameters.values()]}
     gradients = size(p for parameters in trained.values() for p in parameters)
@@ -278,9 +281,8 @@ def measure(source: str, config: Config, prompts: int) -> Needs:
     resting = text + decoder if in_one else 0  # what would lie on the CPU is on the device then too
     looks = any(name != "discriminator" for name in config.reward)  # at pictures, in every update: the decoder stays
     shapes = [backbone.latent_shape(at) for at in config.sizes()]
-    found = [activations(backbone, roles, config, shape, together) for shape in shapes]
     exported = sum(p.numel() for name, p in roles.student.network.model.named_parameters() if ".lora_" not in name)
-    activated = max(kept for kept, _ in found)
+    activated = max(activations(backbone, roles, config, shape, together) for shape in shapes)
     pathwise = config.weights.mode != "advantage" and any(
         name != "discriminator" and config.via.get(name, "pathwise") == "pathwise" for name in config.reward
     )
@@ -306,7 +308,6 @@ def measure(source: str, config: Config, prompts: int) -> Needs:
         student_folder=exported * frozen.itemsize + decoder + text,
         trained=sum(p.numel() for p in trained["student"]),
         parameters=parameters,
-        flops=sum(flops for _, flops in found) / len(found) * batch * passes(config, guided),
         encoding=base + (resting or text),
         training=held_throughout + working(config, gradients, activated, pictures) + (resting or decoder * looks),
         # the average is copied out and lies in place of the student's own
@@ -320,23 +321,50 @@ def measure(source: str, config: Config, prompts: int) -> Needs:
     )
 
 
-def activations(backbone: Backbone, roles: Roles, config: Config, shape: tuple[int, int, int], n: int) -> tuple[int, float]:
-    """(bytes kept for the student's backward pass of n samples, floating-point operations of one sample's forward pass)."""
+def operations(source: str, config: Config) -> float:
+    """Floating-point operations of one update, rewards and decoder apart; of several sizes the mean."""
+    backbone = skeleton(source, frozen_dtype(config))
+    roles = roles_of(backbone, config)
+    counted = passes(config, guided=config.matching.guidance != 1 and backbone.embedded_guidance is None)
+    dtype = arithmetic(config)
+    shapes = [backbone.latent_shape(at) for at in config.sizes()]
+    spent = 0.0
+    for shape in shapes:
+        with contextlib.ExitStack() as stack:
+            for network in {id(role.network.model): role.network for role in roles[:2]}.values():  # one, where they are adapters
+                stack.enter_context(in_arithmetic(network, dtype))
+            given = inputs(backbone, config, shape, 1, dtype)
+            teacher, student = (flops_of_a_pass(role.network, given, trained=role is roles.student) for role in roles[:2])
+        of_a_pass = {"teacher": teacher, "student": student, "fake": student}  # whatever step a fake is told costs next to nothing
+        spent += sum(n * each for role in counted for n, each in zip(counted[role], of_a_pass[role], strict=True))
+    return spent / len(shapes) * config.groups * config.group_size
+
+
+def roles_of(backbone: Backbone, config: Config) -> Roles:
+    return backbone.roles(lora_rank=config.lora_rank, fake_steps=config.steps, guidance=config.matching.guidance)
+
+
+def arithmetic(config: Config) -> torch.dtype:
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+
+def activations(backbone: Backbone, roles: Roles, config: Config, shape: tuple[int, int, int], n: int) -> int:
+    """Bytes kept for the student's backward pass of n samples."""
     network = roles.student.network
     half = config.precision == "bf16"
     # of a layer's weight in float32 autocast makes a copy, which is kept too
     layers = (module for module in network.modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
     copied = {id(module.weight) for module in layers} if half else set()
     own = [p for p in network.parameters() if p.dtype == torch.bfloat16 or id(p) not in copied]
-    dtype = torch.bfloat16 if half else torch.float32
+    dtype = arithmetic(config)
     with in_arithmetic(network, dtype):
         kept = Kept([*own, *network.buffers()])
         if config.memory.checkpointing:
             network.model.enable_gradient_checkpointing(kept.checkpoint)
-        with fused_attention(), kept.hooks(), counter() as counted:
+        with fused_attention(), kept.hooks():
             network(*inputs(backbone, config, shape, n, dtype))
     network.model.disable_gradient_checkpointing()
-    return kept.bytes, counted.get_total_flops() / n
+    return kept.bytes
 
 
 def drawing(backbone: Backbone, roles: Roles, config: Config, shape: tuple[int, int, int]) -> int:
@@ -539,7 +567,7 @@ def report(source: str, config: Config, prompts: int) -> str:
             if waiting
             else []
         ),
-        f"{needs.flops * config.updates / 1e15:,.2f} PFLOP in {config.updates} updates, rewards and decoder apart",
+        f"{operations(source, config) * config.updates / 1e15:,.2f} PFLOP in {config.updates} updates, rewards and decoder apart",
         f"on disk: {gib(needs.student_folder).strip()} student, {gib(needs.checkpoints).strip()} checkpoints, "
         f"{gib(needs.cached).strip()} conditions of {drawn} prompt{'s' * (drawn > 1)}",
     ]

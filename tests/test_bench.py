@@ -308,6 +308,11 @@ def test_the_script_measures_both_and_says_their_ratio(here, monkeypatch, tmp_pa
     assert ours["seconds"] == pytest.approx(ours["student_seconds"] + ours["fake_seconds"])
     assert row["ratio"]["peak_bytes"] == 1 and set(ours["peak_bytes"].values()) == {10**6}
     assert report["machine"]["torch"] == torch.__version__ and row["peak_flops"] > 0
+    unit = step.flops_of_passes("sd3.5-medium", "cpu", "lora")
+    for side in (ours, plain):
+        one = sum(n * each for role in unit for n, each in zip(side["passes"][role], unit[role], strict=True))
+        assert side["flops"] == pytest.approx(2 * one)  # of a group's two samples
+        assert side["utilisation"] == pytest.approx(side["flops"] / side["seconds"] / row["peak_flops"])
     assert step.table(report["rows"]) in capsys.readouterr().out
 
 

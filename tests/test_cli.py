@@ -391,7 +391,9 @@ def test_unsupported_and_damaged_teachers(capsys, tmp_path, teacher_folder, prom
     shutil.copytree(teacher_folder, folder)
     options = ["--prompts", str(prompt_file), "--output", str(tmp_path / "out")]
     (folder / "model_index.json").write_text('{"_class_name": "DiTPipeline"}')
-    assert "DiTPipeline; supported: StableDiffusionPipeline" in refused(capsys, "distill", "--teacher", str(folder), *options)
+    said = refused(capsys, "distill", "--teacher", str(folder), *options)
+    assert f"DiTPipeline; supported: {', '.join(models.FAMILIES)}." in said  # what there is, and how to add another
+    assert "one file in fewstep/models and one line in its table: docs/new-family.md" in said
     (folder / "model_index.json").write_text('{"_class_name": ["ours", "OurPipeline"]}')  # with code of its own
     assert "['ours', 'OurPipeline']; supported: StableDiffusionPipeline" in refused(capsys, "distill", "--teacher", str(folder), *options)
     (folder / "model_index.json").write_text("{")

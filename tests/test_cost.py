@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from fewstep.cost import Counted, flops
+from fewstep.cost import Counted, flops, flops_of_a_pass
 from fewstep.types import Sample
 
 
@@ -40,3 +40,13 @@ def test_flops_of_a_convolution_and_a_product_by_hand():
     assert flops(lambda: linear(torch.ones(2, 7))) == 2 * 2 * 7 * 11
     # an adapter's second product, which is added in place
     assert flops(lambda: torch.zeros(2, 11).addmm_(torch.ones(2, 7), torch.ones(7, 11))) == 2 * 2 * 7 * 11
+
+
+def test_flops_of_a_backward_pass_by_hand():
+    """One product for each weight's gradient, and one for each that leads on to what is trained below."""
+    network, x = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 7)), torch.ones(2, 3)
+    lower, upper = 2 * 2 * 3 * 5, 2 * 2 * 5 * 7
+    assert flops_of_a_pass(network, (x,), trained=True) == (lower + upper, lower + 2 * upper)
+    network[1].requires_grad_(False)
+    assert flops_of_a_pass(network, (x,), trained=True) == (lower + upper, lower + upper)
+    assert flops_of_a_pass(network, (x,), trained=False) == (lower + upper, 0)

@@ -33,6 +33,7 @@ from diffusers import (
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pipelines import GUIDED, INCOMPLETE, PIPELINES
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fewstep import checkpoint, cli, composition, flags, models, needs, run
@@ -398,6 +399,7 @@ from unittest import mock
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.schedulers import scheduling_flow_match_euler_discrete, scheduling_lcm
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 warnings.filterwarnings("error", message="The configuration file of")  # "... is outdated": of a scheduler, or a network
@@ -487,6 +489,11 @@ def test_a_lora_file_gives_the_same_student_on_the_teacher(teachers, name, tmp_p
             backbone.save_lora(weights, tmp_path, rank=2)
         return
     backbone.save_lora(weights, tmp_path, rank=2)
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
+        adapter = json.loads(file.metadata()["lora_adapter_metadata"])
+    written = {key.removeprefix(f"{backbone.part}."): value for key, value in adapter.items()}
+    assert (written["r"], written["lora_alpha"]) == (2, 2)
+    assert set(written["target_modules"]) == set(backbone.lora_config(2).target_modules)
     mine, noises = training_images(backbone, roles)
     teacher = models.load(str(teachers / name))
     pipe = teacher.pipe

@@ -334,9 +334,10 @@ def test_a_dry_run_counts_what_tells_the_scale(teachers, name, rank):
 
     def needed(*options):
         config = flags.parse_config(["--teacher", source, "--device", "cpu", "--precision", "fp32", "--lora-rank", str(rank), *options])
-        return needs.measure(source, config, 5)
+        return needs.measure(source, config, 5), needs.operations(source, config)
 
-    fixed, ranged = needed(), needed(*RANGE)
+    (fixed, before), (ranged, after) = needed(), needed(*RANGE)
+    assert after >= before
     backbone = models.load(source)
     roles = backbone.roles(lora_rank=rank, guidance=(1.5, 8.0))
     assert ranged.trained == sum(p.numel() for p in roles.student_parameters.values())
@@ -344,7 +345,7 @@ def test_a_dry_run_counts_what_tells_the_scale(teachers, name, rank):
     assert ranged.student_folder - fixed.student_folder == 4 * added
     assert ranged.cached == fixed.cached  # scales are told, not kept with the prompts
     told = sum(value.numel() * value.element_size() for value in backbone.scale_conditions(torch.ones(1, dtype=torch.float64)).values())
-    assert ranged.conditions - fixed.conditions == 64 * told and ranged.flops >= fixed.flops
+    assert ranged.conditions - fixed.conditions == 64 * told
     assert (ranged.trained > fixed.trained) == (ranged.networks > fixed.networks) == (name != "FluxPipeline")
 
 

@@ -13,6 +13,7 @@ from pipelines import INCOMPLETE, PIPELINES
 from test_trainer import run_of
 
 from fewstep import checkpoint, cli, composition, flags, models, needs
+from fewstep.cost import flops
 from fewstep.evaluate import drawing
 
 every_family = pytest.mark.parametrize("name", PIPELINES | INCOMPLETE)
@@ -122,9 +123,9 @@ def test_operations_of_an_adapter_are_those_of_both_its_products(teachers, name,
     """However they are made: added to the layer's output in place, or, as peft does it, one after the other."""
     source = str(teachers / name)
     config = config_of("--teacher", source, "--lora-rank", "2", "--size", "[16x16]")
-    found = needs.measure(source, config, 7)
+    found = needs.operations(source, config)
     monkeypatch.setattr("fewstep.models.lora.AddedLinear.forward", LoraLinear.forward)
-    assert found.flops == needs.measure(source, config, 7).flops
+    assert found == needs.operations(source, config)
 
 
 def test_the_most_that_lives_at_once():
@@ -151,37 +152,61 @@ def test_the_most_that_lives_at_once():
         ("--matching.draws", "2"),
         ("--fake.updates", "1"),
         ("--reward.contrast", "0.2", "--via.contrast", "policy", "--reuse.rollout", "2"),
+        ("--reward.redness", "0.2", "--weights.mode", "adaptive", "--weights.warmup", "2"),
     ],
 )
 def test_network_evaluations_of_an_update(teacher_folder, prompt_file, options):
     run = run_of(teacher_folder, prompt_file, "--reuse.rollout", "1", "--precision", "fp32", *options)
-    trainer, before = run.trainer, 0
-    roles = ("student", "teacher", "fake")
+    trainer, config = run.trainer, run.config
     for _ in range(4):
         trainer.step()
-    spent = sum(trainer.counted[name].cost for name in roles) - before
-    lag = (
-        2 * 4 * (3 if run.config.reuse.rollout == run.config.reuse.evaluation == 1 else 1)
-    )  # the fake on new and old outputs, to be logged
-    assert spent / 4 / 4 == pytest.approx(needs.passes(run.config, run.config.matching.guidance != 1) + lag / 16, abs=1e-9)
+    expected = needs.passes(config, config.matching.guidance != 1)
+    first = {"fake": 2, "teacher": 2 * (config.weights.mode == "adaptive")}  # the first rollout has none before it: no lag
+    for role, (forwards, backwards) in expected.items():
+        found = [passes / 4 for passes in trainer.passes()[role]]  # of each of the four samples
+        assert found == pytest.approx([4 * forwards - first.get(role, 0), 4 * backwards], abs=1e-9), role
 
 
 def test_a_discriminator_simulates_batches_of_its_own():
     simulating = ("--reuse.backward-simulation", "--reuse.rollout", "1", "--fake.updates", "3")
     alone, beside = (needs.passes(config_of(*simulating, *more), True) for more in ((), ("--reward.discriminator", "0.1")))
-    assert beside - alone == 3 * (4 + 1) / 2
+    assert beside["student"][0] - alone["student"][0] == 3 * (4 + 1) / 2
+    assert beside | {"student": None} == alone | {"student": None}
 
 
 def test_a_refused_evaluation_costs_a_prediction_more(teacher_folder, prompt_file):
     refusing = ("--reuse.rollout", "1", "--reuse.evaluation", "2", "--reuse.min-ess", "1")
     run = run_of(teacher_folder, prompt_file, "--precision", "fp32", *refusing)
-    trainer = run.trainer
     spent = []
     for _ in range(3):
-        trainer.step()
-        spent.append(sum(trainer.counted[name].cost for name in ("student", "teacher", "fake")))
-    lag = 2 * 4
-    assert (spent[2] - spent[1] - lag) / 4 == needs.passes(run.config, True)
+        run.trainer.step()
+        spent.append(run.trainer.passes())
+    for role, each in needs.passes(run.config, True).items():
+        assert tuple((after - before) / 4 for before, after in zip(spent[1][role], spent[2][role], strict=True)) == each
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_operations_of_an_update(teachers, rank):
+    """Each role's passes times what its own cost: the teacher's without the adapter, backward as autograd makes it."""
+    source = str(teachers / "StableDiffusion3Pipeline")
+    adaptive = ("--weights.mode", "adaptive", "--reward.clip", "1")
+    config = config_of("--teacher", source, "--lora-rank", str(rank), "--size", "[16x16]", *adaptive)
+    backbone = needs.skeleton(source, torch.float32)  # without numbers: torch's kernels for a CPU hide attention's operations
+    roles = backbone.roles(lora_rank=rank, fake_steps=config.steps)
+    x, t = torch.zeros(1, *backbone.latent_shape((16, 16)), device="meta"), torch.zeros(1, device="meta")
+    given = (x, t, backbone.random_conditions(1))
+
+    def both():
+        with torch.enable_grad():
+            roles.student.network(*given).sum().backward()
+
+    teacher, student = (flops(lambda role=role: role.network(*given)) for role in roles[:2])
+    backward = flops(both) - student
+    # K of the rollout and the prediction; two of the guided teacher, and the lag's two of teacher and fake; R_dm's, and its updates
+    forward = 4 * student + student + (2 + 2) * teacher + (1 + 2 + config.fake.updates) * student
+    assert needs.operations(source, config) == 4 * (forward + (1 + config.fake.updates) * backward)
+    assert student > teacher if rank else student == teacher
+    assert 1 < backward / student < 2 if rank else backward / student == pytest.approx(2, rel=0.1)
 
 
 def test_what_is_turned_changes_what_is_needed(teachers):
@@ -205,7 +230,7 @@ def test_what_is_turned_changes_what_is_needed(teachers):
 
 
 def test_a_gpu_holds_in_each_phase_what_the_run_places_there(teachers, monkeypatch):
-    monkeypatch.setattr(needs, "activations", lambda *args: (1000, 1.0))  # of tiny weights they are nearly all there is
+    monkeypatch.setattr(needs, "activations", lambda *args: 1000)  # of tiny weights they are nearly all there is
     monkeypatch.setattr(needs, "decoding", lambda *args, grad: 100 if grad else 10)
     monkeypatch.setattr(needs, "drawing", lambda *args: 30)
     source = str(teachers / "StableDiffusion3Pipeline")
