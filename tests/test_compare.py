@@ -103,12 +103,12 @@ def test_the_table_says_what_a_picture_costs_and_which_code_made_it():
 
 
 def test_the_table_says_where_a_budget_stood_and_what_a_training_took():
-    """A judge that found less than the run's own fake has not converged, whatever it says of itself; the larger KL is the nearer."""
+    """A judge that began as the teacher stopped at noise, whatever it says of itself; of two KLs the larger is the nearer."""
     logs = {"dm/score": -3.0, "weights/kl": 3.2, "weights/budget": 2.0, "weights/weight": 0.5, "weights/weight_at_cap": 0.25}
     judge = {"budget": 2.0, "fresh": 5.0, "updates": 30, "gap_error": 0.5}
     cells = {}
-    above, below = {"own": 4.0, "gap": 1.0}, {"own": 7.0, "gap": -2.0}
-    for seed, more in ((1, above | {"converged": False}), (2, above | {"converged": True}), (3, below | {"converged": True})):
+    above, below = {"own": 4.0, "gap": 1.0, "kls": [4.0, 5.0]}, {"own": 7.0, "gap": -2.0, "kls": [0.0, 5.0], "converged": True}
+    for seed, more in ((1, above | {"converged": False}), (2, above | {"converged": True}), (3, below)):
         flops = {"student": 2e12, "teacher": 1e12}
         cells["GNDMR adaptive", seed] = cell("GNDMR adaptive", seed, 1.0) | {"trace": [logs], "judge": judge | more, "flops": flops}
     text = render.markdown(summary.summarise(cells), {}, PLAN)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from fewstep import world
 from fewstep.compare.cells import Cells
 from fewstep.compare.rows import BY_NAME, DISTANCES, FROM_ONE, MANY_STEPS_ROW, METRICS, PARETO, TEACHER_ROWS, Row
-from fewstep.evaluate.fresh_fake import finds_less
 from fewstep.weights import Adaptive, mean_rate
 
 
@@ -98,9 +97,9 @@ def summarise(cells: Cells) -> list[dict[str, Any]]:
             entry["settled"]["fresh_over_budget"] = interval([judge["fresh"] / judge["budget"] for judge in judges])
             entry["settled"]["gap_over_budget"] = interval([judge["gap"] / judge["budget"] for judge in judges])
             entry["settled"]["judge_updates"] = interval([judge["updates"] for judge in judges])
-            # one that finds less than the run's own has not converged, which the cells of before did not ask
+            # those of before began as the teacher, and at a constant rate, where their KL scatters, noise stopped them
             entry["settled"]["judges_converged"] = interval(
-                [float(judge["converged"] and not finds_less(judge["gap"], judge["gap_error"])) for judge in judges]
+                [float(judge["converged"] and judge["kls"][0] == judge["own"]) for judge in judges]
             )
             entry["settled"]["larger_over_budget"] = interval([max(judge["own"], judge["fresh"]) / judge["budget"] for judge in judges])
         if len(first.get("along", ())) >= MARKS_OF_DRIFT:
