@@ -4,7 +4,7 @@
 
 docs/results/distill.json is the `evaluation.json` of `fewstep distill`, distill-2050.json that of `fewstep distill --updates 2050`,
 gndmr.json, gndmr-remote.json and those in docs/results/budget/ those of the commands in docs/rewards.md, beside which logs-NAME.json has
-some keys of the same run's `metrics.jsonl`, each with a list of what its updates logged;
+some keys of the same run's `metrics.jsonl`, each with a list of what its updates logged (gndmr-remote's were not kept);
 docs/results/coverage.json is that of `python bench/intervals.py --output`;
 docs/results/compare/ is what several calls of `fewstep compare --output docs/results/compare` left: with `--rows table`, with
 `--rows pareto --seeds 3`, and with `--rows NAME --seeds N` for rows of other numbers of seeds.
@@ -176,29 +176,40 @@ def by_seed() -> str:
     return markdown_table(["", *SCORES.values()], body)
 
 
+def standing(own: dict[str, list[float | None]]) -> tuple[dict[str, str], int]:
+    """(where a budget and its weight stood over the last quarter of a run's updates after the warm-up, as `settled` has it; how many these
+    are)."""
+    updates = [{key: at for key, at in zip(own, logged, strict=True) if at is not None} for logged in zip(*own.values(), strict=True)]
+    at, last = settled(updates), sum("weights/budget" in logs for logs in updates) // 4
+    both = sum(own["clip/share"][-last:] + own["preference/share"][-last:]) / last
+    return {
+        "KL over the budget": f"{at.kl_over_budget:.2f}",
+        "the budget, nats": f"{own['weights/budget'][-1]:.1f}",
+        "weight": f"{at.weight:.2f}",
+        "both rewards' share of the update": f"{both:.0%}",
+    }, last
+
+
 def stood() -> str:
-    """Where the default budget and its weight stood over the last quarter of those runs' updates after the warm-up, as `settled` has it."""
-    labels = (
-        "KL over the budget",
-        "the budget, nats",
-        "minus the score of `gndm` alone, nats",
-        "weight",
-        "both rewards' share of the update",
-    )
+    """Where the default budget stood in those runs, and GNDM's own score beside it."""
     columns = {}
     for seed, of in of_budget("logs-").items():
-        own, alone = of["gndmr"], of["gndm"]
-        updates = [{key: at for key, at in zip(own, logged, strict=True) if at is not None} for logged in zip(*own.values(), strict=True)]
-        at, last = settled(updates), sum("weights/budget" in logs for logs in updates) // 4
-        columns[f"seed {seed}"] = (
-            f"{at.kl_over_budget:.2f}",
-            f"{own['weights/budget'][-1]:.1f}",
-            f"{-sum(alone['dm/score'][-last:]) / last:.1f}",
-            f"{at.weight:.2f}",
-            f"{sum(own['clip/share'][-last:] + own['preference/share'][-last:]) / last:.0%}",
-        )
-    rows = [list(row) for row in zip(labels, *columns.values(), strict=True)]
+        columns[f"seed {seed}"], last = standing(of["gndmr"])
+        columns[f"seed {seed}"]["minus the score of `gndm` alone, nats"] = f"{-sum(of['gndm']['dm/score'][-last:]) / last:.1f}"
+    rows = [[label, *(of[label] for of in columns.values())] for label in next(iter(columns.values()))]
     return markdown_table(["over the last quarter of the updates after the warm-up", *columns], rows)
+
+
+def beyond_paired() -> str:
+    """Those students minus their teacher, picture by picture, and where the budget of the first stood."""
+    results = ROOT / "docs" / "results"
+    reports = {name: json.loads((results / file).read_text())["paired"]["metrics"] for name, file in BEYOND.items()}
+    body = [
+        [label, *(cell(of[key]) for of in reports.values())] for key, label in SCORES.items() if all(key in of for of in reports.values())
+    ]
+    stands, _ = standing(json.loads((results / "logs-gndmr.json").read_text()))
+    body += [[label, text, "not kept"] for label, text in stands.items()]
+    return markdown_table(["", *reports], body)
 
 
 def covered() -> str:
@@ -223,7 +234,7 @@ def covered() -> str:
 
 PAGES = {
     "README.md": {"numbers": main_job, "recipes": recipes, "comparison": comparison},
-    "docs/rewards.md": {"beyond": beyond, "by seed": by_seed, "where it stood": stood},
+    "docs/rewards.md": {"beyond": beyond, "by seed": by_seed, "where it stood": stood, "beyond, paired": beyond_paired},
     "docs/evaluation.md": {"coverage": covered},
 }
 
