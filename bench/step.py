@@ -424,7 +424,7 @@ def flops_of_passes(family: str, device: str, mode: str) -> Flops:
     import networks
     import torch
 
-    from fewstep.cost import flops_of_a_pass
+    from fewstep.cost import flops_both_ways
     from fewstep.flags import parse_config
 
     config = parse_config(flags(device, family, mode))
@@ -433,7 +433,7 @@ def flops_of_passes(family: str, device: str, mode: str) -> Flops:
     x, t = torch.zeros(1, *made.latent_shape(config.sizes()[0]), device="meta"), torch.zeros(1, device="meta")
     given = (x, t, made.encode([""]))
     return {
-        name: flops_of_a_pass(getattr(roles, name).network, given, trained=name != "teacher") for name in ("teacher", "student", "fake")
+        name: flops_both_ways(getattr(roles, name).network, given, trained=name != "teacher") for name in ("teacher", "student", "fake")
     }
 
 

@@ -59,7 +59,7 @@ def flops(function: Callable[[], Any]) -> int:
     return counted.get_total_flops()
 
 
-def flops_of_a_pass(network: Callable[..., Tensor], given: Sequence[Any], *, trained: bool) -> tuple[int, int]:
+def flops_both_ways(network: Callable[..., Tensor], given: Sequence[Any], *, trained: bool) -> tuple[int, int]:
     """Floating-point operations of (a forward pass, its backward pass to what is trained, 0 where nothing is).
 
     A backward pass of full weights costs two forward passes, one through adapters little more than one: it makes no gradient of the

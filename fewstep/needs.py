@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from fewstep.config import FREE_ON_RESUME, Config
-from fewstep.cost import flops_of_a_pass
+from fewstep.cost import flops_both_ways
 from fewstep.evaluate.drawing import GRID_BATCH
 from fewstep.folder import SAME_FOR_INIT
 from fewstep.launch import launched, neighbours
@@ -334,7 +334,7 @@ def operations(source: str, config: Config) -> float:
             for network in {id(role.network.model): role.network for role in roles[:2]}.values():  # one, where they are adapters
                 stack.enter_context(in_arithmetic(network, dtype))
             given = inputs(backbone, config, shape, 1, dtype)
-            teacher, student = (flops_of_a_pass(role.network, given, trained=role is roles.student) for role in roles[:2])
+            teacher, student = (flops_both_ways(role.network, given, trained=role is roles.student) for role in roles[:2])
         of_a_pass = {"teacher": teacher, "student": student, "fake": student}  # whatever step a fake is told costs next to nothing
         spent += sum(n * each for role in counted for n, each in zip(counted[role], of_a_pass[role], strict=True))
     return spent / len(shapes) * config.groups * config.group_size

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from fewstep.cost import Counted, flops, flops_of_a_pass
+from fewstep.cost import Counted, flops, flops_both_ways
 from fewstep.types import Sample
 
 
@@ -46,7 +46,7 @@ def test_flops_of_a_backward_pass_by_hand():
     """One product for each weight's gradient, and one for each that leads on to what is trained below."""
     network, x = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 7)), torch.ones(2, 3)
     lower, upper = 2 * 2 * 3 * 5, 2 * 2 * 5 * 7
-    assert flops_of_a_pass(network, (x,), trained=True) == (lower + upper, lower + 2 * upper)
+    assert flops_both_ways(network, (x,), trained=True) == (lower + upper, lower + 2 * upper)
     network[1].requires_grad_(False)
-    assert flops_of_a_pass(network, (x,), trained=True) == (lower + upper, lower + upper)
-    assert flops_of_a_pass(network, (x,), trained=False) == (lower + upper, 0)
+    assert flops_both_ways(network, (x,), trained=True) == (lower + upper, lower + upper)
+    assert flops_both_ways(network, (x,), trained=False) == (lower + upper, 0)
