@@ -399,7 +399,6 @@ from unittest import mock
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.schedulers import scheduling_flow_match_euler_discrete, scheduling_lcm
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 warnings.filterwarnings("error", message="The configuration file of")  # "... is outdated": of a scheduler, or a network
