@@ -18,6 +18,8 @@ from unittest import mock
 import networks
 import torch
 
+from fewstep.config import LAG_EVERY
+
 THIN = {
     "sdxl": {
         "block_out_channels": (32, 64, 128),
@@ -45,8 +47,9 @@ THIN = {
     },
 }
 SIZE, TOKENS, RANK = (32, 32), 8, 2  # pixels, text tokens, of the adapters
-# passes of a part for one student update and its four fake updates: rollout, R_dm (a guided teacher passes the batch twice), lag
-PASSES = {"teacher": 2, "student": 4 + 3, "trained": 1 + 4}
+# passes of a part for one student update and its four fake updates: rollout, R_dm (a guided teacher passes the batch twice), and in one of
+# eight the lag
+PASSES = {"teacher": 2, "student": 4 + 1 + 2 / LAG_EVERY, "trained": 1 + 4}
 
 
 def seconds(function: Callable[[], None], repeat: int) -> float:

@@ -5,8 +5,8 @@
 
 Networks of random weights of the real width, at 1024 x 1024, with a few of the real blocks: what a block runs does not depend on how
 many there are, and with a few even kept activations fit. An update is the default one, of LoRA 64: a student update, four of the fake's,
-their rollout and the fake's lag. Each way is a process of its own, whose first update (in which blocks are compiled) and one more are
-not counted; then one is timed, and one more has its kernels listed. FLOPs are model FLOPs, as in bench/step.py.
+and their rollout. Each way is a process of its own, whose first updates (in which blocks are compiled) are not counted; then one is timed,
+and one more has its kernels listed. FLOPs are model FLOPs, as in bench/step.py.
 
 On a CPU, where there are no kernels to list: the reduced networks, and times alone.
 """

@@ -72,7 +72,7 @@ WEIGHTS = {
 }
 MODES = [weights + reuse for weights in ("full", "lora") for reuse in REUSE]
 EXTRA: list[str] = []  # flags of this call, after the family's own and the mode's
-WARM_UP = {"cuda": 1, "cpu": 2}  # cycles; of the first mode, where a process serves several
+WARM_UP = 2  # cycles; the second rollout's lag is measured, as that of one in LAG_EVERY is, and what is timed are the others
 
 # floating-point operations a second of dense bf16 matrix products, by a part of the device's name, from the makers' data sheets
 PEAK = {
@@ -138,7 +138,7 @@ class Ours:
         self.denoisers = dict(zip(("teacher", "student", "fake"), self.run.roles, strict=False))
 
     def warm_up(self, meter: Meter) -> None:
-        for _ in range(WARM_UP[self.config.device]):
+        for _ in range(WARM_UP):
             self.cycle(meter)
 
     def set_reuse(self, reuse: str) -> None:
@@ -196,7 +196,7 @@ class Plain:
         self.denoisers = dict(zip(("teacher", "student", "fake"), roles, strict=False))
 
     def warm_up(self, meter: Meter) -> None:
-        for _ in range(WARM_UP[self.config.device]):
+        for _ in range(WARM_UP):
             self.cycle(meter)
         self.reference.deck.clear()  # what is measured starts with whole rounds of the steps
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from fewstep.config import FREE_ON_RESUME, Config
+from fewstep.config import FREE_ON_RESUME, LAG_EVERY, Config
 from fewstep.cost import flops_both_ways
 from fewstep.evaluate.drawing import GRID_BATCH
 from fewstep.folder import SAME_FOR_INIT
@@ -226,7 +226,7 @@ def passes(config: Config, guided: bool) -> dict[str, tuple[float, float]]:
     What importance weights will allow is not known before a run, and for a large teacher it is nothing: so R_dm's evaluations are
     counted as if none served twice, where weights decide. Other rewards' directions serve as often as they are asked to.
     """
-    reuse, updates = config.reuse, config.fake.updates
+    reuse, updates, adaptive = config.reuse, config.fake.updates, config.weights.mode == "adaptive"
     served = 1 if reuse.weighted and reuse.min_ess > 0 else reuse.evaluation
     asked = config.matching.draws / served  # how often R_dm asks teacher and fake
     policies = any(config.via.get(name) == "policy" for name in config.reward)
@@ -237,10 +237,11 @@ def passes(config: Config, guided: bool) -> dict[str, tuple[float, float]]:
     else:
         rollouts = 1 / (reuse.rollout * (reuse.evaluation if beside else served))
         refused = float(served < reuse.evaluation and not beside)  # a prediction that found the weights gone and serves nothing
-        rolled, lag = config.steps * rollouts + refused, 2 * rollouts  # the lag: on a rollout's outputs and on those of the one before
+        # on a rollout's outputs and on those of the one before
+        rolled, lag = config.steps * rollouts + refused, 2 * rollouts / (1 if adaptive else LAG_EVERY)
     return {
         "student": (rolled + trained, trained),
-        "teacher": ((1 + guided) * asked + lag * (config.weights.mode == "adaptive"), 0),
+        "teacher": ((1 + guided) * asked + lag * adaptive, 0),
         "fake": (asked + lag + updates, updates),
     }
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fewstep import checkpoint, importance, losses
 from fewstep.alarms import FROM_BEFORE, Watch
-from fewstep.config import Config
+from fewstep.config import LAG_EVERY, Config
 from fewstep.cost import in_passes
 from fewstep.denoiser import Cond, Denoiser, widened
 from fewstep.errors import NumericalError, RewardError
@@ -153,6 +153,7 @@ class Trainer:
             raise ValueError(f"exactly one term is the anchor, got {', '.join(anchors) or 'none'}")
         (self.anchor,) = anchors
         self.weights = weights or Fixed({})
+        self.lag_every = 1 if isinstance(self.weights, Adaptive) else LAG_EVERY  # it costs an update two passes in nineteen or so
         unweighted = [name for name, term in terms.items() if not term.anchor and name not in self.weights.now()]
         if unweighted:
             raise ValueError(f"no weight for the term {', '.join(unweighted)}: a term other than the anchor joins it by one of `weights`")
@@ -665,9 +666,11 @@ class Trainer:
         if self.rollout is not None:
             self.earlier[self.size_of(self.rollouts - 1)] = self.rollout
         old = self.earlier.pop(self.size_of(self.rollouts), None)  # outputs of another size are harder or easier to denoise
+        before = self.rollouts // len(self.latent_shapes)  # rollouts of this size
         self.rollout, self.fed, self.advantages, self.old_log_prob = self.new_rollout(), 0, {}, None
         self.rollouts += 1
-        logs, lag = ({}, None) if old is None else self.lags(self.rollout, old)
+        # of each size the second is the first that has one
+        logs, lag = ({}, None) if old is None or (before - 1) % self.lag_every else self.lags(self.rollout, old)
         return logs | self.score_finished(self.rollout), lag
 
     def finish_block(self) -> dict[str, float]:

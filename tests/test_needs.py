@@ -13,6 +13,7 @@ from pipelines import INCOMPLETE, PIPELINES
 from test_trainer import run_of
 
 from fewstep import checkpoint, cli, composition, flags, models, needs
+from fewstep.config import LAG_EVERY
 from fewstep.cost import flops
 from fewstep.evaluate import drawing
 
@@ -156,15 +157,17 @@ def test_the_most_that_lives_at_once():
     ],
 )
 def test_network_evaluations_of_an_update(teacher_folder, prompt_file, options):
-    run = run_of(teacher_folder, prompt_file, "--reuse.rollout", "1", "--precision", "fp32", *options)
+    moving = ("--updates", "1000")  # a student that stands still, as at the end, is one that every evaluation still serves
+    run = run_of(teacher_folder, prompt_file, "--reuse.rollout", "1", "--precision", "fp32", *moving, *options)
     trainer, config = run.trainer, run.config
-    for _ in range(4):
+    for _ in range(2 * LAG_EVERY):
         trainer.step()
     expected = needs.passes(config, config.matching.guidance != 1)
-    first = {"fake": 2, "teacher": 2 * (config.weights.mode == "adaptive")}  # the first rollout has none before it: no lag
+    # an adaptive weight follows the lag of each rollout, but the first has none before it; else it is that of one in LAG_EVERY
+    first = dict.fromkeys(("fake", "teacher"), 2 * (config.weights.mode == "adaptive"))
     for role, (forwards, backwards) in expected.items():
         found = [passes / 4 for passes in trainer.passes()[role]]  # of each of the four samples
-        assert found == pytest.approx([4 * forwards - first.get(role, 0), 4 * backwards], abs=1e-9), role
+        assert found == pytest.approx([2 * LAG_EVERY * forwards - first.get(role, 0), 2 * LAG_EVERY * backwards], abs=1e-9), role
 
 
 def test_a_discriminator_simulates_batches_of_its_own():
@@ -175,14 +178,15 @@ def test_a_discriminator_simulates_batches_of_its_own():
 
 
 def test_a_refused_evaluation_costs_a_prediction_more(teacher_folder, prompt_file):
-    refusing = ("--reuse.rollout", "1", "--reuse.evaluation", "2", "--reuse.min-ess", "1")
+    refusing = ("--updates", "1000", "--reuse.rollout", "1", "--reuse.evaluation", "2", "--reuse.min-ess", "1")
     run = run_of(teacher_folder, prompt_file, "--precision", "fp32", *refusing)
     spent = []
-    for _ in range(3):
+    for _ in range(1 + LAG_EVERY):
         run.trainer.step()
         spent.append(run.trainer.passes())
     for role, each in needs.passes(run.config, True).items():
-        assert tuple((after - before) / 4 for before, after in zip(spent[1][role], spent[2][role], strict=True)) == each
+        found = [(after - before) / 4 / LAG_EVERY for before, after in zip(spent[0][role], spent[-1][role], strict=True)]
+        assert tuple(found) == each, role
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -355,6 +355,27 @@ def test_the_lag_is_between_rollouts_of_one_size(teacher_folder, prompt_file):
         assert all(any(torch.equal(x0, one) for one in rollouts[then][:, i]) for i, x0 in enumerate(old))
 
 
+@pytest.mark.parametrize(
+    "options, measured",
+    [
+        ((), [1, 9, 17]),  # the updates of the second rollout, and from there of every eighth
+        (("--reuse.rollout", "2"), [2, 18]),
+        (("--size", "16x8,8x16"), [2, 3, 18, 19]),  # of each size
+        (("--reward.redness", "0.3", "--weights.mode", "adaptive", "--weights.warmup", "4"), list(range(1, 20))),  # which follows it
+    ],
+)
+def test_the_lag_is_measured_where_it_is_followed_and_else_now_and_then(teacher_folder, prompt_file, options, measured):
+    trainer = run_of(teacher_folder, prompt_file, "--reuse.rollout", "1", *options).trainer
+    found = []
+    for update in range(20):
+        before = trainer.counted["fake"].forwards
+        if "dm/lag" in trainer.step():
+            found.append(update)
+        asked = trainer.counted["fake"].forwards - before - (1 + trainer.config.fake.updates) * 4
+        assert asked == 2 * 4 * (update in measured)  # of four samples: two passes of the fake, where it is measured alone
+    assert found == measured
+
+
 def snapshot(trainer):
     return checkpoint.unpack(*checkpoint.pack(trainer.state()))
 
@@ -1307,6 +1328,6 @@ def test_a_run_takes_any_module_that_is_called_as_a_denoiser():
         encode=lambda prompts: {}, decode=lambda x0: x0, latent_shapes=[(1, 2, 2)], config=Config(steps=2, precision="fp32"),
     )  # fmt: skip
     before = [float(each.gain.detach()) for each in (network, fake)]
-    logs = [trainer.step() for _ in range(3)][-1]
+    logs = [trainer.step() for _ in range(3)][1]
     assert all(float(each.gain.detach()) != gain for each, gain in zip((network, fake), before, strict=True)) and "dm/lag" in logs
     assert trainer.state()["counted"] == {}
