@@ -591,6 +591,10 @@ def test_a_quick_comparison_from_end_to_end_and_again(tmp_path, capsys):
     # the last step's prediction is the sample: drawn with other noise than the pipeline's, its distance is of the same size
     assert all(0.3 < c["fd_clip_teacher_per_step"][-1] / c["metrics"]["fd_clip_teacher"] < 3 for c in students)
     assert (folder / "compare.png").stat().st_size > 1000 and "| GNDM | 1 |" in (folder / "compare.md").read_text()
+    # the lag of each rollout but the first: equal costs are as many updates as in the cells that are committed
+    traces = [json.loads(path.read_text()).get("trace", []) for path in (folder / "cells").iterdir()]
+    lags = [["dm/lag" in logs for logs in trace] for trace in traces if trace]
+    assert len(lags) == 2 and all(lag == [False] + [True] * (len(lag) - 1) and len(lag) > 2 for lag in lags)
     assert cli.main(["compare", "--quick", "--output", str(folder)]) == 0
     assert "6 of 6 cells are there; making 0" in capsys.readouterr().out
     assert json.loads((folder / "compare.json").read_text()) == report
