@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -219,6 +220,20 @@ def test_drift_compares_the_last_third_with_the_smoothed_minimum():
     assert found.standard_error == pytest.approx(2 / math.sqrt(3))
     with pytest.raises(ValueError, match="got 5"):
         summary.drift([1.0] * 5)
+
+
+@pytest.mark.parametrize("correlation, share", [(0.0, 0.35), (0.6, 0.51)])
+def test_a_student_that_only_wanders_passes_the_limit_for_a_drift_half_of_the_time(correlation, share):
+    """docs/method.md: twelve numbers around a mean that stays, with the spread and the correlation that those of a run have."""
+    random, passed, series = np.random.default_rng(0), 0, 4000
+    for _ in range(series):
+        noise = random.standard_normal(12)
+        for i in range(1, 12):
+            noise[i] = correlation * noise[i - 1] + (1 - correlation**2) ** 0.5 * noise[i]
+        found = summary.drift((0.19 + 0.05 * noise).tolist())
+        above = found.last_third - found.minimum
+        passed += above > 0.05 * found.minimum and above > 2 * found.standard_error
+    assert passed / series == pytest.approx(share, abs=0.03)
 
 
 def test_settled_reads_the_last_quarter_after_the_warm_up():

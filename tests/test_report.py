@@ -57,6 +57,14 @@ def test_stretches_of_a_curve_are_all_of_it(values):
         assert found[0][0] == (1 + len(values) // 7) / 2
 
 
+def test_a_stretch_is_of_four_points_where_there_are_enough():
+    """The lag of a run of 305 updates is measured 38 times, with a spread as large as itself."""
+    assert [curves.stretches(n) for n in (1, 3, 10, 38, 44, 160, 5000)] == [1, 3, 10, 10, 11, 40, 40]
+    found = curves.draw_panel("lag", {"dm": curve(*((n, (-1.0) ** n) for n in range(1, 41)))}, 40)  # all that it draws is the mean, 0
+    line = [y for y in range(found.height) if found.getpixel((found.width // 2, y)) == (0, 0x72, 0xB2)]
+    assert line and max(line) - min(line) < 3 * curves.SMOOTH
+
+
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
 def test_ticks_are_few_even_and_within(low, span):
     high = low + span
@@ -86,7 +94,7 @@ def test_a_curve_stands_where_its_numbers_are():
         return found[found > curves.TOP * zoom]  # below the names
 
     def row_of(value):
-        low, top = curves.bounds([curves.binned(rising), [(0, 1.0, 1.0, 1.0)]])
+        low, top = curves.bounds([curves.binned(rising, curves.BINS), [(0, 1.0, 1.0, 1.0)]])
         return (curves.TOP + high * (top - value) / (top - low)) * zoom
 
     for update in (20, 50, 80):

@@ -34,7 +34,7 @@ CURVES = (
     (r"grad_norm", "gradient norm of the student", "before clipping"),
     (r"seconds", "seconds per update", "seconds"),
 )
-BINS = 40  # points of a curve
+BINS, LEAST = 40, 10  # stretches of a curve, at most; at least, before each holds more than one of its points
 COLUMNS, WIDTH, HEIGHT = 3, 400, 230  # panels in a row; pixels of one whose names take one line
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 44, 26  # around what is plotted
 LINE, MARK = 17, 22  # height of a line of names; width of the piece of its curve that stands before a name
@@ -73,7 +73,13 @@ def panels(points: dict[str, Points]) -> Panels:
     return found
 
 
-def binned(points: Points, bins: int = BINS) -> list[tuple[float, float, float, float]]:
+def stretches(points: int) -> int:
+    """Into how many stretches a curve falls: of four points each, since one is as noisy as one batch, but for the shortest curves and the
+    longest."""
+    return min(BINS, max(points // 4, min(points, LEAST)))
+
+
+def binned(points: Points, bins: int) -> list[tuple[float, float, float, float]]:
     """(mean update, mean, least and largest value) of up to `bins` stretches of a curve, equally many points in each but for rounding."""
     parts = np.array_split(np.array(points).reshape(-1, 2), min(bins, len(points) // 2))
     return [(*part.mean(0).tolist(), float(part[:, 1].min()), float(part[:, 1].max())) for part in parts]
@@ -143,7 +149,7 @@ def draw_panel(title: str, curves: dict[str, Points], last: int) -> Image.Image:
     top = TOP + tall - HEIGHT
     canvas = Image.new("RGB", (WIDTH * SMOOTH, tall * SMOOTH), "white")
     pen, font = ImageDraw.Draw(canvas, "RGBA"), ImageFont.load_default(12 * SMOOTH)
-    means = {name: binned(points) for name, points in curves.items()}
+    means = {name: binned(points, stretches(len(points) // 2)) for name, points in curves.items()}
     low, high = bounds(means.values())
 
     def at(update: float, value: float) -> tuple[float, float]:
