@@ -28,7 +28,7 @@ from fewstep.evaluate.features import Extractor
 from fewstep.evaluate.measure import measure as metrics_of
 
 TRACED = ("/score", "/lag", "/ess", "/cosine", "/fake_error", "/inflation")  # of what an update logs, what a cell keeps
-JUDGE_RATE = 0.1  # of the run's own
+JUDGE_RATE = 0.3  # of the run's own: a tenth is slow where a short run's fake knows little, the whole rate forgets at first
 TOLD_EVERY = 600.0  # seconds, of how far a long cell has come
 NETWORKS = ("student", "teacher", "fake")  # one evaluation of each costs the same: the budget of a cell
 
