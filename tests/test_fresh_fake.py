@@ -71,7 +71,7 @@ def test_a_fresh_fake_that_learns_nothing_has_not_converged():
     """Its KL stands still, below the run's own: whatever the fake, the KL that it finds is too small on average."""
     matching, draw, _, fresh = setting()
     verdict = fresh_kl(matching, fresh, draw, most=200, lr=0.0, batches=4, precision=nullcontext)
-    assert stopped(verdict.kls) and verdict.updates < 200
+    assert stopped(verdict.kls, verdict.heldout) and verdict.updates < 200
     assert verdict.gap < -2 * verdict.gap_error and not verdict.converged
 
 
@@ -95,7 +95,13 @@ def test_a_fresh_fake_beside_one_that_lags_not_at_all_has_converged():
     ],
 )
 def test_a_kl_has_stopped_rising(kls, whether):
-    assert stopped(kls) is whether
+    assert stopped(kls, [1.0] * len(kls)) is whether
+
+
+@pytest.mark.parametrize("losses, whether", [([2.0, 3.0, 2.0, 2.0, 1.999], True), ([2.0, 3.0, 2.0, 2.0, 1.997], False)])
+def test_a_fake_that_still_learns_has_not_stopped(losses, whether):
+    """`gndmr`, seed 2: after 184 updates the KL stood at 16.6, 1% above the cycle before; after 1472 at 18.8."""
+    assert stopped([0.0, 7.0, 8.0, 9.0, 9.08], losses) is whether
 
 
 def test_the_rate_has_fallen_to_zero_wherever_the_kl_is_taken(monkeypatch):

@@ -20,6 +20,7 @@ from fewstep.types import Sample
 
 FIRST = 32  # the first cycle is one in so many of the longest training
 RISE = 0.01  # a cycle, as long as all before it, whose KL is not above theirs by this share of it has found nothing new
+FALL = 0.001  # nor learned anything, where its held-out loss is not below theirs by this share
 
 
 class Verdict(NamedTuple):
@@ -29,7 +30,7 @@ class Verdict(NamedTuple):
     fresh: float  # by the fresh fake
     gap: float  # fresh - own, mean over batches
     gap_error: float  # standard error of the gap over batches
-    converged: bool  # the fresh KL has stopped rising and is not below the run's own: else it is known to be a lower bound alone
+    converged: bool  # KL and held-out loss stand still, and it is not below the run's own: else it is known to be a lower bound alone
     updates: int  # of the fresh fake
     kls: list[float]  # by the fresh fake, before its training and after each cycle of it
     heldout: list[float]  # its held-out loss, likewise
@@ -59,8 +60,8 @@ def fresh_kl(
 
     matching: R_dm as the run holds it; draw: a fresh batch of the frozen student's samples at each call; precision: the networks'
     autocast context. The rate falls from lr to zero in cycles, each as long as all before it together: at a constant rate the weights
-    scatter, and the KL that they find is smaller for it. It ends when a cycle has not raised the KL on `batches` held-out batches, or where
-    the next one would go beyond `most` updates in all.
+    scatter, and the KL that they find is smaller for it. It ends when a cycle has neither raised the KL nor lowered the loss on `batches`
+    held-out batches, or where the next one would go beyond `most` updates in all.
     """
     fresh = copy.copy(matching)  # the same settings and teacher, another fake
     fresh.fake = fresh.module = fake
@@ -79,7 +80,7 @@ def fresh_kl(
             optimizer.step()
 
     found, updates, length = [asked(fresh, held, precision)], 0, max(most // FIRST, 1)
-    while not stopped(kls := [float(kl.mean()) for kl, _ in found]) and updates + length <= most:
+    while not stopped(kls := [float(kl.mean()) for kl, _ in found], losses := [loss for _, loss in found]) and updates + length <= most:
         train(length)
         updates += length
         length = updates
@@ -92,16 +93,18 @@ def fresh_kl(
         fresh=float(kl.mean()),
         gap=float(gap.mean()),
         gap_error=gap_error,
-        converged=stopped(kls) and not finds_less(float(gap.mean()), gap_error),
+        converged=stopped(kls, losses) and not finds_less(float(gap.mean()), gap_error),
         updates=updates,
         kls=kls,
-        heldout=[loss for _, loss in found],
+        heldout=losses,
     )
 
 
-def stopped(kls: list[float]) -> bool:
-    """Whether the last cycle has not raised the KL; the first three are too short to say."""
-    return len(kls) > 4 and kls[-1] <= max(kls[:-1]) + RISE * abs(max(kls[:-1]))
+def stopped(kls: list[float], losses: list[float]) -> bool:
+    """Whether the last cycle has neither raised the KL nor lowered the held-out loss; the first three are too short to say. A fake that
+    still learns finds more later, though the KL of one cycle may not show it."""
+    learns = losses[-1] < (1 - FALL) * min(losses[:-1], default=losses[-1])
+    return len(kls) > 4 and kls[-1] <= max(kls[:-1]) + RISE * abs(max(kls[:-1])) and not learns
 
 
 def finds_less(gap: float, gap_error: float) -> bool:
