@@ -72,7 +72,7 @@ WEIGHTS = {
 }
 MODES = [weights + reuse for weights in ("full", "lora") for reuse in REUSE]
 EXTRA: list[str] = []  # flags of this call, after the family's own and the mode's
-WARM_UP = 2  # cycles; the second rollout's lag is measured, as that of one in LAG_EVERY is, and what is timed are the others
+WARM_UP = 2  # cycles; the second rollout is the first whose lag is measured, the next LAG_EVERY later: the first that are timed have none
 
 # floating-point operations a second of dense bf16 matrix products, by a part of the device's name, from the makers' data sheets
 PEAK = {

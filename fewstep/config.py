@@ -17,10 +17,10 @@ RESERVED = {
     **dict.fromkeys(("student", "teacher", "fake", "decoder"), "the passes of one of the run's own networks"),
     **dict.fromkeys(("weights", "rewards", "reuse", "policy", "evaluations"), "numbers of the run's own"),
 }  # names that no reward can have, and what metrics.jsonl has under them
+LAG_EVERY = 8  # rollouts from one measurement of the fake's lag to the next, where no adaptive weight follows it
 # what may differ between a run and its continuation
 FREE_ON_RESUME = ("updates", "teacher_guidance", "save_every", "sample_every", "evaluate", "device", "judge", "remote",
                   "memory.micro_groups", "memory.checkpointing", "compile")  # fmt: skip
-LAG_EVERY = 8  # rollouts from one measurement of the fake's lag to the next, where no adaptive weight follows it
 OF_A_CALL = ("resume", "overwrite", "dry_run", "output")  # and not of the run
 MOVABLE = ("teacher", "prompts", "scorer", "init", "discriminator.latents")  # what lies elsewhere by then may be the same
 LIMITS = ("student.max_norm", "fake.max_norm", "weights.lag_limit", "weights.clip", "reuse.rho_max")  # infinite: no limit

@@ -237,7 +237,7 @@ def passes(config: Config, guided: bool) -> dict[str, tuple[float, float]]:
     else:
         rollouts = 1 / (reuse.rollout * (reuse.evaluation if beside else served))
         refused = float(served < reuse.evaluation and not beside)  # a prediction that found the weights gone and serves nothing
-        # on a rollout's outputs and on those of the one before
+        # the lag: on a rollout's outputs and on those of the one before
         rolled, lag = config.steps * rollouts + refused, 2 * rollouts / (1 if adaptive else LAG_EVERY)
     return {
         "student": (rolled + trained, trained),

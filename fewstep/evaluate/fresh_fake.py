@@ -1,7 +1,7 @@
 """How far a finished student is from its teacher, judged by a fake of its own (method, "Its value").
 
 The fake of a run has chased a moving student, so the KL it reports is too small by its lag, KL(q || q_fake). A fresh one, trained
-on the frozen student alone until the KL that it finds no longer rises, has none: the difference is what the run did not see. Whatever the
+on the frozen student alone until it finds no more KL and learns no more, has none: the difference is what the run did not see. Whatever the
 fake, the KL that it finds is too small on average, so of two that differ the larger is the nearer.
 """
 
@@ -103,8 +103,10 @@ def fresh_kl(
 def stopped(kls: list[float], losses: list[float]) -> bool:
     """Whether the last cycle has neither raised the KL nor lowered the held-out loss; the first three are too short to say. A fake that
     still learns finds more later, though the KL of one cycle may not show it."""
-    learns = losses[-1] < (1 - FALL) * min(losses[:-1], default=losses[-1])
-    return len(kls) > 4 and kls[-1] <= max(kls[:-1]) + RISE * abs(max(kls[:-1])) and not learns
+    if len(kls) <= 4:
+        return False
+    highest, lowest = max(kls[:-1]), min(losses[:-1])
+    return kls[-1] <= highest + RISE * abs(highest) and losses[-1] >= (1 - FALL) * lowest
 
 
 def finds_less(gap: float, gap_error: float) -> bool:
